@@ -1,0 +1,5 @@
+import sys
+
+from khanhllm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,294 @@
+"""Every knob on one page.
+
+A run is decided by one frozen `Config`: a preset (one TOML file, chosen by one word), perhaps a TOML file of the
+user's, perhaps `--section.key value` on the command line; later ones win. The run folder keeps the resolved
+`config.toml`, and that file alone reproduces the run. Nothing here imports torch, so `--help` and the planner are quick.
+
+Wrong input raises `UserError`: one line that names what, where and what to do. The command line prints it and exits
+with code 2.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "presets"
+
+Count = Annotated[int, Field(ge=1, le=2**40)]
+Natural = Annotated[int, Field(ge=0, le=2**40)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is the one line that says how."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    style: Literal["classic", "modern"] = "modern"
+    """classic: LayerNorm, learned positions, GELU, biases. modern: RMSNorm, RoPE, QK-norm, SwiGLU, no biases"""
+    pattern: Annotated[str, Field(pattern=r"^[DM]{1,256}$")] = "DMDM"
+    """one letter per layer: D dense, M mixture of experts"""
+    dim: Annotated[int, Field(ge=8, le=65536)] = 256
+    """width of the residual stream (features)"""
+    heads: Annotated[int, Field(ge=1, le=1024)] = 4
+    """query heads; dim / heads features each"""
+    kv_heads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """key and value heads shared by groups of query heads; 0 means as many as heads"""
+    hidden: Annotated[int, Field(ge=8, le=2**20)] = 1024
+    """inner width of a dense feed-forward (features)"""
+    expert_hidden: Annotated[int, Field(ge=0, le=2**20)] = 0
+    """inner width of one expert (features); 0 means the same as hidden"""
+    experts: Annotated[int, Field(ge=1, le=512)] = 8
+    """experts in each mixture layer"""
+    experts_per_token: Annotated[int, Field(ge=1, le=512)] = 2
+    """experts that each token is sent to (top k)"""
+    context: Annotated[int, Field(ge=2, le=2**20)] = 256
+    """longest text the model sees at once (tokens)"""
+    vocab_size: Annotated[int, Field(ge=264, le=2**24)] = 50_000
+    """size of the vocabulary, special tokens included (tokens)"""
+    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10_000.0
+    """base of the rotary position frequencies (modern only)"""
+    norm_eps: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    """added under the square root of every norm"""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads: {self.dim} % {self.heads} = {self.dim % self.heads}")
+        if self.style == "modern" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def expert_width(self) -> int:
+        return self.expert_hidden or self.hidden
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer, letter in enumerate(self.pattern) if letter == "M"]
+
+
+class DataConfig(Section):
+    source: str = "c4"
+    """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet), c4,
+    hf://datasets/..., http(s)://..., or a folder written by `khanhllm prepare`"""
+    tokenizer: str = ""
+    """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
+    tokenizer_sample: Count = 1_000_000_000
+    """most text the tokenizer is trained on (bytes)"""
+    validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
+    """share of the documents held out for validation, chosen by a hash of the text"""
+    tokens: Natural = 0
+    """stop reading an endless source after this many training tokens; 0 means as many as the run will train on"""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """processes that prepare the data; 0 means one for each core"""
+    cache: str = "shards"
+    """folder that keeps prepared shards, so that the next run on the same source starts at once"""
+
+
+class TrainConfig(Section):
+    steps: Count = 1000
+    """optimizer steps in the whole run"""
+    micro_batch: Annotated[int, Field(ge=1, le=2**20)] = 8
+    """rows of `context` tokens in one forward and backward pass"""
+    accumulation: Annotated[int, Field(ge=1, le=2**20)] = 1
+    """micro-batches collected before one optimizer step (gradient accumulation)"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """decides the initial weights, the order of the data and the samples"""
+    eval_every: Natural = 100
+    """steps between validations; 0 means only at the end"""
+    eval_tokens: Count = 100_000
+    """validation tokens read each time during training (tokens)"""
+    save_every: Natural = 500
+    """steps between checkpoints; 0 means only at the end"""
+    keep: Annotated[int, Field(ge=1, le=10_000)] = 2
+    """newest checkpoints kept (folders)"""
+    sample_every: Natural = 500
+    """steps between samples of generated text; 0 means only at the end"""
+    sample_tokens: Annotated[int, Field(ge=0, le=100_000)] = 64
+    """length of each sample (tokens)"""
+    sample_prompt: str = ""
+    """text that each sample continues; empty means a fresh document"""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw keeps fp32 moments; adamw8bit keeps them in 8 bits (bitsandbytes), 75 % smaller"""
+    lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
+    """peak learning rate"""
+    beta1: Beta = 0.9
+    """decay of the gradient's running mean"""
+    beta2: Beta = 0.95
+    """decay of the squared gradient's running mean"""
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """added to the denominator of the update"""
+    weight_decay: Rate = 0.1
+    """decoupled weight decay of matrices (per step, times the learning rate)"""
+    clip: Rate = 1.0
+    """longest gradient (L2 norm over all parameters); 0 means no clipping"""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """cosine: one long bend down. wsd: warm up, hold, then a straight line down"""
+    warmup: Natural = 100
+    """steps of linear warm-up"""
+    decay: Fraction = 0.2
+    """share of the run spent going down at its end (wsd only)"""
+    floor: Fraction = 0.1
+    """learning rate at the end, as a share of the peak"""
+
+
+class LossConfig(Section):
+    balance: Rate = 0.01
+    """weight of the load-balancing loss, summed over mixture layers (Switch Transformer)"""
+    load: Literal["previous", "current"] = "previous"
+    """expert load that weighs the balancing loss. previous: the step before, free. current: this very step, which
+    costs one more forward pass when accumulation is above 1. Both cover all micro-batches of the step"""
+    router_z: Rate = 0.001
+    """weight of the router z-loss, summed over mixture layers (ST-MoE)"""
+    chunk: Annotated[int, Field(ge=1, le=2**20)] = 1024
+    """rows of logits that exist at one time (tokens)"""
+
+
+class MachineConfig(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for each block; auto means on for CUDA, off elsewhere"""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """activations rebuilt in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
+    experts: Literal["auto", "loop", "grouped"] = "auto"
+    """how experts are multiplied: a plain loop, or one grouped_mm; auto takes what is fastest on the device"""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 means one for each core"""
+
+
+class LogConfig(Section):
+    every: Count = 10
+    """steps between plain lines when the output is not a terminal"""
+    tensorboard: bool = False
+    """also write TensorBoard files into the run folder (needs the extra: pip install 'khanhllm[tensorboard]')"""
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    machine: MachineConfig = MachineConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.micro_batch * self.train.accumulation * self.model.context
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, as read from its TOML file."""
+    if name not in preset_names():
+        raise UserError(f"no preset named {name!r}{did_you_mean(name, preset_names())}; known: {_list(preset_names())}")
+    return read_toml(PRESETS / f"{name}.toml")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
+    """Merge settings, later ones win, and check them. Values may be strings, as typed on a command line."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
+            merged[section] = {**merged[section], **values} if nested else values
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing wrong, in one line: which key, what is allowed, what was given."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = Config.model_fields.get(str(first["loc"][0]))
+        known = list(section.annotation.model_fields if section and len(first["loc"]) > 1 else Config.model_fields)  # type: ignore[union-attr]
+        return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), known)}; known: {_list(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    if isinstance(given, Mapping | Section):
+        return f"{key}: {message}"
+    return f"{key}: {message[0].lower()}{message[1:]} (got {str(given)[:60]!r})"
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names)
+
+
+def to_toml(config: Config) -> str:
+    """The whole resolved config as TOML, each key with its explanation, readable by `read_toml`."""
+    lines = []
+    for section, values in config:
+        lines.append(f"[{section}]")
+        fields = type(values).model_fields
+        for key, value in values:
+            lines.append(f"# {' '.join((fields[key].description or '').split())}")
+            lines.append(f"{key} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | bool | int | float) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(_escape(char) for char in value) + '"'
+    return repr(value)
+
+
+def _escape(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    return char if char.isprintable() else f"\\U{ord(char):08X}"
