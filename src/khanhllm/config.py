@@ -2,7 +2,7 @@
 
 A run is decided by one frozen `Config`: a preset (one TOML file, chosen by one word), perhaps a TOML file of the
 user's, perhaps `--section.key value` on the command line; later ones win. The run folder keeps the resolved
-`config.toml`, and that file alone reproduces the run. Nothing here imports torch, so `--help` and the planner are quick.
+`config.toml`, and that file alone reproduces the run. Nothing here imports torch, so `--help` answers at once.
 
 Wrong input raises `UserError`: one line that names what, where and what to do. The command line prints it and exits
 with code 2.
@@ -12,7 +12,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -195,6 +195,23 @@ class LogConfig(Section):
     """also write TensorBoard files into the run folder (needs the extra: pip install 'khanhllm[tensorboard]')"""
 
 
+class Sampling(Section):
+    """How `generate` draws tokens; not part of a run."""
+
+    tokens: Annotated[int, Field(ge=0, le=10_000_000)] = 200
+    """longest continuation (tokens)"""
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.8
+    """0 takes the likeliest token, 2 is wild"""
+    top_k: Natural = 0
+    """only the k likeliest tokens; 0 means all"""
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    """only the likeliest tokens that together have this probability"""
+    min_p: Fraction = 0.05
+    """only tokens at least this likely, relative to the likeliest"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """the same seed writes the same text"""
+
+
 class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -237,19 +254,28 @@ def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
         for section, values in layer.items():
             nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
             merged[section] = {**merged[section], **values} if nested else values
+    return checked(Config, merged, where)
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
+    """The settings as a `kind`, or a UserError that names the first wrong key."""
     try:
-        return Config.model_validate(merged)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error)}") from None
+        raise UserError(f"{where}: {explain(error, kind)}") from None
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, kind: type[Section]) -> str:
     """The first thing wrong, in one line: which key, what is allowed, what was given."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section = Config.model_fields.get(str(first["loc"][0]))
-        known = list(section.annotation.model_fields if section and len(first["loc"]) > 1 else Config.model_fields)  # type: ignore[union-attr]
+        for part in first["loc"][:-1]:
+            kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
+        known = list(kind.model_fields)
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), known)}; known: {_list(known)}"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]

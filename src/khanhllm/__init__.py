@@ -1,0 +1,21 @@
+"""KhanhLLM: train your own hybrid dense / mixture-of-experts language model, from text to a model that writes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from khanhllm.model import Transformer
+    from khanhllm.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+
+def load(run: str | Path) -> "tuple[Transformer, Tokenizer]":
+    """The model, with the weights of the run's newest intact checkpoint, and its tokenizer.
+
+    Raises khanhllm.config.UserError if there is none. torch is imported only now.
+    """
+    from khanhllm.saved import open_run
+
+    saved = open_run(Path(run))
+    return saved.model, saved.tokenizer

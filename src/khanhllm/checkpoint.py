@@ -1,0 +1,187 @@
+"""A checkpoint is a directory that appears whole or not at all.
+
+It is written aside as `step-N.tmp`, every file is forced to disk, `manifest.json` with sizes and sha256 comes last, and
+one rename publishes it. A reader takes the newest one whose every byte agrees with its manifest. Tensors are in
+safetensors and all else in JSON: nothing that is loaded can run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from khanhllm.config import UserError
+
+FORMAT = 1
+Say = Callable[[str], None]
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+    """Write `run/checkpoints/step-N` and return it. Raises OSError (disk full, read-only, ...) and leaves nothing
+    half-written behind; checkpoints that were there stay as they are."""
+    final = _folder(run, step)
+    aside = final.with_suffix(".tmp")
+    try:
+        _make_room(run, model, optimizer)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        tensors, rest = _flatten(optimizer)
+        _save_tensors({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside / "model")
+        _save_tensors(tensors, aside / "optimizer")
+        _write_json(aside / "state.json", {"format": FORMAT, "step": step, "optimizer": rest, **state})
+        _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
+        _sync(aside)
+        if final.exists():  # one that was found broken, on a road that is now walked again
+            final.replace(final.with_suffix(".rejected"))
+        aside.replace(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+    return final
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+    for old in _steps(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    for leftover in (run / "checkpoints").glob("step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def newest(run: Path, say: Say = print) -> Path | None:
+    """The newest checkpoint that verifies; `say` hears of each one that does not. None if there is none at all.
+
+    Raises UserError if there are checkpoints but each of them is broken.
+    """
+    found = _steps(run)
+    for path in found:
+        fault = verify(path)
+        if fault is None:
+            return path
+        say(f"checkpoint {path.name} rejected: {fault}")
+    if found:
+        raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder (--run)")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads every byte (about 1 GB/s)."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(manifest)
+        if missing:
+            return f"the manifest lacks {', '.join(sorted(missing))}"
+        for name, expected in manifest.items():
+            if name != Path(name).name:
+                return f"the manifest names a file elsewhere: {name[:60]!r}"
+            if (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
+            if _fingerprint(path / name) != expected:
+                return f"{name} does not match its sha256"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not a manifest"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    if state["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Copy the weights into `model`. UserError if its shapes are not those of the checkpoint."""
+    saved = load_file(path / "model.safetensors")
+    wanted = model.state_dict()
+    for name in sorted(saved.keys() | wanted.keys()):
+        ours, theirs = wanted.get(name), saved.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            has, needs = (None if t is None else tuple(t.shape) for t in (theirs, ours))
+            raise UserError(f"{path}: {name} is {has} in the checkpoint but {needs} in this model; check model.* keys")
+    model.load_state_dict(saved)
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
+    """Give the optimizer back the state that `save` took; `rest` is the "optimizer" entry of the saved state."""
+    if rest["class"] != type(optimizer).__name__:
+        raise UserError(f"{path} was written by {rest['class']}, the config now asks for {type(optimizer).__name__}")
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
+    for name, tensor in load_file(path / "optimizer.safetensors").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as named tensors and as what JSON can hold."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for index, values in state["state"].items():
+        numbers[str(index)] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                shared = value.data_ptr() in seen  # tables that all parameters use; safetensors wants one owner each
+                tensors[f"{index}.{key}"] = value.clone() if shared else value.contiguous()
+                seen.add(value.data_ptr())
+    rest = {"class": type(optimizer).__name__, "state": numbers, "param_groups": state["param_groups"]}
+    return tensors, rest
+
+
+def _make_room(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise OSError now rather than after minutes of writing."""
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    needed = sum(tensor.nbytes for tensor in [*model.state_dict().values(), *state])
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise OSError(f"the disk of {run} has {free / 1e6:,.0f} MB free, a checkpoint takes {needed / 1e6:,.0f} MB")
+
+
+def _save_tensors(tensors: dict[str, Tensor], stem: Path) -> None:
+    path = stem.with_suffix(".safetensors")
+    save_file(tensors, path)
+    _sync(path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    _sync(path)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows has no handle for this and orders renames itself
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def _steps(run: Path) -> list[Path]:
+    """Published checkpoints, newest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

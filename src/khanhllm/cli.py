@@ -1,0 +1,287 @@
+"""The front door: `khanhllm VERB ...`. Each verb imports what it needs only when it runs, so help is instant.
+
+Wrong input of any kind is one line on stderr and exit code 2.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from khanhllm.config import Config, Sampling, UserError, checked, did_you_mean, preset, preset_names, read_toml, resolve
+
+EXAMPLES = """examples:
+  khanhllm demo                              the whole story in a few minutes, offline
+  khanhllm train nano --data my-texts/       your own text, a small model
+  khanhllm train mini --data stdlib --optim.lr 1e-3 --run runs/first
+  khanhllm generate runs/first --prompt "def main("
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown[0])
+    try:
+        return int(options.verb(options) or 0)
+    except UserError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _complain(_unforeseen(error), 1)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"khanhllm: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line even for what we did not foresee; the details go to a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="khanhllm-", suffix=".txt", delete=False) as report:
+        traceback.print_exc(file=report)
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (unforeseen; the details are in {report.name})"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+    def refuse(self, word: str) -> NoReturn:
+        option = word.partition("=")[0]
+        known = did_you_mean(option, sorted(self._option_string_actions)) if option.startswith("-") else ""
+        self.error(f"unknown option {option}{known}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="khanhllm", description=__doc__.partition("\n")[0], epilog=EXAMPLES, formatter_class=_Raw)
+    verbs = top.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    for verb, add_options in VERBS.items():
+        text = inspect.cleandoc(verb.__doc__ or "")
+        name = verb.__name__.strip("_")
+        parser = verbs.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=_Raw)
+        parser.set_defaults(verb=verb, parser=parser)
+        add_options(parser)
+    return top
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def _knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Config.model_fields)) -> None:
+    """One option for each key of the config, with the config's own explanation."""
+    for section in sections:
+        group = parser.add_argument_group(f"[{section}]")
+        kind: Any = Config.model_fields[section].annotation
+        for key, field in kind.model_fields.items():
+            choices = [str(choice) for choice in get_args(field.annotation)]
+            metavar = "|".join(choices) if choices else "VALUE"
+            text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
+            group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)
+
+
+def _given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The dotted options that were typed, as config settings."""
+    settings: dict[str, dict[str, Any]] = {}
+    for dotted, value in vars(options).items():
+        section, dot, key = dotted.partition(".")
+        if dot:
+            settings.setdefault(section, {})[key] = value
+    return settings
+
+
+def _short(section: str, key: str, value: Any) -> dict[str, dict[str, Any]]:
+    return {} if value is None else {section: {key: value}}
+
+
+def _train(options: argparse.Namespace) -> None:
+    """Train a model: a preset, perhaps a TOML file, perhaps single knobs; later ones win.
+
+    The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
+    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume goes on.
+    """
+    name = options.preset or (Path(options.config).stem if options.config else None)
+    folder = Path(options.run) if options.run else Path("runs") / name if name else None
+    if folder is None:
+        raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
+    kept = folder / "config.toml"
+    if options.resume and kept.exists():
+        layers = [read_toml(kept)]
+    else:
+        layers = [preset(options.preset)] if options.preset else []
+        if not layers and not options.config:
+            raise UserError(
+                f"{folder} holds no run to resume; name a preset ({', '.join(preset_names())}) to begin one"
+            )
+    layers += [read_toml(Path(options.config))] if options.config else []
+    layers += [_short("data", "source", options.data), _short("train", "steps", options.steps), _given(options)]
+    config = resolve(*layers, where="train")
+    from khanhllm import train
+
+    train.run(config, folder, resume=options.resume)
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N] [--resume]\n"
+        "                      [--section.key VALUE ...]"
+    )
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
+    parser.add_argument("--config", metavar="FILE", help="a whole TOML, or a few keys of one")
+    parser.add_argument("--data", metavar="SRC", help="where the text comes from; the same as --data.source")
+    parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/PRESET)")
+    parser.add_argument("--steps", metavar="N", help="optimizer steps; the same as --train.steps")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
+    )
+    _knobs(parser)
+
+
+def _tokenizer(options: argparse.Namespace) -> None:
+    """Train a byte-level BPE tokenizer on text and write it, with a readable vocab.txt beside it."""
+    from khanhllm.data.prepare import train_on
+
+    out = Path(options.out)
+    config = resolve({"model": {"vocab_size": options.vocab_size}, "data": {"tokenizer_sample": options.sample}})
+    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample)
+    tokenizer.save(out)
+    print(f"{out}: {tokenizer.vocab_size:,} tokens; readable in {out.with_name('vocab.txt')}")
+
+
+def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="SRC", required=True, help="where the text comes from")
+    parser.add_argument("--vocab-size", metavar="N", default="50000", help="tokens, special ones included (50000)")
+    parser.add_argument("--out", metavar="FILE", default="tokenizer.json", help="the file to write (tokenizer.json)")
+    parser.add_argument("--sample", metavar="BYTES", default="1000000000", help="most text to read (bytes, 1 GB)")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    """Turn text into token shards, once, for any number of runs: khanhllm train PRESET --data DIR."""
+    from khanhllm.data.prepare import prepare
+    from khanhllm.tokenizer import Tokenizer
+
+    data = {"validation": options.validation, "workers": options.workers, "tokens": options.tokens}
+    config = resolve({"data": data}, where="prepare").data
+    tokenizer = Tokenizer.load(Path(options.tokenizer))
+    prepare(
+        options.data,
+        tokenizer,
+        Path(options.out),
+        validation=config.validation,
+        tokens=config.tokens,
+        workers=config.workers,
+    )
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="SRC", required=True, help="where the text comes from")
+    parser.add_argument("--tokenizer", metavar="FILE", required=True, help="tokenizer.json of `khanhllm tokenizer`")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    parser.add_argument("--workers", metavar="N", default="0", help="processes; 0 means one for each core (0)")
+    parser.add_argument(
+        "--tokens", metavar="N", default="0", help="stop after this many training tokens; 0 means all (0)"
+    )
+    parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    """Let a trained model continue a prompt; the text streams as it is made."""
+    sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate")
+    machine = resolve(_given(options)).machine
+    from khanhllm.generate import write
+    from khanhllm.saved import open_run
+
+    saved = open_run(Path(options.run), machine)
+    print(options.prompt, end="", flush=True)
+    for piece in write(saved.model, saved.tokenizer, saved.machine, options.prompt, sampling):
+        print(printable(piece), end="", flush=True)
+    print()
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; empty begins a fresh document")
+    for key, field in Sampling.model_fields.items():
+        text = f"{field.description} (default {field.default})"
+        parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
+    _knobs(parser, ["machine"])
+
+
+def printable(text: str) -> str:
+    """On a terminal, control characters that a model invents must not move the cursor."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Validation cross entropy (nats per token) and bits per byte of a run, over every byte of the text."""
+    from khanhllm.evaluate import score_run
+
+    score = score_run(Path(options.run), options.data, resolve(_given(options)).machine)
+    if options.json:
+        print(json.dumps(score))
+    else:
+        print(f"cross entropy  {score['val_ce']:.4f} nats per token   ({score['val_tokens']:,} tokens)")
+        print(f"bits per byte  {score['val_bpb']:.4f}                   ({score['val_bytes']:,} bytes)")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--data", metavar="SRC", help="text to score, all of it (default: what the run held out)")
+    parser.add_argument("--json", action="store_true", help="one JSON object: val_ce, val_bpb, val_bytes, val_tokens")
+    _knobs(parser, ["machine"])
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Examine a preset or a run: no leak from the future, a sane start, equal roads, devices and libraries."""
+    from khanhllm import doctor
+
+    return doctor.examine(options.patient, resolve(_given(options)).machine, as_json=options.json)
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "patient", metavar="PRESET_OR_RUN", help=f"a run folder, or one of: {', '.join(preset_names())}"
+    )
+    parser.add_argument("--json", action="store_true", help="verdicts as one JSON object")
+    _knobs(parser, ["machine"])
+
+
+def _demo(options: argparse.Namespace) -> None:
+    """The whole story in a few minutes, offline: text, tokenizer, shards, a hybrid model that learns and writes."""
+    from khanhllm import demo
+
+    demo.tell(Path(options.run), _given(options))
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="DIR", default="runs/demo", help="the run folder (runs/demo)")
+    _knobs(parser)
+
+
+VERBS: dict[Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]] = {
+    _demo: _demo_options,
+    _train: _train_options,
+    _generate: _generate_options,
+    _evaluate: _evaluate_options,
+    _doctor: _doctor_options,
+    _tokenizer: _tokenizer_options,
+    _prepare: _prepare_options,
+}

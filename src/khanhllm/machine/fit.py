@@ -1,0 +1,70 @@
+"""A model made to fit the machine, from outside and in a stated order: experts' road, activation checkpointing,
+compile. The model's own code and the names of its parameters stay as they are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from khanhllm.machine.runtime import Machine
+from khanhllm.model import Transformer
+from khanhllm.model.experts import grouped_linear, loop_linear
+from khanhllm.model.moe import MoE
+
+# What selective checkpointing keeps because it is dear to make again: matrix products and attention.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
+    """Change the model in place and return it. `checkpointing` is none, selective or full."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts.linear = grouped_linear if machine.grouped_experts else loop_linear  # type: ignore[assignment]
+    if checkpointing != "none":
+        _checkpoint_activations(model, selective=checkpointing == "selective")
+    if machine.compile:
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+def _checkpoint_activations(model: Transformer, selective: bool) -> None:
+    """Rebuild the inside of each sub-layer in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+
+    In a mixture layer only the experts' answer is rebuilt: the router stands outside, so the same tokens go to the
+    same experts the second time, and nothing is counted twice.
+    """
+    for block in model.blocks:
+        _rebuild(block.attention, "forward", selective)  # type: ignore[arg-type]
+        feedforward = block.feedforward
+        _rebuild(feedforward, "answer" if isinstance(feedforward, MoE) else "forward", selective)  # type: ignore[arg-type]
+
+
+def _rebuild(module: torch.nn.Module, method: str, selective: bool) -> None:
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+    if selective:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    run = partial(checkpoint, getattr(module, method), **settings)
+    setattr(module, method, _only_with_gradients(run, getattr(module, method)))
+
+
+def _only_with_gradients(rebuilt: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def method(*inputs: Any) -> Any:
+        return rebuilt(*inputs) if torch.is_grad_enabled() else plain(*inputs)
+
+    return method
+
+
+def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,19 @@
+"""The model, in the order a learner reads it: rope, cache, attention, feedforward, router, experts, moe, block, head,
+embedding, transformer.
+
+Shapes stand in the names of tensors, one letter per axis:
+
+    B  rows in the micro-batch      T  positions in a row; in router, experts and moe: all tokens of the micro-batch
+    D  model width (dim)            H  attention heads            d  features of one head
+    F  inner width of a feed-forward
+    E  experts                      K  experts per token          N  token-expert pairs, N = T x K
+    V  vocabulary                   L  mixture layers
+
+`x_BTD` is therefore (rows, positions, features). Nothing in this folder knows devices, ranks or optimizers.
+"""
+
+from khanhllm.model.cache import KVCache
+from khanhllm.model.router import Routing
+from khanhllm.model.transformer import Transformer
+
+__all__ = ["KVCache", "Routing", "Transformer"]

@@ -1,0 +1,57 @@
+"""Causal self-attention (Vaswani et al. 2017, arXiv 1706.03762) through PyTorch's scaled-dot-product attention, with
+grouped key and value heads (Ainslie et al. 2023, arXiv 2305.13245) where the config asks for fewer of them.
+
+    x ──┬── query ── norm ── rotate ──┐
+        ├── key ──── norm ── rotate ──┼── softmax(q·k / sqrt d) · v ── out
+        └── value ────────────────────┘         no position sees a later one
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from khanhllm.config import ModelConfig
+from khanhllm.model.cache import LayerCache
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, rope: nn.Module, head_norm: type[nn.Module], bias: bool) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        shared = config.key_value_heads * config.head_dim
+        self.query = nn.Linear(config.dim, config.dim, bias=bias)
+        self.key = nn.Linear(config.dim, shared, bias=bias)
+        self.value = nn.Linear(config.dim, shared, bias=bias)
+        self.out = nn.Linear(config.dim, config.dim, bias=bias)
+        self.query_norm = head_norm(config.head_dim, eps=config.norm_eps)
+        self.key_norm = head_norm(config.head_dim, eps=config.norm_eps)
+        self.rope = rope
+        self.grouped = config.key_value_heads != config.heads
+
+    def forward(self, x_BTD: Tensor, past: LayerCache | None = None) -> Tensor:
+        """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it, and they are added to it."""
+        start = past.length if past else 0
+        query_BHTd = self.rope(self.query_norm(self._heads(self.query(x_BTD))), start)
+        key_BHTd = self.rope(self.key_norm(self._heads(self.key(x_BTD))), start)
+        value_BHTd = self._heads(self.value(x_BTD))
+        if past:
+            key_BHTd, value_BHTd = past.append(key_BHTd, value_BHTd)
+        out_BHTd = F.scaled_dot_product_attention(
+            query_BHTd, key_BHTd, value_BHTd, **_causal(start, x_BTD.shape[1], x_BTD.device), enable_gqa=self.grouped
+        )
+        return self.out(out_BHTd.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _causal(start: int, new: int, device: torch.device) -> dict[str, Tensor | bool | None]:
+    """How to ask for causality when `new` queries follow `start` past positions.
+
+    `is_causal` aligns the mask at the top left, so it is right only where there is no past; one new query sees all.
+    """
+    if start == 0:
+        return {"is_causal": True}
+    if new == 1:
+        return {"is_causal": False}
+    return {"attn_mask": torch.ones(new, start + new, dtype=torch.bool, device=device).tril(start)}

@@ -1,0 +1,20 @@
+"""One layer. It is handed its parts, so it never asks what kind of layer it is."""
+
+from torch import Tensor, nn
+
+from khanhllm.model.attention import Attention
+from khanhllm.model.cache import LayerCache
+from khanhllm.model.router import Routing
+
+
+class Block(nn.Module):
+    def __init__(self, attention: Attention, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module]) -> None:
+        super().__init__()
+        self.attention_norm, self.feedforward_norm = norms
+        self.attention = attention
+        self.feedforward = feedforward
+
+    def forward(self, x_BTD: Tensor, past: LayerCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), past)
+        y_BTD, routings = self.feedforward(self.feedforward_norm(x_BTD))
+        return x_BTD + y_BTD, routings

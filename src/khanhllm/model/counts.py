@@ -1,0 +1,37 @@
+"""How big the model is and what a token costs. Works on the meta device, where a model takes no memory."""
+
+import torch
+from torch import nn
+
+from khanhllm.config import ModelConfig
+from khanhllm.model.moe import MoE
+from khanhllm.model.transformer import Transformer
+
+
+def on_paper(config: ModelConfig) -> Transformer:
+    """The model without its memory: shapes only."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def total_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def active_parameters(model: Transformer) -> int:
+    """Parameters that work on one token: of the experts, only the chosen ones."""
+    config = model.config
+    stacks = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    idle = sum(total_parameters(stack) for stack in stacks) * (config.experts - config.experts_per_token)
+    return total_parameters(model) - idle // config.experts
+
+
+def flops_per_token(model: Transformer) -> int:
+    """Floating-point operations to train on one token, forward and backward, without recomputation.
+
+    6 for each active parameter that multiplies, and 12 x layers x dim x context for attention as if every position saw
+    the whole context (PaLM's convention, arXiv 2204.02311 appendix B).
+    """
+    config = model.config
+    lookup = total_parameters(model.embedding)
+    return 6 * (active_parameters(model) - lookup) + 12 * len(model.blocks) * config.dim * config.context

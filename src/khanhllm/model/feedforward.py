@@ -1,0 +1,29 @@
+"""The dense feed-forward, in both styles. Each answers with (y, ()): a dense layer routes nothing."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GeluFeedForward(nn.Module):
+    """down(gelu(up(x))), with biases."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[()]]:
+        return self.down(F.gelu(self.up(x_BTD))), ()
+
+
+class SwiGLUFeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[()]]:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD)), ()

@@ -1,0 +1,24 @@
+"""The head owns the output matrix and therefore the loss: nobody else needs logits while training, and the full
+(tokens x vocabulary) matrix of them, as large as all activations together, never exists."""
+
+import torch
+from torch import Tensor, nn
+
+from khanhllm.objectives import token_nll
+
+
+class Head(nn.Module):
+    def __init__(self, norm: nn.Module, dim: int, vocab_size: int, chunk: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.chunk = chunk
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Negative log-likelihood of each target (nats), (B, T), fp32."""
+        nll_T = token_nll(self.norm(x_BTD).flatten(0, 1), self.weight, targets_BT.flatten(), self.chunk)
+        return nll_T.view(targets_BT.shape)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, V) in fp32: for generation, where T is one."""
+        return nn.functional.linear(self.norm(x_BTD), self.weight).float()

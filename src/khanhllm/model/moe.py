@@ -1,0 +1,38 @@
+"""How they meet: route, sort the token-expert pairs by expert, let the experts work, bring the answers home.
+
+    token   0  1  2  3          K = 2 choices each, N = T x K pairs
+            │╲ │╲ │╲ │╲
+    sorted  e0 e0 e0 │ e1 │ e2 e2 │ e3 e3      each expert gets one run of rows
+            └──── experts ────┘
+    token   weighted sum of its K answers
+
+No token is dropped and no expert is padded, however uneven the load.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from khanhllm.model.router import Choice, Router, Routing
+
+
+class MoE(nn.Module):
+    def __init__(self, router: Router, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[Routing]]:
+        x_TD = x_BTD.flatten(0, 1)
+        choice, routing = self.router(x_TD)
+        y_TD = self.answer(x_TD, choice, routing.load_E)
+        return y_TD.view_as(x_BTD), (routing,)
+
+    def answer(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
+        """The weighted answers of the chosen experts. Apart from `forward`, so that activation checkpointing can
+        rebuild this part without ever asking the router again."""
+        tokens, per_token = choice.expert_TK.shape
+        order_N = choice.expert_TK.flatten().argsort(stable=True)
+        answer_ND = self.experts(x_TD[order_N // per_token], load_E.long())
+        home_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+        answer_TKD = answer_ND[home_N].unflatten(0, (tokens, per_token))
+        return (answer_TKD * choice.weight_TK.to(answer_TKD.dtype).unsqueeze(-1)).sum(dim=1)

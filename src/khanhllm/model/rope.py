@@ -1,0 +1,32 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864): a query or key at position t is turned by angles
+proportional to t, so that their dot product depends on the distance between them alone.
+
+Feature i is paired with feature i + d/2 (the layout of Llama and Qwen), which keeps exported weights interchangeable.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Rope(nn.Module):
+    """Turns x_BHTd, whose first position is `start`, by its positions. One instance serves every layer."""
+
+    def __init__(self, head_dim: int, context: int, theta: float) -> None:
+        super().__init__()
+        frequency_d = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angle_Td = torch.outer(torch.arange(context, dtype=torch.float32), frequency_d)
+        self.register_buffer("cos_Td", angle_Td.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin_Td", angle_Td.sin().repeat(1, 2), persistent=False)
+
+    def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
+        here = slice(start, start + x_BHTd.shape[2])
+        first, second = x_BHTd.chunk(2, dim=-1)
+        quarter_turn = torch.cat((-second, first), dim=-1)
+        return (x_BHTd * self.cos_Td[here] + quarter_turn * self.sin_Td[here]).to(x_BHTd.dtype)  # type: ignore[index]
+
+
+class NoRope(nn.Module):
+    """Stands where Rope would: positions are learned vectors, added to the embedding."""
+
+    def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
+        return x_BHTd

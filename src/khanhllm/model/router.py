@@ -1,0 +1,64 @@
+"""Who decides: the router sends each token to its top K experts (Shazeer et al. 2017, arXiv 1701.06538).
+
+It works in fp32 whatever the rest does: a near-tie that falls the other way sends a token to another expert. What the
+step must know about the routing is returned, never stored, so recomputed or compiled forwards cannot count it twice.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """Sums over the tokens of one forward through one mixture layer; sums of micro-batches add up exactly."""
+
+    load_E: Tensor
+    """token-expert pairs sent to each expert (count, fp32, no gradient)"""
+    prob_E: Tensor
+    """router probability of each expert, summed over tokens (fp32)"""
+    z: Tensor
+    """squared log-partition of the router, summed over tokens (fp32 scalar)"""
+
+
+class Choice(NamedTuple):
+    expert_TK: Tensor
+    """the experts of each token, best first (int64)"""
+    weight_TK: Tensor
+    """how much each one's answer counts; sums to 1 per token (fp32)"""
+
+
+class Router(nn.Module):
+    """softmax over all experts, the K largest, renormalised to sum to 1."""
+
+    def __init__(self, dim: int, experts: int, per_token: int) -> None:
+        super().__init__()
+        self.per_token = per_token
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+
+    def forward(self, x_TD: Tensor) -> tuple[Choice, Routing]:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TE = F.linear(x_TD.float(), self.weight.float())
+            prob_TE = scores_TE.softmax(dim=-1)
+            top_TK, expert_TK = prob_TE.topk(self.per_token, dim=-1)
+            weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
+            routing = Routing(
+                load_E=_count(expert_TK, len(self.weight)),
+                prob_E=prob_TE.sum(dim=0),
+                z=scores_TE.logsumexp(dim=-1).square().sum(),
+            )
+        return Choice(expert_TK, weight_TK), routing
+
+
+def _count(expert_TK: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen. A comparison instead of `bincount`: its shape is known before it runs."""
+    all_E = torch.arange(experts, device=expert_TK.device)
+    return (expert_TK.flatten()[:, None] == all_E).sum(dim=0, dtype=torch.float32)
+
+
+def stack(routings: tuple[Routing, ...], like: Tensor) -> Routing:
+    """All mixture layers in one Routing with a leading axis L; `like` is (L, E) and gives shape where L is 0."""
+    if not routings:
+        return Routing(load_E=like.clone(), prob_E=like.clone(), z=like.new_zeros(0))
+    return Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))

@@ -1,0 +1,117 @@
+"""The whole model: a pattern string such as "DMDM" becomes blocks; every choice of style is made here, once."""
+
+import torch
+from torch import Tensor, nn
+
+from khanhllm.config import ModelConfig
+from khanhllm.model.attention import Attention
+from khanhllm.model.block import Block
+from khanhllm.model.cache import KVCache
+from khanhllm.model.embedding import TokenEmbedding, TokenPositionEmbedding
+from khanhllm.model.experts import GeluExperts, SwiGLUExperts
+from khanhllm.model.feedforward import GeluFeedForward, SwiGLUFeedForward
+from khanhllm.model.head import Head
+from khanhllm.model.moe import MoE
+from khanhllm.model.rope import NoRope, Rope
+from khanhllm.model.router import Router, Routing
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer of dense and mixture layers.
+
+    `chunk` is the number of rows of logits that exist at one time (tokens).
+    """
+
+    def __init__(self, config: ModelConfig, chunk: int = 1024) -> None:
+        super().__init__()
+        self.config = config
+        build = _classic if config.style == "classic" else _modern
+        self.embedding, self.blocks, norm = build(config)
+        self.head = Head(norm, config.dim, config.vocab_size, chunk)
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Negative log-likelihood of each target (nats), (B, T), and one Routing per mixture layer."""
+        x_BTD, routings = self.trunk(inputs_BT)
+        return self.head(x_BTD, targets_BT), routings
+
+    def trunk(self, ids_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Everything below the head: (B, T, D) and the routings. With a cache, ids continue what it holds."""
+        x_BTD = self.embedding(ids_BT, cache.length if cache else 0)
+        pasts = cache.layers if cache else [None] * len(self.blocks)
+        routings: tuple[Routing, ...] = ()
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x_BTD, more = block(x_BTD, past)
+            routings += more
+        return x_BTD, routings
+
+    def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, V): what follows each position."""
+        return self.head.logits(self.trunk(ids_BT, cache)[0])
+
+    def next_logits(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
+        """(B, V): what follows the last position only, the one that generation asks for."""
+        return self.head.logits(self.trunk(ids_BT, cache)[0][:, -1:])[:, 0]
+
+    def new_cache(self, rows: int = 1) -> KVCache:
+        config, weight = self.config, self.head.weight
+        heads = config.key_value_heads
+        return KVCache(len(self.blocks), rows, heads, config.head_dim, config.context, weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """All initial weights, decided in one place: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
+        (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
+        halved so that the first loss is close to ln(vocabulary), biases are zero and norms one."""
+        sigma = 0.64 / self.config.dim**0.5
+        for name, parameter in self.named_parameters():
+            leaf = name.split(".")[-2:]
+            if "bias" in leaf[-1]:
+                parameter.zero_()
+            elif "norm" in leaf[0]:
+                parameter.fill_(1)
+            else:
+                writes = "out" in leaf or "down" in leaf
+                scale = (2 * len(self.blocks)) ** -0.5 if writes else 0.5 if name == "head.weight" else 1
+                parameter.normal_(0, sigma * scale, generator=generator)
+
+
+def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """LayerNorm, learned positions, GELU, biases: the reference model to the letter."""
+    dim, rope = config.dim, NoRope()
+
+    def feedforward(letter: str) -> nn.Module:
+        if letter == "D":
+            return GeluFeedForward(dim, config.hidden)
+        return MoE(_router(config), GeluExperts(config.experts, dim, config.expert_width))
+
+    def norm() -> nn.Module:
+        return nn.LayerNorm(dim, eps=config.norm_eps)
+
+    blocks = [
+        Block(Attention(config, rope, nn.Identity, bias=True), feedforward(letter), (norm(), norm()))
+        for letter in config.pattern
+    ]
+    return TokenPositionEmbedding(config.vocab_size, dim, config.context), nn.ModuleList(blocks), norm()
+
+
+def _modern(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """RMSNorm, RoPE, QK-norm, SwiGLU, no biases: the shape of Qwen3-MoE, so its tools can read the weights."""
+    dim, rope = config.dim, Rope(config.head_dim, config.context, config.rope_theta)
+
+    def feedforward(letter: str) -> nn.Module:
+        if letter == "D":
+            return SwiGLUFeedForward(dim, config.hidden)
+        return MoE(_router(config), SwiGLUExperts(config.experts, dim, config.expert_width))
+
+    def norm() -> nn.Module:
+        return nn.RMSNorm(dim, eps=config.norm_eps)
+
+    blocks = [
+        Block(Attention(config, rope, nn.RMSNorm, bias=False), feedforward(letter), (norm(), norm()))
+        for letter in config.pattern
+    ]
+    return TokenEmbedding(config.vocab_size, dim), nn.ModuleList(blocks), norm()
+
+
+def _router(config: ModelConfig) -> Router:
+    return Router(config.dim, config.experts, config.experts_per_token)

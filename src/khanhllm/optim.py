@@ -1,0 +1,55 @@
+"""Every parameter in exactly one group; then AdamW with fp32 or with 8-bit moments.
+
+The upside-down pyramid: AdamW keeps two numbers for each weight. In 8 bits, quantised block by block (Dettmers et al.
+2022, arXiv 2110.02861), they take 2 bytes instead of 8 and learn as well. bitsandbytes does it on CPU and GPU alike.
+"""
+
+import torch
+from torch import nn
+
+from khanhllm.config import OptimConfig, UserError
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.dim() < 2 or "bias" in name.rpartition(".")[2] or name.startswith("embedding.")
+        (rest if plain else decay).append(parameter)
+    found = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    check(model, found)
+    return found
+
+
+def check(model: nn.Module, found: list[dict[str, object]]) -> None:
+    """Raise ValueError if a parameter is in no group or in two."""
+    grouped = [id(parameter) for group in found for parameter in group["params"]]  # type: ignore[attr-defined]
+    if sorted(grouped) != sorted(id(parameter) for parameter in model.parameters()):
+        raise ValueError("each parameter must be in exactly one optimizer group")
+
+
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups(model, config.weight_decay), **settings, fused=True)  # type: ignore[arg-type]
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # its import loads a shared library, and what that raises depends on the platform
+        reason = str(error).splitlines()[0]
+        raise UserError(f"optim.name: adamw8bit needs bitsandbytes, which fails here ({reason}); use adamw") from None
+    return AdamW8bit(groups(model, config.weight_decay), **settings)  # type: ignore[no-any-return]
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__name__} of {type(optimizer).__module__.partition('.')[0]}"
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory of the optimizer's state (bytes); tables shared by all parameters count once."""
+    tensors = {
+        value.data_ptr(): value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(tensors.values())

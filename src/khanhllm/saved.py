@@ -1,0 +1,39 @@
+"""A finished (or stopped) run, opened again: its config, model and tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from khanhllm import checkpoint
+from khanhllm.config import Config, MachineConfig, UserError, read_toml, resolve
+from khanhllm.machine.fit import fit
+from khanhllm.machine.runtime import Machine, open_machine
+from khanhllm.model import Transformer
+from khanhllm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Saved:
+    config: Config
+    machine: Machine
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    """optimizer steps behind the weights"""
+
+
+def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
+    """Open the newest intact checkpoint of a run folder, on the machine at hand. UserError if there is none."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
+    config = resolve(read_toml(run / "config.toml"), where=str(run / "config.toml"))
+    path = checkpoint.newest(run)
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
+    machine = open_machine(machine_config or MachineConfig())
+    with torch.device(machine.device):
+        model = Transformer(config.model, config.loss.chunk)
+    checkpoint.load_model(path, model)
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    return Saved(config, machine, fit(model, machine, "none"), tokenizer, checkpoint.read_state(path)["step"])

@@ -1,0 +1,304 @@
+"""The training run: the only file that assembles everything.
+
+    for each step:  get micro-batches -> forward, loss + balance, backward (x accumulation) -> clip, update -> log, save
+
+A run lives in one folder: config.toml, tokenizer.json, training_log.csv, samples.txt, checkpoints/. Everything that
+the future depends on is the weights, the optimizer's moments and a `State` of three numbers and the last expert load,
+so a resumed run is the uninterrupted one, bit for bit (same machine, same torch).
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from khanhllm import checkpoint, objectives, optim, schedule
+from khanhllm.config import Config, Sampling, UserError, to_toml
+from khanhllm.data.batches import Batch, batches
+from khanhllm.data.prepare import ensure
+from khanhllm.data.shards import Shards
+from khanhllm.evaluate import Score, score
+from khanhllm.generate import write
+from khanhllm.log import Log
+from khanhllm.machine.fit import fit
+from khanhllm.machine.runtime import Machine, open_machine
+from khanhllm.model import Transformer
+from khanhllm.model.counts import active_parameters, flops_per_token, total_parameters
+from khanhllm.model.router import Routing, stack
+from khanhllm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands, but for weights and moments."""
+
+    step: int
+    """optimizer steps done"""
+    cursor: int
+    """rows trained on"""
+    load_LE: list[list[float]]
+    """each expert's share of the load in the last step, for each mixture layer"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, once everything is open."""
+
+    config: Config
+    run: Path
+    machine: Machine
+    tokenizer: Tokenizer
+    train: Shards
+    validation: Shards
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    flops_per_token: int
+
+
+def run(config: Config, folder: Path, resume: bool = False) -> None:
+    """Train until `config.train.steps`, or until a signal asks to stop.
+
+    Raises UserError for what the user can put right, before any long work where that is possible.
+    """
+    refuse_to_overwrite(folder, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder), _stop_signals() as stop:
+        parts = assemble(config, folder)
+        last = checkpoint.newest(folder) if resume else None
+        state = _continue(parts, last) if last else _start(parts)
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        with Log.open(folder, config, start_step=state.step) as log:
+            for line in _introduction(parts, state):
+                log.say(line)
+            _loop(parts, state, log, stop)
+
+
+def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
+    train = parts.config.train
+    rows = batches(parts.train, train.micro_batch, train.seed, state.cursor, parts.machine.device)
+    started = time.perf_counter()
+    while state.step < train.steps and not stop.asked:
+        state, row = train_step(parts, state, rows)
+        last = state.step == train.steps
+        if due(state.step, train.eval_every) or last:
+            row |= validate(parts, train.eval_tokens)
+        log.add(row | {"memory_mb": parts.machine.peak_memory(), "seconds": time.perf_counter() - started})
+        if (due(state.step, train.sample_every) or last) and train.sample_tokens:
+            _write_sample(parts, state.step, log)
+        if due(state.step, train.save_every) or last or stop.asked:
+            log.flush()
+            _save(parts, state, log, must=last or stop.asked)
+    if state.step < train.steps:
+        log.say(f"stopped by {stop.asked} after step {state.step}; saved. To go on: add --resume")
+
+
+def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State, dict[str, Any]]:
+    """One optimizer step: its micro-batches forward and backward, one update. Returns the next state and what to log.
+
+    Raises UserError, with the weights untouched, when the gradient is not finite.
+    """
+    config, optimizer = parts.config, parts.optimizer
+    start = time.perf_counter()
+    micro_batches = list(islice(rows, config.train.accumulation))
+    load_LE = load_for_balance(parts, state, micro_batches)
+    nll, routing_L = accumulate(parts, micro_batches, load_LE)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parts.model.parameters(), config.optim.clip or torch.inf)
+    if not torch.isfinite(grad_norm):
+        raise UserError(
+            f"step {state.step + 1}: the gradient is not finite, so nothing was updated; "
+            f"go on from the last checkpoint with --resume and a smaller --optim.lr (now {config.optim.lr:g})"
+        )
+    lr = config.optim.lr * schedule.factor(state.step, config.train.steps, config.schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    share_LE = routing_L.load_E / routing_L.load_E.sum(-1, keepdim=True)
+    following = State(state.step + 1, micro_batches[-1].cursor, share_LE.tolist())
+    row = {
+        "step": following.step,
+        "tokens": following.cursor * config.model.context,
+        "loss": nll / config.tokens_per_step,
+        "lr": lr,
+        "grad_norm": grad_norm,
+    }
+    if share_LE.numel():
+        balance_L = objectives.load_balance(routing_L.load_E, routing_L.prob_E)
+        row |= {
+            "balance": balance_L.mean(),
+            "router_z": routing_L.z.mean() / config.tokens_per_step,
+            "balance_per_layer": balance_L,
+            "load_per_layer": share_LE,
+        }
+    rate = config.tokens_per_step / (time.perf_counter() - start)
+    peak = parts.machine.peak_flops
+    return following, row | {"tokens_per_s": rate, "mfu": rate * parts.flops_per_token / peak if peak else None}
+
+
+def accumulate(parts: Parts, micro_batches: list[Batch], load_LE: Tensor) -> tuple[Tensor, Routing]:
+    """Add the gradient of the step's loss to `.grad`, one micro-batch at a time (gradient accumulation).
+
+    Returns the sum of token losses (nats) and the summed routing of all mixture layers, both without gradient.
+    """
+    config, weights = parts.config, parts.config.loss
+    sums: list[Tensor] = []
+    for batch in micro_batches:
+        with parts.machine.autocast():
+            nll_BT, routings = parts.model(batch.inputs_BT, batch.targets_BT)
+        routing_L = stack(routings, like=load_LE)
+        loss = objectives.share_of_step(
+            nll_BT, routing_L.prob_E, routing_L.z, load_LE, config.tokens_per_step, weights.balance, weights.router_z
+        )
+        loss.backward()
+        seen = [tensor.detach() for tensor in (nll_BT.sum(), *routing_L)]
+        sums = [old + new for old, new in zip(sums, seen, strict=True)] if sums else seen
+    return sums[0], Routing(*sums[1:])
+
+
+def load_for_balance(parts: Parts, state: State, micro_batches: list[Batch]) -> Tensor:
+    """(L, E): each expert's share of the load, over a whole step: the previous one, or this one counted beforehand."""
+    load_LE = torch.tensor(state.load_LE, device=parts.machine.device).view(-1, parts.config.model.experts)
+    if parts.config.loss.load == "previous" or not load_LE.numel():
+        return load_LE
+    counted = torch.zeros_like(load_LE)
+    with torch.no_grad(), parts.machine.autocast():
+        for batch in micro_batches:
+            counted += stack(parts.model.trunk(batch.inputs_BT)[1], like=load_LE).load_E
+    return counted / counted.sum(-1, keepdim=True)
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def validate(parts: Parts, tokens: int) -> Score:
+    """Score the first `tokens` tokens of the validation documents, always the same ones."""
+    windows = islice(parts.validation.windows(), -(-tokens // parts.config.model.context))
+    rows = parts.config.train.micro_batch
+    return score(parts.model, windows, parts.tokenizer.token_bytes, parts.machine, rows)
+
+
+def _write_sample(parts: Parts, step: int, log: Log) -> None:
+    train = parts.config.train
+    sampling = Sampling(tokens=train.sample_tokens, seed=train.seed + step)
+    pieces = write(parts.model, parts.tokenizer, parts.machine, train.sample_prompt, sampling)
+    text = train.sample_prompt + "".join(pieces)
+    with (parts.run / "samples.txt").open("a", encoding="utf-8") as file:
+        file.write(f"--- step {step}\n{text}\n")
+    log.say(f"step {step} writes: {' '.join(text.split())[:300]}")
+
+
+def _save(parts: Parts, state: State, log: Log, must: bool) -> None:
+    """Save, and let the run go on if that fails; but `must` is the last chance, so then the failure is the user's."""
+    extra = {"cursor": state.cursor, "load": state.load_LE, "data": parts.train.sha256}
+    try:
+        path = checkpoint.save(parts.run, state.step, parts.model, parts.optimizer, extra)
+    except OSError as error:
+        fault = f"step {state.step} could not be saved: {error}"
+        if must:
+            raise UserError(f"{fault}; the checkpoints before it are intact") from None
+        log.say(f"{fault}; training goes on, the checkpoints before it are intact")
+        return
+    checkpoint.prune(parts.run, parts.config.train.keep)
+    log.say(f"saved {path}")
+
+
+def assemble(config: Config, folder: Path) -> Parts:
+    """Open everything that the run needs, cheapest first, so that a mistake is found before the waiting."""
+    machine = open_machine(config.machine)
+    needed = config.train.steps * config.tokens_per_step
+    data = ensure(config.data, config.model.vocab_size, needed)
+    tokenizer = Tokenizer.load(data / "tokenizer.json")
+    train, validation = (Shards.open(data, split, config.model.context) for split in ("train", "validation"))
+    tokenizer.save(folder / "tokenizer.json")
+    model = Transformer(config.model, config.loss.chunk)
+    model.initialise(torch.Generator().manual_seed(config.train.seed))
+    model = fit(model.to(machine.device), machine, config.machine.checkpointing)
+    return Parts(
+        config=config,
+        run=folder,
+        machine=machine,
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        model=model,
+        optimizer=optim.build(model, config.optim),
+        flops_per_token=flops_per_token(model),
+    )
+
+
+def _start(parts: Parts) -> State:
+    model = parts.config.model
+    return State(0, 0, objectives.even_load(len(model.moe_layers), model.experts))
+
+
+def _continue(parts: Parts, path: Path) -> State:
+    """Bring weights, moments and state back from a checkpoint."""
+    saved = checkpoint.read_state(path)
+    if saved["data"] != parts.train.sha256:
+        raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
+    checkpoint.load_model(path, parts.model)
+    checkpoint.load_optimizer(path, parts.optimizer, saved["optimizer"])
+    return State(saved["step"], saved["cursor"], saved["load"])
+
+
+def _introduction(parts: Parts, state: State) -> Iterator[str]:
+    config, model = parts.config, parts.model
+    yield f"model: {total_parameters(model):,} parameters, {active_parameters(model):,} at work on each token"
+    yield f"machine: {parts.machine.describe()}; optimizer: {optim.describe(parts.optimizer)}"
+    yield (
+        f"data: {parts.train.tokens:,} training tokens in {parts.train.folder}; "
+        f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.micro_batch})"
+    )
+    epochs = config.train.steps * config.tokens_per_step / (parts.train.rows * config.model.context)
+    if epochs > 1:
+        yield f"the run reads its text {epochs:.1f} times"
+    if state.step:
+        yield f"resumed after step {state.step}"
+
+
+def refuse_to_overwrite(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "config.toml").exists():
+        raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two trainings in one folder would tear each other's files."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another training is at work in {folder}; choose another folder with --run") from None
+
+
+class Stop:
+    """Set by a signal; the loop looks at it after each step. The second signal ends the process the usual way."""
+
+    asked = ""
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.asked = signal.Signals(number).name
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Stop]:
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

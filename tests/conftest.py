@@ -1,0 +1,58 @@
+"""What many tests share: tiny configs, a tiny corpus of real text, a machine."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from khanhllm.config import Config, resolve
+from khanhllm.machine.runtime import Machine
+from khanhllm.model import Transformer
+
+torch.set_num_threads(1)  # two test processes share the cores, and tiny products do not gain from threads
+
+
+def tiny(style: str = "modern", **model: object) -> Config:
+    """Two layers, one of each kind, that train in milliseconds."""
+    shape = {
+        "style": style,
+        "pattern": "DM",
+        "dim": 32,
+        "heads": 4,
+        "hidden": 64,
+        "expert_hidden": 32,
+        "experts": 4,
+        "context": 32,
+        "vocab_size": 300,
+    }
+    return resolve(
+        {"model": shape, "train": {"micro_batch": 2, "sample_tokens": 8}, "machine": {"device": "cpu", "threads": 1}},
+        {"model": model},
+    )
+
+
+def build(config: Config, seed: int = 0) -> Transformer:
+    model = Transformer(config.model, config.loss.chunk)
+    model.initialise(torch.Generator().manual_seed(seed))
+    return model
+
+
+def plain_machine() -> Machine:
+    return Machine(torch.device("cpu"), "fp32", compile=False, grouped_experts=False, peak_flops=None)
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return plain_machine()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few modules of the standard library as .txt files: real text that is always there."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for package in (json, logging):
+        for path in sorted(Path(package.__file__).parent.glob("*.py")):
+            (folder / f"{package.__name__}-{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), "utf-8")
+    return folder

@@ -1,0 +1,111 @@
+"""The parts of the model against their definitions, written out plainly in fp64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import build, tiny
+from khanhllm.model.experts import GeluExperts, SwiGLUExperts, grouped_linear, loop_linear
+from khanhllm.model.rope import Rope
+
+G = torch.Generator().manual_seed(5)
+
+
+def one_expert(experts, index, x):
+    if isinstance(experts, GeluExperts):
+        hidden = F.gelu(x @ experts.up[index] + experts.up_bias[index])
+        return hidden @ experts.down[index] + experts.down_bias[index]
+    return (F.silu(x @ experts.gate[index]) * (x @ experts.up[index])) @ experts.down[index]
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+@pytest.mark.parametrize("road", [loop_linear, grouped_linear])
+def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
+    mixture = build(tiny(style)).blocks[1].feedforward.double()
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.normal_(0, 0.5, generator=G)  # biases too
+    mixture.experts.linear = road
+    x = torch.randn(2, 9, 32, generator=G, dtype=torch.float64, requires_grad=True)
+    y, (routing,) = mixture(x)
+    flat = x.flatten(0, 1)
+    weight, expert = (flat.float() @ mixture.router.weight.float().T).softmax(-1).topk(2)
+    weight = weight / weight.sum(-1, keepdim=True)
+    plain = torch.stack(
+        [
+            sum(weight[t, k] * one_expert(mixture.experts, expert[t, k], flat[t]) for k in range(2))
+            for t in range(len(flat))
+        ]
+    )
+    assert torch.allclose(y.flatten(0, 1), plain, atol=1e-6)
+    assert routing.load_E.sum() == 2 * len(flat)  # nothing dropped, nothing twice
+    target = torch.randn(y.shape, generator=G, dtype=torch.float64)
+    ours = torch.autograd.grad((y * target).sum(), [x, *mixture.parameters()], retain_graph=True)
+    theirs = torch.autograd.grad((plain.view_as(y) * target).sum(), [x, *mixture.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("road", [loop_linear, grouped_linear])
+@pytest.mark.parametrize("counts", [[0, 0, 0, 12], [12, 0, 0, 0], [3, 0, 9, 0], [3, 3, 3, 3]])
+def test_experts_without_rows(road, counts):
+    experts = SwiGLUExperts(4, 8, 16)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0, 1, generator=G)
+    experts.linear = road
+    x = torch.randn(12, 8, generator=G)
+    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    plain = torch.stack([one_expert(experts, owner[row], x[row]) for row in range(12)])
+    assert torch.allclose(experts(x, torch.tensor(counts)), plain, atol=1e-4)
+
+
+def test_attention_is_softmax_of_scaled_products_over_the_past():
+    attention = build(tiny("classic")).blocks[0].attention.double()
+    x = torch.randn(2, 7, 32, generator=G, dtype=torch.float64)
+    query, key, value = (
+        linear(x).view(2, 7, 4, 8).transpose(1, 2) for linear in (attention.query, attention.key, attention.value)
+    )
+    scores = query @ key.mT / math.sqrt(8)
+    scores = scores.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -torch.inf)
+    plain = attention.out((scores.softmax(-1) @ value).transpose(1, 2).reshape(2, 7, 32))
+    assert torch.allclose(attention(x), plain, atol=1e-12)
+
+
+def test_rotation_depends_on_distance_alone():
+    rope = Rope(8, 64, 10_000.0)
+    query, key = torch.randn(1, 1, 1, 8, generator=G), torch.randn(1, 1, 1, 8, generator=G)
+    product = [(rope(query, start + 5) * rope(key, start)).sum() for start in (0, 3, 40)]
+    assert torch.allclose(torch.stack(product), product[0].expand(3), atol=1e-5)
+    assert not torch.allclose((rope(query, 6) * rope(key, 0)).sum(), product[0], atol=1e-3)
+
+
+def test_router_weights_sum_to_one_and_come_best_first():
+    router = build(tiny()).blocks[1].feedforward.router
+    choice, routing = router(torch.randn(50, 32, generator=G))
+    assert torch.allclose(choice.weight_TK.sum(-1), torch.ones(50))
+    assert (choice.weight_TK[:, 0] >= choice.weight_TK[:, 1]).all()
+    assert torch.allclose(routing.prob_E.sum(), torch.tensor(50.0))
+    assert routing.load_E.tolist() == torch.bincount(choice.expert_TK.flatten(), minlength=4).tolist()
+
+
+def test_bf16_autocast_leaves_the_router_in_fp32():
+    model = build(tiny())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        choice, routing = model.blocks[1].feedforward.router(torch.randn(5, 32).bfloat16())
+    assert {choice.weight_TK.dtype, routing.prob_E.dtype, routing.z.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("road", [loop_linear, grouped_linear])
+def test_bf16_autocast_is_near_fp32_on_both_roads(road):
+    model = build(tiny("classic"))
+    model.blocks[1].feedforward.experts.linear = road
+    ids = torch.randint(300, (2, 33), generator=G)
+    exact = model(ids[:, :-1], ids[:, 1:])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = model(ids[:, :-1], ids[:, 1:])[0]
+    near.mean().backward()
+    assert near.dtype == torch.float32
+    assert (near - exact).abs().max() < 0.1

@@ -1,0 +1,63 @@
+"""One step is one step, however it is cut: 1x8, 2x4 and 8x1 micro-batches give the same gradient, balance included."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from khanhllm.data.batches import Batch
+
+from conftest import build, plain_machine, tiny
+from khanhllm import objectives, train
+from khanhllm.config import resolve
+
+ROWS, CONTEXT = 8, 32
+GENERATOR = torch.Generator().manual_seed(3)
+IDS = torch.randint(300, (ROWS, CONTEXT + 1), generator=GENERATOR)
+LAST_LOAD = [[0.4, 0.3, 0.2, 0.1]]
+
+
+def gradient(micro_batch: int, load: str, balance: float = 0.3, style: str = "modern") -> list[torch.Tensor]:
+    settings = {
+        "train": {"micro_batch": micro_batch, "accumulation": ROWS // micro_batch},
+        "loss": {"load": load, "balance": balance, "router_z": 0.1, "chunk": 40},
+    }
+    config = resolve(tiny(style).model_dump(), settings)
+    model = build(config).double()
+    parts = SimpleNamespace(config=config, model=model, machine=plain_machine())
+    batches = [Batch(rows[:, :-1], rows[:, 1:], 0) for rows in IDS.split(micro_batch)]
+    state = train.State(0, 0, LAST_LOAD)
+    train.accumulate(parts, batches, train.load_for_balance(parts, state, batches))
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def farthest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    scale = max(tensor.abs().max().item() for tensor in theirs)
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)) / scale
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+@pytest.mark.parametrize("load", ["previous", "current"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_accumulated_equals_whole(micro_batch, load, style):
+    # The router computes in fp32 whatever the rest does, hence not 1e-15.
+    assert farthest(gradient(micro_batch, load, style=style), gradient(ROWS, load, style=style)) < 1e-6
+
+
+def test_the_gradient_is_that_of_the_formula_of_one_batch():
+    """load = "current" is Switch's formula over all tokens of the step, differentiated by autograd."""
+    config = tiny()
+    model = build(config).double()
+    nll, (routing,) = model(IDS[:, :-1], IDS[:, 1:])
+    balance = objectives.load_balance(routing.load_E, routing.prob_E)
+    loss = nll.mean() + 0.3 * balance + 0.1 * routing.z / nll.numel()
+    loss.backward()
+    assert farthest(gradient(2, "current"), [parameter.grad for parameter in model.parameters()]) < 1e-6
+
+
+def test_balance_reaches_the_router_and_the_load_matters():
+    router = [name for name, _ in build(tiny()).named_parameters()].index("blocks.1.feedforward.router.weight")
+    without, previous, current = (
+        gradient(2, load, balance)[router] for load, balance in (("previous", 0), ("previous", 1), ("current", 1))
+    )
+    assert (without - previous).abs().max() > 1e-4
+    assert (previous - current).abs().max() > 1e-4

@@ -1,0 +1,77 @@
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import tiny
+from khanhllm.config import Config, UserError, preset, preset_names, resolve, to_toml
+from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load_and_survive_the_run_folder(name):
+    config = resolve(preset(name))
+    assert resolve(tomllib.loads(to_toml(config))) == config
+
+
+def test_reference_preset_to_the_letter():
+    config = resolve(preset("khanh-692m"))
+    assert total_parameters(on_paper(config.model)) == 692_196_352
+    assert (config.model.experts, config.model.experts_per_token, config.train.accumulation) == (8, 2, 64)
+    assert config.optim.name == "adamw8bit"
+
+
+def test_sizes_of_the_others():
+    size = {name: on_paper(resolve(preset(name)).model) for name in preset_names()}
+    assert total_parameters(size["modern-692m"]) == pytest.approx(692_196_352, rel=0.001)
+    assert total_parameters(size["mini"]) == pytest.approx(25e6, rel=0.05)
+    assert active_parameters(size["small"]) == pytest.approx(125e6, rel=0.03)
+
+
+@given(st.text())
+def test_any_text_survives_toml(text):
+    config = resolve({"train": {"sample_prompt": text.encode("utf-8", "replace").decode()}})
+    assert resolve(tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model": {"dmi": 3}}, "unknown key model.dmi (did you mean dim?)"),
+        ({"trian": {}}, "unknown key trian (did you mean train?)"),
+        ({"optim": {"lr": "nan"}}, "optim.lr"),
+        ({"optim": {"lr": -1}}, "greater than 0"),
+        ({"train": {"steps": "many"}}, "train.steps"),
+        ({"train": 5}, "train"),
+        ({"model": {"heads": 3}}, "multiple of heads"),
+        ({"model": {"experts_per_token": 9}}, "exceeds experts"),
+        ({"model": {"pattern": "DXM"}}, "model.pattern"),
+        ({"optim": {"name": "sgd"}}, "adamw8bit"),
+    ],
+)
+def test_a_wrong_key_is_one_line_that_names_it(settings, says):
+    with pytest.raises(UserError) as error:
+        resolve(settings)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+KEYS = [(section, key) for section, values in Config() for key, _ in values]
+JUNK = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers()))
+
+
+@given(st.sampled_from(KEYS), JUNK)
+def test_any_junk_is_accepted_or_refused_in_one_line(key, junk):
+    section, name = key
+    try:
+        config = resolve({section: {name: junk}})
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert resolve(tomllib.loads(to_toml(config))) == config
+
+
+def test_a_config_cannot_change():
+    with pytest.raises(Exception, match="frozen"):
+        tiny().train.steps = 5
