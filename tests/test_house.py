@@ -8,10 +8,10 @@ import khanhllm
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
     config
-    tokenizer data.sources data.shards data.prepare data.batches objectives schedule
+    tokenizer data.sources data.documents data.shards data.writer data.prepare data.batches objectives schedule
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
-    machine.runtime machine.fit optim checkpoint log draw saved evaluate generate
+    machine.runtime machine.fit optim checkpoint draw log saved evaluate generate
     train
     doctor demo
     cli __main__

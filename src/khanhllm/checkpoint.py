@@ -33,10 +33,10 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
         _make_room(run, model, optimizer)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        tensors, rest = _flatten(optimizer)
+        tensors, numbers = _flatten(model, optimizer)
         _save_tensors({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside / "model")
         _save_tensors(tensors, aside / "optimizer")
-        _write_json(aside / "state.json", {"format": FORMAT, "step": step, "optimizer": rest, **state})
+        _write_json(aside / "state.json", {"format": FORMAT, "step": step, "optimizer": numbers, **state})
         _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
         _sync(aside)
         if final.exists():  # one that was found broken, on a road that is now walked again
@@ -113,32 +113,36 @@ def load_model(path: Path, model: nn.Module) -> None:
     model.load_state_dict(saved)
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
-    """Give the optimizer back the state that `save` took; `rest` is the "optimizer" entry of the saved state."""
-    if rest["class"] != type(optimizer).__name__:
-        raise UserError(f"{path} was written by {rest['class']}, the config now asks for {type(optimizer).__name__}")
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
-    for name, tensor in load_file(path / "optimizer.safetensors").items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+    """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
+
+    UserError if it was written by another kind of optimizer.
+    """
+    kind = type(optimizer).__name__
+    if numbers["class"] != kind:
+        raise UserError(f"{path} was written by {numbers['class']}, but optim.name now asks for {kind}")
+    parameters = dict(model.named_parameters())
+    for name, values in numbers["state"].items():
+        optimizer.state[parameters[name]] = dict(values)
+    for full_name, tensor in load_file(path / "optimizer.safetensors").items():
+        name, _, key = full_name.rpartition("/")
+        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as named tensors and as what JSON can hold."""
-    state = optimizer.state_dict()
+def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state by parameter name: as tensors, and as what JSON can hold."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    for index, values in state["state"].items():
-        numbers[str(index)] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-        for key, value in values.items():
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        numbers[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        for key, value in state.items():
             if isinstance(value, Tensor):
                 shared = value.data_ptr() in seen  # tables that all parameters use; safetensors wants one owner each
-                tensors[f"{index}.{key}"] = value.clone() if shared else value.contiguous()
+                tensors[f"{name}/{key}"] = value.clone() if shared else value.contiguous()
                 seen.add(value.data_ptr())
-    rest = {"class": type(optimizer).__name__, "state": numbers, "param_groups": state["param_groups"]}
-    return tensors, rest
+    return tensors, {"class": type(optimizer).__name__, "state": numbers}
 
 
 def _make_room(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -204,13 +204,15 @@ def _generate(options: argparse.Namespace) -> None:
     """Let a trained model continue a prompt; the text streams as it is made."""
     sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate")
     machine = resolve(_given(options)).machine
+    from khanhllm.draw import visible
     from khanhllm.generate import write
     from khanhllm.saved import open_run
 
     saved = open_run(Path(options.run), machine)
+    shown = visible if sys.stdout.isatty() else str
     print(options.prompt, end="", flush=True)
     for piece in write(saved.model, saved.tokenizer, saved.machine, options.prompt, sampling):
-        print(printable(piece), end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
 
 
@@ -221,13 +223,6 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
         text = f"{field.description} (default {field.default})"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
     _knobs(parser, ["machine"])
-
-
-def printable(text: str) -> str:
-    """On a terminal, control characters that a model invents must not move the cursor."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -1,16 +1,17 @@
 """Numbers become pictures: the loss as a curve, the experts as a row of little columns.
 
-Two alphabets draw in a terminal. A braille character holds 2 x 4 dots, so a line of 70 draws a curve through 140 points.
-Eighths of a block make columns, one per expert, and half height is an even share: a glance tells who is idle and who
-carries the layer. Colour says it once more, never alone. Here is also what makes numbers short (`short`, `duration`)
-and strange text harmless (`visible`). Nothing here knows of a model or of training.
+Two alphabets draw in a terminal. A braille character holds 2 x 4 dots, so a line of 70 draws a curve through 140
+points. Eighths of a block make columns, one per expert, and half height is an even share: a glance tells who is idle
+and who carries the layer. Colour says it once more, never alone. What makes numbers short and strange text harmless
+is here too. Nothing here knows of a model or of training.
 """
 
 import csv
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ FAR = (1 / 4, 2.0)  # outside: red, and a word about it
 
 
 def short(number: float) -> str:
-    """4 significant characters and a unit: 950, 12.3 k, 692.2 M, 1.5 B."""
+    """With a unit, and one digit behind the point: 950, 12.3 k, 692.2 M, 1.5 B."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= 0.99995 * size:
             return f"{number / size:.1f}".removesuffix(".0") + unit
@@ -52,14 +53,14 @@ def visible(text: str, encoding: str = "utf-8") -> str:
 def braille(values: Sequence[float] | Floats, width: int, height: int, low: float, high: float) -> list[str]:
     """A curve through evenly spaced values, as `height` lines of `width` characters. What lies outside low to high
     is drawn at the edge."""
-    cells = [[0x2800] * width for _ in range(height)]
+    cells = [[0] * width for _ in range(height)]
     last = 4 * height - 1
-    levels = [round(level) for level in np.clip((high - _spread(values, 2 * width)) / (high - low or 1) * last, 0, last)]
+    levels = [round(level) for level in np.clip((high - _spread(values, 2 * width)) / (high - low) * last, 0, last)]
     for x, (before, level) in enumerate(zip(levels[:1] + levels, levels, strict=False)):
         step = (level > before) - (level < before)
         for y in range(before + step, level + step, step) if step else [level]:
             cells[y // 4][x // 2] |= DOTS[y % 4][x % 2]
-    return ["".join(map(chr, line)) for line in cells]
+    return ["".join(chr(0x2800 + dots) if dots else " " for dots in line) for line in cells]
 
 
 def _spread(values: Sequence[float] | Floats, places: int) -> Floats:
@@ -78,11 +79,11 @@ def bars(shares: Sequence[float], width: int) -> Text:
     """One column for each expert. Too many for the width: neighbours share one, and the least even of them shows."""
     text, count = Text(), len(shares)
     fold = max(1, -(-count // max(1, width)))
-    roomy = 3 * count - 1 <= width
+    thick, gap = next(((t, g) for t, g in ((2, " "), (1, " "), (1, "")) if count * (t + len(g)) <= width + 1), (1, ""))
     for start in range(0, count, fold):
         ratio = max((share * count for share in shares[start : start + fold]), key=_unevenness)
-        glyph = " " if math.isnan(ratio) else COLUMNS[min(7, max(0, round(4 * ratio) - 1))]
-        text.append(glyph * (1 + roomy), _colour(ratio)).append(" " if roomy and start + 1 < count else "")
+        column = "?" if math.isnan(ratio) else COLUMNS[min(7, max(0, round(4 * ratio) - 1))]
+        text.append(column * thick, _colour(ratio)).append(gap if start + fold < count else "")
     return text
 
 
@@ -101,16 +102,17 @@ def expert_table(load_LE: list[list[float]], layers: list[int]) -> Table:
     """How the tokens of each mixture layer were shared among its experts, with a verdict in words."""
     table = Table(box=None, pad_edge=False, header_style="dim", caption_style="dim", caption_justify="left")
     table.caption = "a column of half height is an even share; balance = experts x sum of squared shares, 1.00 is even"
-    for header in ("layer", "least", "most", "balance"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.columns.insert(1, table.columns[0].__class__(header="share of tokens, from expert 0", no_wrap=True))
+    table.add_column("layer", justify="right")
+    for header in ("tokens per expert", "shares"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("balance", justify="right", no_wrap=True)
     table.add_column("verdict")
-    for index, column in enumerate(table.columns):
-        column._index = index
     for layer, shares in zip(layers, load_LE, strict=True):
         balance = len(shares) * sum(share**2 for share in shares)
-        ends = (f"{100 * end:.0f} %" for end in (min(shares), max(shares)))
-        table.add_row(str(layer), bars(shares, 32), *ends, f"{balance:.2f}", verdict(shares))
+        measured = math.isfinite(balance)
+        ends = f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" if measured else "–"
+        columns = bars(shares, 16 if len(shares) <= 8 else 32)
+        table.add_row(str(layer), columns, ends, f"{balance:.2f}" if measured else "–", verdict(shares))
     return table
 
 
@@ -128,6 +130,127 @@ def verdict(shares: Sequence[float]) -> str:
 
 
 def _experts(which: list[int]) -> str:
-    if len(which) > 3:
+    if len(which) > 2:
         return f"{len(which)} experts"
     return f"expert{'s' * (len(which) > 1)} {' and '.join(map(str, which))}"
+
+
+def read_log(csv_file: Path) -> dict[str, Floats]:
+    """What the curves need of a training log: the rows that have a loss; nan where nothing was measured."""
+    rows: list[dict[str, str]] = []
+    names = ("tokens", "loss", "val_ce", "val_bpb")
+    if csv_file.exists():
+        with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = [row for row in csv.DictReader(file, restval="") if _known(row, "tokens") and _known(row, "loss")]
+    return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+
+
+def _known(row: dict[str, str], name: str) -> bool:
+    return math.isfinite(_number(row.get(name)))
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def smooth(values: Floats) -> Floats:
+    """Each point as the mean of the fiftieth of the curve around it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at, reach = np.arange(len(values)), len(values) // 100
+    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    means: Floats = (sums[last] - sums[first]) / (last - first)
+    return means
+
+
+def frame(values: Sequence[float] | Floats) -> tuple[float, float]:
+    """Lowest and highest value worth drawing: the first twentieth of a long run falls from so high that, drawn to
+    scale, it would press all that follows into one line."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known[len(known) // 20 :].max())
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def loss_curve_text(csv_file: Path, width: int = 76, height: int = 14) -> str:
+    """The loss against the tokens seen, as lines of at most `width` characters; dots are validations."""
+    log = read_log(csv_file)
+    tokens, loss, checked = log["tokens"], log["loss"], log["val_ce"]
+    if not len(loss):
+        return "no loss was logged yet"
+    low, high = frame(np.concatenate([loss, checked]))
+    across, down = max(8, width - 8), max(3, height - 3)
+    lines = braille(smooth(loss), across, down, low, high)
+    for x, y in _places(tokens, checked, across, down, low, high):
+        lines[y] = lines[y][:x] + "●" + lines[y][x + 1 :]
+    labels = {0: high, down // 2: high - (high - low) * (down // 2) / (down - 1), down - 1: low}
+    title = f"loss in nats per token, from {loss[0]:.2f}" + ("; ● validation" if np.isfinite(checked).any() else "")
+    ends = short(tokens[0]), f"{short(tokens[-1])} tokens"
+    return "\n".join(
+        [
+            title[:width],
+            *(f"{labels[y]:6.2f} ┤{line}" if y in labels else f"{'':6} │{line}" for y, line in enumerate(lines)),
+            f"{'':6} └" + "─" * across,
+            f"{'':8}{ends[0]}{ends[1]:>{max(0, across - len(ends[0]))}}",
+        ]
+    )
+
+
+def _places(
+    tokens: Floats, checked: Floats, across: int, down: int, low: float, high: float
+) -> Iterator[tuple[int, int]]:
+    """Column and line of each validation."""
+    for x, value in zip((tokens - tokens[0]) / max(1.0, tokens[-1] - tokens[0]), checked, strict=True):
+        if math.isfinite(value):
+            height = (high - value) / (high - low)
+            yield round(x * (across - 1)), min(down - 1, max(0, round(height * (down - 1))))
+
+
+def loss_curve_png(csv_file: Path, png: Path, title: str) -> None:
+    """The same curve as an image: each step thin, their mean bold, validations as points.
+
+    The right axis says what the left one means in bits per byte of the validation text."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib.ticker import FuncFormatter
+
+    log = read_log(csv_file)
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    title = visible(title if len(title) <= 40 else "…" + title[-39:])
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=12, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set(xlabel="tokens seen in training", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
+    if len(log["loss"]):
+        axes.set_title("; ".join(_draw_curves(axes, log)), loc="right", fontsize=9, color="#666666", pad=12)
+        axes.legend(frameon=False, loc="upper right")
+    else:
+        axes.text(0.5, 0.5, "no loss was logged yet", transform=axes.transAxes, ha="center", color="#666666")
+    figure.savefig(png)
+
+
+def _draw_curves(axes: Any, log: dict[str, Floats]) -> Iterator[str]:
+    """Draw, and say the numbers that matter."""
+    tokens, loss, checked, bits = log.values()
+    low, high = frame(np.concatenate([loss, checked]))
+    room = 0.06 * (high - low)
+    axes.set(xlim=(0, 1.02 * max(1.0, tokens[-1])), ylim=(low - room, high + room))
+    axes.plot(tokens, loss, color="#3b6fb5", linewidth=0.7, alpha=0.35)
+    axes.plot(tokens, smooth(loss), "o-"[len(loss) > 1 :], color="#3b6fb5", linewidth=2, label="training")
+    yield f"loss at the first step {loss[0]:.2f}"
+    seen = np.isfinite(checked)
+    if seen.any():
+        axes.plot(tokens[seen], checked[seen], "o-", color="#d9622b", linewidth=1.2, markersize=5, label="validation")
+        yield f"validation at the end {checked[seen][-1]:.3f}"
+    measured = seen & (checked > 0) & (bits > 0)
+    if measured.any():
+        ratio = float(bits[measured][-1] / checked[measured][-1])
+        right = axes.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bpb: bpb / ratio))
+        right.set_ylabel("validation, bits per byte")
+        right.spines["right"].set_visible(False)
+        yield f"{bits[measured][-1]:.3f} bits per byte"

@@ -4,13 +4,20 @@ the tokenizer and compares with gzip."""
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import torch
 
+from khanhllm.config import MachineConfig, UserError
+from khanhllm.data.documents import Reader
+from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.sources import locate
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
+from khanhllm.saved import Saved, open_run
+from khanhllm.tokenizer import Tokenizer
 
 
 class Score(TypedDict):
@@ -20,6 +27,51 @@ class Score(TypedDict):
     """bits per byte of raw text"""
     val_bytes: int
     val_tokens: int
+
+
+def score_run(run: Path, source: str | None = None, machine_config: MachineConfig | None = None) -> Score:
+    """Score a run on all that it held out, or on every byte of another source."""
+    saved = open_run(run, machine_config)
+    windows = windows_of(source, saved) if source else held_out(saved).windows()
+    rows = saved.config.train.micro_batch
+    return score(saved.model, windows, saved.tokenizer.token_bytes, saved.machine, rows)
+
+
+def held_out(saved: Saved) -> Shards:
+    """The validation documents of a run. UserError if its shards are gone."""
+    return _matching(saved.data, saved)
+
+
+def windows_of(source: str, saved: Saved) -> Iterator[np.ndarray]:
+    """The text of any source as windows to score; of prepared shards, the validation split."""
+    if (Path(source) / MANIFEST).exists():
+        yield from _matching(Path(source), saved).windows()
+        return
+    context, kept = saved.config.model.context, np.empty(0, np.int64)
+    for ids in _tokens(source, saved.tokenizer):
+        kept = np.concatenate((kept, ids))
+        while len(kept) > context:
+            yield kept[: context + 1]
+            kept = kept[context:]
+    if len(kept) > 1:
+        yield kept
+
+
+def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Each document of a source as training sees it: after an end-of-text."""
+    place = locate(source)
+    groups = place.groups()
+    reader = Reader(place, groups)
+    for rank in range(len(groups)):
+        for document in reader.run(rank=rank):
+            yield np.array([tokenizer.end_of_text, *tokenizer.encode(document.text)], np.int64)
+
+
+def _matching(folder: Path, saved: Saved) -> Shards:
+    shards = Shards.open(folder, "validation", saved.config.model.context)
+    if shards.manifest.tokenizer != saved.tokenizer.sha256:
+        raise UserError(f"{folder} was prepared with another tokenizer than the run's; score its text instead (--data)")
+    return shards
 
 
 @torch.no_grad()
@@ -39,9 +91,9 @@ def score(
         nats += nll_BT.double().sum().item()
         size += int(token_bytes[batch[:, 1:]].sum())
         tokens += nll_BT.numel()
-    return Score(
-        val_ce=nats / max(tokens, 1), val_bpb=nats / math.log(2) / max(size, 1), val_bytes=size, val_tokens=tokens
-    )
+    if not tokens:
+        raise UserError("there is no text to score")
+    return Score(val_ce=nats / tokens, val_bpb=nats / math.log(2) / max(size, 1), val_bytes=size, val_tokens=tokens)
 
 
 def _same_length(windows: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:

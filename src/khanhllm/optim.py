@@ -4,6 +4,8 @@ The upside-down pyramid: AdamW keeps two numbers for each weight. In 8 bits, qua
 2022, arXiv 2110.02861), they take 2 bytes instead of 8 and learn as well. bitsandbytes does it on CPU and GPU alike.
 """
 
+import logging
+
 import torch
 from torch import nn
 
@@ -32,6 +34,7 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups(model, config.weight_decay), **settings, fused=True)  # type: ignore[arg-type]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs
     try:
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # its import loads a shared library, and what that raises depends on the platform

@@ -21,6 +21,10 @@ class Saved:
     tokenizer: Tokenizer
     step: int
     """optimizer steps behind the weights"""
+    data: Path
+    """the folder of shards that it was trained on"""
+    load: list[list[float]]
+    """each expert's share of the load in the last step, for each mixture layer"""
 
 
 def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
@@ -36,4 +40,7 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
         model = Transformer(config.model, config.loss.chunk)
     checkpoint.load_model(path, model)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
-    return Saved(config, machine, fit(model, machine, "none"), tokenizer, checkpoint.read_state(path)["step"])
+    state = checkpoint.read_state(path)
+    return Saved(
+        config, machine, fit(model, machine, "none"), tokenizer, state["step"], Path(state["folder"]), state["load"]
+    )

@@ -76,7 +76,7 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
         last = checkpoint.newest(folder) if resume else None
         state = _continue(parts, last) if last else _start(parts)
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        with Log.open(folder, config, start_step=state.step) as log:
+        with Log.open(folder, config, state.step, total_parameters(parts.model)) as log:
             for line in _introduction(parts, state):
                 log.say(line)
             _loop(parts, state, log, stop)
@@ -200,7 +200,12 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
 
 def _save(parts: Parts, state: State, log: Log, must: bool) -> None:
     """Save, and let the run go on if that fails; but `must` is the last chance, so then the failure is the user's."""
-    extra = {"cursor": state.cursor, "load": state.load_LE, "data": parts.train.sha256}
+    extra = {
+        "cursor": state.cursor,
+        "load": state.load_LE,
+        "data": parts.train.sha256,
+        "folder": str(parts.train.folder.resolve()),
+    }
     try:
         path = checkpoint.save(parts.run, state.step, parts.model, parts.optimizer, extra)
     except OSError as error:
@@ -248,7 +253,7 @@ def _continue(parts: Parts, path: Path) -> State:
     if saved["data"] != parts.train.sha256:
         raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
     checkpoint.load_model(path, parts.model)
-    checkpoint.load_optimizer(path, parts.optimizer, saved["optimizer"])
+    checkpoint.load_optimizer(path, parts.model, parts.optimizer, saved["optimizer"])
     return State(saved["step"], saved["cursor"], saved["load"])
 
 

@@ -1,4 +1,4 @@
-"""The parts of the model against their definitions, written out plainly in fp64."""
+"""The parts of the model against their definitions, written out plainly, in fp64 where it exists."""
 
 import math
 
@@ -23,12 +23,13 @@ def one_expert(experts, index, x):
 @pytest.mark.parametrize("style", ["classic", "modern"])
 @pytest.mark.parametrize("road", [loop_linear, grouped_linear])
 def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
-    mixture = build(tiny(style)).blocks[1].feedforward.double()
+    dtype = torch.float64 if road is loop_linear else torch.float32  # grouped_mm knows no fp64
+    mixture = build(tiny(style)).blocks[1].feedforward.to(dtype)
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.normal_(0, 0.5, generator=G)  # biases too
     mixture.experts.linear = road
-    x = torch.randn(2, 9, 32, generator=G, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 9, 32, generator=G, dtype=dtype, requires_grad=True)
     y, (routing,) = mixture(x)
     flat = x.flatten(0, 1)
     weight, expert = (flat.float() @ mixture.router.weight.float().T).softmax(-1).topk(2)
@@ -39,13 +40,13 @@ def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
             for t in range(len(flat))
         ]
     )
-    assert torch.allclose(y.flatten(0, 1), plain, atol=1e-6)
+    assert torch.allclose(y.flatten(0, 1), plain, atol=1e-5)
     assert routing.load_E.sum() == 2 * len(flat)  # nothing dropped, nothing twice
-    target = torch.randn(y.shape, generator=G, dtype=torch.float64)
+    target = torch.randn(y.shape, generator=G, dtype=dtype)
     ours = torch.autograd.grad((y * target).sum(), [x, *mixture.parameters()], retain_graph=True)
     theirs = torch.autograd.grad((plain.view_as(y) * target).sum(), [x, *mixture.parameters()])
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("road", [loop_linear, grouped_linear])

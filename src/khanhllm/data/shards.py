@@ -1,0 +1,193 @@
+"""The shard format: a folder of raw little-endian token ids, a manifest that says what they are, and a tokenizer.
+
+    manifest.json   tokenizer.json   vocab.txt   train-00000.bin   validation-00000.bin   ...
+
+Each document is preceded by end-of-text: E doc E doc E doc. So a shard always starts with E, every byte of the text is
+the target of some prediction, and a prompt after a lone E is exactly what training has seen.
+
+Reading is a memory map: nothing is loaded before it is used and all processes share the pages. The order of rows is
+not stored but computed: `shuffled` is a permutation that answers for any single index in constant memory. That makes
+the whole position of a run one integer.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from khanhllm.config import UserError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+Split = Literal["train", "validation"]
+Dtype = Literal["uint16", "uint32"]
+
+
+class Shard(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Annotated[str, Field(pattern=r"^[\w-]+\.bin$")]
+    split: Split
+    tokens: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(gt=0)]
+    """raw UTF-8 text behind the tokens (bytes)"""
+    documents: Annotated[int, Field(gt=0)]
+    sha256: str
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    source: str
+    tokenizer: str
+    """sha256 of tokenizer.json"""
+    vocab_size: Annotated[int, Field(gt=0)]
+    dtype: Dtype
+    validation: float
+    """share of the documents that was asked to be held out"""
+    train_tokens: int
+    validation_tokens: int
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of a folder of shards. Raises UserError if there is none or it is not one of ours."""
+        path = folder / MANIFEST
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{folder} is no folder of prepared shards: {path.name}: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"{path} is damaged or not a shard manifest ({key}: {first['msg']}); prepare again"
+            ) from None
+        if manifest.version != VERSION:
+            raise UserError(f"{path} has version {manifest.version}, this program reads {VERSION}; prepare again")
+        return manifest
+
+    def of(self, split: str) -> list[Shard]:
+        return [shard for shard in self.shards if shard.split == split]
+
+
+def dtype_for(vocab_size: int) -> Dtype:
+    """Two bytes a token where the vocabulary allows."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+class Shards:
+    """The tokens of one split, as rows to train on or as windows to score. Made by `Shards.open`."""
+
+    def __init__(self, folder: Path, split: str, context: int, manifest: Manifest) -> None:
+        self.folder = folder
+        self.context = context
+        self.manifest = manifest
+        self.vocab_size = manifest.vocab_size
+        self._shards = manifest.of(split)
+        self._ids = [_mapped(folder, shard, manifest.dtype) for shard in self._shards]
+        self._ends = list(accumulate((len(ids) - 1) // context for ids in self._ids))
+        self.rows = self._ends[-1] if self._ends else 0
+        self.tokens = sum(shard.tokens for shard in self._shards)
+        # a short validation split is no hindrance: windows() uses the tails that rows drop
+        if not self.tokens or (split == "train" and not self.rows):
+            need = f"one row needs {context + 1} of them in one shard; take more text or a smaller model.context"
+            raise UserError(f"{folder} has {self.tokens} {split} tokens, too few for a context of {context}: {need}")
+
+    @classmethod
+    def open(cls, folder: Path, split: str, context: int) -> "Shards":
+        """Open one split, "train" or "validation", for rows of context + 1 tokens.
+
+        Raises UserError that names the file if one is missing, cut short or of another type than the manifest says,
+        and if the training split has not a single row.
+        """
+        return cls(folder, split, context, Manifest.read(folder))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the split: equal for equal tokens in equal shards, wherever the folder lies."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()
+
+    def row(self, index: int) -> np.ndarray:
+        """Row number `index` of `rows`: int64 (context + 1,); neighbours share one token.
+
+        Raises UserError if it holds an id beyond the vocabulary.
+        """
+        if not 0 <= index < self.rows:
+            raise IndexError(f"row {index} of {self.rows}")
+        nth = bisect_right(self._ends, index)
+        start = (index - (self._ends[nth - 1] if nth else 0)) * self.context
+        return self._window(nth, start)
+
+    def windows(self) -> Iterator[np.ndarray]:
+        """All tokens in order, as int64 arrays of 2 to context + 1 ids, each starting with the last of the one before.
+
+        Every token but the first end-of-text of each shard is a target exactly once.
+        """
+        for nth, ids in enumerate(self._ids):
+            for start in range(0, len(ids) - 1, self.context):
+                yield self._window(nth, start)
+
+    def _window(self, nth: int, start: int) -> np.ndarray:
+        ids = self._ids[nth][start : start + self.context + 1].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            at = int(np.argmax(ids >= self.vocab_size))
+            what = f"token id {ids[at]} at position {start + at} is beyond the vocabulary of {self.vocab_size}"
+            raise UserError(f"{self.folder / self._shards[nth].file}: {what}; the file is damaged, prepare again")
+        return ids
+
+    def verify(self) -> None:
+        """Read every file of the split and compare its sha256 with the manifest. Raises UserError naming the first."""
+        for shard in self._shards:
+            with (self.folder / shard.file).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                raise UserError(
+                    f"{self.folder / shard.file} is damaged: its sha256 is not the manifest's; prepare again"
+                )
+
+
+def _mapped(folder: Path, shard: Shard, dtype: Dtype) -> np.ndarray:
+    path = folder / shard.file
+    kind = np.dtype(dtype).newbyteorder("<")
+    try:
+        size = path.stat().st_size
+        if size != shard.tokens * kind.itemsize:
+            expected = f"{shard.tokens} tokens of {dtype} are {shard.tokens * kind.itemsize} bytes"
+            raise UserError(f"{path} has {size} bytes, but {expected}; it is cut short or changed, prepare again")
+        return np.memmap(path, dtype=kind, mode="r")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; prepare again") from None
+
+
+def shuffled(index: int, rows: int, seed: int, epoch: int, rounds: int = 6) -> int:
+    """Where `index` goes in this epoch's random order of range(rows): a bijection for every (seed, epoch).
+
+    A Feistel network permutes the next power of four; walking its cycle until it is back below `rows` (at most four
+    steps, on average) leaves a permutation of exactly range(rows).
+    """
+    if not 0 <= index < rows:
+        raise IndexError(f"row {index} of {rows}")
+    half = max(1, ((rows - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(rounds):
+            left, right = right, left ^ (_mixed(seed, epoch, number, right) & mask)
+        index = left << half | right
+        if index < rows:
+            return index
+
+
+def _mixed(seed: int, epoch: int, number: int, value: int) -> int:
+    key = b"".join(part.to_bytes(8, "little") for part in (seed, epoch, number, value))
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")

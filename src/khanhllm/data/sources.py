@@ -1,0 +1,230 @@
+"""Where text comes from: one source string becomes a list of files.
+
+Files are ordered by a hash of their names, so any prefix of the list is a fair sample of the whole: a run that needs
+little of a large source reads little of it, and the tokenizer's sample needs no second look. Nothing here opens a
+file; a remote source is knocked at once, with short patience, so that a missing network is known within seconds.
+"""
+
+import glob
+import os
+import sysconfig
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+from khanhllm.config import UserError, did_you_mean
+
+TEXT = (".txt", ".md", ".rst", ".py")
+LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+TABLES = (".parquet",)
+PACKED = (".gz", ".zst", ".parquet")
+ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES)}"
+LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
+
+C4 = "hf://datasets/allenai/c4/en"
+C4_FILES = 1024
+PATIENCE = 5.0
+"""seconds until an unanswered network counts as none"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source string, looked up."""
+
+    name: str
+    root: str
+    """folder or URL that all files lie under"""
+    files: tuple[str, ...]
+    """names relative to root, in reading order"""
+    text_bytes: tuple[int, ...]
+    """about how much text each file holds (bytes); 0 where unknown"""
+    fingerprint: str
+    """changes when a local file does"""
+    document_bytes: int
+    """about where text files are cut (characters)"""
+
+    @property
+    def size(self) -> int:
+        """About how much text there is (bytes); 0 if unknown."""
+        return sum(self.text_bytes)
+
+    def groups(self, least: int = 2**23) -> list[tuple[str, ...]]:
+        """Neighbouring files of about equal total size: the tasks of the pipeline, decided by the source alone."""
+        most = max(least, self.size // 256)
+        groups: list[list[str]] = []
+        room = 0
+        for name, size in zip(self.files, self.text_bytes, strict=True):
+            if room <= 0:
+                groups.append([])
+                room = most
+            groups[-1].append(name)
+            room -= size or most
+        return [tuple(group) for group in groups]
+
+
+def is_remote(source: str) -> bool:
+    return source == "c4" or source.startswith(("hf://", "http://", "https://"))
+
+
+def locate(source: str) -> Source:
+    """Find the files of a source. Raises UserError if there are none, or, within seconds, no network to them."""
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return _local(source, root, [path for path in _walk(root) if path.suffix in (".py", ".txt", ".rst")])
+    if source == "c4":
+        _ask(_hub(), source)
+        names = [f"c4-train.{number:05d}-of-{C4_FILES:05d}.json.gz" for number in range(C4_FILES)]
+        return _remote(source, C4, names)
+    if source.startswith("hf://"):
+        _ask(_hub(), source)
+        return _remote(source, *_listed(source))
+    if source.startswith(("http://", "https://")):
+        size = _ask(source, source, must_exist=True)
+        folder, _, name = source.rpartition("/")
+        return _remote(source, folder, [_known(name, source)], size)
+    if "://" in source:
+        raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
+    return _on_disk(source)
+
+
+def _on_disk(source: str) -> Source:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "manifest.json").exists():
+            raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
+        files = [found for found in _walk(path) if kind(found.name)]
+        if not files:
+            raise UserError(f"the folder {path} holds no text files; {ALLOWED}")
+        return _local(source, path, files)
+    if path.is_file():
+        return _local(source, path.parent, [path.with_name(_known(path.name, source))])
+    if glob.has_magic(source):
+        every = glob.glob(str(path), recursive=True)  # noqa: PTH207, Path.glob takes no absolute patterns
+        matching = [found for found in map(Path, every) if found.is_file()]
+        files = [found for found in matching if kind(found.name)]
+        if not files:
+            why = f"only files of unknown kind; {ALLOWED}" if matching else "nothing"
+            raise UserError(f"the pattern {source} matches {why}")
+        return _local(source, Path(os.path.commonpath([found.parent for found in files])), files)
+    guess = did_you_mean(source, ["stdlib", "c4"])
+    raise UserError(f"there is no file, folder or source named {source}{guess}; {LOCAL_HELP}")
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        # a folder of shards may well lie inside the folder of texts; its vocab.txt is no text to learn from
+        if "manifest.json" in names and "tokenizer.json" in names:
+            folders.clear()
+            continue
+        skip = {"__pycache__", "site-packages", "dist-packages"}
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def kind(name: str) -> str:
+    name = name.partition("?")[0].lower()
+    kinds = {"text": TEXT, "lines": LINES, "table": TABLES}
+    return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "")
+
+
+def _known(name: str, source: str) -> str:
+    if not kind(name):
+        raise UserError(f"{source} is of unknown kind; {ALLOWED}")
+    return name
+
+
+def _shuffled(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: blake2b(name.encode("utf-8", "surrogateescape")).digest())
+
+
+def _local(source: str, root: Path, paths: list[Path]) -> Source:
+    stats = {path.relative_to(root).as_posix(): path.stat() for path in paths}
+    for name, stat in stats.items():
+        if not stat.st_size and name.lower().endswith(PACKED):
+            raise UserError(f"{root / name} is empty (0 bytes); copy or download it again")
+    files = _shuffled(list(stats))
+    listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
+    sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)
+    fingerprint = blake2b(repr((str(root.resolve()), listing)).encode("utf-8", "surrogateescape")).hexdigest()
+    return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, _document_bytes(sum(sizes)))
+
+
+def _remote(source: str, root: str, names: list[str], size: int = 0) -> Source:
+    sizes = (size,) * len(names)
+    return Source(source, root, tuple(_shuffled(names)), sizes, source, _document_bytes(size or 2**22))
+
+
+def _document_bytes(total: int) -> int:
+    """Where text files are cut: small enough for a few dozen documents, large enough to keep most files whole."""
+    return min(max(total // 64, 2**11), 2**20)
+
+
+def _listed(source: str) -> tuple[str, list[str]]:
+    """Root and file names of a file, folder or pattern on the hub."""
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem()
+    path = source.removeprefix("hf://").rstrip("/")
+    with told(source):
+        single = glob.has_magic(path) is False and hub.isfile(path)  # type: ignore[no-untyped-call]
+        found = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
+    files = [str(name) for name in found if kind(str(name))]
+    if not files:
+        raise UserError(f"{source} holds no text files that exist and can be read; {ALLOWED}")
+    root = os.path.commonpath([name.rpartition("/")[0] for name in files])
+    return f"hf://{root}", [name.removeprefix(root + "/") for name in files]
+
+
+def _hub() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def _ask(url: str, source: str, must_exist: bool = False) -> int:
+    """Knock at a server before libraries that retry for minutes do. Returns the answer's length (bytes) or 0.
+
+    In a thread, because looking up a host name has no timeout of its own.
+    """
+    answer: list[int | Exception] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(url, headers={"User-Agent": "khanhllm"})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+                answer.append(int(response.headers.get("Content-Length") or 0))
+        except Exception as error:  # whatever it is, the caller's thread tells it
+            answer.append(error)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    reply = answer[0] if answer else TimeoutError("no answer")
+    if isinstance(reply, urllib.error.HTTPError):
+        if must_exist:
+            raise UserError(f"{urlsplit(url).hostname} answers {reply.code} {reply.reason} to {url}")
+        return 0
+    if isinstance(reply, Exception):
+        why = getattr(reply, "reason", reply)
+        raise UserError(f"no network for {source}: {urlsplit(url).hostname} does not answer ({why}); {LOCAL_HELP}")
+    return reply
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Turn whatever a library raises into the one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except EOFError:
+        raise UserError(f"{where} is cut short: its end is missing; copy or download it again") from None
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {where}: {why}; if it is damaged, copy or download it again") from None

@@ -1,0 +1,145 @@
+"""The last step of the datatrove pipeline: documents in, one shard for each split and task out.
+
+It leaves a report beside the shards, because a task may run in another process or on another machine, where nothing
+can be returned. Which side a document falls on is decided here, from its text alone.
+"""
+
+import hashlib
+import signal
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from pydantic import BaseModel
+
+from khanhllm.config import UserError
+from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
+from khanhllm.tokenizer import Tokenizer
+
+BATCH = 2**20
+"""characters tokenized at once"""
+HASHES = 2**64
+"""number of different text hashes"""
+
+
+class Report(BaseModel):
+    """What one task wrote."""
+
+    shards: list[Shard]
+    lowest: int
+    highest: int
+    """hashes of the texts that it read"""
+
+    def count(self, split: Split) -> int:
+        return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+
+class ShardWriter(PipelineStep):  # type: ignore[misc]
+    """The last step of the pipeline: tokenizes, splits, and writes one shard for each split and task."""
+
+    name = "KhanhLLM shards"
+    type = "writer"
+
+    def __init__(self, shards: Path, reports: Path, threshold: int, most: int, threads: int, in_child: bool) -> None:
+        """threshold: hashes below it are held out. most: training tokens after which the task ends, 0 for none."""
+        super().__init__()
+        self.shards = shards
+        self.reports = reports
+        self.threshold = threshold
+        self.most = most
+        self.threads = threads
+        self.in_child = in_child
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
+        if self.in_child:  # Ctrl-C reaches the whole group of processes; the parent answers it for all
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tokenizer = Tokenizer.load(self.shards / "tokenizer.json")
+        dtype = dtype_for(tokenizer.vocab_size)
+        try:
+            with (
+                _Growing(self.shards / f"train-{rank:05d}.bin", "train", dtype) as kept,
+                _Growing(self.shards / f"validation-{rank:05d}.bin", "validation", dtype) as held,
+            ):
+                lowest, highest = self._write(data, tokenizer, kept, held)
+            shards = [growing.shard() for growing in (kept, held) if growing.tokens]
+            report = Report(shards=shards, lowest=lowest, highest=highest)
+            report_path(self.reports, rank).write_text(report.model_dump_json(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write the shards: {error.strerror or error}") from None
+
+    def _write(
+        self, data: Iterable[Document], tokenizer: Tokenizer, kept: "_Growing", held: "_Growing"
+    ) -> tuple[int, int]:
+        lowest, highest = HASHES, 0
+        for texts in _batched(data):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts, self.threads), strict=True):
+                raw = text.encode()
+                value = text_hash(raw)
+                lowest, highest = min(lowest, value), max(highest, value)
+                (held if value < self.threshold else kept).add(tokenizer.end_of_text, ids, len(raw))
+                # two different texts at the least, or there would be nothing to hold out
+                if 0 < self.most <= kept.tokens and lowest < highest:
+                    return lowest, highest
+        return lowest, highest
+
+
+class _Growing:
+    """A shard while it is being written."""
+
+    def __init__(self, path: Path, split: Split, dtype: Dtype) -> None:
+        self.path = path
+        self.split = split
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.hash = hashlib.sha256()
+        self.tokens = self.bytes = self.documents = 0
+
+    def __enter__(self) -> "_Growing":
+        self.file = self.path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if not self.tokens:
+            self.path.unlink()
+
+    def add(self, end_of_text: int, ids: np.ndarray, size: int) -> None:
+        block = np.concatenate([[end_of_text], ids]).astype(self.dtype).tobytes()
+        self.file.write(block)
+        self.hash.update(block)
+        self.tokens += 1 + len(ids)
+        self.bytes += size
+        self.documents += 1
+
+    def shard(self) -> Shard:
+        return Shard(
+            file=self.path.name,
+            split=self.split,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            documents=self.documents,
+            sha256=self.hash.hexdigest(),
+        )
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document.text)
+        size += len(document.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def text_hash(raw: bytes) -> int:
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
+
+
+def report_path(folder: Path, rank: int) -> Path:
+    return folder / f"task-{rank:05d}.json"

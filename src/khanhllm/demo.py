@@ -1,0 +1,103 @@
+"""The whole story, told as it happens: text, tokenizer, shards, a hybrid model that learns, and what it writes."""
+
+import gzip
+import math
+import time
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from khanhllm import draw, train
+from khanhllm.config import Config, Sampling, preset, resolve
+from khanhllm.evaluate import held_out, score_run
+from khanhllm.generate import write
+from khanhllm.saved import Saved, open_run
+
+PROMPT = "import os\nimport sys\n\n\ndef main("
+
+
+def tell(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Train the nano preset on the standard library's own text and show everything. Takes a free folder."""
+    folder = _free(folder)
+    config = resolve(preset("nano"), settings, where="demo")
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    console.rule("[bold]KhanhLLM builds a small castle")
+    console.print(_plan(config), markup=False)
+    train.run(config, folder)
+    saved = open_run(folder)
+    if saved.step < config.train.steps:
+        return
+    console.rule("[bold]What it learned")
+    _curve(console, folder)
+    if saved.load:
+        console.print(draw.expert_table(saved.load, config.model.moe_layers))
+    _verdict(console, folder, saved)
+    console.rule("[bold]What it writes")
+    _sample(console, saved)
+    console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
+    console.print(NEXT.format(run=folder), markup=False, soft_wrap=True)
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that holds no run yet."""
+    names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1))
+    return next(name for name in names if not (name / "config.toml").exists())
+
+
+def _plan(config: Config) -> str:
+    model, train = config.model, config.train
+    chance = f"{math.log(model.vocab_size):.1f}"
+    return f"""\
+A language model learns to guess the next piece of text. This one has {len(model.pattern)} layers: dense ones, and
+mixture layers with {model.experts} experts, where a router sends each piece to the best {model.experts_per_token}.
+It starts from nothing and reads the source code of the Python that runs it.
+
+  1. a tokenizer learns {model.vocab_size:,} common pieces of text
+  2. the text becomes shards of numbers; {config.data.validation:.0%} of the files are set aside, never trained on
+  3. the model learns for {train.steps:,} steps of {config.tokens_per_step:,} tokens; a loss of {chance} is chance
+  4. it writes
+"""
+
+
+def _curve(console: Console, folder: Path) -> None:
+    log, picture = folder / "training_log.csv", folder / "loss.png"
+    draw.loss_curve_png(log, picture, "KhanhLLM nano")
+    console.print(draw.loss_curve_text(log, min(console.width, 100), 14), markup=False, soft_wrap=True)
+    console.print(f"\nThe same as a picture: {picture}\n", markup=False)
+
+
+def _verdict(console: Console, folder: Path, saved: Saved) -> None:
+    """Bits per byte on files it never saw, next to what a good compressor makes of the same bytes."""
+    shards = held_out(saved)
+    score = score_run(folder)
+    text = b"".join(saved.tokenizer.decode_bytes(window[1:].tolist()) for window in shards.windows())
+    zipped = 8 * len(gzip.compress(text, 9)) / len(text)
+    better = f"{1 - score['val_bpb'] / zipped:.0%} better" if score["val_bpb"] < zipped else "not yet better"
+    console.print(
+        f"On {score['val_bytes']:,} bytes of files it never saw: {score['val_bpb']:.3f} bits per byte. "
+        f"gzip -9 needs {zipped:.3f}: the model is {better}.\n",
+        markup=False,
+    )
+
+
+def _sample(console: Console, saved: Saved) -> None:
+    console.print(f"[dim]{escape(PROMPT)}[/]", end="")
+    for piece in write(saved.model, saved.tokenizer, saved.machine, PROMPT, Sampling(tokens=200)):
+        console.out(draw.visible(piece), end="", highlight=False)
+    console.print("\n")
+
+
+NEXT = """\
+Everything is in {run}: the checkpoint, the tokenizer with a readable vocab.txt, training_log.csv, samples.txt,
+loss.png, and config.toml, which reproduces the run. Try next:
+
+  khanhllm generate {run} --prompt "class Castle"          more of its writing
+  khanhllm train --resume --run {run} --steps 2000         let it learn on
+  khanhllm train mini --data PATH                          your own text, five times the model
+  khanhllm doctor {run}                                    is it healthy?
+"""

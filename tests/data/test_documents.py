@@ -1,0 +1,166 @@
+"""Laws of reading: text comes through whole, bad input is one line that names the file and the place."""
+
+import functools
+import gzip
+import http.server
+import json
+import threading
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khanhllm.config import UserError
+from khanhllm.data import documents
+from khanhllm.data.documents import Reader
+from khanhllm.data.sources import locate
+
+TEXTS = [f"Document {number}.\nIt has «two» lines and a number: {number * 7919}." for number in range(500)]
+JSON = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in TEXTS).encode()
+
+
+def read(source):
+    found = locate(str(source))
+    reader = Reader(found, [])
+    return [document.text for name in found.files for document in reader.read_file(name)]
+
+
+def complaint(source):
+    with pytest.raises(UserError) as caught:
+        read(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+def table(path, texts=TEXTS, column="text"):
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), column: texts}), path)
+    return path
+
+
+def packed(tmp_path):
+    frames = zstandard.compress(JSON[:1000]) + zstandard.compress(JSON[1000:])
+    return [
+        write(tmp_path / "a.jsonl", JSON),
+        write(tmp_path / "a.json.gz", gzip.compress(JSON)),
+        write(tmp_path / "b.jsonl.gz", gzip.compress(JSON[:999]) + gzip.compress(JSON[999:])),
+        write(tmp_path / "a.jsonl.zst", frames),
+        table(tmp_path / "a.parquet"),
+    ]
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK", 700)
+    for path in packed(tmp_path):
+        assert read(path) == TEXTS, path.name
+
+
+def test_a_file_cut_in_the_middle_is_named(tmp_path):
+    for path in packed(tmp_path):
+        if path.suffix != ".jsonl":
+            path.write_bytes(path.read_bytes()[:-9])
+            assert path.name in complaint(path)
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            assert path.name in complaint(path)
+    assert "cut short" in complaint(tmp_path / "a.json.gz")
+    assert "cut short" in complaint(tmp_path / "a.jsonl.zst")
+
+
+def test_a_zstandard_frame_cut_between_two_lines_is_noticed(tmp_path):
+    frame = zstandard.ZstdCompressor().compressobj()
+    data = frame.compress(JSON) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # whole lines, but no end of frame
+    assert "cut short" in complaint(write(tmp_path / "a.jsonl.zst", data))
+
+
+def test_garbage_is_named(tmp_path):
+    for name in ("a.json.gz", "a.jsonl.zst", "a.parquet"):
+        assert name in complaint(write(tmp_path / name, b"this is not packed at all" * 100))
+        assert f"{name} is empty" in complaint(write(tmp_path / name, b""))
+
+
+def test_a_bad_line_is_named_with_its_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "fine"}\n'
+    for bad, expected in {
+        b'{"text": "cut': "line 3 is not valid JSON",
+        b'{"body": "x", "id": 1}': "line 3 has no text column 'text'; it has: body, id",
+        b'["text"]': "line 3 is not a JSON object",
+        b'{"text": 7}': "line 3: 'text' must be text, not int",
+        b'{"text": "caf\xe9"}': "line 3 is not UTF-8 text (byte 13 of the line)",
+    }.items():
+        said = complaint(write(path, good * 2 + bad + b"\n" + good))
+        assert f"{path}, {expected}" in said
+
+
+def test_lone_surrogates_null_and_blank_lines_are_no_fault(tmp_path):
+    data = b'{"text": "a\\ud800b"}\n\n{"text": null}\n{"text": "  "}\r\n{"text": "\\ud83d\\ude00"}'
+    assert read(write(tmp_path / "a.jsonl", data)) == ["a\ufffdb", "😀"]
+
+
+def test_a_table_without_a_text_column_says_what_it_has(tmp_path):
+    assert "no text column 'text'" in complaint(table(tmp_path / "a.parquet", column="body"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    assert "'text' must be text, not int" in complaint(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**18])
+def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(documents, "BLOCK", block)
+    path = tmp_path / "latin.txt"
+    for data, offset in ((b"plain caf\xe9 au lait", 9), ("é".encode() * 50 + b"\xff", 100), (b"abc\xc3", 3)):
+        said = complaint(write(path, data))
+        assert f"{path} is not UTF-8 text (byte {offset})" in said and "convert it to UTF-8" in said
+
+
+@given(st.text(alphabet="ab \n\ré€😀", max_size=400), st.integers(1, 50), st.integers(1, 60))
+def test_pieces_of_a_text_joined_are_the_text(text, most, block):
+    pieces = list(documents._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= most
+    assert pieces == list(documents._pieces(iter([text]), most))
+
+
+def test_a_single_novel_becomes_many_documents_cut_at_blank_lines(tmp_path):
+    novel = "".join(f"Chapter {number}. {'It was a dark night. ' * 20}\n\n" for number in range(300))
+    texts = read(write(tmp_path / "novel.txt", b"\xef\xbb\xbf" + novel.encode()))
+    assert "".join(texts) == novel
+    assert 20 < len(texts) < 200 and all(text.endswith("\n\n") for text in texts)
+
+
+def test_files_of_a_folder_stay_whole(tmp_path):
+    for number in range(100):
+        write(tmp_path / f"{number}.txt", f"file {number}\n\n".encode() * 100)
+    assert len(read(tmp_path)) == 100
+
+
+def test_the_standard_library_reads_without_a_fault():
+    found = locate("stdlib")
+    reader = Reader(found, [])
+    assert any(True for name in found.files[:200] for _ in reader.read_file(name))
+
+
+def test_the_web_is_read_from_front_to_back(tmp_path):
+    packed(tmp_path)
+    write(tmp_path / "novel.txt", b"A line.\n\n" * 1000)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), quiet_handler(tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        for name in ("a.jsonl", "a.json.gz", "a.jsonl.zst"):
+            assert read(f"{root}/{name}") == TEXTS
+        assert "".join(read(f"{root}/novel.txt?download=true")) == "A line.\n\n" * 1000
+        assert "404" in complaint(f"{root}/missing.jsonl")
+        server.shutdown()
+
+
+def quiet_handler(folder):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    return functools.partial(Handler, directory=str(folder))

@@ -1,0 +1,221 @@
+"""Laws of preparation: the source alone decides the shards, nothing is lost, both splits live, all or nothing."""
+
+import gzip
+import json
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from khanhllm.config import DataConfig, UserError
+from khanhllm.data import prepare as module
+from khanhllm.data.documents import Reader
+from khanhllm.data.prepare import ensure, prepare, train_on
+from khanhllm.data.shards import Manifest, Shards
+from khanhllm.data.sources import Source, locate
+from khanhllm.tokenizer import train
+
+WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
+TOKENIZER = train([" ".join(WORDS)] * 3, 300)
+
+
+def text(number, length=40):
+    chosen = np.random.default_rng(number).choice(WORDS, length)
+    return f"{number} {' '.join(chosen)}"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for part in range(6):
+        lines = "".join(json.dumps({"text": text(part * 100 + line)}) + "\n" for line in range(100))
+        (folder / f"{part}.json.gz").write_bytes(gzip.compress(lines.encode()))
+    return folder
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Each file a task of its own."""
+    whole = Source.groups
+    monkeypatch.setattr(Source, "groups", lambda self: whole(self, least=1))
+
+
+def documents(folder, split):
+    manifest = Manifest.read(folder)
+    for shard in manifest.of(split):
+        ids = np.fromfile(folder / shard.file, dtype=manifest.dtype)
+        assert ids[0] == TOKENIZER.end_of_text
+        starts = [*np.flatnonzero(ids == TOKENIZER.end_of_text), len(ids)]
+        texts = [TOKENIZER.decode(ids[a + 1 : b]) for a, b in pairwise(starts)]
+        assert (len(texts), sum(len(found.encode()) for found in texts)) == (shard.documents, shard.bytes)
+        yield from texts
+
+
+def test_every_document_is_there_exactly_once(corpus, tmp_path, small_groups):
+    manifest = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1)
+    found = [*documents(tmp_path / "out", "train"), *documents(tmp_path / "out", "validation")]
+    assert sorted(found) == sorted(text(number) for number in range(600))
+    assert 20 < len(list(documents(tmp_path / "out", "validation"))) < 120
+    assert manifest == Manifest.read(tmp_path / "out") and manifest.dtype == "uint16"
+    assert manifest.train_tokens == Shards.open(tmp_path / "out", "train", 8).tokens
+
+
+def test_the_number_of_workers_does_not_show(corpus, tmp_path, small_groups):
+    for tokens in (0, 9000):
+        manifests = [
+            prepare(
+                str(corpus), TOKENIZER, tmp_path / f"{tokens}-{workers}", validation=0.1, tokens=tokens, workers=workers
+            )
+            for workers in (1, 3)
+        ]
+        assert manifests[0] == manifests[1]
+        for folder in (tmp_path / f"{tokens}-1", tmp_path / f"{tokens}-3"):
+            Shards.open(folder, "train", 8).verify()
+            on_disk = {path.name for path in folder.glob("*.bin")}
+            assert on_disk == {shard.file for shard in manifests[0].shards}
+
+
+def test_no_more_is_read_than_needed(corpus, tmp_path, small_groups, monkeypatch):
+    opened = []
+    read = Reader.read_file
+    monkeypatch.setattr(Reader, "read_file", lambda self, name: (opened.append(name), read(self, name))[1])
+    whole = prepare(str(corpus), TOKENIZER, tmp_path / "whole", validation=0.1, workers=1)
+    assert len(opened) == 6
+    opened.clear()
+    need = whole.train_tokens // 3
+    part = prepare(str(corpus), TOKENIZER, tmp_path / "part", validation=0.1, tokens=need, workers=1)
+    assert need <= part.train_tokens < 2 * need and len(opened) in (2, 3)
+    prefix = list(documents(tmp_path / "whole", "train"))
+    assert list(documents(tmp_path / "part", "train")) == prefix[: len(list(documents(tmp_path / "part", "train")))]
+
+
+def test_one_huge_file_is_left_early(tmp_path):
+    path = tmp_path / "huge.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": text(number)}) + "\n" for number in range(12_000)) + "not json", "utf-8"
+    )
+    part = prepare(str(path), TOKENIZER, tmp_path / "part", validation=0.1, tokens=1000, workers=1)
+    assert 1000 <= part.train_tokens < 1200
+
+
+def test_copies_of_a_text_never_straddle(tmp_path):
+    lines = [json.dumps({"text": text(number % 50)}) for number in range(500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / "out", validation=0.3)
+    kept, held = (set(documents(tmp_path / "out", split)) for split in ("train", "validation"))
+    assert kept and held and not kept & held
+
+
+@pytest.mark.parametrize("validation", [1e-9, 0.499999])
+@pytest.mark.parametrize("number", [2, 3])
+def test_two_documents_are_enough_for_both_splits(tmp_path, validation, number):
+    for seed in range(4):
+        lines = [json.dumps({"text": text(seed * 10 + nth)}) for nth in range(number)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        manifest = prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / f"out{seed}", validation=validation)
+        assert manifest.train_tokens and manifest.validation_tokens
+        assert sum(shard.documents for shard in manifest.shards) == number
+
+
+def test_one_document_or_none_is_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for content, said in ((json.dumps({"text": "only one"}) * 1, "single document"), ("\n", "holds no text")):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            prepare(str(path), TOKENIZER, tmp_path / "out", validation=0.1)
+    with pytest.raises(UserError, match="holds no text"):
+        train_on(str(path), 300, 1000)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_input_is_one_line_and_leaves_nothing_behind(corpus, tmp_path, small_groups, capfd, workers):
+    bad = corpus / "3.json.gz"
+    bad.write_bytes(bad.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"3\.json\.gz is cut short") as caught:
+        prepare(str(corpus), TOKENIZER, tmp_path / "new" / "out", validation=0.1, workers=workers)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "new").iterdir()) == []
+    heard = capfd.readouterr()
+    assert "Traceback" not in heard.err and "INFO" not in heard.err and heard.out == ""
+
+
+def test_an_existing_folder_is_never_touched(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="exists already"):
+        prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1)
+    assert (tmp_path / "out" / "mine.txt").read_text(encoding="utf-8") == "precious"
+
+
+def test_the_sample_is_capped_spread_and_free_of_held_out_text(corpus):
+    found = locate(str(corpus))
+    sample = list(module._sample(found, 6000, 0.2))
+    assert 5900 < sum(len(part.encode()) for part in sample) <= 6000
+    parts = {int(part.split()[0]) // 100 for part in sample if " " in part}
+    assert parts == set(range(6))
+    everything = list(module._sample(found, 10**9, 0.2))
+    assert 0.7 * 600 < len(everything) < 0.9 * 600
+
+
+def settings(source, tmp_path, **more):
+    return DataConfig(source=str(source), cache=str(tmp_path / "cache"), workers=1, validation=0.1, **more)
+
+
+def test_ensure_prepares_once_and_again_only_when_something_changed(corpus, tmp_path, monkeypatch):
+    made = []
+    whole = module._make
+    monkeypatch.setattr(module, "_make", lambda folder, *rest: (made.append(folder), whole(folder, *rest)))
+    first = ensure(settings(corpus, tmp_path), 300, 1000)
+    assert ensure(settings(corpus, tmp_path), 300, 999_999) == first and len(made) == 1
+    assert ensure(settings(corpus, tmp_path), 301, 1000) != first
+    assert ensure(settings(corpus, tmp_path, tokens=2000), 300, 1000) != first
+    (corpus / "more.txt").write_text("another text", encoding="utf-8")
+    assert ensure(settings(corpus, tmp_path), 300, 1000) != first
+    assert len(made) == 4
+
+
+def test_ensure_reads_of_a_large_source_only_what_the_run_needs(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WHOLE", 100)
+    folder = ensure(settings(corpus, tmp_path), 300, 2000)
+    assert 2000 <= Manifest.read(folder).train_tokens < 2300
+
+
+def test_ensure_takes_prepared_shards_as_they_are_and_checks_the_tokenizer(corpus, tmp_path):
+    out = tmp_path / "out"
+    prepare(str(corpus), TOKENIZER, out, validation=0.1, workers=1)
+    assert ensure(settings(out, tmp_path), 300, 1) == out
+    assert ensure(settings(out, tmp_path, tokenizer=str(out / "tokenizer.json")), 300, 1) == out
+    with pytest.raises(UserError, match=r"more than model\.vocab_size"):
+        ensure(settings(out, tmp_path), TOKENIZER.vocab_size - 1, 1)
+    other = tmp_path / "other.json"
+    train(["something else entirely"], 270).save(other)
+    with pytest.raises(UserError, match="does not match the shards"):
+        ensure(settings(out, tmp_path, tokenizer=str(other)), 300, 1)
+    (out / "tokenizer.json").write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="does not match the shards"):
+        ensure(settings(out, tmp_path), 300, 1)
+
+
+def test_ensure_uses_the_tokenizer_given(corpus, tmp_path):
+    TOKENIZER.save(tmp_path / "given.json")
+    folder = ensure(settings(corpus, tmp_path, tokenizer=str(tmp_path / "given.json")), 4000, 1)
+    assert Manifest.read(folder).tokenizer == TOKENIZER.sha256
+    with pytest.raises(UserError, match=r"more than model\.vocab_size 280"):
+        ensure(settings(corpus, tmp_path, tokenizer=str(tmp_path / "given.json")), 280, 1)
+
+
+def test_two_that_prepare_the_same_at_once_share_one_result(corpus, tmp_path, monkeypatch):
+    made = []
+    whole = module.prepare
+    monkeypatch.setattr(module, "prepare", lambda *args, **more: (made.append(1), whole(*args, **more)))
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(ensure(settings(corpus, tmp_path), 300, 1))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and len(found) == 3 and len(made) == 1

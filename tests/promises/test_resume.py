@@ -1,0 +1,160 @@
+"""20 steps equal 10 + 10 resumed, bit for bit: weights, moments, CSV. Also in three pieces, and from a signal."""
+
+import csv
+import hashlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny
+from khanhllm import checkpoint, train
+from khanhllm.config import Config, UserError, resolve
+
+TIMING = {"tokens_per_s", "mfu", "memory_mb", "seconds"}
+
+
+def config(corpus: Path, cache: Path, **settings: dict[str, object]) -> Config:
+    run = {
+        "data": {"source": str(corpus), "cache": str(cache), "validation": 0.2, "workers": 1},
+        "train": {
+            "steps": 20,
+            "accumulation": 2,
+            "eval_every": 4,
+            "eval_tokens": 200,
+            "save_every": 5,
+            "sample_every": 7,
+        },
+        "schedule": {"warmup": 4},
+    }
+    return resolve(tiny().model_dump(), run, settings)
+
+
+def outcome(run: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Hashes of the newest checkpoint's files, and the CSV without what depends on time."""
+    newest = checkpoint.newest(run)
+    files = {name: hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in FILES}
+    with (run / "training_log.csv").open() as file:
+        rows = [{key: value for key, value in row.items() if key not in TIMING} for row in csv.DictReader(file)]
+    return files, rows
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optim": {"name": "adamw8bit"}, "model": {"dim": 64, "hidden": 128}},
+        {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}},
+        {"model": {"pattern": "DD"}},
+    ],
+    ids=["adamw", "adamw8bit", "current-load", "dense"],
+)
+def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_path, monkeypatch):
+    whole = config(corpus, cache, **settings)
+    train.run(whole, tmp_path / "whole")
+    honest = train.train_step
+
+    def stop_after(step):
+        def stopping(parts, state, rows):
+            result = honest(parts, state, rows)
+            if result[0].step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(train, "train_step", stopping)
+
+    for step in (7, 13, None):  # 7 and 13 lie between checkpoints, and 13 is a second resume
+        stop_after(step)
+        train.run(whole, tmp_path / "pieces", resume=step != 7)
+    assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
+    assert len(outcome(tmp_path / "whole")[1]) == 20
+
+
+def test_a_kill_between_checkpoints_repeats_only_what_was_not_saved(corpus, cache, tmp_path):
+    """What a kill -9 leaves: a CSV that is ahead of the newest checkpoint."""
+    train.run(config(corpus, cache), tmp_path / "whole")
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    shutil.rmtree(killed / "checkpoints" / "step-0000020")
+    with (killed / "training_log.csv").open("a") as file:
+        file.write("21,13")  # half a line
+    train.run(config(corpus, cache), killed, resume=True)
+    assert outcome(killed) == outcome(tmp_path / "whole")
+
+
+def test_a_broken_newest_checkpoint_falls_back(corpus, cache, tmp_path):
+    train.run(config(corpus, cache), tmp_path / "run")
+    before = outcome(tmp_path / "run")
+    broken = tmp_path / "run" / "checkpoints" / "step-0000020" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
+    train.run(config(corpus, cache), tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == before
+
+
+def test_another_seed_is_another_run(corpus, cache, tmp_path):
+    """Or the equalities above would hold for any two runs."""
+    for seed in (0, 1):
+        train.run(config(corpus, cache, train={"seed": seed}), tmp_path / str(seed))
+    assert outcome(tmp_path / "0")[0]["model.safetensors"] != outcome(tmp_path / "1")[0]["model.safetensors"]
+
+
+def test_micro_batches_do_not_change_the_run_beyond_rounding(corpus, cache, tmp_path):
+    for micro_batch, accumulation in ((4, 1), (1, 4)):
+        shape = {"micro_batch": micro_batch, "accumulation": accumulation}
+        train.run(config(corpus, cache, train=shape), tmp_path / str(micro_batch))
+    losses = [[float(row["loss"]) for row in outcome(tmp_path / name)[1]] for name in ("1", "4")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_full_disk_does_not_stop_the_run(corpus, cache, tmp_path, monkeypatch, capsys):
+    honest = checkpoint.save
+
+    def sometimes_full(run, step, *rest):
+        if step == 10:
+            raise OSError("No space left on device")
+        return honest(run, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", sometimes_full)
+    train.run(config(corpus, cache), tmp_path / "run")
+    assert "training goes on" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(corpus, cache, tmp_path):
+    with pytest.raises(UserError, match=r"not finite.*--resume"):
+        train.run(config(corpus, cache, optim={"lr": 100, "clip": 0}, train={"save_every": 1}), tmp_path / "run")
+    newest = checkpoint.newest(tmp_path / "run")
+    if newest:
+        from safetensors.torch import load_file
+
+        assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+def test_two_trainings_in_one_folder_are_refused(corpus, cache, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="another training"):
+        train.run(config(corpus, cache), tmp_path / "run")
+
+
+def test_a_run_is_not_overwritten(corpus, cache, tmp_path):
+    train.run(config(corpus, cache, train={"steps": 1}), tmp_path / "run")
+    with pytest.raises(UserError, match="--resume"):
+        train.run(config(corpus, cache), tmp_path / "run")
+
+
+def test_other_shards_are_refused_on_resume(corpus, cache, tmp_path):
+    train.run(config(corpus, cache, train={"steps": 2}), tmp_path / "run")
+    with pytest.raises(UserError, match="other shards"):
+        train.run(config(corpus, cache, data={"validation": 0.4}), tmp_path / "run", resume=True)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from conftest import build, tiny
+from khanhllm import optim
+from khanhllm.config import OptimConfig
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_every_parameter_is_in_exactly_one_group(style):
+    model = build(tiny(style))
+    decay, rest = (group["params"] for group in optim.groups(model, 0.1))
+    assert len(decay) + len(rest) == len(list(model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {"head.weight", "blocks.1.feedforward.experts.up"} <= {names[id(p)] for p in decay}
+    assert all("norm" in names[id(p)] or "bias" in names[id(p)] or "embedding" in names[id(p)] for p in rest)
+
+
+def test_one_left_out_or_taken_twice_raises():
+    model = build(tiny())
+    found = optim.groups(model, 0.1)
+    for wrong in ([found[0]], [*found, found[1]]):
+        with pytest.raises(ValueError, match="exactly one"):
+            optim.check(model, wrong)
+
+
+def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
+    torch.manual_seed(0)
+    size, left = {}, {}
+    x = torch.randn(256, 128)
+    y = torch.tanh(x @ torch.randn(128, 64))
+    for name in ("adamw", "adamw8bit"):
+        torch.manual_seed(1)
+        layer = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
+        optimizer = optim.build(layer, OptimConfig(name=name, lr=3e-3, weight_decay=0))
+        for _ in range(100):
+            loss = (layer(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        size[name], left[name] = optim.state_bytes(optimizer), loss.item()
+    assert size["adamw8bit"] < 0.3 * size["adamw"]  # the small biases stay in fp32
+    assert left["adamw8bit"] < 1.2 * left["adamw"] + 0.01
