@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from khanhllm.config import Config, resolve
+from khanhllm.machine import runtime
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
 
-torch.set_num_threads(1)  # two test processes share the cores, and tiny products do not gain from threads
+torch.set_num_threads(1)
 
 
 def tiny(style: str = "modern", **model: object) -> Config:
@@ -46,6 +47,14 @@ def plain_machine() -> Machine:
 @pytest.fixture
 def machine() -> Machine:
     return plain_machine()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Two test processes share the cores; threads that wait for each other's cores take minutes for nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_short_numbers():
 
 
 def test_visible():
-    assert visible("a\tb\nc\x1b[0m é 漢 \u2028\u202e") == "a\\tb\nc\\x1b[0m é 漢 \\u2028\\u202e"
+    assert visible("a\tb\nc\x1b[0m é 漢 \u2028\u202e") == "a\tb\nc\\x1b[0m é 漢 \\u2028\\u202e"
 
 
 def test_matplotlib_is_loaded_only_for_the_image():

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -91,12 +92,12 @@ def cache_changes_nothing(model: Transformer) -> Finding:
 def roads_agree(model: Transformer) -> Finding:
     """The loop over experts, which defines what is right, and grouped_mm give the same logits."""
     ids_BT = some_ids(model, rows=2, length=32)
-    stacks = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    stacks: list[Any] = [module.experts for module in model.modules() if isinstance(module, MoE)]
     before = [experts.linear for experts in stacks]
     logits = []
     for road in (loop_linear, grouped_linear):
         for experts in stacks:
-            experts.linear = road  # type: ignore[assignment]
+            experts.linear = road
         logits.append(model.logits(ids_BT))
     for experts, road in zip(stacks, before, strict=True):
         experts.linear = road

@@ -44,9 +44,9 @@ def duration(seconds: float) -> str:
 
 
 def visible(text: str, encoding: str = "utf-8") -> str:
-    """The text with all that could steer a terminal written out (ESC as \\x1b); only line feeds stay."""
+    """The text with all that could steer a terminal written out (ESC as \\x1b); only line feeds and tabs stay."""
     hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-    shown = (c if c == "\n" or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text)
+    shown = (c if c in "\n\t" or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text)
     return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
 
 

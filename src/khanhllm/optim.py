@@ -14,7 +14,8 @@ from khanhllm.config import OptimConfig, UserError
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.dim() < 2 or "bias" in name.rpartition(".")[2] or name.startswith("embedding.")
         (rest if plain else decay).append(parameter)

@@ -96,7 +96,7 @@ def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
             _write_sample(parts, state.step, log)
         if due(state.step, train.save_every) or last or stop.asked:
             log.flush()
-            _save(parts, state, log, must=last or stop.asked)
+            _save(parts, state, log, must=last or bool(stop.asked))
     if state.step < train.steps:
         log.say(f"stopped by {stop.asked} after step {state.step}; saved. To go on: add --resume")
 

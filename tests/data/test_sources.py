@@ -1,6 +1,7 @@
 """Laws of looking up a source: the order is fair and fixed, what is wrong is said in one line and within seconds."""
 
 import socket
+import threading
 import time
 
 import pytest
@@ -104,4 +105,15 @@ def test_a_server_that_never_answers_is_no_network(monkeypatch):
         started = time.monotonic()
         with pytest.raises(UserError, match="no network for"):
             locate(f"http://127.0.0.1:{silent.getsockname()[1]}/x.txt")
+    assert time.monotonic() - started < 3
+
+
+def test_a_name_that_is_looked_up_for_ever_is_no_network(monkeypatch):
+    monkeypatch.setattr(sources, "PATIENCE", 0.3)
+    give_up = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: give_up.wait(20) and [])
+    started = time.monotonic()
+    with pytest.raises(UserError, match="no network for"):
+        locate("http://somewhere.invalid/x.txt")
+    give_up.set()
     assert time.monotonic() - started < 3

@@ -30,12 +30,12 @@ def test_mixture_law_holds(law, style):
 
 
 def test_a_missing_mask_is_caught(monkeypatch):
-    monkeypatch.setattr(attention, "_causal", lambda *_: {"is_causal": False})
+    monkeypatch.setattr(attention, "_causal", lambda *_: (None, False))
     assert not doctor.future_has_no_gradient(build(tiny())).kept
 
 
 def test_a_top_left_mask_over_a_cache_is_caught(monkeypatch):
-    monkeypatch.setattr(attention, "_causal", lambda *_: {"is_causal": True})
+    monkeypatch.setattr(attention, "_causal", lambda *_: (None, True))
     assert not doctor.cache_changes_nothing(build(tiny())).kept
 
 

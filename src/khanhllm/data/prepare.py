@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -37,6 +37,8 @@ from khanhllm.tokenizer import Tokenizer, train
 
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""
+LEAST_SAMPLE = 2**24
+"""text that a tokenizer needs at least, however short the run (bytes)"""
 SPREAD = 16
 """files, at least, that the tokenizer's sample is spread over"""
 
@@ -103,7 +105,8 @@ class _Job:
     def split(self, validation: float) -> list[Report]:
         """Run with the share asked for; a corpus too small for chance gives its lowest hash to validation."""
         amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
-        say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files")
+        limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
+        say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
         reports = self.run(int(validation * HASHES))
         if not reports:
             raise UserError(f"{self.source.name} holds no text: every file of it is empty")
@@ -227,7 +230,9 @@ def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_siz
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        tokenizer = tokenizer or train_on(data.source, vocab_size, data.tokenizer_sample, data.validation)
+        # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
+        sample = min(data.tokenizer_sample, max(8 * limit, LEAST_SAMPLE)) if limit else data.tokenizer_sample
+        tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation)
         prepare(data.source, tokenizer, folder, validation=data.validation, tokens=limit, workers=data.workers)
 
 
@@ -274,7 +279,11 @@ def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
     stop = Event()
 
     def tokens() -> int:
-        return sum(path.stat().st_size for path in folder.glob("*.bin")) // np.dtype(dtype).itemsize
+        size = 0
+        for path in folder.glob("*.bin"):
+            with suppress(FileNotFoundError):  # a task that held nothing out removes its empty file
+                size += path.stat().st_size
+        return size // np.dtype(dtype).itemsize
 
     def draw() -> None:
         columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens"), BarColumn(), TimeElapsedColumn())

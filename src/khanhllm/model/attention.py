@@ -36,8 +36,9 @@ class Attention(nn.Module):
         value_BHTd = self._heads(self.value(x_BTD))
         if past:
             key_BHTd, value_BHTd = past.append(key_BHTd, value_BHTd)
+        mask, is_causal = _causal(start, x_BTD.shape[1], x_BTD.device)
         out_BHTd = F.scaled_dot_product_attention(
-            query_BHTd, key_BHTd, value_BHTd, **_causal(start, x_BTD.shape[1], x_BTD.device), enable_gqa=self.grouped
+            query_BHTd, key_BHTd, value_BHTd, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped
         )
         return self.out(out_BHTd.transpose(1, 2).flatten(2))
 
@@ -45,13 +46,11 @@ class Attention(nn.Module):
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def _causal(start: int, new: int, device: torch.device) -> dict[str, Tensor | bool | None]:
-    """How to ask for causality when `new` queries follow `start` past positions.
+def _causal(start: int, new: int, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Mask and `is_causal` flag for `new` queries that follow `start` past positions.
 
-    `is_causal` aligns the mask at the top left, so it is right only where there is no past; one new query sees all.
+    The flag aligns its mask at the top left, so it is right only where there is no past; one new query sees all.
     """
-    if start == 0:
-        return {"is_causal": True}
-    if new == 1:
-        return {"is_causal": False}
-    return {"attn_mask": torch.ones(new, start + new, dtype=torch.bool, device=device).tril(start)}
+    if start == 0 or new == 1:
+        return None, start == 0
+    return torch.ones(new, start + new, dtype=torch.bool, device=device).tril(start), False

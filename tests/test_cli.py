@@ -1,0 +1,201 @@
+"""Every verb by its words, and wrong input of every kind: one line on stderr, exit code 2, nothing lost."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+import khanhllm
+from conftest import tiny
+from khanhllm import cli
+from khanhllm.config import to_toml
+
+VERBS = ["tokenizer", "prepare", "train", "generate", "evaluate", "doctor", "demo"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A tiny run, made through the front door; everything below reads it and nothing writes to it."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "tiny.toml").write_text(to_toml(tiny(vocab_size=600)))
+    words = ["train", "--config", str(place / "tiny.toml"), "--data", str(corpus), "--run", str(place / "run")]
+    knobs = ["--steps", "4", "--data.validation", "0.2", "--data.workers", "1", "--data.cache", str(place / "shards")]
+    assert cli.main([*words, *knobs, "--log.every", "1"]) == 0
+    return place
+
+
+def refused(capsys, *words: object) -> str:
+    """Run it, expect exit code 2 and a single line, and return that line."""
+    try:
+        code = cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("khanhllm")]
+    assert code == 2, error
+    assert len(lines) == 1, error
+    assert error.splitlines()[-1] == lines[0]
+    assert "Traceback" not in error
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_needs_no_torch_and_explains_each_option(verb):
+    """What makes it answer in under a second."""
+    code = f"import sys; from khanhllm import cli\ntry: cli.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'datatrove', 'numpy', 'rich') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
+    parser = next(action for action in cli._parser()._actions if action.choices).choices[verb]
+    assert all(action.help for action in parser._actions)
+
+
+def test_generate_streams_text(trained, capsys):
+    assert cli.main(["generate", str(trained / "run"), "--prompt", "import [red]é", "--tokens", "5"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("import [red]é")
+    cli.main(["generate", str(trained / "run"), "--prompt", "import [red]é", "--tokens", "5"])
+    assert capsys.readouterr().out == first
+
+
+def test_evaluate_counts_every_byte(trained, corpus, tmp_path, capsys):
+    assert cli.main(["evaluate", str(trained / "run"), "--json"]) == 0
+    held_out = json.loads(capsys.readouterr().out)
+    assert set(held_out) == {"val_ce", "val_bpb", "val_bytes", "val_tokens"}
+    path = tmp_path / "some.txt"
+    path.write_text("Ünïcödé, and plain text.\n" * 40, encoding="utf-8")
+    assert cli.main(["evaluate", str(trained / "run"), "--data", str(path), "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert score["val_bytes"] == path.stat().st_size
+    assert cli.main(["evaluate", str(trained / "run")]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_doctor_examines_a_run_and_a_preset(trained, capsys):
+    assert cli.main(["doctor", str(trained / "run"), "--json"]) in (0, 1)  # four steps may leave an expert hungry
+    report = json.loads(capsys.readouterr().out)
+    assert all(finding["kept"] for finding in report["findings"] if "experts share" not in finding["law"])
+    assert cli.main(["doctor", "khanh-692m"]) == 0
+    assert "692,196,352" in capsys.readouterr().out
+
+
+def test_load_gives_model_and_tokenizer(trained):
+    model, tokenizer = khanhllm.load(trained / "run")
+    assert model.config.vocab_size >= tokenizer.vocab_size
+    assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
+
+
+def test_the_run_folder_reproduces_the_run(trained, tmp_path):
+    words = ["train", "--config", str(trained / "run" / "config.toml"), "--run", str(tmp_path / "again")]
+    assert cli.main(words) == 0
+    weights = "checkpoints/step-0000004/model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (trained / "run" / weights).read_bytes()
+
+
+def test_tokenizer_and_prepare_then_train_on_the_shards(corpus, trained, tmp_path):
+    made = tmp_path / "tok.json"
+    assert cli.main(["tokenizer", "--data", str(corpus), "--vocab-size", "600", "--out", str(made)]) == 0
+    shards = ["--tokenizer", str(made), "--out", str(tmp_path / "shards"), "--workers", "1", "--validation", "0.2"]
+    assert cli.main(["prepare", "--data", str(corpus), *shards]) == 0
+    train = ["train", "--config", str(trained / "tiny.toml"), "--data", str(tmp_path / "shards"), "--steps", "1"]
+    assert cli.main([*train, "--run", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "nanoo"], "did you mean nano"),
+        (["train"], "name a preset"),
+        (["train", "nano", "--optim.lrr", "1"], "--optim.lr"),
+        (["train", "nano", "--optim.lr", "fast"], "optim.lr"),
+        (["train", "nano", "--optim.lr", "-1"], "optim.lr"),
+        (["train", "nano", "--steps", "0"], "train.steps"),
+        (["train", "nano", "--steps"], "--steps"),
+        (["train", "nano", "--model.heads", "7"], "multiple of heads"),
+        (["train", "nano", "--machine.device", "cuda:9"], "cuda:9"),
+        (["train", "nano", "--machine.precision", "fp8"], "bf16"),
+        (["train", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["train", "nano", "--data", "no/such/thing"], "no/such/thing"),
+        (["trian"], "trian"),
+        ([], "VERB"),
+        (["generate", "no-run"], "not a run folder"),
+        (["generate", "no-run", "--temperature", "hot"], "temperature"),
+        (["generate", "no-run", "--top-p", "2"], "top_p"),
+        (["evaluate", "no-run"], "not a run folder"),
+        (["doctor", "no-run"], "neither a run folder nor a preset"),
+        (["tokenizer", "--data", "stdlib", "--vocab-size", "10"], "vocab_size"),
+        (["tokenizer", "--data", "ftp://x/y"], "unknown source"),
+        (["prepare", "--data", "stdlib", "--tokenizer", "no.json", "--out", "x"], "no.json"),
+    ],
+)
+def test_wrong_words(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, *words)
+
+
+def text_file(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", "naïve\n".encode("latin-1") * 100, "not UTF-8"),
+        ("cut.json.gz", gzip.compress(b'{"text": "words and words"}\n' * 5000)[:-400], "cut short"),
+        ("notes.docx", b"PK", "known endings"),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": "br', "line 2"),
+        ("other.jsonl", b'{"body": "no text"}\n', "no text column"),
+        ("not.parquet", b"not a table at all", "not.parquet"),
+    ],
+)
+def test_wrong_data(name, data, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = text_file(tmp_path / name, data)
+    assert says in refused(capsys, "train", "nano", "--data", path, "--data.workers", "1", "--run", "run")
+
+
+def test_a_run_folder_is_not_overwritten(trained, corpus, capsys):
+    before = sorted((trained / "run").rglob("*"))
+    assert "--resume" in refused(capsys, "train", "nano", "--data", corpus, "--run", trained / "run")
+    assert sorted((trained / "run").rglob("*")) == before
+
+
+def test_resuming_nothing_is_a_mistake(capsys, tmp_path):
+    assert "holds no run" in refused(capsys, "train", "--resume", "--run", tmp_path / "none")
+
+
+def test_a_tokenizer_that_does_not_match_the_shards(trained, corpus, tmp_path, capsys):
+    shards = next(path for path in (trained / "shards").iterdir() if path.is_dir())
+    cli.main(["tokenizer", "--data", str(corpus), "--vocab-size", "400", "--out", str(tmp_path / "other.json")])
+    capsys.readouterr()
+    words = ["train", "nano", "--data", shards, "--data.tokenizer", tmp_path / "other.json", "--run", tmp_path / "run"]
+    assert "does not match" in refused(capsys, *words)
+
+
+def test_a_vocabulary_larger_than_the_model(trained, tmp_path, capsys):
+    shards = next(path for path in (trained / "shards").iterdir() if path.is_dir())
+    words = ["train", "nano", "--data", shards, "--model.vocab_size", "300", "--run", tmp_path / "run"]
+    assert "vocab_size" in refused(capsys, *words)
+
+
+def test_a_corpus_shorter_than_the_context(tmp_path, capsys):
+    path = text_file(tmp_path / "short.txt", b"One line of words.\n\n" * 300)
+    words = ["train", "nano", "--data", path, "--run", tmp_path / "run", "--data.cache", tmp_path / "shards"]
+    words += ["--steps", "1", "--model.context", "8192"]
+    assert "context" in refused(capsys, *words)
+
+
+def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
+    def broken(_options):
+        """Breaks."""
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setitem(cli.VERBS, broken, lambda parser: None)
+    assert cli.main(["broken"]) == 1
+    error = capsys.readouterr().err
+    assert "RuntimeError: first line" in error
+    assert len(error.splitlines()) == 1
