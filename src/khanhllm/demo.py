@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -73,9 +74,9 @@ def _curve(console: Console, folder: Path) -> None:
 
 def _verdict(console: Console, folder: Path, saved: Saved) -> None:
     """Bits per byte on files it never saw, next to what a good compressor makes of the same bytes."""
-    shards = held_out(saved)
     score = score_run(folder)
-    text = b"".join(saved.tokenizer.decode_bytes(window[1:].tolist()) for window in shards.windows())
+    ids = np.concatenate([window[1:] for window in held_out(saved).windows()])
+    text = saved.tokenizer.decode_bytes(ids[saved.tokenizer.token_bytes[ids] > 0])
     zipped = 8 * len(gzip.compress(text, 9)) / len(text)
     better = f"{1 - score['val_bpb'] / zipped:.0%} better" if score["val_bpb"] < zipped else "not yet better"
     console.print(
