@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     final = _folder(run, step)
     aside = final.with_suffix(".tmp")
     try:
+        _clear(run, "step-*.tmp")
         _make_room(run, model, optimizer)
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         tensors, numbers = _flatten(model, optimizer)
         _save_tensors({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside / "model")
@@ -39,8 +40,6 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
         _write_json(aside / "state.json", {"format": FORMAT, "step": step, "optimizer": numbers, **state})
         _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
         _sync(aside)
-        if final.exists():  # one that was found broken, on a road that is now walked again
-            final.replace(final.with_suffix(".rejected"))
         aside.replace(final)
         _sync(final.parent)
     except (OSError, SafetensorError) as error:
@@ -50,14 +49,25 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+    """Delete all but the newest `keep` checkpoints, and those that were put aside."""
     for old in _steps(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-    for leftover in (run / "checkpoints").glob("step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear(run, "step-*.rejected")
 
 
-def newest(run: Path, say: Say = print) -> Path | None:
+def reject_after(run: Path, step: int) -> None:
+    """Put aside every checkpoint beyond `step`: broken ones, on a road that will be walked again."""
+    for path in _steps(run):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path.with_suffix(".rejected"), ignore_errors=True)
+            path.replace(path.with_suffix(".rejected"))
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def newest(run: Path, say: Say = to_stderr) -> Path | None:
     """The newest checkpoint that verifies; `say` hears of each one that does not. None if there is none at all.
 
     Raises UserError if there are checkpoints but each of them is broken.
@@ -143,6 +153,11 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
                 tensors[f"{name}/{key}"] = value.clone() if shared else value.contiguous()
                 seen.add(value.data_ptr())
     return tensors, {"class": type(optimizer).__name__, "state": numbers}
+
+
+def _clear(run: Path, pattern: str) -> None:
+    for path in (run / "checkpoints").glob(pattern):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_room(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

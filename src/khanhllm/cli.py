@@ -5,6 +5,7 @@ Wrong input of any kind is one line on stderr and exit code 2.
 
 import argparse
 import inspect
+import io
 import json
 import sys
 import tempfile
@@ -24,7 +25,8 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse(unknown[0])
@@ -73,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     for verb, add_options in VERBS.items():
         text = inspect.cleandoc(verb.__doc__ or "")
         name = verb.__name__.strip("_")
-        parser = verbs.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=_Raw)
+        parser = verbs.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=_Raw, allow_abbrev=False
+        )
         parser.set_defaults(verb=verb, parser=parser)
         add_options(parser)
     return top

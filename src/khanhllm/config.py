@@ -166,7 +166,7 @@ class LossConfig(Section):
     """weight of the load-balancing loss, summed over mixture layers (Switch Transformer)"""
     load: Literal["previous", "current"] = "previous"
     """expert load that weighs the balancing loss. previous: the step before, free. current: this very step, which
-    costs one more forward pass when accumulation is above 1. Both cover all micro-batches of the step"""
+    costs one more forward pass. Both cover all micro-batches of the step"""
     router_z: Rate = 0.001
     """weight of the router z-loss, summed over mixture layers (ST-MoE)"""
     chunk: Annotated[int, Field(ge=1, le=2**20)] = 1024

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from khanhllm import draw, train
 from khanhllm.config import Config, Sampling, preset, resolve
-from khanhllm.evaluate import held_out, score_run
+from khanhllm.evaluate import held_out, score_windows
 from khanhllm.generate import write
 from khanhllm.saved import Saved, open_run
 
@@ -30,18 +30,18 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> None:
     console.rule("[bold]KhanhLLM builds a small castle")
     console.print(_plan(config), markup=False)
     train.run(config, folder)
-    saved = open_run(folder)
+    saved = open_run(folder, config.machine)
     if saved.step < config.train.steps:
         return
     console.rule("[bold]What it learned")
     _curve(console, folder)
     if saved.load:
         console.print(draw.expert_table(saved.load, config.model.moe_layers))
-    _verdict(console, folder, saved)
+    _verdict(console, saved)
     console.rule("[bold]What it writes")
     _sample(console, saved)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
-    console.print(NEXT.format(run=folder), markup=False, soft_wrap=True)
+    console.print(NEXT.format(run=folder, steps=2 * config.train.steps), markup=False, soft_wrap=True)
 
 
 def _free(folder: Path) -> Path:
@@ -72,10 +72,11 @@ def _curve(console: Console, folder: Path) -> None:
     console.print(f"\nThe same as a picture: {picture}\n", markup=False)
 
 
-def _verdict(console: Console, folder: Path, saved: Saved) -> None:
+def _verdict(console: Console, saved: Saved) -> None:
     """Bits per byte on files it never saw, next to what a good compressor makes of the same bytes."""
-    score = score_run(folder)
-    ids = np.concatenate([window[1:] for window in held_out(saved).windows()])
+    windows = list(held_out(saved).windows())
+    score = score_windows(saved, windows)
+    ids = np.concatenate([window[1:] for window in windows])
     text = saved.tokenizer.decode_bytes(ids[saved.tokenizer.token_bytes[ids] > 0])
     zipped = 8 * len(gzip.compress(text, 9)) / len(text)
     better = f"{1 - score['val_bpb'] / zipped:.0%} better" if score["val_bpb"] < zipped else "not yet better"
@@ -98,7 +99,7 @@ Everything is in {run}: the checkpoint, the tokenizer with a readable vocab.txt,
 loss.png, and config.toml, which reproduces the run. Try next:
 
   khanhllm generate {run} --prompt "class Castle"          more of its writing
-  khanhllm train --resume --run {run} --steps 2000         let it learn on
-  khanhllm train mini --data PATH                          your own text, five times the model
+  khanhllm train --resume --run {run} --steps {steps}         let it learn on
+  khanhllm train mini --data PATH                          your own text, a larger model
   khanhllm doctor {run}                                    is it healthy?
 """

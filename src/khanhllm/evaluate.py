@@ -32,7 +32,10 @@ class Score(TypedDict):
 def score_run(run: Path, source: str | None = None, machine_config: MachineConfig | None = None) -> Score:
     """Score a run on all that it held out, or on every byte of another source."""
     saved = open_run(run, machine_config)
-    windows = windows_of(source, saved) if source else held_out(saved).windows()
+    return score_windows(saved, windows_of(source, saved) if source else held_out(saved).windows())
+
+
+def score_windows(saved: Saved, windows: Iterable[np.ndarray]) -> Score:
     rows = saved.config.train.micro_batch
     return score(saved.model, windows, saved.tokenizer.token_bytes, saved.machine, rows)
 
@@ -88,7 +91,7 @@ def score(
         ids = torch.from_numpy(batch).to(machine.device)
         with machine.autocast():
             nll_BT, _ = model(ids[:, :-1], ids[:, 1:])
-        nats += nll_BT.double().sum().item()
+        nats += nll_BT.cpu().double().sum().item()
         size += int(token_bytes[batch[:, 1:]].sum())
         tokens += nll_BT.numel()
     if not tokens:

@@ -251,11 +251,18 @@ class Story:
         return f"ETA {duration((now - then) / (late - early) * (self.steps - late))}"
 
 
+class _Console(Console):
+    """Training goes on when whoever read its output, `head` for one, has gone."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Terminal:
     """A live panel for a person, plain lines for a file or a pipe."""
 
     def __init__(self, story: Story, every: int, console: Console | None) -> None:
-        self.console = console or Console(force_terminal=sys.stdout.isatty())
+        self.console = console or _Console(force_terminal=sys.stdout.isatty())
         self.story, self.every = story, every
         person = self.console.is_interactive and not self.console.is_jupyter and "utf" in self.console.encoding
         self.live = Live(console=self.console, auto_refresh=False) if person else None

@@ -22,10 +22,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from khanhllm import checkpoint, objectives, optim, schedule
-from khanhllm.config import Config, Sampling, UserError, to_toml
+from khanhllm.config import Config, Sampling, UserError, read_toml, resolve, to_toml
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.prepare import ensure
-from khanhllm.data.shards import Shards
+from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.evaluate import Score, score
 from khanhllm.generate import write
 from khanhllm.log import Log
@@ -70,13 +70,17 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
     refuse_to_overwrite(folder, resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), _stop_signals() as stop:
-        parts = assemble(config, folder)
+    with _locked(folder):
         last = checkpoint.newest(folder) if resume else None
-        state = _continue(parts, last) if last else _start(parts)
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        with Log.open(folder, config, state.step, total_parameters(parts.model)) as log:
+        saved = checkpoint.read_state(last) if last else {}
+        if last:
+            _check_continuable(config, folder, saved)
+        parts = assemble(config, folder, saved)
+        state = _continue(parts, last, saved) if last else _start(parts)
+        with Log.open(folder, config, state.step, total_parameters(parts.model)) as log, _stop_signals() as stop:
+            parts.tokenizer.save(folder / "tokenizer.json")
+            write_config(config, folder)
+            checkpoint.reject_after(folder, state.step)
             for line in _introduction(parts, state):
                 log.say(line)
             _loop(parts, state, log, stop)
@@ -86,19 +90,20 @@ def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
     train = parts.config.train
     rows = batches(parts.train, train.micro_batch, train.seed, state.cursor, parts.machine.device)
     started = time.perf_counter()
-    while state.step < train.steps and not stop.asked:
+    last = False
+    while not last:
         state, row = train_step(parts, state, rows)
-        last = state.step == train.steps
-        if due(state.step, train.eval_every) or last:
+        last = state.step == train.steps or bool(stop.asked)
+        if due(state.step, train.eval_every) or state.step == train.steps:
             row |= validate(parts, train.eval_tokens)
         log.add(row | {"memory_mb": parts.machine.peak_memory(), "seconds": time.perf_counter() - started})
-        if (due(state.step, train.sample_every) or last) and train.sample_tokens:
-            _write_sample(parts, state.step, log)
-        if due(state.step, train.save_every) or last or stop.asked:
+        if due(state.step, train.save_every) or last:
             log.flush()
-            _save(parts, state, log, must=last or bool(stop.asked))
+            _save(parts, state, log, must=last)
+        if (due(state.step, train.sample_every) or state.step == train.steps) and train.sample_tokens:
+            _write_sample(parts, state.step, log)
     if state.step < train.steps:
-        log.say(f"stopped by {stop.asked} after step {state.step}; saved. To go on: add --resume")
+        log.say(f"stopped by {stop.asked}; to go on: khanhllm train --resume --run {parts.run}")
 
 
 def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State, dict[str, Any]]:
@@ -193,9 +198,12 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
     sampling = Sampling(tokens=train.sample_tokens, seed=train.seed + step)
     pieces = write(parts.model, parts.tokenizer, parts.machine, train.sample_prompt, sampling)
     text = train.sample_prompt + "".join(pieces)
-    with (parts.run / "samples.txt").open("a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{text}\n")
     log.say(f"step {step} writes: {' '.join(text.split())[:300]}")
+    try:
+        with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"--- step {step}\n{text}\n")
+    except OSError as error:
+        log.say(f"the sample could not be kept: {error}; training goes on")
 
 
 def _save(parts: Parts, state: State, log: Log, must: bool) -> None:
@@ -218,14 +226,14 @@ def _save(parts: Parts, state: State, log: Log, must: bool) -> None:
     log.say(f"saved {path}")
 
 
-def assemble(config: Config, folder: Path) -> Parts:
-    """Open everything that the run needs, cheapest first, so that a mistake is found before the waiting."""
+def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
+    """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
     machine = open_machine(config.machine)
-    needed = config.train.steps * config.tokens_per_step
-    data = ensure(config.data, config.model.vocab_size, needed)
+    data = Path(saved.get("folder", ""))
+    if not (saved and (data / MANIFEST).exists()):
+        data = ensure(config.data, config.model.vocab_size, config.train.steps * config.tokens_per_step)
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     train, validation = (Shards.open(data, split, config.model.context) for split in ("train", "validation"))
-    tokenizer.save(folder / "tokenizer.json")
     model = Transformer(config.model, config.loss.chunk)
     model.initialise(torch.Generator().manual_seed(config.train.seed))
     model = fit(model.to(machine.device), machine, config.machine.checkpointing)
@@ -247,9 +255,21 @@ def _start(parts: Parts) -> State:
     return State(0, 0, objectives.even_load(len(model.moe_layers), model.experts))
 
 
-def _continue(parts: Parts, path: Path) -> State:
+def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> None:
+    """What a resumed run cannot change, refused before anything is opened."""
+    kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
+    if config.train.steps <= saved["step"]:
+        raise UserError(f"{folder} has {saved['step']} steps already; to train on, give a larger --steps")
+    fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
+    changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
+    changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
+    changed += ["train.seed"] if config.train.seed != kept.train.seed else []
+    if changed:
+        raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
+
+
+def _continue(parts: Parts, path: Path, saved: dict[str, Any]) -> State:
     """Bring weights, moments and state back from a checkpoint."""
-    saved = checkpoint.read_state(path)
     if saved["data"] != parts.train.sha256:
         raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
     checkpoint.load_model(path, parts.model)
@@ -272,6 +292,16 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"resumed after step {state.step}"
 
 
+def write_config(config: Config, folder: Path) -> None:
+    """Replace the run's config.toml in one rename: half of one would be worse than an old one."""
+    aside = folder / "config.tmp"
+    try:
+        aside.write_text(to_toml(config), encoding="utf-8")
+        aside.replace(folder / "config.toml")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / 'config.toml'}: {error.strerror}") from None
+
+
 def refuse_to_overwrite(folder: Path, resume: bool) -> None:
     if not resume and (folder / "config.toml").exists():
         raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")
@@ -280,11 +310,18 @@ def refuse_to_overwrite(folder: Path, resume: bool) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Two trainings in one folder would tear each other's files."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout:
         raise UserError(f"another training is at work in {folder}; choose another folder with --run") from None
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as a run folder: {error.strerror}; choose another with --run") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Stop:
@@ -293,15 +330,15 @@ class Stop:
     asked = ""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self.asked = signal.Signals(number).name
 
 
 @contextmanager
 def _stop_signals() -> Iterator[Stop]:
     stop = Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
     try:
         yield stop
     finally:

@@ -154,7 +154,44 @@ def test_a_run_is_not_overwritten(corpus, cache, tmp_path):
         train.run(config(corpus, cache), tmp_path / "run")
 
 
-def test_other_shards_are_refused_on_resume(corpus, cache, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"data": {"validation": 0.4}}, "data.validation"),
+        ({"model": {"experts_per_token": 1}}, "model.experts_per_token"),
+        ({"train": {"seed": 5}}, "train.seed"),
+        ({"train": {"steps": 2}}, "larger --steps"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change(settings, says, corpus, cache, tmp_path):
     train.run(config(corpus, cache, train={"steps": 2}), tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    longer = {"train": {"steps": 4}} | {key: {**value} for key, value in settings.items()}
+    with pytest.raises(UserError, match=says):
+        train.run(config(corpus, cache, **longer), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+def test_other_shards_are_refused(corpus, cache, tmp_path):
+    """The folder that the run remembers was prepared again, from other text."""
+    first = config(corpus, tmp_path / "own", train={"steps": 2})
+    train.run(first, tmp_path / "run")
+    (shards,) = (path for path in (tmp_path / "own").iterdir() if path.is_dir())
+    shutil.rmtree(shards)
+    other = config(corpus, tmp_path / "own", train={"steps": 2}, data={"validation": 0.4})
+    train.run(other, tmp_path / "other")
+    next(path for path in (tmp_path / "own").iterdir() if path.is_dir()).rename(shards)
     with pytest.raises(UserError, match="other shards"):
-        train.run(config(corpus, cache, data={"validation": 0.4}), tmp_path / "run", resume=True)
+        train.run(config(corpus, tmp_path / "own"), tmp_path / "run", resume=True)
+
+
+def test_a_resumed_run_takes_the_shards_it_has(corpus, tmp_path, monkeypatch):
+    """From another working folder, and though the source has changed since."""
+    monkeypatch.chdir(tmp_path)
+    texts = shutil.copytree(corpus, tmp_path / "texts")
+    train.run(config(texts, Path("shards"), train={"steps": 2}), tmp_path / "run")
+    (texts / "more.txt").write_text("Something new.\n" * 100)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.run(config(texts, Path("shards"), train={"steps": 4}), tmp_path / "run", resume=True)
+    assert not (tmp_path / "elsewhere" / "shards").exists()

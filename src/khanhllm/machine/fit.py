@@ -28,9 +28,11 @@ KEPT = {
 
 def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
     """Change the model in place and return it. `checkpointing` is none, selective or full."""
+    # grouped_mm wants rows of 16 bytes
+    aligned = model.config.dim % 8 == model.config.expert_width % 8 == 0
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.linear = grouped_linear if machine.grouped_experts else loop_linear  # type: ignore[assignment]
+            module.experts.linear = grouped_linear if machine.grouped_experts and aligned else loop_linear  # type: ignore[assignment]
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import psutil
 import torch
@@ -69,12 +70,12 @@ def open_machine(config: MachineConfig) -> Machine:
     device = _device(config.device)
     precision = _precision(config.precision, device)
     torch.set_num_threads(config.threads or _cores())
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")  # bf16: the router stays fp32
     cuda = device.type == "cuda"
     return Machine(
         device=device,
         precision=precision,
-        compile=config.compile == "on" or (config.compile == "auto" and cuda),
+        compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
         grouped_experts=config.experts == "grouped" or (config.experts == "auto" and cuda and precision == "bf16"),
         peak_flops=_known_peak(device) if cuda else _measured_peak() if device.type == "cpu" else None,
     )
