@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from khanhllm import draw, train
 from khanhllm.config import Config, Sampling, preset, resolve
-from khanhllm.evaluate import held_out, score_windows
+from khanhllm.evaluate import expert_load, held_out, score_windows
 from khanhllm.generate import write
 from khanhllm.saved import Saved, open_run
 
@@ -35,9 +35,11 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     console.rule("[bold]What it learned")
     _curve(console, folder)
-    if saved.load:
-        console.print(draw.expert_table(saved.load, config.model.moe_layers))
-    _verdict(console, saved)
+    windows = list(held_out(saved).windows())
+    if config.model.moe_layers:
+        load_LE = expert_load(saved, windows[:64])
+        console.print(draw.expert_table(load_LE, config.model.moe_layers))
+    _verdict(console, saved, windows)
     console.rule("[bold]What it writes")
     _sample(console, saved)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
@@ -54,13 +56,14 @@ def _plan(config: Config) -> str:
     model, train = config.model, config.train
     chance = f"{math.log(model.vocab_size):.1f}"
     return f"""\
-A language model learns to guess the next piece of text. This one has {len(model.pattern)} layers: dense ones, and
-mixture layers with {model.experts} experts, where a router sends each piece to the best {model.experts_per_token}.
-It starts from nothing and reads the source code of the Python that runs it.
+A language model learns to guess the next piece of text. This one has
+{len(model.pattern)} layers: dense ones, and mixtures of {model.experts} experts where a router sends each
+piece to the best {model.experts_per_token}. It starts from nothing and reads the source code of
+the Python that runs it.
 
   1. a tokenizer learns {model.vocab_size:,} common pieces of text
-  2. the text becomes shards of numbers; {config.data.validation:.0%} of the files are set aside, never trained on
-  3. the model learns for {train.steps:,} steps of {config.tokens_per_step:,} tokens; a loss of {chance} is chance
+  2. the text becomes shards of numbers; {config.data.validation:.0%} of the files are set aside
+  3. the model learns for {train.steps:,} steps of {config.tokens_per_step:,} tokens (a loss of {chance} is chance)
   4. it writes
 """
 
@@ -72,16 +75,15 @@ def _curve(console: Console, folder: Path) -> None:
     console.print(f"\nThe same as a picture: {picture}\n", markup=False)
 
 
-def _verdict(console: Console, saved: Saved) -> None:
+def _verdict(console: Console, saved: Saved, windows: list[np.ndarray]) -> None:
     """Bits per byte on files it never saw, next to what a good compressor makes of the same bytes."""
-    windows = list(held_out(saved).windows())
     score = score_windows(saved, windows)
     ids = np.concatenate([window[1:] for window in windows])
     text = saved.tokenizer.decode_bytes(ids[saved.tokenizer.token_bytes[ids] > 0])
     zipped = 8 * len(gzip.compress(text, 9)) / len(text)
     better = f"{1 - score['val_bpb'] / zipped:.0%} better" if score["val_bpb"] < zipped else "not yet better"
     console.print(
-        f"On {score['val_bytes']:,} bytes of files it never saw: {score['val_bpb']:.3f} bits per byte. "
+        f"On {score['val_bytes']:,} bytes of files it never saw: {score['val_bpb']:.3f} bits per byte.\n"
         f"gzip -9 needs {zipped:.3f}: the model is {better}.\n",
         markup=False,
     )
@@ -95,11 +97,12 @@ def _sample(console: Console, saved: Saved) -> None:
 
 
 NEXT = """\
-Everything is in {run}: the checkpoint, the tokenizer with a readable vocab.txt, training_log.csv, samples.txt,
-loss.png, and config.toml, which reproduces the run. Try next:
+{run} holds the checkpoint, the tokenizer with a readable vocab.txt,
+training_log.csv, samples.txt, loss.png, and config.toml, which reproduces the
+run. Try next:
 
-  khanhllm generate {run} --prompt "class Castle"          more of its writing
-  khanhllm train --resume --run {run} --steps {steps}         let it learn on
-  khanhllm train mini --data PATH                          your own text, a larger model
-  khanhllm doctor {run}                                    is it healthy?
+  khanhllm generate {run} --prompt "class Castle"
+  khanhllm train --resume --run {run} --steps {steps}
+  khanhllm train mini --data PATH        your own text, a larger model
+  khanhllm doctor {run}           is it healthy?
 """

@@ -78,6 +78,19 @@ def _matching(folder: Path, saved: Saved) -> Shards:
 
 
 @torch.no_grad()
+def expert_load(saved: Saved, windows: Iterable[np.ndarray]) -> list[list[float]]:
+    """Each expert's share of these windows' tokens, for each mixture layer: (L, E)."""
+    total_LE = torch.zeros(len(saved.config.model.moe_layers), saved.config.model.experts)
+    for window in windows:
+        ids_BT = torch.from_numpy(window[None, :-1]).to(saved.machine.device)
+        with saved.machine.autocast():
+            _, routings = saved.model.trunk(ids_BT)
+        total_LE += torch.stack([routing.load_E for routing in routings]).cpu()
+    shares: list[list[float]] = (total_LE / total_LE.sum(-1, keepdim=True)).tolist()
+    return shares
+
+
+@torch.no_grad()
 def score(
     model: Transformer, windows: Iterable[np.ndarray], token_bytes: np.ndarray, machine: Machine, rows: int
 ) -> Score:

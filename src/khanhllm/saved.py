@@ -23,8 +23,6 @@ class Saved:
     """optimizer steps behind the weights"""
     data: Path
     """the folder of shards that it was trained on"""
-    load: list[list[float]]
-    """each expert's share of the load in the last step, for each mixture layer"""
 
 
 def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
@@ -42,5 +40,5 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     state = checkpoint.read_state(path)
     return Saved(
-        config, machine, fit(model, machine, "none"), tokenizer, state["step"], Path(state["folder"]), state["load"]
+        config, machine, fit(model, machine, "none"), tokenizer, step=state["step"], data=Path(state["folder"])
     )

@@ -1,6 +1,7 @@
 """A model made to fit the machine, from outside and in a stated order: experts' road, activation checkpointing,
 compile. The model's own code and the names of its parameters stay as they are."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,6 +37,8 @@ def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:
+        # a shape too many is run uncompiled, which is no news to a user
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
         for block in model.blocks:
             block.compile()
     return model
