@@ -20,6 +20,10 @@ from khanhllm.saved import Saved, open_run
 from khanhllm.tokenizer import Tokenizer
 
 
+ROWS_OF_TOKENS = 4096
+"""tokens scored at a time; without gradients they take little memory"""
+
+
 class Score(TypedDict):
     val_ce: float
     """nats per token"""
@@ -36,7 +40,7 @@ def score_run(run: Path, source: str | None = None, machine_config: MachineConfi
 
 
 def score_windows(saved: Saved, windows: Iterable[np.ndarray]) -> Score:
-    rows = saved.config.train.micro_batch
+    rows = max(1, ROWS_OF_TOKENS // saved.config.model.context)
     return score(saved.model, windows, saved.tokenizer.token_bytes, saved.machine, rows)
 
 
