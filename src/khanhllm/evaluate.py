@@ -19,7 +19,6 @@ from khanhllm.model import Transformer
 from khanhllm.saved import Saved, open_run
 from khanhllm.tokenizer import Tokenizer
 
-
 ROWS_OF_TOKENS = 4096
 """tokens scored at a time; without gradients they take little memory"""
 
