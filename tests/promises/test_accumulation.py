@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from khanhllm.data.batches import Batch
 
 from conftest import build, plain_machine, tiny
 from khanhllm import objectives, train
 from khanhllm.config import resolve
+from khanhllm.data.batches import Batch
 
 ROWS, CONTEXT = 8, 32
 GENERATOR = torch.Generator().manual_seed(3)
