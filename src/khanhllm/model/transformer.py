@@ -1,5 +1,8 @@
 """The whole model: a pattern string such as "DMDM" becomes blocks; every choice of style is made here, once."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -77,40 +80,36 @@ class Transformer(nn.Module):
 
 def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
     """LayerNorm, learned positions, GELU, biases: the reference model to the letter."""
-    dim, rope = config.dim, NoRope()
-
-    def feedforward(letter: str) -> nn.Module:
-        if letter == "D":
-            return GeluFeedForward(dim, config.hidden)
-        return MoE(_router(config), GeluExperts(config.experts, dim, config.expert_width))
-
-    def norm() -> nn.Module:
-        return nn.LayerNorm(dim, eps=config.norm_eps)
-
-    blocks = [
-        Block(Attention(config, rope, nn.Identity, bias=True), feedforward(letter), (norm(), norm()))
-        for letter in config.pattern
-    ]
-    return TokenPositionEmbedding(config.vocab_size, dim, config.context), nn.ModuleList(blocks), norm()
+    norm = partial(nn.LayerNorm, config.dim, eps=config.norm_eps)
+    attention = partial(Attention, config, NoRope(), nn.Identity, bias=True)
+    blocks = _blocks(config, attention, GeluFeedForward, GeluExperts, norm)
+    return TokenPositionEmbedding(config.vocab_size, config.dim, config.context), blocks, norm()
 
 
 def _modern(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
     """RMSNorm, RoPE, QK-norm, SwiGLU, no biases: the shape of Qwen3-MoE, so its tools can read the weights."""
-    dim, rope = config.dim, Rope(config.head_dim, config.context, config.rope_theta)
+    norm = partial(nn.RMSNorm, config.dim, eps=config.norm_eps)
+    rope = Rope(config.head_dim, config.context, config.rope_theta)
+    attention = partial(Attention, config, rope, nn.RMSNorm, bias=False)
+    blocks = _blocks(config, attention, SwiGLUFeedForward, SwiGLUExperts, norm)
+    return TokenEmbedding(config.vocab_size, config.dim), blocks, norm()
+
+
+def _blocks(
+    config: ModelConfig,
+    attention: Callable[[], Attention],
+    dense: Callable[[int, int], nn.Module],
+    experts: Callable[[int, int, int], nn.Module],
+    norm: Callable[[], nn.Module],
+) -> nn.ModuleList:
+    """The pattern string, letter by letter, from the parts of a style."""
 
     def feedforward(letter: str) -> nn.Module:
         if letter == "D":
-            return SwiGLUFeedForward(dim, config.hidden)
-        return MoE(_router(config), SwiGLUExperts(config.experts, dim, config.expert_width))
+            return dense(config.dim, config.hidden)
+        return MoE(_router(config), experts(config.experts, config.dim, config.expert_width))
 
-    def norm() -> nn.Module:
-        return nn.RMSNorm(dim, eps=config.norm_eps)
-
-    blocks = [
-        Block(Attention(config, rope, nn.RMSNorm, bias=False), feedforward(letter), (norm(), norm()))
-        for letter in config.pattern
-    ]
-    return TokenEmbedding(config.vocab_size, dim), nn.ModuleList(blocks), norm()
+    return nn.ModuleList(Block(attention(), feedforward(letter), (norm(), norm())) for letter in config.pattern)
 
 
 def _router(config: ModelConfig) -> Router:
