@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
-from khanhllm.model.experts import grouped_linear, loop_linear
+from khanhllm.model.experts import GROUPED, LOOP
 from khanhllm.model.moe import MoE
 
 # What selective checkpointing keeps because it is dear to make again: matrix products and attention.
@@ -33,7 +33,7 @@ def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer
     aligned = model.config.dim % 8 == model.config.expert_width % 8 == 0
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.linear = grouped_linear if machine.grouped_experts and aligned else loop_linear  # type: ignore[assignment]
+            module.experts.road = GROUPED if machine.grouped_experts and aligned else LOOP  # type: ignore[assignment]
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:
