@@ -166,8 +166,7 @@ def _loss(model: Transformer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     weights, config = LossConfig(), model.config
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     nll_BT, routings = model(inputs_BT, targets_BT)
-    load_LE = torch.tensor(even_load(len(config.moe_layers), config.experts), device=ids_BT.device)
-    load_LE = load_LE.view(-1, config.experts)
+    load_LE = even_load(len(config.moe_layers), config.experts).to(ids_BT.device)
     routing = stack(routings, like=load_LE)
     tokens = targets_BT.numel()
     loss = share_of_step(nll_BT, routing.prob_E, routing.z, load_LE, tokens, weights.balance, weights.router_z)

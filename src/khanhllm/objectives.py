@@ -53,7 +53,8 @@ class _TokenNLL(torch.autograd.Function):
             x_grad_TD, weight_grad_VD = (gradient.mul_(grad_T[0]) for gradient in ctx.of_sum)
             ctx.of_sum = None  # they are scaled now: good for one time only
         else:
-            _, x_grad_TD, weight_grad_VD = _with_gradients(*ctx.saved_tensors, ctx.chunk, ctx.dtype, grad_T)
+            x_TD, weight_VD, targets_T = ctx.saved_tensors
+            _, x_grad_TD, weight_grad_VD = _with_gradients(x_TD, weight_VD, targets_T, ctx.chunk, ctx.dtype, grad_T)
         return x_grad_TD, weight_grad_VD, None, None, None
 
 
@@ -102,9 +103,9 @@ def load_balance(load_LE: Tensor, prob_LE: Tensor) -> Tensor:
     return load_LE.shape[-1] * (load_LE * prob_LE).sum(-1)
 
 
-def even_load(layers: int, experts: int) -> list[list[float]]:
+def even_load(layers: int, experts: int) -> Tensor:
     """The load that the first step assumes, (L, E)."""
-    return [[1 / experts] * experts for _ in range(layers)]
+    return torch.full((layers, experts), 1 / experts)
 
 
 def share_of_step(

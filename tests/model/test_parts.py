@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import build, tiny
-from khanhllm.model.experts import GeluExperts, SwiGLUExperts, GROUPED, LOOP
+from khanhllm.model.experts import GROUPED, LOOP, GeluExperts, SwiGLUExperts
 from khanhllm.model.rope import Rope
 from khanhllm.model.router import Choice
 

@@ -26,24 +26,36 @@ class Road(NamedTuple):
     """(x_NI, y_NO, end_E) -> (E, I, O), zeros for an expert without rows."""
 
 
+# As operators of their own, the compiler sees two boxes of known shape and not the loop, which reads the load.
+@torch.library.custom_op("khanhllm::loop_rows", mutates_args=())
 def _loop_rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
-    for expert, rows in enumerate(_slices(end_E, len(x_NI))):
+    for expert, rows in enumerate(_slices(end_E)):
         torch.mm(x_NI[rows], weight_EIO[expert], out=out_NO[rows])
     return out_NO
 
 
+@torch.library.custom_op("khanhllm::loop_outer", mutates_args=())
 def _loop_outer(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     out_EIO = x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
-    for expert, rows in enumerate(_slices(end_E, len(x_NI))):
+    for expert, rows in enumerate(_slices(end_E)):
         torch.mm(x_NI[rows].T, y_NO[rows], out=out_EIO[expert])
     return out_EIO
 
 
-def _slices(end_E: Tensor, rows: int) -> list[slice]:
-    """The rows of each expert, known to the host; on paper (no data at all) an even share for each."""
-    ends = [rows * n // len(end_E) for n in range(1, len(end_E) + 1)] if end_E.is_meta else end_E.tolist()
+def _slices(end_E: Tensor) -> list[slice]:
+    ends = end_E.tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@_loop_rows.register_fake
+def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+    return x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
+
+
+@_loop_outer.register_fake
+def _(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
+    return x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
 
 
 def _grouped_rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
@@ -54,7 +66,7 @@ def _grouped_outer(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     return F.grouped_mm(x_NI.T, y_NO, offs=end_E)
 
 
-LOOP = Road(_loop_rows, _loop_outer)
+LOOP = Road(torch.ops.khanhllm.loop_rows.default, torch.ops.khanhllm.loop_outer.default)
 GROUPED = Road(_grouped_rows, _grouped_outer)
 
 
@@ -180,7 +192,8 @@ class GeluExperts(nn.Module):
         x_TD, up, up_bias, down, down_bias = _in_one_type(x_TD, self.up, self.up_bias, self.down, self.down_bias)
         where = layout(choice.expert_TK, load_E)
         y_TD = _Mixture.apply(self.road, GELU, x_TD, choice.weight_TK, *where, down, up_bias, up)
-        weight_TE = torch.zeros_like(x_TD[:, :1]).expand(-1, len(load_E)).scatter(1, choice.expert_TK, choice.weight_TK.to(x_TD.dtype))
+        none_TE = x_TD.new_zeros(len(x_TD), len(load_E))
+        weight_TE = none_TE.scatter(1, choice.expert_TK, choice.weight_TK.to(x_TD.dtype))
         return y_TD + weight_TE @ down_bias
 
 
