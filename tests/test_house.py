@@ -13,7 +13,7 @@ FLOORS = """
     model.embedding model.head model.transformer model model.counts
     machine.runtime machine.fit optim checkpoint draw log saved evaluate generate
     train
-    doctor demo
+    doctor demo contenders bench
     cli __main__
 """.split()
 FREE = {"", "data", "machine"}  # packages that only hold others

@@ -263,6 +263,27 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
     _knobs(parser, ["machine"])
 
 
+def _bench(options: argparse.Namespace) -> None:
+    """Measure this machine: a training step next to our dense twin and Hugging Face's, and the parts of the road.
+
+    Parts: step, moe, decode, tokenizer, data; without one named, all of them (some minutes). Everything that was
+    measured is written as JSON, with the machine and the versions.
+    """
+    from khanhllm import bench
+
+    steps = resolve(_short("train", "steps", options.steps), where="bench").train.steps
+    out = Path(options.out) if options.out else None
+    bench.run(options.parts, resolve(_given(options)).machine, steps, out, options.json)
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default all)")
+    parser.add_argument("--steps", metavar="N", default="20", help="turns that each contender takes (20)")
+    parser.add_argument("--out", metavar="FILE", help="where the JSON goes (default bench/DATE-DEVICE.json)")
+    parser.add_argument("--json", action="store_true", help="print it too")
+    _knobs(parser, ["machine"])
+
+
 def _demo(options: argparse.Namespace) -> None:
     """The whole story in a few minutes, offline: text, tokenizer, shards, a hybrid model that learns and writes."""
     from khanhllm import demo
@@ -281,6 +302,7 @@ VERBS: dict[Callable[[argparse.Namespace], int | None], Callable[[argparse.Argum
     _generate: _generate_options,
     _evaluate: _evaluate_options,
     _doctor: _doctor_options,
+    _bench: _bench_options,
     _tokenizer: _tokenizer_options,
     _prepare: _prepare_options,
 }

@@ -54,6 +54,10 @@ class Machine:
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         return _peak_resident() / 1e6
 
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        _wait(self.device)
+
     def describe(self) -> str:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
@@ -80,7 +84,7 @@ def open_machine(config: MachineConfig) -> Machine:
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
         grouped_experts=config.experts == "grouped" or (config.experts == "auto" and cuda and precision == "bf16"),
-        peak_flops=_known_peak(device) if cuda else _measured_peak() if device.type == "cpu" else None,
+        peak_flops=_known_peak(device) if cuda else matmul_rate(device, 1024) if device.type == "cpu" else None,
     )
 
 
@@ -128,15 +132,22 @@ def _known_peak(device: torch.device) -> float | None:
     return next((peak * 1e12 for card, peak in KNOWN_PEAKS.items() if card in name), None)
 
 
-def _measured_peak(size: int = 1024) -> float:
-    """fp32 matrix throughput of this CPU, the best of a few products (FLOP/s); takes about 0.1 s."""
-    left, right = torch.rand(size, size), torch.rand(size, size)
+def matmul_rate(device: torch.device, size: int, dtype: torch.dtype = torch.float32) -> float:
+    """Matrix throughput of this machine, the best of a few products of `size` cubed (FLOP/s)."""
+    left, right, out = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(3))
     seconds = []
-    for _ in range(6):
+    for _ in range(5):
+        _wait(device)
         start = time.perf_counter()
-        left @ right
+        torch.mm(left, right, out=out)
+        _wait(device)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _peak_resident() -> int:
