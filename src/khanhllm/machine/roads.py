@@ -1,0 +1,114 @@
+"""Which road leads through the experts on this device: found by trying a tiny problem, not by a version or a name.
+
+grouped   torch's grouped_mm, where it gives the right numbers and never waits for the host
+triton    our own kernels, where grouped_mm waits or fails
+loop      expert after expert, which is always right
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Road = Literal["grouped", "triton", "loop"]
+Answers = tuple[Tensor, Tensor, Tensor]
+Guard = Callable[[], AbstractContextManager[None]]
+
+
+class Problem(NamedTuple):
+    """What a layer of experts multiplies in a step, and very little of it. One expert has no rows."""
+
+    x_NI: Tensor
+    weight_EIO: Tensor
+    grad_NO: Tensor
+    end_E: Tensor
+
+    @classmethod
+    def tiny(cls, device: torch.device, dtype: torch.dtype) -> "Problem":
+        dice = torch.Generator().manual_seed(0)
+        shapes = (40, 32), (4, 32, 48), (40, 48)
+        x, weight, grad = (torch.randn(shape, generator=dice).to(device, dtype) for shape in shapes)
+        return cls(x, weight, grad, torch.tensor([9, 9, 33, 40], dtype=torch.int32).to(device))
+
+
+Candidate = Callable[[Problem], Answers]
+
+
+def by_grouped_mm(problem: Problem) -> Answers:
+    """Forward, gradient of x and gradient of the weights, by torch."""
+    x_NI, weight_EIO, grad_NO, end_E = problem
+    forward = F.grouped_mm(x_NI, weight_EIO, offs=end_E)
+    return forward, F.grouped_mm(grad_NO, weight_EIO.mT, offs=end_E), F.grouped_mm(x_NI.mT, grad_NO, offs=end_E)
+
+
+def by_triton(problem: Problem) -> Answers:
+    from khanhllm.machine.triton_grouped import outer, rows  # only here, for triton may be missing
+
+    x_NI, weight_EIO, grad_NO, end_E = problem
+    return rows(x_NI, weight_EIO, end_E), rows(grad_NO, weight_EIO.mT, end_E), outer(x_NI, grad_NO, end_E)
+
+
+def by_loop(problem: Problem) -> Answers:
+    """The same in fp32, expert after expert: what is right."""
+    x_NI, weight_EIO, grad_NO, end_E = problem
+    count = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
+    experts = list(zip(x_NI.float().split(count), weight_EIO.float(), grad_NO.float().split(count), strict=True))
+    forward = torch.cat([x @ weight for x, weight, _ in experts])
+    backward = torch.cat([grad @ weight.mT for _, weight, grad in experts])
+    return forward, backward, torch.stack([x.mT @ grad for x, _, grad in experts])
+
+
+@contextmanager
+def host_must_not_wait() -> Iterator[None]:
+    """Whatever makes the host wait for the CUDA device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def fault(candidate: Candidate, problem: Problem, guard: Guard = nullcontext) -> str | None:
+    """What is wrong with a road, in a few words, or None. bf16 is right to 1 % of the largest number."""
+    try:
+        with guard():
+            answers = candidate(problem)
+        pairs = zip(answers, by_loop(problem), strict=True)
+        right = all(bool((found.float() - want).abs().max() <= 0.01 * want.abs().max()) for found, want in pairs)
+    except Exception as error:  # a kernel has a hundred ways to fail, and all of them close the road
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None if right else "wrong numbers"
+
+
+def choose(problem: Problem, grouped: Candidate, triton: Candidate, guard: Guard) -> Road:
+    """The best of the roads that work. Under `guard` a candidate that makes the host wait raises."""
+    wrong = fault(grouped, problem)  # unguarded first: a device that starts up may wait once
+    if wrong is None and fault(grouped, problem, guard) is None:
+        return "grouped"
+    broken = fault(triton, problem)
+    if broken is None:
+        return "triton"
+    if wrong is None:
+        log.warning("experts take grouped_mm, which makes the host wait: our Triton kernels fail here (%s)", broken)
+        return "grouped"
+    log.warning(
+        "experts are computed one by one: grouped_mm fails here (%s), our Triton kernels as well (%s)", wrong, broken
+    )
+    return "loop"
+
+
+def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Road:
+    """The road for products in `dtype` on `device`; off CUDA there is nothing to try. Takes seconds the first time."""
+    if device.type != "cuda":
+        return "loop"
+    return choose(Problem.tiny(device, dtype), by_grouped_mm, by_triton, host_must_not_wait)
