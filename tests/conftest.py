@@ -41,7 +41,7 @@ def build(config: Config, seed: int = 0) -> Transformer:
 
 
 def plain_machine() -> Machine:
-    return Machine(torch.device("cpu"), "fp32", compile=False, grouped_experts=False, peak_flops=None)
+    return Machine(torch.device("cpu"), "fp32", compile=False, experts="loop", peak_flops=None)
 
 
 @pytest.fixture

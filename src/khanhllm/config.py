@@ -182,8 +182,9 @@ class MachineConfig(Section):
     """torch.compile for each block; auto means on for CUDA, off elsewhere"""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """activations rebuilt in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
-    experts: Literal["auto", "loop", "grouped"] = "auto"
-    """how experts are multiplied: a plain loop, or one grouped_mm; auto takes what is fastest on the device"""
+    experts: Literal["auto", "loop", "grouped", "triton"] = "auto"
+    """how experts are multiplied: a plain loop, torch's grouped_mm, or Triton kernels of our own for cards on which
+    grouped_mm waits for the host; auto tries a tiny problem and takes the best that works"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 means one for each core"""
 

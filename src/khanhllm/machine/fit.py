@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from khanhllm.config import ModelConfig
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
-from khanhllm.model.experts import GROUPED, LOOP
+from khanhllm.model.experts import GROUPED, LOOP, Road
 from khanhllm.model.moe import MoE
 
 # What selective checkpointing keeps because it is dear to make again: matrix products and attention.
@@ -28,11 +29,10 @@ KEPT = {
 
 def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
     """Change the model in place and return it. `checkpointing` is none, selective or full."""
-    # grouped_mm wants rows of 16 bytes
-    aligned = model.config.dim % 8 == model.config.expert_width % 8 == 0
+    road = _road(machine.experts, model.config)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.road = GROUPED if machine.grouped_experts and aligned else LOOP  # type: ignore[assignment]
+            module.experts.road = road  # type: ignore[assignment]
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:
@@ -42,6 +42,15 @@ def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer
             compiled = torch.compile(block.forward, dynamic=False)
             block.forward = _only_with_gradients(compiled, block.forward)
     return model
+
+
+def _road(name: str, shape: ModelConfig) -> Road:
+    if name == "triton":
+        from khanhllm.machine import triton_grouped  # only here, for triton may be missing
+
+        return triton_grouped.ROAD
+    aligned = shape.dim % 8 == shape.expert_width % 8 == 0  # grouped_mm wants rows of 16 bytes
+    return GROUPED if name == "grouped" and aligned else LOOP
 
 
 def _checkpoint_activations(model: Transformer, selective: bool) -> None:

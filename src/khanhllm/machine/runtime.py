@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from khanhllm.config import MachineConfig, UserError
+from khanhllm.machine.roads import Road, probe
 
 # Dense bf16 matrix throughput with fp32 accumulation, as the makers publish it (TFLOP/s).
 KNOWN_PEAKS = {
@@ -38,7 +39,8 @@ class Machine:
     precision: str
     """fp32, tf32 or bf16"""
     compile: bool
-    grouped_experts: bool
+    experts: Road
+    """loop, grouped or triton: see roads"""
     peak_flops: float | None
     """matrix throughput that 100 % MFU means: the maker's figure on CUDA, measured on a CPU (FLOP/s); None unknown"""
 
@@ -83,7 +85,7 @@ def open_machine(config: MachineConfig) -> Machine:
         device=device,
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
-        grouped_experts=config.experts == "grouped" or (config.experts == "auto" and cuda and precision == "bf16"),
+        experts=_road(config.experts, device, precision),
         peak_flops=_known_peak(device) if cuda else matmul_rate(device, 1024) if device.type == "cpu" else None,
     )
 
@@ -116,6 +118,14 @@ def _precision(wanted: str, device: torch.device) -> str:
 def _cores() -> int:
     """Cores that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _road(wanted: str, device: torch.device, precision: str) -> Road:
+    if wanted == "auto":
+        return probe(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if wanted == "triton" and device.type != "cuda":
+        raise UserError(f"machine.experts: triton needs an NVIDIA GPU, this is {device}; use auto, loop or grouped")
+    return wanted  # type: ignore[return-value]
 
 
 def _keep_freed_memory() -> None:

@@ -5,7 +5,7 @@
 
 Rows are sorted by expert and `end_E` (int32, on the device) counts them cumulatively. The host never learns how many
 rows an expert has: grids come from static shapes alone, each program looks up in `end_E` what it has to do, and one for
-which nothing is left stops at once. Sums are in fp32 and in an order that does not depend on the shape of the tiles.
+which nothing is left stops at once. Sums are in fp32.
 
 Both are custom operators, opaque to the compiler, and not `triton_op`: a compiler that looks inside would keep the
 precision of fp32 products as it was when it traced, tune anew by rules of its own, and give selective checkpointing no
@@ -19,6 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from khanhllm.model.counts import product_flops
+from khanhllm.model.experts import Road
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 GROUP = tl.constexpr(8)
@@ -262,3 +266,7 @@ def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
 @outer.register_fake
 def _(x_NI: Tensor, grad_NO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(end_E), x_NI.shape[1], grad_NO.shape[1])
+
+
+ROAD = Road(torch.ops.khanhllm.grouped_rows.default, torch.ops.khanhllm.grouped_outer.default)
+register_flop_formula([torch.ops.khanhllm.grouped_rows, torch.ops.khanhllm.grouped_outer])(product_flops)

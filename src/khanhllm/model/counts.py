@@ -40,11 +40,11 @@ def flops_per_token(model: Transformer) -> int:
     return 6 * (active_parameters(model) - lookup) + 12 * len(model.blocks) * config.dim * config.context
 
 
-def _product_flops(x_shape: torch.Size, y_shape: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+def product_flops(x_shape: torch.Size, y_shape: torch.Size, *_args: Any, **_kwargs: Any) -> int:
     """Each number of x meets a row of y: true of every product in `experts`, whichever road computes it."""
     return 2 * x_shape.numel() * y_shape[-1]
 
 
 # So that torch's FlopCounterMode counts experts, which it otherwise takes for nothing.
 ROADS = [torch.ops.aten._grouped_mm, torch.ops.khanhllm.loop_rows, torch.ops.khanhllm.loop_outer]
-register_flop_formula([op for op in ROADS if op not in flop_registry])(_product_flops)  # type: ignore[no-untyped-call]
+register_flop_formula([op for op in ROADS if op not in flop_registry])(product_flops)  # type: ignore[no-untyped-call]
