@@ -11,11 +11,12 @@ __version__ = "0.1.0"
 
 
 def load(run: str | Path) -> "tuple[Transformer, Tokenizer]":
-    """The model, with the weights of the run's newest intact checkpoint, and its tokenizer.
+    """The model in fp32, with the weights of the run's newest intact checkpoint, and its tokenizer.
 
     Raises khanhllm.config.UserError if there is none. torch is imported only now.
     """
+    from khanhllm.config import MachineConfig
     from khanhllm.saved import open_run
 
-    saved = open_run(Path(run))
+    saved = open_run(Path(run), MachineConfig(precision="fp32"))
     return saved.model, saved.tokenizer

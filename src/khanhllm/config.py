@@ -178,6 +178,11 @@ class MachineConfig(Section):
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """what matrices are kept in. bf16 takes half the memory, for weights and for what passes from layer to layer;
+    updates are then rounded stochastically (needs precision bf16, which auto becomes)"""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """what gradients are summed in over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for each block; auto means on for CUDA, off elsewhere"""
     checkpointing: Literal["none", "selective", "full"] = "none"
@@ -187,6 +192,14 @@ class MachineConfig(Section):
     grouped_mm waits for the host; auto tries a tiny problem and takes the best that works"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 means one for each core"""
+
+    @model_validator(mode="after")
+    def _rungs_fit(self) -> Self:
+        if self.weights == "bf16" and self.precision not in ("auto", "bf16"):
+            raise ValueError(f"weights = bf16 needs precision = bf16 (got {self.precision})")
+        if self.gradients == "bf16" and self.weights != "bf16":
+            raise ValueError("gradients = bf16 needs weights = bf16 too")
+        return self
 
 
 class LogConfig(Section):

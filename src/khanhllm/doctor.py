@@ -216,7 +216,8 @@ def examine(patient: str, machine_config: MachineConfig, as_json: bool) -> int:
 
 def _examination(patient: str, wanted: MachineConfig, console: Console) -> Iterator[Finding]:
     # the laws are exact statements, so they are put to the model in full precision and without a compiler
-    machine_config = wanted.model_copy(update={"precision": "fp32", "compile": "off", "experts": "loop"})
+    exact = {"precision": "fp32", "weights": "fp32", "gradients": "fp32", "compile": "off", "experts": "loop"}
+    machine_config = wanted.model_copy(update=exact)
     if patient in preset_names():
         yield from _surroundings(open_machine(wanted))
         machine = open_machine(machine_config)
@@ -274,7 +275,8 @@ def _eight_bit() -> Finding:
 def _memory(size: int, config: Config) -> Finding:
     """Weights, gradients and moments, which no switch but the optimizer changes; activations come on top."""
     moments = 8 if config.optim.name == "adamw" else 2.04
-    needed, have = size * (8 + moments) / 1e9, psutil.virtual_memory().available / 1e9
+    kept = sum(2 if kind == "bf16" else 4 for kind in (config.machine.weights, config.machine.gradients))
+    needed, have = size * (kept + moments) / 1e9, psutil.virtual_memory().available / 1e9
     if torch.cuda.is_available():
         have = torch.cuda.mem_get_info()[1] / 1e9
     measured = f"{size:,} parameters; weights, gradients and moments take {needed:.1f} GB of {have:.1f} GB"

@@ -9,6 +9,7 @@ import logging
 import torch
 from torch import nn
 
+from khanhllm.adamw import AdamW
 from khanhllm.config import OptimConfig, UserError
 
 
@@ -31,21 +32,34 @@ def check(model: nn.Module, found: list[dict[str, object]]) -> None:
         raise ValueError("each parameter must be in exactly one optimizer group")
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """The optimizer that the config names. Who trains sets the "lr" and the "step" of its groups before each step;
+    "seed" and "step" decide how weights of bf16 are rounded (rounding.py)."""
+    optimizer = _build(model, config)
+    for index, group in enumerate(optimizer.param_groups):
+        group |= {"seed": f"{seed}/{index}", "step": 0}
+    return optimizer
+
+
+def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
-        return torch.optim.AdamW(groups(model, config.weight_decay), **settings, fused=True)  # type: ignore[arg-type]
+        return AdamW(groups(model, config.weight_decay), **settings, fused=True)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from khanhllm.adamw8bit import AdamW8bit
     except Exception as error:  # its import loads a shared library, and what that raises depends on the platform
         reason = str(error).splitlines()[0]
         raise UserError(f"optim.name: adamw8bit needs bitsandbytes, which fails here ({reason}); use adamw") from None
-    return AdamW8bit(groups(model, config.weight_decay), **settings)  # type: ignore[no-any-return]
+    return AdamW8bit(groups(model, config.weight_decay), **settings)
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    return f"{type(optimizer).__name__} of {type(optimizer).__module__.partition('.')[0]}"
+    """Which one runs, and whose: ours only add the rounding."""
+    library = next(
+        kind.__module__.partition(".")[0] for kind in type(optimizer).__mro__ if __package__ not in kind.__module__
+    )
+    return f"{type(optimizer).__name__} of {library}"
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -9,6 +9,7 @@ from khanhllm import checkpoint
 from khanhllm.config import Config, MachineConfig, UserError, read_toml, resolve
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
+from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.tokenizer import Tokenizer
 
@@ -33,9 +34,12 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
     path = checkpoint.newest(run)
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
-    machine = open_machine(machine_config or MachineConfig())
+    wanted = machine_config or MachineConfig()
+    machine = open_machine(wanted)
     with torch.device(machine.device):
         model = Transformer(config.model, config.loss.chunk)
+    if machine.precision == "bf16" and "bf16" in (config.machine.weights, wanted.weights):
+        keep_in_bf16(model)
     checkpoint.load_model(path, model)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     state = checkpoint.read_state(path)

@@ -32,6 +32,7 @@ from khanhllm.generate import write
 from khanhllm.log import Log
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
+from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import active_parameters, flops_per_token, total_parameters
 from khanhllm.model.router import Routing, stack
@@ -127,7 +128,7 @@ def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State
         )
     lr = config.optim.lr * schedule.factor(state.step, config.train.steps, config.schedule)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group |= {"lr": lr, "step": state.step}
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -238,6 +239,8 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
     train, validation = (Shards.open(data, split, config.model.context) for split in ("train", "validation"))
     model = Transformer(config.model, config.loss.chunk)
     model.initialise(torch.Generator().manual_seed(config.train.seed))
+    if config.machine.weights == "bf16":
+        keep_in_bf16(model, config.machine.gradients)
     model = fit(model.to(machine.device), machine, config.machine.checkpointing)
     return Parts(
         config=config,
@@ -247,7 +250,7 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
         train=train,
         validation=validation,
         model=model,
-        optimizer=optim.build(model, config.optim),
+        optimizer=optim.build(model, config.optim, config.train.seed),
         flops_per_token=flops_per_token(model),
     )
 

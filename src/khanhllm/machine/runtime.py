@@ -75,7 +75,7 @@ class Machine:
 def open_machine(config: MachineConfig) -> Machine:
     """Find the device and switch on what the config asks for. UserError where the hardware cannot do it."""
     device = _device(config.device)
-    precision = _precision(config.precision, device)
+    precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
     torch.set_num_threads(config.threads or _cores())
     if device.type == "cpu":
         _keep_freed_memory()

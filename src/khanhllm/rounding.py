@@ -1,0 +1,52 @@
+"""Weights kept in bf16 learn only if an update that is too small for them still counts on average.
+
+bf16 keeps 8 binary digits. An update of less than half the gap between a weight and its neighbour would vanish each
+time that it is rounded to nearest. So an update is computed in fp32 and then rounded by chance: up with probability
+(x - lower) / (upper - lower), else down, whose mean is x itself (Gupta et al. 2015, arXiv 1502.02551; for all of a
+language model's weights: Ozkara et al. 2025, arXiv 2502.20566).
+
+    fp32   s eeeeeeee mmmmmmm | llllllllllllllll      bf16 is the upper half of fp32: add 16 random bits to the
+         + random 16 bits       rrrrrrrrrrrrrrrr      lower half, let it carry, then cut it off
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLICE = 2**22
+"""numbers whose fp32 copies exist at one time; a multiple of the 256 that one scale of 8-bit moments covers"""
+
+
+def noise(group: dict[str, Any]) -> torch.Generator:
+    """The random bits of one step for one group of an optimizer, on the device of its parameters.
+
+    They are the same for the same "seed" and "step" in the group, so there is nothing to save and resumed runs agree.
+    """
+    digest = hashlib.blake2b(f"{group['seed']} {group['step']}".encode(), digest_size=8).digest()
+    return torch.Generator(group["params"][0].device).manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def store(weight: Tensor, exact: Tensor, bits: torch.Generator) -> None:
+    """weight <- exact (fp32, of the same shape): rounded by chance if the weight is bf16. `exact` is used up."""
+    if weight.dtype == torch.bfloat16:
+        round_stochastically_(exact, bits)
+    if weight.data_ptr() != exact.data_ptr():
+        weight.copy_(exact)
+
+
+def round_stochastically_(x: Tensor, bits: torch.Generator) -> Tensor:
+    """Make each number of `x` (fp32, contiguous) one that bf16 can hold: itself, or one of its two neighbours."""
+    count = x.numel()
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=bits)
+    half = drawn.view(torch.int16)[:count].view(x.shape)  # four from each draw, between -2^15 and 2^15 - 1
+    x.view(torch.int32).add_(half).add_(2**15).bitwise_and_(-(2**16))
+    return x
+
+
+def slices(count: int) -> Iterator[slice]:
+    """`count` numbers in pieces of at most SLICE."""
+    for start in range(0, count, SLICE):
+        yield slice(start, min(start + SLICE, count))
