@@ -11,7 +11,7 @@ FLOORS = """
     tokenizer data.sources data.documents data.shards data.writer data.prepare data.batches objectives schedule
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
-    machine.runtime machine.fit optim checkpoint draw log saved evaluate generate
+    machine.runtime machine.fit muon optim checkpoint draw log saved evaluate generate
     train
     doctor demo
     cli __main__

@@ -54,10 +54,11 @@ def cache(tmp_path_factory):
     [
         {},
         {"optim": {"name": "adamw8bit"}, "model": {"dim": 64, "hidden": 128}},
+        {"optim": {"name": "muon"}},
         {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}},
         {"model": {"pattern": "DD"}},
     ],
-    ids=["adamw", "adamw8bit", "current-load", "dense"],
+    ids=["adamw", "adamw8bit", "muon", "current-load", "dense"],
 )
 def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_path, monkeypatch):
     whole = config(corpus, cache, **settings)
