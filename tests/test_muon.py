@@ -1,12 +1,15 @@
 """Muon against its references: the exact polar factor (SVD in fp64), one matrix at a time, torch.optim.Muon, AdamW."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import build, tiny
-from khanhllm import muon, optim
-from khanhllm.config import OptimConfig
+from khanhllm import muon, optim, train
+from khanhllm.config import OptimConfig, resolve
+from khanhllm.data.batches import Batch
 
 SHAPES = [(32, 32), (16, 48), (48, 16)]
 
@@ -127,3 +130,15 @@ def test_the_state_is_one_number_a_weight():
     for name, parameter in model.named_parameters():
         keys = {"momentum"} if muon.is_hidden_matrix(name, parameter) else {"step", "exp_avg", "exp_avg_sq"}
         assert set(optimizer.state[parameter]) == keys, name
+
+
+def test_the_schedule_scales_each_group_s_own_peak(machine):
+    config = resolve(tiny().model_dump(), {"optim": {"name": "muon", "lr": 1e-3, "muon_lr": 0.05}})
+    model = build(config)
+    optimizer = optim.build(model, config.optim)
+    parts = SimpleNamespace(config=config, model=model, machine=machine, optimizer=optimizer, flops_per_token=1)
+    ids_BT = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
+    rows = iter([Batch(ids_BT[:, :-1], ids_BT[:, 1:], 2)])
+    _, row = train.train_step(parts, train.State(9, 0, [[0.25] * 4]), rows)
+    assert row["lr"] == pytest.approx(1e-3 * 10 / config.schedule.warmup)
+    assert [group["lr"] / row["lr"] for group in optimizer.param_groups] == pytest.approx([50, 1, 1])
