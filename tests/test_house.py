@@ -12,7 +12,7 @@ FLOORS = """
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
     machine.triton_grouped machine.roads machine.runtime machine.weights machine.fit
-    rounding adamw adamw8bit optim checkpoint draw log saved evaluate generate
+    rounding adamw adamw8bit muon optim checkpoint draw log saved evaluate generate
     train
     doctor demo contenders bench
     cli __main__

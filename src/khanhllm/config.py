@@ -134,8 +134,9 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw keeps fp32 moments; adamw8bit keeps them in 8 bits (bitsandbytes), 75 % smaller"""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw keeps fp32 moments; adamw8bit keeps them in 8 bits (bitsandbytes), 75 % smaller; muon orthogonalises the
+    updates of hidden matrices, which learns more from each token, and leaves all else to adamw"""
     lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
     """peak learning rate"""
     beta1: Beta = 0.9
@@ -148,6 +149,12 @@ class OptimConfig(Section):
     """decoupled weight decay of matrices (per step, times the learning rate)"""
     clip: Rate = 1.0
     """longest gradient (L2 norm over all parameters); 0 means no clipping"""
+    muon_lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 0.02
+    """peak learning rate of the hidden matrices (muon only; lr is that of embedding, head, router, norms and biases)"""
+    momentum: Beta = 0.95
+    """decay of the gradient's running mean in the hidden matrices (muon only)"""
+    newton_schulz: Annotated[int, Field(ge=1, le=20)] = 5
+    """steps of the iteration that orthogonalises an update (muon only)"""
 
 
 class ScheduleConfig(Section):

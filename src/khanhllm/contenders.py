@@ -125,7 +125,7 @@ def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
         train=nobody,
         validation=nobody,
         model=fit(model, machine, config.machine.checkpointing),
-        optimizer=optim.build(model, config.optim),
+        optimizer=optim.build(model, config.optim, config.train.seed),
         flops_per_token=flops_per_token(model),
     )
     rows = random_rows(config, machine)

@@ -1,4 +1,4 @@
-"""Every parameter in exactly one group; then AdamW with fp32 or with 8-bit moments.
+"""Every parameter in exactly one group; then AdamW with fp32 or with 8-bit moments, or Muon (muon.py).
 
 The upside-down pyramid: AdamW keeps two numbers for each weight. In 8 bits, quantised block by block (Dettmers et al.
 2022, arXiv 2110.02861), they take 2 bytes instead of 8 and learn as well. bitsandbytes does it on CPU and GPU alike.
@@ -11,6 +11,7 @@ from torch import nn
 
 from khanhllm.adamw import AdamW
 from khanhllm.config import OptimConfig, UserError
+from khanhllm.muon import Muon, is_hidden_matrix
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -25,6 +26,19 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     return found
 
 
+def groups_for_muon(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """The hidden matrices, with a learning rate of their own, before the two groups that AdamW keeps."""
+    hidden = [parameter for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)]
+    taken = {id(parameter) for parameter in hidden}
+    found = groups(model, config.weight_decay)
+    for group in found:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]  # type: ignore[attr-defined]
+    ours = {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
+    found.insert(0, {"params": hidden, "weight_decay": config.weight_decay, **ours})
+    check(model, found)
+    return found
+
+
 def check(model: nn.Module, found: list[dict[str, object]]) -> None:
     """Raise ValueError if a parameter is in no group or in two."""
     grouped = [id(parameter) for group in found for parameter in group["params"]]  # type: ignore[attr-defined]
@@ -33,16 +47,18 @@ def check(model: nn.Module, found: list[dict[str, object]]) -> None:
 
 
 def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """The optimizer that the config names. Who trains sets the "lr" and the "step" of its groups before each step;
-    "seed" and "step" decide how weights of bf16 are rounded (rounding.py)."""
+    """The optimizer that the config names. Each of its groups remembers its "peak_lr", which the schedule scales; who
+    trains sets its "lr" and "step" before each step. "seed" and "step" decide how bf16 weights are rounded."""
     optimizer = _build(model, config)
     for index, group in enumerate(optimizer.param_groups):
-        group |= {"seed": f"{seed}/{index}", "step": 0}
+        group |= {"peak_lr": group["lr"], "seed": f"{seed}/{index}", "step": 0}
     return optimizer
 
 
 def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "muon":
+        return Muon(groups_for_muon(model, config), **settings, fused=True)  # type: ignore[arg-type]
     if config.name == "adamw":
         return AdamW(groups(model, config.weight_decay), **settings, fused=True)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs

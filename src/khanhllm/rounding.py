@@ -29,7 +29,7 @@ def noise(group: dict[str, Any]) -> torch.Generator:
     return torch.Generator(group["params"][0].device).manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
-def store(weight: Tensor, exact: Tensor, bits: torch.Generator) -> None:
+def store(weight: Tensor, exact: Tensor, bits: torch.Generator | None) -> None:
     """weight <- exact (fp32, of the same shape): rounded by chance if the weight is bf16. `exact` is used up."""
     if weight.dtype == torch.bfloat16:
         round_stochastically_(exact, bits)
@@ -37,7 +37,7 @@ def store(weight: Tensor, exact: Tensor, bits: torch.Generator) -> None:
         weight.copy_(exact)
 
 
-def round_stochastically_(x: Tensor, bits: torch.Generator) -> Tensor:
+def round_stochastically_(x: Tensor, bits: torch.Generator | None) -> Tensor:
     """Make each number of `x` (fp32, contiguous) one that bf16 can hold: itself, or one of its two neighbours."""
     count = x.numel()
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=bits)

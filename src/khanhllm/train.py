@@ -126,9 +126,9 @@ def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State
             f"step {state.step + 1}: the gradient is not finite, so nothing was updated; "
             f"go on from the last checkpoint with --resume and a smaller --optim.lr (now {config.optim.lr:g})"
         )
-    lr = config.optim.lr * schedule.factor(state.step, config.train.steps, config.schedule)
+    height = schedule.factor(state.step, config.train.steps, config.schedule)
     for group in optimizer.param_groups:
-        group |= {"lr": lr, "step": state.step}
+        group |= {"lr": group["peak_lr"] * height, "step": state.step}
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -138,7 +138,7 @@ def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State
         "step": following.step,
         "tokens": following.cursor * config.model.context,
         "loss": nll / config.tokens_per_step,
-        "lr": lr,
+        "lr": config.optim.lr * height,
         "grad_norm": grad_norm,
     }
     if share_LE.numel():

@@ -54,12 +54,23 @@ def cache(tmp_path_factory):
     [
         {},
         {"optim": {"name": "adamw8bit"}, "model": {"dim": 64, "hidden": 128}},
+        {"optim": {"name": "muon"}},
+        {"optim": {"name": "muon"}, "machine": {"weights": "bf16"}},
         {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}},
         {"model": {"pattern": "DD"}},
         {"machine": {"weights": "bf16"}},
         {"machine": {"weights": "bf16", "gradients": "bf16"}, "optim": {"name": "adamw8bit"}, "model": {"dim": 64}},
     ],
-    ids=["adamw", "adamw8bit", "current-load", "dense", "bf16-weights", "bf16-weights-and-gradients"],
+    ids=[
+        "adamw",
+        "adamw8bit",
+        "muon",
+        "muon-bf16",
+        "current-load",
+        "dense",
+        "bf16-weights",
+        "bf16-weights-and-gradients",
+    ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_path, monkeypatch):
     whole = config(corpus, cache, **settings)

@@ -10,8 +10,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from khanhllm.config import ModelConfig
-from khanhllm.machine.runtime import Machine
+from khanhllm.machine.runtime import Machine, keep_freed_memory
 from khanhllm.model import Transformer
+from khanhllm.model.counts import total_parameters
 from khanhllm.model.experts import GROUPED, LOOP, Road
 from khanhllm.model.moe import MoE
 
@@ -26,9 +27,13 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 
+LARGE = 100_000_000
+"""parameters from which on memory is dearer than the time to get it"""
+
 
 def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
     """Change the model in place and return it. `checkpointing` is none, selective or full."""
+    keep_freed_memory(total_parameters(model) < LARGE)
     road = _road(machine.experts, model.config)
     for module in model.modules():
         if isinstance(module, MoE):

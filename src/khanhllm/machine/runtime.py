@@ -77,8 +77,6 @@ def open_machine(config: MachineConfig) -> Machine:
     device = _device(config.device)
     precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
     torch.set_num_threads(config.threads or _cores())
-    if device.type == "cpu":
-        _keep_freed_memory()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")  # bf16: the router stays fp32
     cuda = device.type == "cuda"
     return Machine(
@@ -128,13 +126,17 @@ def _road(wanted: str, device: torch.device, precision: str) -> Road:
     return wanted  # type: ignore[return-value]
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor: by default blocks of megabytes go back to the system at once,
-    and a step spends up to a third of its time on fresh pages. Other C libraries have no such switch."""
+def keep_freed_memory(keep: bool) -> None:
+    """Whether this process's memory, once freed, waits for the next tensor or goes back to the system.
+
+    By default glibc gives back blocks of megabytes at once, and a small model's step spends up to a third of its time
+    on fresh pages; while what it keeps lies between what is in use and costs a large model a gigabyte. Other C
+    libraries have no such switch.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20 if keep else 1 << 20)  # M_MMAP_THRESHOLD: larger blocks go back by themselves
+        mallopt(-1, 2**31 - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
 
 
 def _known_peak(device: torch.device) -> float | None:

@@ -1,0 +1,144 @@
+"""Muon against its references: the exact polar factor (SVD in fp64), one matrix at a time, torch.optim.Muon, AdamW."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import build, tiny
+from khanhllm import muon, optim, train
+from khanhllm.config import OptimConfig, resolve
+from khanhllm.data.batches import Batch
+
+SHAPES = [(32, 32), (16, 48), (48, 16)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_direction_counts_the_same(shape):
+    """Singular values from 0.1 to 1 all end near 1 (Jordan's polynomial: 0.68 to 1.14); the directions stay."""
+    left, _, right = torch.linalg.svd(random(3, *shape).double(), full_matrices=False)
+    x = left @ torch.diag_embed(torch.linspace(1, 0.1, left.shape[-1]).double().expand(3, -1)) @ right
+    turned = muon.orthogonalise(x.float(), steps=5).double()
+    values = torch.linalg.svdvals(turned)
+    assert values.min() > 0.65
+    assert values.max() < 1.2
+    along = left.mT @ turned @ right.mT
+    straight = along.diagonal(dim1=-2, dim2=-1)
+    assert (along - torch.diag_embed(straight)).abs().max() < 1e-4
+    assert straight.min() > 0.65
+
+
+def test_size_does_not_matter_and_zero_stays_zero():
+    x = random(2, 16, 24)
+    assert torch.allclose(muon.orthogonalise(1e6 * x, 5), muon.orthogonalise(1e-6 * x, 5), atol=1e-4)
+    assert muon.orthogonalise(torch.zeros(1, 8, 8), 5).eq(0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_equals_one_by_one(shape):
+    x = random(5, *shape)
+    alone = torch.cat([muon.orthogonalise(one[None], 5) for one in x])
+    assert torch.allclose(muon.orthogonalise(x, 5), alone, atol=1e-5)
+
+
+def stepped(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: int = 4) -> None:
+    for step in range(steps):
+        for nth, parameter in enumerate(parameters):
+            parameter.grad = random(*parameter.shape, seed=100 * step + nth)
+        optimizer.step()
+
+
+def ours(parameters: list[nn.Parameter]) -> muon.Muon:
+    group = {"params": parameters, "lr": 0.02, "momentum": 0.9, "newton_schulz": 5, "weight_decay": 0.1}
+    return muon.Muon([group], fused=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_moves_as_under_torch_s_muon(shape):
+    """torch's works in bf16, so its updates are rough; here the momentum, decay, step length and signs must agree."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    one, other = (nn.Parameter(random(*shape)) for _ in range(2))
+    start = one.detach().clone()
+    stepped(ours([one]), [one])
+    stepped(torch.optim.Muon([other], lr=0.02, momentum=0.9, weight_decay=0.1), [other])
+    assert (one - other).norm() < 0.03 * (one - start).norm()
+
+
+def test_a_stack_of_experts_moves_as_its_matrices_alone():
+    """Each expert is a matrix of its own, (in, out), and its shape decides how far it moves."""
+    for shape in SHAPES:
+        stack = nn.Parameter(random(3, *shape))
+        singles = [nn.Parameter(matrix.T.clone()) for matrix in stack.detach()]
+        optimizers = ours([stack]), ours(singles)
+        for step in range(3):
+            stack.grad = random(3, *shape, seed=step)
+            for single, gradient in zip(singles, stack.grad, strict=True):
+                single.grad = gradient.T.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(stack, torch.stack([single.T for single in singles]), atol=1e-5)
+
+
+def test_small_batches_change_nothing(monkeypatch):
+    """How many matrices share a product is a matter of memory only."""
+    shapes = [(16, 24), (16, 24), (4, 16, 24), (2, 24, 16), (24, 16)]
+    whole, small = ([nn.Parameter(random(*shape, seed=7)) for shape in shapes] for _ in range(2))
+    stepped(ours(whole), whole)
+    monkeypatch.setattr(muon, "LARGEST", 800)
+    assert len(list(muon.batches(small))) == 4  # of two, one, one and one; a stack is never cut
+    stepped(ours(small), small)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, small, strict=True))
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_hidden_matrices_follow_muon_and_all_else_adamw(style):
+    model = build(tiny(style))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optim.build(model, OptimConfig(name="muon", lr=1e-3, muon_lr=0.05)).param_groups
+    hidden = {names[id(parameter)] for parameter in groups[0]["params"]}
+    assert {name.split(".")[3] for name in hidden} == {"query", "key", "value", "out", "up", "down", "experts"} | (
+        {"gate"} if style == "modern" else set()
+    )
+    assert not any("bias" in name or "norm" in name for name in hidden)
+    assert [group["peak_lr"] for group in groups] == [0.05, 1e-3, 1e-3]
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
+    decaying = {names[id(parameter)] for parameter in groups[1]["params"]}
+    assert decaying == {"head.weight", "blocks.1.feedforward.router.weight"}
+
+
+def test_what_is_not_muon_s_moves_as_under_adamw():
+    model, twin = build(tiny()), build(tiny())
+    settings = {"lr": 1e-2, "weight_decay": 0.3}
+    pair = [optim.build(m, OptimConfig(name=n, **settings)) for m, n in ((model, "muon"), (twin, "adamw"))]
+    for optimizer, one in zip(pair, (model, twin), strict=True):
+        stepped(optimizer, list(one.parameters()))
+    twins = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, twins[name]) != muon.is_hidden_matrix(name, parameter), name
+
+
+def test_the_state_is_one_number_a_weight():
+    model = build(tiny())
+    optimizer = optim.build(model, OptimConfig(name="muon"))
+    stepped(optimizer, list(model.parameters()), steps=1)
+    for name, parameter in model.named_parameters():
+        keys = {"momentum"} if muon.is_hidden_matrix(name, parameter) else {"step", "exp_avg", "exp_avg_sq"}
+        assert set(optimizer.state[parameter]) == keys, name
+
+
+def test_the_schedule_scales_each_group_s_own_peak(machine):
+    config = resolve(tiny().model_dump(), {"optim": {"name": "muon", "lr": 1e-3, "muon_lr": 0.05}})
+    model = build(config)
+    optimizer = optim.build(model, config.optim)
+    parts = SimpleNamespace(config=config, model=model, machine=machine, optimizer=optimizer, flops_per_token=1)
+    ids_BT = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
+    rows = iter([Batch(ids_BT[:, :-1], ids_BT[:, 1:], 2)])
+    _, row = train.train_step(parts, train.State(9, 0, torch.full((1, 4), 0.25)), rows)
+    assert row["lr"] == pytest.approx(1e-3 * 10 / config.schedule.warmup)
+    assert [group["lr"] / row["lr"] for group in optimizer.param_groups] == pytest.approx([50, 1, 1])
