@@ -179,7 +179,7 @@ class LossConfig(Section):
     costs one more forward pass. Both cover all micro-batches of the step"""
     router_z: Rate = 0.001
     """weight of the router z-loss, summed over mixture layers (ST-MoE)"""
-    chunk: Annotated[int, Field(ge=1, le=2**20)] = 1024
+    chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """rows of logits that exist at one time (tokens)"""
 
 

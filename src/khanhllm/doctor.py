@@ -25,7 +25,7 @@ from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper, total_parameters
-from khanhllm.model.experts import grouped_linear, loop_linear
+from khanhllm.model.experts import GROUPED, LOOP
 from khanhllm.model.moe import MoE
 from khanhllm.model.router import stack
 from khanhllm.objectives import even_load, load_balance, share_of_step
@@ -94,14 +94,14 @@ def roads_agree(model: Transformer) -> Finding:
     """The loop over experts, which defines what is right, and grouped_mm give the same logits."""
     ids_BT = some_ids(model, rows=2, length=32)
     stacks: list[Any] = [module.experts for module in model.modules() if isinstance(module, MoE)]
-    before = [experts.linear for experts in stacks]
+    before = [experts.road for experts in stacks]
     logits = []
-    for road in (loop_linear, grouped_linear):
+    for road in (LOOP, GROUPED):
         for experts in stacks:
-            experts.linear = road
+            experts.road = road
         logits.append(model.logits(ids_BT))
     for experts, road in zip(stacks, before, strict=True):
-        experts.linear = road
+        experts.road = road
     gap = (logits[0] - logits[1]).abs().max().item()
     return Finding(
         "grouped experts equal the loop", gap < 1e-3, f"largest difference {gap:.1e}", "use --machine.experts loop"
@@ -166,8 +166,7 @@ def _loss(model: Transformer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     weights, config = LossConfig(), model.config
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     nll_BT, routings = model(inputs_BT, targets_BT)
-    load_LE = torch.tensor(even_load(len(config.moe_layers), config.experts), device=ids_BT.device)
-    load_LE = load_LE.view(-1, config.experts)
+    load_LE = even_load(len(config.moe_layers), config.experts).to(ids_BT.device)
     routing = stack(routings, like=load_LE)
     tokens = targets_BT.numel()
     loss = share_of_step(nll_BT, routing.prob_E, routing.z, load_LE, tokens, weights.balance, weights.router_z)

@@ -14,29 +14,86 @@ the same gradient. Only the load must be known while micro-batches are still to 
 step, whose counts are complete (the way DeepSeek-V3 moves its router bias), or counted beforehand.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def token_nll(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
     """-log p(target) of each token (nats, fp32), from hidden states and the output matrix.
 
-    At most `chunk` rows of logits exist at one time: the backward pass makes them again, chunk by chunk.
+    At most `chunk` rows of logits exist at one time, and each is made once: its gradient is taken while it is there.
     """
-    if len(x_TD) <= chunk or not torch.is_grad_enabled():
-        parts = [_nll(x, weight_VD, t) for x, t in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True)]
-    else:
-        parts = [
-            checkpoint(_nll, x, weight_VD, t, use_reentrant=False, preserve_rng_state=False)
-            for x, t in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True)
-        ]
-    return torch.cat(parts)
+    device = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    return _TokenNLL.apply(x_TD, weight_VD, targets_T, chunk, dtype)  # type: ignore[no-any-return]
 
 
-def _nll(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x_TD, weight_VD).float(), targets_T, reduction="none")
+class _TokenNLL(torch.autograd.Function):
+    """The forward pass makes the gradients of the *sum* over tokens. They serve when one number comes back for all
+    tokens, as from `share_of_step`; any other gradient is answered by going through the chunks again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_VD, targets_T)
+        ctx.chunk, ctx.dtype, ctx.of_sum = chunk, dtype, None
+        if any(ctx.needs_input_grad):
+            nll_T, *ctx.of_sum = _with_gradients(x_TD, weight_VD, targets_T, chunk, dtype)
+            return nll_T
+        weight_VD = weight_VD.to(dtype)
+        chunks = zip(x_TD.to(dtype).split(chunk), targets_T.split(chunk), strict=True)
+        return torch.cat([_nll(x_CD, weight_VD, targets_C)[0] for x_CD, targets_C in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.of_sum and not any(grad_T.stride()):  # one number for all, known without asking the device
+            x_grad_TD, weight_grad_VD = (gradient.mul_(grad_T[0]) for gradient in ctx.of_sum)
+            ctx.of_sum = None  # they are scaled now: good for one time only
+        else:
+            x_TD, weight_VD, targets_T = ctx.saved_tensors
+            _, x_grad_TD, weight_grad_VD = _with_gradients(x_TD, weight_VD, targets_T, ctx.chunk, ctx.dtype, grad_T)
+        return x_grad_TD, weight_grad_VD, None, None, None
+
+
+def _with_gradients(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, dtype: torch.dtype, grad_T: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll_T and the gradients for x and the weight, of the sum of tokens or of the sum weighted by `grad_T`."""
+    nll_T = torch.empty(len(x_TD), dtype=_exact(dtype), device=x_TD.device)
+    x_grad_TD = torch.empty_like(x_TD)
+    weight_grad_VD = torch.zeros_like(weight_VD, dtype=_exact(dtype))
+    weight = weight_VD.to(dtype)
+    for start in range(0, len(x_TD), chunk):
+        rows = slice(start, start + chunk)
+        x_CD = x_TD[rows].to(dtype)
+        nll_T[rows], slope_CV = _nll(x_CD, weight, targets_T[rows])
+        slope_CV.scatter_add_(1, targets_T[rows, None], slope_CV.new_full((1, 1), -1.0).expand(len(x_CD), 1))
+        if grad_T is not None:
+            slope_CV.mul_(grad_T[rows, None])
+        slope_CV = slope_CV.to(dtype)
+        x_grad_TD[rows] = slope_CV @ weight
+        if weight_grad_VD.dtype == dtype:
+            weight_grad_VD.addmm_(slope_CV.T, x_CD)
+        else:
+            weight_grad_VD.add_(slope_CV.T @ x_CD)
+    return nll_T, x_grad_TD, weight_grad_VD
+
+
+def _nll(x_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target), (C,), and all probabilities, (C, V), which take the place of the logits."""
+    logits_CV = (x_CD @ weight_VD.T).to(_exact(x_CD.dtype))
+    target = logits_CV.gather(1, targets_C[:, None])
+    top, best = logits_CV.max(dim=-1, keepdim=True)
+    prob_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
+    # log of the partition from the likeliest token, whose probability is never too small for a logarithm
+    return (top - prob_CV.gather(1, best).log() - target).squeeze(1), prob_CV
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def load_balance(load_LE: Tensor, prob_LE: Tensor) -> Tensor:
@@ -46,9 +103,9 @@ def load_balance(load_LE: Tensor, prob_LE: Tensor) -> Tensor:
     return load_LE.shape[-1] * (load_LE * prob_LE).sum(-1)
 
 
-def even_load(layers: int, experts: int) -> list[list[float]]:
+def even_load(layers: int, experts: int) -> Tensor:
     """The load that the first step assumes, (L, E)."""
-    return [[1 / experts] * experts for _ in range(layers)]
+    return torch.full((layers, experts), 1 / experts)
 
 
 def share_of_step(

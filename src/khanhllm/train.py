@@ -7,6 +7,7 @@ the future depends on is the weights, the optimizer's moments and a `State` of t
 so a resumed run is the uninterrupted one, bit for bit (same machine, same torch).
 """
 
+import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ class State:
     """optimizer steps done"""
     cursor: int
     """rows trained on"""
-    load_LE: list[list[float]]
-    """each expert's share of the load in the last step, for each mixture layer"""
+    load_LE: Tensor
+    """each expert's share of the load in the last step, for each mixture layer; stays on the device"""
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,11 @@ def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
     train = parts.config.train
     rows = batches(parts.train, train.rows, train.seed, state.cursor, parts.machine.device)
     started = time.perf_counter()
-    last = False
+    first, last = state.step + 1, False
     while not last:
         state, row = train_step(parts, state, rows)
+        if state.step == first:
+            gc.freeze()  # what is alive now lives as long as the run: the garbage collector may pass it by
         last = state.step == train.steps or bool(stop.asked)
         if due(state.step, train.eval_every) or state.step == train.steps:
             row |= validate(parts, train.eval_tokens)
@@ -129,7 +132,7 @@ def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State
     optimizer.zero_grad(set_to_none=True)
 
     share_LE = routing_L.load_E / routing_L.load_E.sum(-1, keepdim=True)
-    following = State(state.step + 1, micro_batches[-1].cursor, share_LE.tolist())
+    following = State(state.step + 1, micro_batches[-1].cursor, share_LE)
     row = {
         "step": following.step,
         "tokens": following.cursor * config.model.context,
@@ -172,13 +175,12 @@ def accumulate(parts: Parts, micro_batches: list[Batch], load_LE: Tensor) -> tup
 
 def load_for_balance(parts: Parts, state: State, micro_batches: list[Batch]) -> Tensor:
     """(L, E): each expert's share of the load, over a whole step: the previous one, or this one counted beforehand."""
-    load_LE = torch.tensor(state.load_LE, device=parts.machine.device).view(-1, parts.config.model.experts)
-    if parts.config.loss.load == "previous" or not load_LE.numel():
-        return load_LE
-    counted = torch.zeros_like(load_LE)
+    if parts.config.loss.load == "previous" or not state.load_LE.numel():
+        return state.load_LE
+    counted = torch.zeros_like(state.load_LE)
     with torch.no_grad(), parts.machine.autocast():
         for batch in micro_batches:
-            counted += stack(parts.model.trunk(batch.inputs_BT)[1], like=load_LE).load_E
+            counted += stack(parts.model.trunk(batch.inputs_BT)[1], like=counted).load_E
     return counted / counted.sum(-1, keepdim=True)
 
 
@@ -210,7 +212,7 @@ def _save(parts: Parts, state: State, log: Log, must: bool) -> None:
     """Save, and let the run go on if that fails; but `must` is the last chance, so then the failure is the user's."""
     extra = {
         "cursor": state.cursor,
-        "load": state.load_LE,
+        "load": state.load_LE.tolist(),
         "data": parts.train.sha256,
         "folder": str(parts.train.folder.resolve()),
     }
@@ -252,7 +254,7 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
 
 def _start(parts: Parts) -> State:
     model = parts.config.model
-    return State(0, 0, objectives.even_load(len(model.moe_layers), model.experts))
+    return State(0, 0, objectives.even_load(len(model.moe_layers), model.experts).to(parts.machine.device))
 
 
 def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> None:
@@ -274,7 +276,8 @@ def _continue(parts: Parts, path: Path, saved: dict[str, Any]) -> State:
         raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
     checkpoint.load_model(path, parts.model)
     checkpoint.load_optimizer(path, parts.model, parts.optimizer, saved["optimizer"])
-    return State(saved["step"], saved["cursor"], saved["load"])
+    load_LE = torch.tensor(saved["load"], device=parts.machine.device).view(-1, parts.config.model.experts)
+    return State(saved["step"], saved["cursor"], load_LE)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import build, tiny
-from khanhllm.model.experts import GeluExperts, SwiGLUExperts, grouped_linear, loop_linear
+from khanhllm.model.experts import GROUPED, LOOP, GeluExperts, SwiGLUExperts
 from khanhllm.model.rope import Rope
+from khanhllm.model.router import Choice
 
 G = torch.Generator().manual_seed(5)
 
@@ -21,14 +22,14 @@ def one_expert(experts, index, x):
 
 
 @pytest.mark.parametrize("style", ["classic", "modern"])
-@pytest.mark.parametrize("road", [loop_linear, grouped_linear])
+@pytest.mark.parametrize("road", [LOOP, GROUPED])
 def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
-    dtype = torch.float64 if road is loop_linear else torch.float32  # grouped_mm knows no fp64
+    dtype = torch.float64 if road is LOOP else torch.float32  # grouped_mm knows no fp64
     mixture = build(tiny(style)).blocks[1].feedforward.to(dtype)
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.normal_(0, 0.5, generator=G)  # biases too
-    mixture.experts.linear = road
+    mixture.experts.road = road
     x = torch.randn(2, 9, 32, generator=G, dtype=dtype, requires_grad=True)
     y, (routing,) = mixture(x)
     flat = x.flatten(0, 1)
@@ -49,18 +50,21 @@ def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("road", [loop_linear, grouped_linear])
+@pytest.mark.parametrize("road", [LOOP, GROUPED])
 @pytest.mark.parametrize("counts", [[0, 0, 0, 12], [12, 0, 0, 0], [3, 0, 9, 0], [3, 3, 3, 3]])
 def test_experts_without_rows(road, counts):
     experts = SwiGLUExperts(4, 8, 16)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(0, 1, generator=G)
-    experts.linear = road
+    experts.road = road
     x = torch.randn(12, 8, generator=G)
-    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))[torch.randperm(12, generator=G)]
     plain = torch.stack([one_expert(experts, owner[row], x[row]) for row in range(12)])
-    assert torch.allclose(experts(x, torch.tensor(counts)), plain, atol=1e-4)
+    ours = experts(x, Choice(owner[:, None], torch.ones(12, 1)), torch.tensor(counts))
+    assert torch.allclose(ours, plain, atol=1e-4)
+    gradients = [torch.autograd.grad(y.square().sum(), experts.parameters()) for y in (ours, plain)]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(*gradients, strict=True))
 
 
 def test_attention_is_softmax_of_scaled_products_over_the_past():
@@ -99,10 +103,10 @@ def test_bf16_autocast_leaves_the_router_in_fp32():
     assert {choice.weight_TK.dtype, routing.prob_E.dtype, routing.z.dtype} == {torch.float32}
 
 
-@pytest.mark.parametrize("road", [loop_linear, grouped_linear])
+@pytest.mark.parametrize("road", [LOOP, GROUPED])
 def test_bf16_autocast_is_near_fp32_on_both_roads(road):
     model = build(tiny("classic"))
-    model.blocks[1].feedforward.experts.linear = road
+    model.blocks[1].feedforward.experts.road = road
     ids = torch.randint(300, (2, 33), generator=G)
     exact = model(ids[:, :-1], ids[:, 1:])[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):

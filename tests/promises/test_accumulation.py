@@ -13,7 +13,7 @@ from khanhllm.data.batches import Batch
 ROWS, CONTEXT = 8, 32
 GENERATOR = torch.Generator().manual_seed(3)
 IDS = torch.randint(300, (ROWS, CONTEXT + 1), generator=GENERATOR)
-LAST_LOAD = [[0.4, 0.3, 0.2, 0.1]]
+LAST_LOAD = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
 
 
 def gradient(micro_batch: int, load: str, balance: float = 0.3, style: str = "modern") -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from conftest import build, tiny
 from khanhllm import doctor
 from khanhllm.machine import fit
 from khanhllm.model import attention, moe, router
+from khanhllm.model.experts import LOOP
 
 SHAPES = {"classic": {}, "modern": {}, "grouped-query": {"kv_heads": 2}, "all-dense": {"pattern": "DD"}}
 
@@ -48,10 +49,10 @@ def test_positions_that_restart_at_the_cache_are_caught():
 
 
 def test_a_road_that_forgets_the_order_of_experts_is_caught(monkeypatch):
-    def backwards(x, weight, bias, count):
-        return doctor.loop_linear(x, weight.flip(0), bias, count)
+    def backwards(x_NI, weight_EIO, end_E):
+        return LOOP.rows(x_NI, weight_EIO.flip(0), end_E)
 
-    monkeypatch.setattr(doctor, "grouped_linear", backwards)
+    monkeypatch.setattr(doctor, "GROUPED", LOOP._replace(rows=backwards))
     assert not doctor.roads_agree(build(tiny())).kept
 
 

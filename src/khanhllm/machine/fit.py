@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
-from khanhllm.model.experts import grouped_linear, loop_linear
+from khanhllm.model.experts import GROUPED, LOOP
 from khanhllm.model.moe import MoE
 
 # What selective checkpointing keeps because it is dear to make again: matrix products and attention.
@@ -19,7 +19,6 @@ KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -33,14 +32,15 @@ def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer
     aligned = model.config.dim % 8 == model.config.expert_width % 8 == 0
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.linear = grouped_linear if machine.grouped_experts and aligned else loop_linear  # type: ignore[assignment]
+            module.experts.road = GROUPED if machine.grouped_experts and aligned else LOOP  # type: ignore[assignment]
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:
-        # a shape too many is run uncompiled, which is no news to a user
+        # a model too many in one process is run uncompiled, which is no news to a user
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-        for block in model.blocks:
-            block.compile()
+        for block in model.blocks:  # blocks of one kind share what is compiled
+            compiled = torch.compile(block.forward, dynamic=False)
+            block.forward = _only_with_gradients(compiled, block.forward)
     return model
 
 
@@ -52,8 +52,10 @@ def _checkpoint_activations(model: Transformer, selective: bool) -> None:
     """
     for block in model.blocks:
         _rebuild(block.attention, "forward", selective)  # type: ignore[arg-type]
-        feedforward = block.feedforward
-        _rebuild(feedforward, "answer" if isinstance(feedforward, MoE) else "forward", selective)  # type: ignore[arg-type]
+        if not isinstance(block.feedforward, MoE):
+            _rebuild(block.feedforward, "forward", selective)  # type: ignore[arg-type]
+        elif not selective:  # of themselves the experts keep no more than products that are dear to make again
+            _rebuild(block.feedforward, "answer", selective)
 
 
 def _rebuild(module: torch.nn.Module, method: str, selective: bool) -> None:
@@ -64,9 +66,11 @@ def _rebuild(module: torch.nn.Module, method: str, selective: bool) -> None:
     setattr(module, method, _only_with_gradients(run, getattr(module, method)))
 
 
-def _only_with_gradients(rebuilt: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _only_with_gradients(fitted: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Training has one shape; generation and validation have many, and nothing to rebuild."""
+
     def method(*inputs: Any) -> Any:
-        return rebuilt(*inputs) if torch.is_grad_enabled() else plain(*inputs)
+        return fitted(*inputs) if torch.is_grad_enabled() else plain(*inputs)
 
     return method
 

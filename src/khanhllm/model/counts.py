@@ -1,7 +1,10 @@
 """How big the model is and what a token costs. Works on the meta device, where a model takes no memory."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from khanhllm.config import ModelConfig
 from khanhllm.model.moe import MoE
@@ -35,3 +38,13 @@ def flops_per_token(model: Transformer) -> int:
     config = model.config
     lookup = total_parameters(model.embedding)
     return 6 * (active_parameters(model) - lookup) + 12 * len(model.blocks) * config.dim * config.context
+
+
+def _product_flops(x_shape: torch.Size, y_shape: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    """Each number of x meets a row of y: true of every product in `experts`, whichever road computes it."""
+    return 2 * x_shape.numel() * y_shape[-1]
+
+
+# So that torch's FlopCounterMode counts experts, which it otherwise takes for nothing.
+ROADS = [torch.ops.aten._grouped_mm, torch.ops.khanhllm.loop_rows, torch.ops.khanhllm.loop_outer]
+register_flop_formula([op for op in ROADS if op not in flop_registry])(_product_flops)  # type: ignore[no-untyped-call]

@@ -1,41 +1,180 @@
 """Who works: all experts of a layer as stacked matrices (E, in, out), applied to rows that are sorted by expert.
 
-Two roads lead through the stack. `loop_linear` multiplies one expert after the other: it defines what is right.
-`grouped_linear` asks `torch.nn.functional.grouped_mm` for all of them at once, with shapes that never depend on the
-routing, which is what a GPU and a compiler want. `machine/` picks one; the laws demand that they agree.
+Everything that is done with such a stack, forward and backward, is one of two products: each row times the matrix of
+its expert (`rows`), or each expert's rows transposed times other rows of the same (`outer`, the gradient of a matrix).
+A `Road` is one way to compute both. The loop over experts defines what is right and is fastest on a CPU; grouped_mm has
+shapes that never depend on the routing, which is what a GPU and a compiler want. `machine/` picks; the laws demand that
+all roads agree.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+from khanhllm.model.router import Choice
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def loop_linear(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
-    """Rows sorted by expert, `count_E` of them for each (int64) -> (N, O). Reads the counts on the host."""
-    rows = x_NI.split(count_E.tolist())
-    if bias_EO is None:
-        return torch.cat([x @ weight for x, weight in zip(rows, weight_EIO.unbind(), strict=True)])
-    parts = zip(bias_EO.unbind(), rows, weight_EIO.unbind(), strict=True)
-    return torch.cat([torch.addmm(bias, x, weight) for bias, x, weight in parts])
+class Road(NamedTuple):
+    rows: Product
+    """(x_NI, weight_EIO, end_E) -> (N, O). Rows are sorted by expert, `end_E` says where each one's end (int32)."""
+    outer: Product
+    """(x_NI, y_NO, end_E) -> (E, I, O), zeros for an expert without rows."""
 
 
-def grouped_linear(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
-    """The same as `loop_linear` on static shapes. grouped_mm ignores autocast and takes no bias: both are done here."""
-    if torch.is_autocast_enabled(x_NI.device.type):
-        dtype = torch.get_autocast_dtype(x_NI.device.type)
-        x_NI, weight_EIO = x_NI.to(dtype), weight_EIO.to(dtype)
-    end_E = count_E.cumsum(0).to(torch.int32)
-    out_NO = F.grouped_mm(x_NI, weight_EIO, offs=end_E)
-    if bias_EO is None:
-        return out_NO
-    # A product with the one-hot expert of each row: its backward is a product too, so there is nothing to scatter.
-    row_N1 = torch.arange(len(x_NI), device=x_NI.device)[:, None]
-    own_NE = (row_N1 < end_E) & (row_N1 >= end_E - count_E)
-    return out_NO + own_NE.to(out_NO.dtype) @ bias_EO.to(out_NO.dtype)
+# As operators of their own, the compiler sees two boxes of known shape and not the loop, which reads the load.
+@torch.library.custom_op("khanhllm::loop_rows", mutates_args=())
+def _loop_rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+    out_NO = x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
+    for expert, rows in enumerate(_slices(end_E)):
+        torch.mm(x_NI[rows], weight_EIO[expert], out=out_NO[rows])
+    return out_NO
+
+
+@torch.library.custom_op("khanhllm::loop_outer", mutates_args=())
+def _loop_outer(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
+    out_EIO = x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
+    for expert, rows in enumerate(_slices(end_E)):
+        torch.mm(x_NI[rows].T, y_NO[rows], out=out_EIO[expert])
+    return out_EIO
+
+
+def _slices(end_E: Tensor) -> list[slice]:
+    ends = end_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@_loop_rows.register_fake
+def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+    return x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
+
+
+@_loop_outer.register_fake
+def _(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
+    return x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
+
+
+def _grouped_rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_NI, weight_EIO, offs=end_E)
+
+
+def _grouped_outer(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_NI.T, y_NO, offs=end_E)
+
+
+LOOP = Road(torch.ops.khanhllm.loop_rows.default, torch.ops.khanhllm.loop_outer.default)
+GROUPED = Road(_grouped_rows, _grouped_outer)
+
+
+class Layout(NamedTuple):
+    """Where the N = T x K token-expert pairs stand once they are sorted by expert."""
+
+    token_N: Tensor
+    """the token of each sorted pair"""
+    home_TK: Tensor
+    """the sorted place of each token's k-th pair"""
+    end_E: Tensor
+    """where each expert's pairs end (int32)"""
+
+
+def layout(expert_TK: Tensor, load_E: Tensor) -> Layout:
+    order_N = expert_TK.flatten().argsort(stable=True)
+    place_N = torch.arange(len(order_N), device=order_N.device)
+    home_N = torch.empty_like(order_N).scatter_(0, order_N, place_N)
+    return Layout(order_N // expert_TK.shape[1], home_N.view_as(expert_TK), load_E.cumsum(0).to(torch.int32))
+
+
+class Activation(NamedTuple):
+    value: Callable[..., Tensor]
+    """(*inputs_NF) -> value_NF"""
+    gradients: Callable[..., tuple[Tensor, ...]]
+    """(grad_NF, *inputs_NF) -> the gradient of each input"""
+
+
+def _swiglu_gradients(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF), grad_NF * F.silu(gate_NF)
+
+
+def _gelu_gradients(grad_NF: Tensor, up_NF: Tensor) -> tuple[Tensor]:
+    return (torch.ops.aten.gelu_backward(grad_NF, up_NF),)
+
+
+SWIGLU = Activation(lambda gate_NF, up_NF: F.silu(gate_NF) * up_NF, _swiglu_gradients)
+GELU = Activation(F.gelu, _gelu_gradients)
+
+
+class _Mixture(torch.autograd.Function):
+    """y_TD = sum over a token's K experts of  weight x down(activation(x @ up + bias, ...)).
+
+    Bringing tokens to experts and answers home are gathers in both directions, so nothing is added in an order left to
+    chance. The weight is applied before the last matrix, so the answers need not be kept for its gradient; nor are the
+    gathered x and the activation's value, which are cheap to make again (Guo et al. 2025, arXiv 2512.14080).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        road: Road,
+        activation: Activation,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        token_N: Tensor,
+        home_TK: Tensor,
+        end_E: Tensor,
+        down: Tensor,
+        bias_EF: Tensor | None,
+        *ups: Tensor,
+    ) -> Tensor:
+        weight_N = _sorted(weight_TK, home_TK).unsqueeze(1)
+        x_ND = x_TD.index_select(0, token_N)
+        inputs = [road.rows(x_ND, up, end_E) for up in ups]
+        if bias_EF is not None:
+            inputs[0] = torch.addmm(inputs[0], _one_hot(end_E, x_ND), bias_EF)
+        answer_ND = road.rows(activation.value(*inputs).mul_(weight_N), down, end_E)
+        ctx.road, ctx.activation, ctx.has_bias = road, activation, bias_EF is not None
+        ctx.save_for_backward(x_TD, weight_N, token_N, home_TK, end_E, down, *ups, *inputs)
+        return _gathered_sum(answer_ND, home_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TD, weight_N, token_N, home_TK, end_E, down, *rest = ctx.saved_tensors
+        ups, inputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        grad_ND = grad_TD.index_select(0, token_N)
+        hidden_NF = ctx.activation.value(*inputs)
+        slope_NF = ctx.road.rows(grad_ND, down.mT, end_E)
+        weight_grad_TK = (slope_NF * hidden_NF).sum(-1, dtype=weight_N.dtype)[home_TK]
+        down_grad = ctx.road.outer(hidden_NF.mul_(weight_N), grad_ND, end_E)
+        del hidden_NF, grad_ND
+        slopes = ctx.activation.gradients(slope_NF.mul_(weight_N), *inputs)
+        x_ND = x_TD.index_select(0, token_N)
+        up_grads = [ctx.road.outer(x_ND, slope, end_E) for slope in slopes]
+        bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if ctx.has_bias else None
+        x_grad_ND, *more = (ctx.road.rows(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
+        for part in more:
+            x_grad_ND.add_(part)
+        x_grad_TD = _gathered_sum(x_grad_ND, home_TK)
+        return None, None, x_grad_TD, weight_grad_TK, None, None, None, down_grad, bias_grad, *up_grads
+
+
+def _sorted(weight_TK: Tensor, home_TK: Tensor) -> Tensor:
+    """The weight of each pair, in sorted order: (N,)."""
+    weight_N = weight_TK.flatten()
+    return torch.empty_like(weight_N).scatter_(0, home_TK.flatten(), weight_N)
+
+
+def _gathered_sum(x_ND: Tensor, home_TK: Tensor) -> Tensor:
+    """Row t is the sum of the rows home_TK[t]."""
+    return F.embedding_bag(home_TK, x_ND, mode="sum")
+
+
+def _one_hot(end_E: Tensor, like_ND: Tensor) -> Tensor:
+    """(N, E): which expert each sorted row belongs to. A product with it adds biases, and its transpose sums them."""
+    row_N = torch.arange(len(like_ND), device=end_E.device).unsqueeze(1)
+    return ((row_N < end_E) & (row_N >= end_E - end_E.diff(prepend=end_E.new_zeros(1)))).to(like_ND.dtype)
 
 
 class GeluExperts(nn.Module):
@@ -47,11 +186,15 @@ class GeluExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(experts, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
         self.down_bias = nn.Parameter(torch.empty(experts, dim))
-        self.linear: Linear = loop_linear
+        self.road = LOOP
 
-    def forward(self, x_ND: Tensor, count_E: Tensor) -> Tensor:
-        hidden_NF = F.gelu(self.linear(x_ND, self.up, self.up_bias, count_E))
-        return self.linear(hidden_NF, self.down, self.down_bias, count_E)
+    def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
+        x_TD, up, up_bias, down, down_bias = _in_one_type(x_TD, self.up, self.up_bias, self.down, self.down_bias)
+        where = layout(choice.expert_TK, load_E)
+        y_TD = _Mixture.apply(self.road, GELU, x_TD, choice.weight_TK, *where, down, up_bias, up)
+        none_TE = x_TD.new_zeros(len(x_TD), len(load_E))
+        weight_TE = none_TE.scatter(1, choice.expert_TK, choice.weight_TK.to(x_TD.dtype))
+        return y_TD + weight_TE @ down_bias
 
 
 class SwiGLUExperts(nn.Module):
@@ -62,9 +205,16 @@ class SwiGLUExperts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, dim, hidden))
         self.up = nn.Parameter(torch.empty(experts, dim, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
-        self.linear: Linear = loop_linear
+        self.road = LOOP
 
-    def forward(self, x_ND: Tensor, count_E: Tensor) -> Tensor:
-        gate_NF = self.linear(x_ND, self.gate, None, count_E)
-        up_NF = self.linear(x_ND, self.up, None, count_E)
-        return self.linear(F.silu(gate_NF) * up_NF, self.down, None, count_E)
+    def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
+        x_TD, gate, up, down = _in_one_type(x_TD, self.gate, self.up, self.down)
+        where = layout(choice.expert_TK, load_E)
+        return _Mixture.apply(self.road, SWIGLU, x_TD, choice.weight_TK, *where, down, None, gate, up)  # type: ignore[no-any-return]
+
+
+def _in_one_type(*tensors: Tensor) -> list[Tensor]:
+    """What autocast would do, which does not look into our own functions."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
+    return [tensor.to(dtype) for tensor in tensors]

@@ -25,7 +25,7 @@ class Transformer(nn.Module):
     `chunk` is the number of rows of logits that exist at one time (tokens).
     """
 
-    def __init__(self, config: ModelConfig, chunk: int = 1024) -> None:
+    def __init__(self, config: ModelConfig, chunk: int = 512) -> None:
         super().__init__()
         self.config = config
         build = _classic if config.style == "classic" else _modern

@@ -1,0 +1,51 @@
+"""What `fit` does to a model changes how it is computed, never what. Compiled without code generation, so that no C++
+compiler is needed: what the compiler is given, whole graphs and how often, is the same."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from conftest import build, plain_machine, tiny
+from khanhllm.machine.fit import fit
+
+G = torch.Generator().manual_seed(4)
+
+
+def gradients(model, ids):
+    nll, (first, second) = model(ids[:, :-1], ids[:, 1:])
+    (nll.sum() + first.prob_E.square().sum() + second.z).backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    return found, second.load_E
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield dataclasses.replace(plain_machine(), compile=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
+    """No graph break, and another routing does not compile again."""
+    fitted = fit(build(tiny(style, pattern="DMDM")), compiling, checkpointing)
+    batches = torch.randint(300, (3, 2, 33), generator=G)
+    loads = []
+    for number, ids in enumerate(batches):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            ours, load = gradients(fitted, ids)
+        loads.append(load)
+        theirs, same = gradients(build(tiny(style, pattern="DMDM")), ids)
+        assert torch.equal(load, same)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert not torch.equal(loads[0], loads[1])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2  # of four blocks
