@@ -94,7 +94,7 @@ def _knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Conf
         group = parser.add_argument_group(f"[{section}]")
         kind: Any = Config.model_fields[section].annotation
         for key, field in kind.model_fields.items():
-            choices = [str(choice) for choice in get_args(field.annotation)]
+            choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
             metavar = "|".join(choices) if choices else "VALUE"
             text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
             group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)

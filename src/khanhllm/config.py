@@ -111,10 +111,11 @@ class DataConfig(Section):
 class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
-    micro_batch: Annotated[int, Field(ge=1, le=2**20)] = 8
-    """rows of `context` tokens in one forward and backward pass"""
+    micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
+    """rows of `context` tokens in one forward and backward pass; auto means as many as the memory holds, by
+    `khanhllm plan`, while a step keeps its rows: those it had before auto was said"""
     accumulation: Annotated[int, Field(ge=1, le=2**20)] = 1
-    """micro-batches collected before one optimizer step (gradient accumulation)"""
+    """micro-batches collected before one optimizer step (gradient accumulation); beside micro_batch auto: rows"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """decides the initial weights, the order of the data and the samples"""
     eval_every: Natural = 100
@@ -131,6 +132,15 @@ class TrainConfig(Section):
     """length of each sample (tokens)"""
     sample_prompt: str = ""
     """text that each sample continues; empty means a fresh document"""
+
+    @property
+    def rows(self) -> int:
+        """rows in one micro-batch; where auto is still undecided, one"""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows * self.accumulation
 
 
 class OptimConfig(Section):
@@ -245,7 +255,7 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.train.micro_batch * self.train.accumulation * self.model.context
+        return self.train.rows_per_step * self.model.context
 
 
 def preset_names() -> list[str]:
@@ -271,11 +281,20 @@ def read_toml(path: Path) -> dict[str, Any]:
 def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
     """Merge settings, later ones win, and check them. Values may be strings, as typed on a command line."""
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for layer in (_keep_rows(merged, layer, where) for layer in layers):
         for section, values in layer.items():
             nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
             merged[section] = {**merged[section], **values} if nested else values
     return checked(Config, merged, where)
+
+
+def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A layer that says micro_batch = "auto", and no accumulation, keeps the rows per step of the layers before it."""
+    train = layer.get("train")
+    if not isinstance(train, Mapping) or train.get("micro_batch") != "auto" or "accumulation" in train:
+        return layer
+    rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
+    return {**layer, "train": {**train, "accumulation": rows}}
 
 
 Kind = TypeVar("Kind", bound=Section)
@@ -292,7 +311,7 @@ def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
 def explain(error: ValidationError, kind: type[Section]) -> str:
     """The first thing wrong, in one line: which key, what is allowed, what was given."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"][:2])  # what follows is which of several types was tried
     if first["type"] == "extra_forbidden":
         for part in first["loc"][:-1]:
             kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]

@@ -90,7 +90,7 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
 
 def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
     train = parts.config.train
-    rows = batches(parts.train, train.micro_batch, train.seed, state.cursor, parts.machine.device)
+    rows = batches(parts.train, train.rows, train.seed, state.cursor, parts.machine.device)
     started = time.perf_counter()
     first, last = state.step + 1, False
     while not last:
@@ -192,7 +192,7 @@ def due(step: int, every: int) -> bool:
 def validate(parts: Parts, tokens: int) -> Score:
     """Score the first `tokens` tokens of the validation documents, always the same ones."""
     windows = islice(parts.validation.windows(), -(-tokens // parts.config.model.context))
-    rows = parts.config.train.micro_batch
+    rows = parts.config.train.rows
     return score(parts.model, windows, parts.tokenizer.token_bytes, parts.machine, rows)
 
 
@@ -289,7 +289,7 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
     yield f"machine: {parts.machine.describe()}; optimizer: {optim.describe(parts.optimizer)}"
     yield (
         f"data: {parts.train.tokens:,} training tokens in {parts.train.folder}; "
-        f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.micro_batch})"
+        f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
     epochs = config.train.steps * config.tokens_per_step / (parts.train.rows * config.model.context)
     if epochs > 1:

@@ -1,0 +1,119 @@
+"""Three real steps on random tokens in a fresh process, so that what a plan foresaw can stand beside what happened.
+
+    python -m khanhllm.measure < config.json > measurement.json
+"""
+
+import gc
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import orjson
+import psutil
+import torch
+
+from khanhllm import optim, train
+from khanhllm.config import Config, UserError, resolve
+from khanhllm.data.batches import Batch
+from khanhllm.machine.fit import fit
+from khanhllm.machine.runtime import Machine, open_machine
+from khanhllm.model import Transformer
+from khanhllm.model.counts import flops_per_token
+from khanhllm.objectives import even_load
+
+STEPS = 3
+
+
+class Measurement(TypedDict):
+    """Bytes, but for the rate."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+    """most at one time, above what the process held before the model was made; on CUDA, most allocated"""
+    process: int
+    """held before the model was made"""
+    tokens_per_s: float
+    """of the later steps; the first one warms up"""
+
+
+def measure(config: Config) -> Measurement:
+    """Run the steps in a process of their own. UserError if they cannot be finished, with the reason."""
+    command = [sys.executable, "-m", "khanhllm.measure"]
+    result = subprocess.run(command, input=orjson.dumps(config.model_dump()), capture_output=True, check=False)
+    if result.returncode:
+        last = (result.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise UserError(f"the three steps could not be finished: {last}")
+    return orjson.loads(result.stdout)
+
+
+def three_steps(config: Config) -> Measurement:
+    machine = open_machine(config.machine)
+    cuda = machine.device.type == "cuda"
+    _warm_up(config, machine)
+    gc.collect()
+    process = psutil.Process().memory_info().rss
+    parts = _parts(config, machine)
+    model, optimizer = parts.model, parts.optimizer
+    gradients: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(sum(p.grad.nbytes for p in model.parameters())))
+    rates = [row["tokens_per_s"] for row in _steps(parts, STEPS)]
+    return Measurement(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        gradients=gradients[-1],
+        optimizer=optim.state_bytes(optimizer),
+        peak=round(machine.peak_memory() * 1e6) - (0 if cuda else process),
+        process=process,
+        tokens_per_s=statistics.median(rates[1:]),
+    )
+
+
+def _parts(config: Config, machine: Machine) -> train.Parts:
+    """What a run is made of, without data and without a folder."""
+    model = Transformer(config.model, config.loss.chunk)
+    model.initialise(torch.Generator().manual_seed(0))
+    model = fit(model.to(machine.device), machine, config.machine.checkpointing)
+    return train.Parts(
+        config=config,
+        run=Path(),
+        machine=machine,
+        tokenizer=None,  # type: ignore[arg-type]
+        train=None,  # type: ignore[arg-type]
+        validation=None,  # type: ignore[arg-type]
+        model=model,
+        optimizer=optim.build(model, config.optim),
+        flops_per_token=flops_per_token(model),
+    )
+
+
+def _warm_up(config: Config, machine: Machine) -> None:
+    """One step of a tiny model of the same kind: the libraries that it loads belong to the process."""
+    small = {"pattern": "DM", "dim": 64, "heads": 2, "kv_heads": 0, "hidden": 64, "expert_hidden": 64, "context": 64}
+    shape = {**small, "vocab_size": 512, "experts": 2, "experts_per_token": 1}
+    tiny = resolve(config.model_dump(), {"model": shape, "train": {"micro_batch": 1, "accumulation": 1}})
+    list(_steps(_parts(tiny, machine), 1))
+
+
+def _steps(parts: train.Parts, steps: int) -> Iterator[dict[str, Any]]:
+    model = parts.config.model
+    state = train.State(0, 0, even_load(len(model.moe_layers), model.experts))
+    rows = _random_rows(parts.config, parts.machine.device)
+    for _ in range(steps):
+        state, row = train.train_step(parts, state, rows)
+        yield row
+
+
+def _random_rows(config: Config, device: torch.device) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.train.rows, config.model.context + 1)
+    while True:
+        ids_BT = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+        yield Batch(ids_BT[:, :-1], ids_BT[:, 1:], 0)
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(orjson.dumps(three_steps(resolve(orjson.loads(sys.stdin.buffer.read())))))
