@@ -11,10 +11,11 @@ FLOORS = """
     tokenizer data.sources data.documents data.shards data.writer data.prepare data.batches objectives schedule
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
-    machine.triton_grouped machine.roads machine.runtime machine.weights machine.fit
+    machine.cards machine.triton_grouped machine.roads machine.runtime machine.weights machine.fit
     rounding adamw adamw8bit muon optim checkpoint draw log saved evaluate generate
+    rehearsal budget
     train
-    doctor demo contenders bench
+    doctor demo measure plan contenders bench
     cli __main__
 """.split()
 FREE = {"", "data", "machine"}  # packages that only hold others

@@ -263,6 +263,28 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
     _knobs(parser, ["machine"])
 
 
+def _plan(options: argparse.Namespace) -> None:
+    """Will it fit, and how long will it take: memory, micro-batch, speed and date, before anything is trained.
+
+    The step is rehearsed without memory, so the plan also works for a card that is not here.
+    """
+    config = resolve(preset(options.preset), _given(options), where="plan")
+    if options.card and options.measure:
+        raise UserError("--measure runs on this machine, so it cannot go with --card")
+    from khanhllm import plan
+
+    plan.show(config, options.memory, options.card, options.measure, options.json)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
+    parser.add_argument("--memory", metavar="SIZE", help="memory to fill, as 8GB (default: what this machine has)")
+    parser.add_argument("--card", metavar="NAME", help='a graphics card, as "RTX 4090"; it need not be here')
+    parser.add_argument("--measure", action="store_true", help="run three real steps and show them beside the plan")
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+    _knobs(parser)
+
+
 def _bench(options: argparse.Namespace) -> None:
     """Measure this machine: a training step next to our dense twin and Hugging Face's, and the parts of the road.
 
@@ -302,6 +324,7 @@ VERBS: dict[Callable[[argparse.Namespace], int | None], Callable[[argparse.Argum
     _generate: _generate_options,
     _evaluate: _evaluate_options,
     _doctor: _doctor_options,
+    _plan: _plan_options,
     _bench: _bench_options,
     _tokenizer: _tokenizer_options,
     _prepare: _prepare_options,

@@ -7,21 +7,18 @@ told to, so that contenders can take turns and whatever else the machine does fa
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
-from khanhllm import objectives, optim, train
+from khanhllm import train
 from khanhllm.config import Config, ModelConfig
-from khanhllm.data.batches import Batch
-from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
-from khanhllm.model import Transformer
-from khanhllm.model.counts import flops_per_token, total_parameters
+from khanhllm.measure import bare_parts, random_rows
+from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
 
 OURS, TWIN = "ours", "dense twin"
 HUGGING_FACE = [f"hf {experts}{compiled}" for compiled in ("", " compiled") for experts in ("eager", "grouped_mm")]
@@ -95,13 +92,6 @@ def _timed(step: Step, machine: Machine) -> float:
     return time.perf_counter() - started
 
 
-def random_rows(config: Config, machine: Machine) -> Iterator[Batch]:
-    shape = (config.train.micro_batch, config.model.context + 1)
-    while True:
-        ids_BT = torch.randint(config.model.vocab_size, shape).to(machine.device)
-        yield Batch(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous(), 0)
-
-
 def dense_twin(model: ModelConfig) -> ModelConfig:
     """The dense model with the same arithmetic on each token: every layer gets the mean of what layers have at work."""
     mixture = model.experts_per_token * model.expert_width
@@ -113,25 +103,10 @@ def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
     """The very step that `khanhllm train` takes."""
     if name == TWIN:
         config = config.model_copy(update={"model": dense_twin(config.model)})
-    with torch.device(machine.device):
-        model = Transformer(config.model, config.loss.chunk)
-    model.initialise()
-    nobody = cast(Any, None)  # a step needs no files
-    parts = train.Parts(
-        config=config,
-        run=Path(),
-        machine=machine,
-        tokenizer=nobody,
-        train=nobody,
-        validation=nobody,
-        model=fit(model, machine, config.machine.checkpointing),
-        optimizer=optim.build(model, config.optim, config.train.seed),
-        flops_per_token=flops_per_token(model),
-    )
-    rows = random_rows(config, machine)
-    even = objectives.even_load(len(config.model.moe_layers), config.model.experts).to(machine.device)
-    state = train.State(0, 0, even)
-    return lambda: train.train_step(parts, state, rows), total_parameters(model), parts.flops_per_token
+    parts = bare_parts(config, machine)
+    rows = random_rows(config, machine.device)
+    state = train.start(parts)
+    return lambda: train.train_step(parts, state, rows), total_parameters(parts.model), parts.flops_per_token
 
 
 def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
@@ -142,7 +117,7 @@ def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, in
     with torch.device(machine.device):
         model: Any = Qwen3MoeForCausalLM(as_qwen3_moe(config.model, experts))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    rows = random_rows(config, machine)
+    rows = random_rows(config, machine.device)
     if compiled:
         model.compile(dynamic=False)
 
@@ -156,9 +131,7 @@ def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, in
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with torch.device("meta"):
-        flops = flops_per_token(Transformer(config.model))
-    return step, total_parameters(model), flops
+    return step, total_parameters(model), flops_per_token(on_paper(config.model))
 
 
 def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:

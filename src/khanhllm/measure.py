@@ -1,6 +1,6 @@
 """Three real steps on random tokens in a fresh process, so that what a plan foresaw can stand beside what happened.
 
-    python -m khanhllm.measure < config.json > measurement.json
+python -m khanhllm.measure < config.json > measurement.json
 """
 
 import gc
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import orjson
 import psutil
@@ -18,11 +18,8 @@ import torch
 from khanhllm import optim, train
 from khanhllm.config import Config, UserError, resolve
 from khanhllm.data.batches import Batch
-from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
-from khanhllm.model import Transformer
 from khanhllm.model.counts import flops_per_token
-from khanhllm.objectives import even_load
 
 STEPS = 3
 
@@ -57,10 +54,10 @@ def three_steps(config: Config) -> Measurement:
     _warm_up(config, machine)
     gc.collect()
     process = psutil.Process().memory_info().rss
-    parts = _parts(config, machine)
+    parts = bare_parts(config, machine)
     model, optimizer = parts.model, parts.optimizer
     gradients: list[int] = []
-    optimizer.register_step_pre_hook(lambda *_: gradients.append(sum(p.grad.nbytes for p in model.parameters())))
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradient_bytes(model)))
     rates = [row["tokens_per_s"] for row in _steps(parts, STEPS)]
     return Measurement(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
@@ -72,22 +69,25 @@ def three_steps(config: Config) -> Measurement:
     )
 
 
-def _parts(config: Config, machine: Machine) -> train.Parts:
-    """What a run is made of, without data and without a folder."""
-    model = Transformer(config.model, config.loss.chunk)
-    model.initialise(torch.Generator().manual_seed(0))
-    model = fit(model.to(machine.device), machine, config.machine.checkpointing)
+def bare_parts(config: Config, machine: Machine) -> train.Parts:
+    """What a step is made of, without data and without a folder."""
+    nobody = cast(Any, None)
+    model = train.new_model(config, machine)
     return train.Parts(
         config=config,
         run=Path(),
         machine=machine,
-        tokenizer=None,  # type: ignore[arg-type]
-        train=None,  # type: ignore[arg-type]
-        validation=None,  # type: ignore[arg-type]
+        tokenizer=nobody,
+        train=nobody,
+        validation=nobody,
         model=model,
-        optimizer=optim.build(model, config.optim),
+        optimizer=optim.build(model, config.optim, config.train.seed),
         flops_per_token=flops_per_token(model),
     )
+
+
+def _gradient_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
 
 
 def _warm_up(config: Config, machine: Machine) -> None:
@@ -95,24 +95,24 @@ def _warm_up(config: Config, machine: Machine) -> None:
     small = {"pattern": "DM", "dim": 64, "heads": 2, "kv_heads": 0, "hidden": 64, "expert_hidden": 64, "context": 64}
     shape = {**small, "vocab_size": 512, "experts": 2, "experts_per_token": 1}
     tiny = resolve(config.model_dump(), {"model": shape, "train": {"micro_batch": 1, "accumulation": 1}})
-    list(_steps(_parts(tiny, machine), 1))
+    list(_steps(bare_parts(tiny, machine), 1))
 
 
 def _steps(parts: train.Parts, steps: int) -> Iterator[dict[str, Any]]:
-    model = parts.config.model
-    state = train.State(0, 0, even_load(len(model.moe_layers), model.experts))
-    rows = _random_rows(parts.config, parts.machine.device)
+    state = train.start(parts)
+    rows = random_rows(parts.config, parts.machine.device)
     for _ in range(steps):
         state, row = train.train_step(parts, state, rows)
         yield row
 
 
-def _random_rows(config: Config, device: torch.device) -> Iterator[Batch]:
+def random_rows(config: Config, device: torch.device) -> Iterator[Batch]:
+    """Micro-batches of random tokens, without end."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.train.rows, config.model.context + 1)
     while True:
         ids_BT = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
-        yield Batch(ids_BT[:, :-1], ids_BT[:, 1:], 0)
+        yield Batch(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous(), 0)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,11 @@ def check(model: nn.Module, found: list[dict[str, object]]) -> None:
 
 def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
     """The optimizer that the config names. Each of its groups remembers its "peak_lr", which the schedule scales; who
-    trains sets its "lr" and "step" before each step. "seed" and "step" decide how bf16 weights are rounded."""
+    trains sets its "lr" and its "step" (-1 before the first) before each step. "seed" and "step" decide how bf16
+    weights are rounded."""
     optimizer = _build(model, config)
     for index, group in enumerate(optimizer.param_groups):
-        group |= {"peak_lr": group["lr"], "seed": f"{seed}/{index}", "step": 0}
+        group |= {"peak_lr": group["lr"], "seed": f"{seed}/{index}", "step": -1}
     return optimizer
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,16 +26,14 @@ from torch.utils.flop_counter import flop_registry
 from khanhllm import objectives, optim
 from khanhllm.config import Config
 from khanhllm.machine.fit import fit
+from khanhllm.machine.roads import Road
 from khanhllm.machine.runtime import Machine
+from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.router import stack
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "work space")
 aten = torch.ops.aten
-
-
-def _product_flops(left: Tensor, right: Tensor, *_args: Any, **_kwargs: Any) -> int:
-    return 2 * left.numel() * right.shape[-1]
 
 
 def _attention_flops(query: Tensor, key: Tensor, *_args: Any, **_kwargs: Any) -> int:
@@ -49,7 +47,6 @@ def _attention_backward_flops(_grad: Tensor, query: Tensor, key: Tensor, *_args:
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._grouped_mm: _product_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -76,14 +73,11 @@ class Rehearsal:
 
 
 class Tape(TorchDispatchMode):
-    """Births and deaths of storages (bytes), and floating-point operations, of all that runs under it.
+    """Births and deaths of storages (bytes), and floating-point operations, of all that runs under it."""
 
-    `pairs` token-expert pairs are spread evenly over `experts` where code asks for the counts on the host.
-    """
-
-    def __init__(self, vocab_size: int, pairs: int, experts: int) -> None:
+    def __init__(self, vocab_size: int, cpu: bool) -> None:
         super().__init__()
-        self.vocab_size, self.pairs, self.experts = vocab_size, pairs, experts
+        self.vocab_size, self.cpu = vocab_size, cpu
         self.names: dict[int, int] = {}
         """address of each living storage -> its number"""
         self.sizes: list[int] = []
@@ -94,9 +88,10 @@ class Tape(TorchDispatchMode):
         self.forward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default and args[0].dtype in (torch.int32, torch.int64):
-            return self._even(args[0])
-        out = _kernel(func)(*args, **(kwargs or {}))
+        if self.cpu and func.name() == "bitsandbytes::optimizer_update_8bit_blockwise":
+            with self:  # a CPU has no kernel for it but a Python function that makes large temporaries: they count
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         if func is not torch.ops.prim.device.default:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
@@ -125,11 +120,6 @@ class Tape(TorchDispatchMode):
             return "logits"
         return "activations" if self.forward or torch.is_grad_enabled() else "work space"
 
-    def _even(self, count: Tensor) -> int:
-        """An expert's share of the pairs, told from its place among the counts."""
-        place = count.storage_offset()
-        return self.pairs * (place + 1) // self.experts - self.pairs * place // self.experts
-
     def name(self, part: str, tensors: list[Tensor]) -> int:
         """These are `part`; returns their bytes, each storage once."""
         numbers = {self.number(tensor) for tensor in tensors}
@@ -152,37 +142,44 @@ class Tape(TorchDispatchMode):
 
 
 @lru_cache(maxsize=256)
-def rehearse(config: Config, precision: str, device: str) -> Rehearsal:
-    """One step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`."""
+def rehearse(config: Config, precision: str, device: str, update: bool = True) -> Rehearsal:
+    """One step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`.
+
+    Without `update` only forward and backward: several times quicker, and there is no optimizer state.
+    """
     shape, train = config.model, config.train
-    tape = Tape(shape.vocab_size, train.rows * shape.context * shape.experts_per_token, shape.experts)
-    grouped = precision == "bf16" and device == "cuda"
-    machine = Machine(torch.device("cpu"), precision, compile=False, grouped_experts=grouped, peak_flops=None)
+    tape = Tape(shape.vocab_size, cpu=device == "cpu")
+    road: Road = "grouped" if precision == "bf16" and device == "cuda" else "loop"
+    machine = Machine(torch.device("cpu"), precision, compile=False, experts=road, peak_flops=None)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        model = fit(Transformer(shape, config.loss.chunk), machine, config.machine.checkpointing)
+        model = Transformer(shape, config.loss.chunk)
+        if config.machine.weights == "bf16":
+            keep_in_bf16(model, config.machine.gradients)
+        model = fit(model, machine, config.machine.checkpointing)
         ids_BT = torch.zeros(train.rows, shape.context + 1, dtype=torch.int64)
         load_LE = torch.zeros(len(shape.moe_layers), shape.experts)
     optimizer = optim.build(model, config.optim)
     parameters = list(model.parameters())
     with fake, tape:
         weights = tape.name("weights", [*parameters, *model.buffers()])
-        _fill_gradients(parameters)
-        optimizer.step()
-        if train.accumulation == 1:
-            optimizer.zero_grad(set_to_none=True)
-        states = optimizer.state.values()
-        state = tape.name("optimizer", [v for moments in states for v in moments.values() if isinstance(v, Tensor)])
-        start = len(tape.events)
-        tape.flops = 0
-        _gradient(model, config, machine, tape, ids_BT, load_LE)
-        gradients = tape.name("gradients", [p.grad for p in parameters if p.grad is not None])
-        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
-        optimizer.step()
+        for again in (False, True):
+            start, tape.flops = len(tape.events), 0
+            _gradient(model, config, machine, tape, ids_BT, load_LE)
+            gradients = tape.name("gradients", [p.grad for p in parameters if p.grad is not None])
+            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
+            if update:
+                optimizer.step()
+            if again or train.accumulation == 1:
+                optimizer.zero_grad(set_to_none=True)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        state = tape.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
     return Rehearsal(weights, gradients, state, tape.fullest(start), tape.flops)
 
 
-def _gradient(model: Transformer, config: Config, machine: Machine, tape: Tape, ids_BT: Tensor, load_LE: Tensor) -> None:
+def _gradient(
+    model: Transformer, config: Config, machine: Machine, tape: Tape, ids_BT: Tensor, load_LE: Tensor
+) -> None:
     """One micro-batch of `train.accumulate`."""
     tape.forward = True
     with machine.autocast():
@@ -191,15 +188,3 @@ def _gradient(model: Transformer, config: Config, machine: Machine, tape: Tape, 
     loss = objectives.share_of_step(nll_BT, routing_L.prob_E, routing_L.z, load_LE, config.tokens_per_step, 1.0, 1.0)
     tape.forward = False
     loss.backward()
-
-
-def _kernel(operation: Any) -> Callable[..., Any]:
-    """bitsandbytes' CPU kernel is Python that makes large temporaries, so it is run; other operations have shapes."""
-    if operation.namespace == "bitsandbytes" and "update_8bit" in operation.name():
-        return partial(operation._op_dk, torch._C.DispatchKey.CPU)
-    return operation
-
-
-def _fill_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)

@@ -33,7 +33,7 @@ def store(weight: Tensor, exact: Tensor, bits: torch.Generator | None) -> None:
     """weight <- exact (fp32, of the same shape): rounded by chance if the weight is bf16. `exact` is used up."""
     if weight.dtype == torch.bfloat16:
         round_stochastically_(exact, bits)
-    if weight.data_ptr() != exact.data_ptr():
+    if weight.dtype != torch.float32:  # the fp32 form of an fp32 weight is the weight itself
         weight.copy_(exact)
 
 

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from khanhllm import checkpoint, objectives, optim, schedule
+from khanhllm import budget, checkpoint, objectives, optim, schedule
 from khanhllm.config import Config, Sampling, UserError, read_toml, resolve, to_toml
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.prepare import ensure
@@ -31,7 +31,7 @@ from khanhllm.evaluate import Score, score
 from khanhllm.generate import write
 from khanhllm.log import Log
 from khanhllm.machine.fit import fit
-from khanhllm.machine.runtime import Machine, open_machine
+from khanhllm.machine.runtime import Machine, open_machine, out_of_memory
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import active_parameters, flops_per_token, total_parameters
@@ -72,13 +72,15 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
     refuse_to_overwrite(folder, resume)
+    if config.train.micro_batch == "auto":
+        config = budget.fitted(config, budget.here(open_machine(config.machine)))
     with _locked(folder):
         last = checkpoint.newest(folder) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
             _check_continuable(config, folder, saved)
         parts = assemble(config, folder, saved)
-        state = _continue(parts, last, saved) if last else _start(parts)
+        state = _continue(parts, last, saved) if last else start(parts)
         with Log.open(folder, config, state.step, total_parameters(parts.model)) as log, _stop_signals() as stop:
             parts.tokenizer.save(folder / "tokenizer.json")
             write_config(config, folder)
@@ -90,11 +92,16 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
 
 def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
     train = parts.config.train
-    rows = batches(parts.train, train.rows, train.seed, state.cursor, parts.machine.device)
+    rows = _rows(parts, state)
     started = time.perf_counter()
     first, last = state.step + 1, False
     while not last:
-        state, row = train_step(parts, state, rows)
+        try:
+            state, row = train_step(parts, state, rows)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            parts = _with_smaller_micro_batches(parts, state, error, log)
+            rows = _rows(parts, state)
+            continue
         if state.step == first:
             gc.freeze()  # what is alive now lives as long as the run: the garbage collector may pass it by
         last = state.step == train.steps or bool(stop.asked)
@@ -108,6 +115,31 @@ def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
             _write_sample(parts, state.step, log)
     if state.step < train.steps:
         log.say(f"stopped by {stop.asked}; to go on: khanhllm train --resume --run {parts.run}")
+
+
+def _rows(parts: Parts, state: State) -> Iterator[Batch]:
+    train = parts.config.train
+    return batches(parts.train, train.rows, train.seed, state.cursor, parts.machine.device)
+
+
+def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
+    """The answer to an error in a step: if memory ran out, the same step can be taken again in smaller pieces.
+
+    Raises the error if it is another one, and UserError if there is nothing to cut or the update had begun.
+    """
+    if not out_of_memory(error):
+        raise error
+    config, rows = parts.config, parts.config.train.rows
+    updating = parts.optimizer.param_groups[0]["step"] == state.step
+    parts.optimizer.zero_grad(set_to_none=True)
+    parts.machine.give_back_memory()
+    if rows == 1 or updating:
+        told = budget.advice(config, budget.here(parts.machine))
+        raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None
+    smaller = budget.with_cut(config, max(cut for cut in budget.cuts(config) if cut < rows))
+    write_config(smaller, parts.run)
+    log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
+    return replace(parts, config=smaller)
 
 
 def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State, dict[str, Any]]:
@@ -237,11 +269,7 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
         data = ensure(config.data, config.model.vocab_size, config.train.steps * config.tokens_per_step)
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     train, validation = (Shards.open(data, split, config.model.context) for split in ("train", "validation"))
-    model = Transformer(config.model, config.loss.chunk)
-    model.initialise(torch.Generator().manual_seed(config.train.seed))
-    if config.machine.weights == "bf16":
-        keep_in_bf16(model, config.machine.gradients)
-    model = fit(model.to(machine.device), machine, config.machine.checkpointing)
+    model = new_model(config, machine)
     return Parts(
         config=config,
         run=folder,
@@ -255,7 +283,15 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
     )
 
 
-def _start(parts: Parts) -> State:
+def new_model(config: Config, machine: Machine) -> Transformer:
+    model = Transformer(config.model, config.loss.chunk)
+    model.initialise(torch.Generator().manual_seed(config.train.seed))
+    if config.machine.weights == "bf16":
+        keep_in_bf16(model, config.machine.gradients)
+    return fit(model.to(machine.device), machine, config.machine.checkpointing)
+
+
+def start(parts: Parts) -> State:
     model = parts.config.model
     return State(0, 0, objectives.even_load(len(model.moe_layers), model.experts).to(parts.machine.device))
 

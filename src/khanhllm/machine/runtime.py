@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import time
 from dataclasses import dataclass
@@ -11,26 +12,8 @@ import psutil
 import torch
 
 from khanhllm.config import MachineConfig, UserError
+from khanhllm.machine.cards import known_peak
 from khanhllm.machine.roads import Road, probe
-
-# Dense bf16 matrix throughput with fp32 accumulation, as the makers publish it (TFLOP/s).
-KNOWN_PEAKS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 5090": 209,
-    "RTX 5080": 113,
-    "RTX 5070": 62,
-    "RTX 4090": 165,
-    "RTX 4080": 97,
-    "RTX 4070": 58,
-    "RTX 4060": 30,
-    "RTX 3090": 71,
-    "RTX 3080": 60,
-    "RTX 3070": 41,
-    "RTX 3060": 26,
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +43,12 @@ class Machine:
         """Until the device has done all that it was given."""
         _wait(self.device)
 
+    def give_back_memory(self) -> None:
+        """After an error, whose traceback kept tensors alive."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def describe(self) -> str:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
@@ -84,8 +73,13 @@ def open_machine(config: MachineConfig) -> Machine:
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
         experts=_road(config.experts, device, precision),
-        peak_flops=_known_peak(device) if cuda else matmul_rate(device, 1024) if device.type == "cpu" else None,
+        peak_flops=_peak(device),
     )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """A CPU says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _device(wanted: str) -> torch.device:
@@ -139,9 +133,10 @@ def keep_freed_memory(keep: bool) -> None:
         mallopt(-1, 2**31 - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
 
 
-def _known_peak(device: torch.device) -> float | None:
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for card, peak in KNOWN_PEAKS.items() if card in name), None)
+def _peak(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return known_peak(torch.cuda.get_device_name(device))
+    return matmul_rate(device, 1024) if device.type == "cpu" else None
 
 
 def matmul_rate(device: torch.device, size: int, dtype: torch.dtype = torch.float32) -> float:
