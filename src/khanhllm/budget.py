@@ -2,6 +2,7 @@
 activations are rebuilt only where it must be. What each cut takes is rehearsed (rehearsal.py), not guessed."""
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ CONTEXT = 600_000_000
 """what CUDA and its libraries take on a card before a model is there (bytes, about)"""
 SHARE = 0.95
 """of the memory, that a plan fills: allocators leave gaps"""
-ENOUGH = 2**15
+ENOUGH = {"cpu": 2**12, "cuda": 2**15}
 """tokens in a micro-batch from which on more are no faster"""
 SWITCHES: dict[str, dict[str, Any]] = {
     "--machine.checkpointing selective": {"machine": {"checkpointing": "selective"}},
@@ -49,8 +50,8 @@ class Place:
         return rehearse(config, precision, self.device, update)
 
     def total(self, config: Config) -> int:
-        """Bytes at the fullest moment of a step, the process included."""
-        return self.process + self.takes(config).peak
+        """Bytes at the fullest moment of forward and backward, the process included."""
+        return self.process + self.takes(config, update=False).peak
 
 
 def here(machine: Machine) -> Place:
@@ -81,25 +82,22 @@ def read_size(text: str) -> int:
 
 def fitted(config: Config, place: Place) -> Config:
     """The same step, cut to fit: least rebuilding first, then the largest micro-batch. UserError if nothing fits."""
-    moments = place.takes(with_cut(config, 1, "full")).optimizer
+    rows = cuts(config, ENOUGH[place.device])
     for checkpointing in ("none", "selective", "full"):
-        for rows in cuts(config):
-            cut = with_cut(config, rows, checkpointing)
-            if place.process + moments + place.takes(cut, update=False).peak <= place.memory:
-                if place.total(cut) <= place.memory:
-                    return cut
-                break
-    least = place.total(with_cut(config, 1, "full"))
+        least = with_cut(config, 1, checkpointing)
+        if place.total(least) <= place.memory:
+            first = bisect_left(rows, True, key=lambda size: place.total(with_cut(least, size)) <= place.memory)
+            return with_cut(least, rows[first])
     raise UserError(
         f"nothing fits into {place.memory / 1e9:.2f} GB: a micro-batch of one row, everything rebuilt, takes "
-        f"{least / 1e9:.2f} GB; {advice(with_cut(config, 1, 'full'), place)}"
+        f"{place.total(least) / 1e9:.2f} GB; {advice(least, place)}"
     )
 
 
-def cuts(config: Config) -> list[int]:
-    """Micro-batches that divide the rows of a step, from the largest that is worth it down to one."""
+def cuts(config: Config, enough: int) -> list[int]:
+    """Micro-batches that divide the rows of a step, from the largest of `enough` tokens down to one row."""
     rows, context = config.train.rows_per_step, config.model.context
-    return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * context <= ENOUGH)]
+    return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * context <= enough)]
 
 
 def with_cut(config: Config, rows: int, checkpointing: str | None = None) -> Config:
@@ -111,12 +109,12 @@ def with_cut(config: Config, rows: int, checkpointing: str | None = None) -> Con
 
 def savings(config: Config, place: Place) -> dict[str, tuple[int, float]]:
     """For each switch that changes something: bytes that it saves at the peak, and arithmetic that it adds (share)."""
-    plain = place.takes(config)
+    plain = place.takes(config, update=False)
     found = {}
     for switch, settings in SWITCHES.items():
         other = resolve(config.model_dump(), settings)
         if other != config:
-            taken = place.takes(other)
+            taken = place.takes(other, update=False)
             found[switch] = (plain.peak - taken.peak, taken.flops / plain.flops - 1)
     return found
 

@@ -79,6 +79,22 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__} of {library}"
 
 
+def state_size(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer's state will take (bytes), known before the first step: see `state_bytes`."""
+    eight_bit = "8bit" in type(optimizer).__name__
+    size = 2 * 256 * 4 if eight_bit else 0  # the tables of 256 values that 8 bits stand for
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            count = parameter.numel()
+            if eight_bit and count >= 4096:  # below that bitsandbytes keeps fp32
+                size += 2 * count + 2 * 4 * -(-count // 256)
+            elif "newton_schulz" in group:
+                size += 4 * count
+            else:
+                size += 8 * count + (0 if eight_bit else 4)  # AdamW counts its steps in a tensor
+    return size
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Memory of the optimizer's state (bytes); tables shared by all parameters count once."""
     tensors = {

@@ -91,10 +91,10 @@ def _time(tokens: int, rate: float | None) -> Report:
 def _switches(config: Config, place: Place) -> dict[str, tuple[int, float]]:
     """What each other choice would save (or cost, below zero) at the peak, and the arithmetic that it adds."""
     found = budget.savings(config, place)
-    plain = place.takes(config)
+    plain = place.takes(config, update=False)
     for rows in (config.train.rows * 2, config.train.rows // 2):
         if rows and config.train.rows_per_step % rows == 0:
-            taken = place.takes(budget.with_cut(config, rows))
+            taken = place.takes(budget.with_cut(config, rows), update=False)
             found[f"--train.micro_batch {rows}"] = (plain.peak - taken.peak, 0.0)
     return found
 
@@ -110,6 +110,7 @@ def _table(report: Report) -> Table:
     table = Table(
         title=f"Plan for {report['place']}", title_justify="left", show_header=False, box=None, padding=(0, 2)
     )
+    table.add_column(no_wrap=True)
     for name, value, note in _lines(report):
         table.add_row(name, value, note)
     return table

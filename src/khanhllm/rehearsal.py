@@ -127,10 +127,10 @@ class Tape(TorchDispatchMode):
             self.part[number] = part
         return sum(self.sizes[number] for number in numbers)
 
-    def fullest(self, start: int) -> dict[str, int]:
-        """What was alive at the fullest moment after the first `start` events, by part."""
+    def fullest(self, start: int, end: int) -> dict[str, int]:
+        """What was alive at the fullest moment from event `start` to `end`, by part."""
         alive, most, moment = 0, -1, 0
-        for index, number in enumerate(self.events):
+        for index, number in enumerate(self.events[:end]):
             alive += self.sizes[number] if number >= 0 else -self.sizes[-1 - number]
             if index >= start - 1 and alive > most:
                 most, moment = alive, index
@@ -145,7 +145,7 @@ class Tape(TorchDispatchMode):
 def rehearse(config: Config, precision: str, device: str, update: bool = True) -> Rehearsal:
     """One step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`.
 
-    Without `update` only forward and backward: several times quicker, and there is no optimizer state.
+    Without `update` only forward and backward, which is several times quicker; the optimizer's state is there anyhow.
     """
     shape, train = config.model, config.train
     tape = Tape(shape.vocab_size, cpu=device == "cpu")
@@ -163,18 +163,25 @@ def rehearse(config: Config, precision: str, device: str, update: bool = True) -
     parameters = list(model.parameters())
     with fake, tape:
         weights = tape.name("weights", [*parameters, *model.buffers()])
-        for again in (False, True):
-            start, tape.flops = len(tape.events), 0
-            _gradient(model, config, machine, tape, ids_BT, load_LE)
-            gradients = tape.name("gradients", [p.grad for p in parameters if p.grad is not None])
-            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
-            if update:
-                optimizer.step()
-            if again or train.accumulation == 1:
-                optimizer.zero_grad(set_to_none=True)
-        moments = [value for state in optimizer.state.values() for value in state.values()]
-        state = tape.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
-    return Rehearsal(weights, gradients, state, tape.fullest(start), tape.flops)
+        if train.accumulation > 1:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
+            tape.name("gradients", [parameter.grad for parameter in parameters if parameter.grad is not None])
+        start = len(tape.events)
+        _gradient(model, config, machine, tape, ids_BT, load_LE)
+        gradients = tape.name("gradients", [p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
+        backward_done = len(tape.events)
+        if update:
+            optimizer.step()
+            moments = [value for state in optimizer.state.values() for value in state.values()]
+            tape.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
+    state = optim.state_size(optimizer)
+    fullest = tape.fullest(start, backward_done)  # in a second step, when the state is there already
+    fullest["optimizer"] = state
+    if update:
+        fullest = max(fullest, tape.fullest(backward_done, len(tape.events)), key=lambda parts: sum(parts.values()))
+    return Rehearsal(weights, gradients, state, fullest, tape.flops)
 
 
 def _gradient(

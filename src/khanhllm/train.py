@@ -136,7 +136,7 @@ def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError,
     if rows == 1 or updating:
         told = budget.advice(config, budget.here(parts.machine))
         raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None
-    smaller = budget.with_cut(config, max(cut for cut in budget.cuts(config) if cut < rows))
+    smaller = budget.with_cut(config, max(cut for cut in budget.cuts(config, 2**62) if cut <= rows // 2))
     write_config(smaller, parts.run)
     log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
     return replace(parts, config=smaller)

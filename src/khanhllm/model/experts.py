@@ -143,6 +143,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TD, weight_N, token_N, home_TK, end_E, down, *rest = ctx.saved_tensors
         ups, inputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        del rest
         grad_ND = grad_TD.index_select(0, token_N)
         hidden_NF = ctx.activation.value(*inputs)
         slope_NF = ctx.road.rows(grad_ND, down.mT, end_E)
@@ -150,6 +151,7 @@ class _Mixture(torch.autograd.Function):
         down_grad = ctx.road.outer(hidden_NF.mul_(weight_N), grad_ND, end_E)
         del hidden_NF, grad_ND
         slopes = ctx.activation.gradients(slope_NF.mul_(weight_N), *inputs)
+        del slope_NF, inputs  # none of these is small
         x_ND = x_TD.index_select(0, token_N)
         up_grads = [ctx.road.outer(x_ND, slope, end_E) for slope in slopes]
         bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if ctx.has_bias else None

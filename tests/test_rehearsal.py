@@ -1,0 +1,71 @@
+"""The step on paper against the step itself: what must be exact is exact, and the tape reads what really lived."""
+
+import dataclasses
+
+import pytest
+
+from conftest import build, plain_machine, tiny
+from khanhllm import measure, optim, train
+from khanhllm.config import resolve
+from khanhllm.model.counts import flops_per_token
+from khanhllm.rehearsal import Tape, rehearse
+
+KINDS = [
+    {"optim": {"name": "adamw"}},
+    {"optim": {"name": "adamw8bit"}, "model": {"dim": 64, "hidden": 128}},
+    {"optim": {"name": "muon"}},
+    {"optim": {"name": "adamw8bit"}, "machine": {"weights": "bf16", "gradients": "bf16"}},
+    {"machine": {"weights": "bf16"}, "train": {"accumulation": 2}},
+]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=["adamw", "adamw8bit", "muon", "bf16", "bf16-fp32-gradients"])
+def test_weights_gradients_and_state_are_exact(settings):
+    config = resolve(tiny().model_dump(), settings)
+    precision = "bf16" if config.machine.weights == "bf16" else "fp32"
+    foreseen = rehearse(config, precision, "cpu")
+    machine = dataclasses.replace(plain_machine(), precision=precision)
+    parts = measure.bare_parts(config, machine)
+    seen = []
+    parts.optimizer.register_step_pre_hook(lambda *_: seen.append(measure._gradient_bytes(parts.model)))
+    list(measure._steps(parts, 1))
+    real = [*parts.model.parameters(), *parts.model.buffers()]
+    assert foreseen.weights == sum(tensor.nbytes for tensor in real)
+    assert foreseen.gradients == seen[0]
+    assert foreseen.optimizer == optim.state_bytes(parts.optimizer)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_the_peak_of_a_backward_pass_is_that_of_real_tensors(style, checkpointing):
+    """The same tape over a real micro-batch: the code that trains, not the copy in the rehearsal."""
+    config = resolve(tiny(style).model_dump(), {"machine": {"checkpointing": checkpointing}})
+    foreseen = rehearse(config, "fp32", "cpu", update=False)
+    parts = measure.bare_parts(config, plain_machine())
+    batch = next(measure.random_rows(config, parts.machine.device))
+    tape = Tape(config.model.vocab_size, cpu=True)
+    with tape:
+        tape.name("weights", [*parts.model.parameters(), *parts.model.buffers()])
+        start = len(tape.events)
+        train.accumulate(parts, [batch], train.start(parts).load_LE)
+    real = sum(tape.fullest(start, len(tape.events)).values())
+    assert abs((foreseen.peak - foreseen.optimizer) / real - 1) < 0.02
+
+
+def test_rebuilding_saves_memory_and_costs_arithmetic():
+    kinds = [resolve(tiny(context=256).model_dump(), {"machine": {"checkpointing": k}}) for k in ("none", "full")]
+    none, full = (rehearse(config, "fp32", "cpu", update=False) for config in kinds)
+    assert full.peak < none.peak
+    assert full.flops > none.flops
+
+
+def test_the_arithmetic_is_that_of_the_formula():
+    config = tiny()
+    model = build(config)
+    norms = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    tokens = config.tokens_per_step
+    # in the backward pass attention makes its scores again: 14 instead of 12 products
+    again = 2 * len(model.blocks) * config.model.dim * config.model.context
+    exact = flops_per_token(model) - 6 * norms + again
+    head = 2 * config.model.vocab_size * config.model.dim  # its gradient is summed in place, which torch does not count
+    assert rehearse(config, "fp32", "cpu", update=False).flops / tokens == exact - head
