@@ -74,10 +74,10 @@ def on(name: str, card: Card) -> Place:
 
 def read_size(text: str) -> int:
     """ "8GB" -> bytes. UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match or not float(match[1]):
         raise UserError(f"--memory: {text!r} is not a size; write it like 8GB or 600MB")
-    return round(float(match[1]) * 1000 ** "bkmgt".index(match[2] or "b"))
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
 
 
 def fitted(config: Config, place: Place) -> Config:
