@@ -87,10 +87,13 @@ def fitted(config: Config, place: Place) -> Config:
         least = with_cut(config, 1, checkpointing)
         if place.total(least) <= place.memory:
             first = bisect_left(rows, True, key=lambda size: place.total(with_cut(least, size)) <= place.memory)
-            return with_cut(least, rows[first])
+            if place.process + place.takes(with_cut(least, rows[first])).peak <= place.memory:
+                return with_cut(least, rows[first])
+            break  # the update itself is too large, however the step is cut
+    takes = place.process + place.takes(with_cut(config, 1, "full")).peak
     raise UserError(
         f"nothing fits into {place.memory / 1e9:.2f} GB: a micro-batch of one row, everything rebuilt, takes "
-        f"{place.total(least) / 1e9:.2f} GB; {advice(least, place)}"
+        f"{takes / 1e9:.2f} GB; {advice(with_cut(config, 1, 'full'), place)}"
     )
 
 

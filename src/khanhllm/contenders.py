@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.measure import bare_parts, random_rows
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
 
-OURS, TWIN = "ours", "dense twin"
+OURS, TWIN = ["ours", "ours compiled"], "dense twin"
 HUGGING_FACE = [f"hf {experts}{compiled}" for compiled in ("", " compiled") for experts in ("eager", "grouped_mm")]
 Step = Callable[[], object]
 
@@ -101,8 +101,9 @@ def dense_twin(model: ModelConfig) -> ModelConfig:
 
 def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
     """The very step that `khanhllm train` takes."""
-    if name == TWIN:
+    if name.startswith(TWIN):
         config = config.model_copy(update={"model": dense_twin(config.model)})
+    machine = replace(machine, compile=machine.compile or name.endswith("compiled"))
     parts = bare_parts(config, machine)
     rows = random_rows(config, machine.device)
     state = train.start(parts)

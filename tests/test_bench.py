@@ -1,0 +1,46 @@
+"""What is compared is comparable, and the command says what scripts rely on. How fast it is, is no matter for a test."""
+
+import json
+
+import pytest
+
+from conftest import tiny
+from khanhllm import bench, cli
+from khanhllm.contenders import Contender, dense_twin
+from khanhllm.model.counts import active_parameters, flops_per_token, on_paper
+
+
+@pytest.mark.parametrize("pattern", ["DM", "DDM", "MMMM"])
+def test_the_dense_twin_has_the_same_arithmetic(pattern):
+    model = tiny(pattern=pattern, expert_hidden=48).model
+    ours, twin = on_paper(model), on_paper(dense_twin(model))
+    router = 6 * pattern.count("M") * model.experts * model.dim
+    assert flops_per_token(twin) == flops_per_token(ours) - router
+    assert active_parameters(twin) < active_parameters(ours)
+
+
+def test_a_step_is_compared_in_turns(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "SMALL", {"model": tiny().model.model_dump(), "train": {"micro_batch": 2}})
+    monkeypatch.setattr(bench, "HUGGING_FACE", ["hf eager", "hf nonsense"])
+    monkeypatch.setattr(bench, "OURS", ["ours"])
+    words = ["step", "--steps", "2", "--json", "--out", str(tmp_path / "bench.json"), "--machine.threads", "1"]
+    assert cli.main(["bench", *words, "--machine.device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "bench.json").read_text())
+    for ratio in ("ratio_huggingface", "ratio_dense_twin", "share_of_matmul_rate"):
+        assert 0 < report[ratio]["least"] <= report[ratio]["median"] <= report[ratio]["most"]
+    (step,) = report["step"].values()
+    assert step["huggingface_mode"] == "hf eager"
+    assert "nonsense" in step["huggingface_faults"]["hf nonsense"]
+    assert step["ours"]["parameters"] == step["hf eager"]["parameters"]  # the same model
+
+
+def test_a_contender_that_cannot_run_says_why():
+    contender = Contender.enter("hf nonsense", tiny())
+    assert contender.fault
+    assert contender.leave() == 0
+
+
+def test_an_unknown_part_is_one_line(capsys):
+    assert cli.main(["bench", "everything"]) == 2
+    assert "parts: step, moe, decode, tokenizer, data" in capsys.readouterr().err
