@@ -3,11 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 from conftest import build, plain_machine, tiny
 from khanhllm import measure, optim, train
-from khanhllm.config import resolve
+from khanhllm.config import LossConfig, resolve
 from khanhllm.model.counts import flops_per_token
+from khanhllm.objectives import token_nll
 from khanhllm.rehearsal import Tape, rehearse
 
 KINDS = [
@@ -69,3 +72,17 @@ def test_the_arithmetic_is_that_of_the_formula():
     exact = flops_per_token(model) - 6 * norms + again
     head = 2 * config.model.vocab_size * config.model.dim  # its gradient is summed in place, which torch does not count
     assert rehearse(config, "fp32", "cpu", update=False).flops / tokens == exact - head
+
+
+def test_the_head_never_takes_as_much_as_its_logits():
+    """8 rows of 2,048 tokens, a vocabulary of 50,000, width 1,024: below 0.4 GB, where all logits would be 3.3 GB."""
+    fake, tape = FakeTensorMode(), Tape(50_000, cpu=True)
+    with fake:
+        x, weight = (torch.empty(size, 1024, requires_grad=True) for size in (16_384, 50_000))
+        targets = torch.zeros(16_384, dtype=torch.int64)
+    with fake, tape:
+        tape.name("weights", [x, weight, targets])
+        start = len(tape.events)
+        token_nll(x, weight, targets, LossConfig().chunk).sum().backward()
+    peak = tape.fullest(start, len(tape.events))
+    assert sum(peak.values()) - peak["weights"] < 400_000_000

@@ -103,7 +103,7 @@ def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
     """The very step that `khanhllm train` takes."""
     if name.startswith(TWIN):
         config = config.model_copy(update={"model": dense_twin(config.model)})
-    machine = replace(machine, compile=machine.compile or name.endswith("compiled"))
+    machine = replace(machine, compile=name.endswith("compiled"))
     parts = bare_parts(config, machine)
     rows = random_rows(config, machine.device)
     state = train.start(parts)

@@ -79,6 +79,7 @@ def _with_gradients(
             weight_grad_VD.addmm_(slope_CV.T, x_CD)
         else:
             weight_grad_VD.add_(slope_CV.T @ x_CD)
+        del slope_CV  # or two chunks of logits would stand beside each other
     return nll_T, x_grad_TD, weight_grad_VD
 
 

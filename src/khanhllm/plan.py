@@ -6,7 +6,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from khanhllm import budget
 from khanhllm.budget import Place
@@ -36,7 +35,11 @@ def show(config: Config, memory: str | None, card_name: str | None, measured: bo
     if measured:
         with console.status("three real steps"):
             report["measured"] = _beside(report, measure(chosen))
-    console.print(_table(report))
+    for name, value, note in _lines(report):
+        console.print(f"{name:<14} {value:>22}  {note}", markup=False, soft_wrap=True)
+    console.print("\nwhat another switch would change at the peak:", markup=False)
+    for switch, change in report["switches"].items():
+        console.print(f"  {switch:<48} {_change(change)}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(report))
 
@@ -106,16 +109,6 @@ def _beside(report: Report, measured: Measurement) -> Report:
     return {**measured, "foreseen_peak": foreseen, "peak_error": foreseen / measured["peak"] - 1}
 
 
-def _table(report: Report) -> Table:
-    table = Table(
-        title=f"Plan for {report['place']}", title_justify="left", show_header=False, box=None, padding=(0, 2)
-    )
-    table.add_column(no_wrap=True)
-    for name, value, note in _lines(report):
-        table.add_row(name, value, note)
-    return table
-
-
 def _lines(report: Report) -> "list[tuple[str, str, str]]":
     def gb(size: float) -> str:
         return f"{size / 1e9:,.2f} GB"
@@ -125,7 +118,7 @@ def _lines(report: Report) -> "list[tuple[str, str, str]]":
         ("parameters", f"{report['parameters']:,}", f"{report['active_parameters']:,} at work on each token"),
         *((part, gb(size), "") for part, size in peak.items()),
         ("process", gb(report["process"]), "before the model is there"),
-        ("[bold]at the peak", f"[bold]{gb(report['total'])}", f"of {gb(report['memory'])}"),
+        ("at the peak", gb(report["total"]), f"of {gb(report['memory'])} that may be filled"),
         ("micro-batch", f"{report['micro_batch']} rows", f"accumulated {report['accumulation']} times"),
         ("a step", f"{report['tokens_per_step']:,} tokens", ""),
         ("checkpointing", report["checkpointing"], ""),
@@ -141,20 +134,22 @@ def _lines(report: Report) -> "list[tuple[str, str, str]]":
             ("speed", f"{report['tokens_per_s']:,.0f} tokens/s", report["rate_from"]),
             ("time", duration(report["seconds"]), f"for {report['tokens']:,} tokens; done {report['done']}"),
         ]
-    for switch, change in report["switches"].items():
-        verb = "saves" if change["saves_mb"] >= 0 else "costs"
-        extra = f", {change['adds_arithmetic']:+.0%} arithmetic" if abs(change["adds_arithmetic"]) > 0.005 else ""
-        lines.append((switch, f"{verb} {abs(change['saves_mb']):,.0f} MB{extra}", ""))
     if "measured" in report:
         lines += _measured_lines(report)
     return lines
 
 
+def _change(change: dict[str, float]) -> str:
+    verb = "saves" if change["saves_mb"] >= 0 else "costs"
+    extra = f", {change['adds_arithmetic']:+.0%} arithmetic" if abs(change["adds_arithmetic"]) > 0.005 else ""
+    return f"{verb} {abs(change['saves_mb']):,.0f} MB{extra}"
+
+
 def _measured_lines(report: Report) -> "list[tuple[str, str, str]]":
     measured = report["measured"]
     exact = [
-        (f"measured {part}", f"{measured[part] / 1e9:,.3f} GB", f"foreseen {report[part] / 1e9:,.3f}")
+        (f"{part}, real", f"{measured[part] / 1e9:,.3f} GB", f"foreseen {report[part] / 1e9:,.3f}")
         for part in ("weights", "gradients", "optimizer")
     ]
     peak = f"foreseen {measured['foreseen_peak'] / 1e9:,.3f} ({measured['peak_error']:+.1%})"
-    return [*exact, ("measured peak", f"{measured['peak'] / 1e9:,.3f} GB", peak)]
+    return [*exact, ("peak, real", f"{measured['peak'] / 1e9:,.3f} GB", peak)]
