@@ -174,3 +174,8 @@ def test_auto_settles_on_numbers_that_keep_the_rows(corpus, tmp_path):
     train.run(config, tmp_path / "run")
     kept = read_toml(tmp_path / "run" / "config.toml")["train"]
     assert kept["micro_batch"] * kept["accumulation"] == 12
+
+
+def test_a_micro_batch_that_is_neither_a_number_nor_auto():
+    with pytest.raises(UserError, match=r"train.micro_batch: .*integer.*, or .*'auto' \(got 'banana'\)"):
+        resolve({"train": {"micro_batch": "banana"}})

@@ -317,7 +317,8 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
             kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
         known = list(kind.model_fields)
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), known)}; known: {_list(known)}"
-    message = first["msg"].removeprefix("Value error, ")
+    same = [other["msg"] for other in error.errors() if other["loc"][:2] == first["loc"][:2]]  # one for each type tried
+    message = ", or ".join(dict.fromkeys(same)).removeprefix("Value error, ")
     given = first["input"]
     if isinstance(given, Mapping | Section):
         return f"{key}: {message}"
