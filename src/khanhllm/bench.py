@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -86,9 +86,7 @@ def _step(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
         shapes = {"d256": resolve(SMALL, settings)}
     reports = {name: _compare(name, config, machine, steps, console) for name, config in shapes.items()}
     first, *_ = reports.values()
-    return {"step": reports} | {
-        key: first[key] for key in ("ratio_huggingface", "ratio_dense_twin", "share_of_matmul_rate")
-    }
+    return {"step": reports} | {key: first[key] for key in HEADLINES}
 
 
 def _compare(name: str, config: Config, machine: Machine, steps: int, console: Console) -> Report:
@@ -172,13 +170,11 @@ def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) 
     except ImportError:
         console.print("left out: transformers is not installed (pip install 'khanhllm[dev]')", markup=False)
         return {}
-    config = resolve(SMALL if machine.device.type != "cuda" else preset("modern-692m"))
-    x_BTD = torch.randn(16, config.model.context, config.model.dim, device=machine.device, requires_grad=True)
+    model = _untrained(machine)
+    shape, ours = model.config, cast(Any, model.blocks[1]).feedforward
+    x_BTD = torch.randn(16, shape.context, shape.dim, device=machine.device, requires_grad=True)
     with torch.device(machine.device):
-        model = Transformer(config.model)
-        theirs = Qwen3MoeSparseMoeBlock(as_qwen3_moe(config.model, "grouped_mm"))
-    model.initialise()
-    ours: Any = fit(model, machine, "none").blocks[1].feedforward
+        theirs = Qwen3MoeSparseMoeBlock(as_qwen3_moe(shape, "grouped_mm"))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02)
 
@@ -192,22 +188,26 @@ def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) 
 
     mine, other = _turns([both_ways(ours), both_ways(theirs)], steps, machine)
     ratio = _spread([b / a for a, b in zip(mine, other, strict=True)])
-    console.print(
-        f"mixture layer: ours {_shown(_spread([1000 * s for s in mine]), '.1f')} ms, x {_shown(ratio, '.2f')}"
-    )
-    return {"moe": {"ms": _spread([1000 * s for s in mine]), "ratio_huggingface": ratio}}
+    ms = _spread([1000 * one for one in mine])
+    console.print(f"mixture layer: ours {_shown(ms, '.1f')} ms, x {_shown(ratio, '.2f')}")
+    return {"moe": {"ms": ms, "ratio_huggingface": ratio}}
+
+
+def _untrained(machine: Machine) -> Transformer:
+    """The model whose parts are measured alone: as large as the device is used to."""
+    config = resolve(SMALL if machine.device.type != "cuda" else preset("modern-692m"))
+    with torch.device(machine.device):
+        model = Transformer(config.model)
+    model.initialise()
+    return fit(model, machine, "none")
 
 
 def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
     """Tokens written one by one from the cache."""
     from khanhllm.generate import continuation
 
-    config = resolve(SMALL if machine.device.type != "cuda" else preset("modern-692m"))
-    with torch.device(machine.device):
-        model = Transformer(config.model)
-    model.initialise()
-    model = fit(model, machine, "none")
-    vocabulary, tokens = config.model.vocab_size, 64
+    model = _untrained(machine)
+    vocabulary, tokens = model.config.vocab_size, 64
 
     def work() -> None:
         list(continuation(model, list(range(64)), Sampling(tokens=tokens), machine, vocabulary))

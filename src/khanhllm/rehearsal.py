@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from khanhllm import objectives, optim
 from khanhllm.config import Config
 from khanhllm.machine.fit import fit
-from khanhllm.machine.roads import Road
+from khanhllm.machine.roads import RoadName
 from khanhllm.machine.runtime import Machine
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
@@ -149,7 +149,7 @@ def rehearse(config: Config, precision: str, device: str, update: bool = True) -
     """
     shape, train = config.model, config.train
     tape = Tape(shape.vocab_size, cpu=device == "cpu")
-    road: Road = "grouped" if precision == "bf16" and device == "cuda" else "loop"
+    road: RoadName = "grouped" if precision == "bf16" and device == "cuda" else "loop"
     machine = Machine(torch.device("cpu"), precision, compile=False, experts=road, peak_flops=None)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:

@@ -10,6 +10,7 @@ so a resumed run is the uninterrupted one, bit for bit (same machine, same torch
 import gc
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError,
     config, rows = parts.config, parts.config.train.rows
     updating = parts.optimizer.param_groups[0]["step"] == state.step
     parts.optimizer.zero_grad(set_to_none=True)
+    traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
     parts.machine.give_back_memory()
     if rows == 1 or updating:
         told = budget.advice(config, budget.here(parts.machine))

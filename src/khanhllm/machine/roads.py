@@ -17,7 +17,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-Road = Literal["grouped", "triton", "loop"]
+RoadName = Literal["grouped", "triton", "loop"]
 Answers = tuple[Tensor, Tensor, Tensor]
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -90,7 +90,7 @@ def fault(candidate: Candidate, problem: Problem, guard: Guard = nullcontext) ->
     return None if right else "wrong numbers"
 
 
-def choose(problem: Problem, grouped: Candidate, triton: Candidate, guard: Guard) -> Road:
+def choose(problem: Problem, grouped: Candidate, triton: Candidate, guard: Guard) -> RoadName:
     """The best of the roads that work. Under `guard` a candidate that makes the host wait raises."""
     wrong = fault(grouped, problem)  # unguarded first: a device that starts up may wait once
     if wrong is None and fault(grouped, problem, guard) is None:
@@ -107,7 +107,7 @@ def choose(problem: Problem, grouped: Candidate, triton: Candidate, guard: Guard
     return "loop"
 
 
-def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Road:
+def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> RoadName:
     """The road for products in `dtype` on `device`; off CUDA there is nothing to try. Takes seconds the first time."""
     if device.type != "cuda":
         return "loop"

@@ -13,7 +13,7 @@ import torch
 
 from khanhllm.config import MachineConfig, UserError
 from khanhllm.machine.cards import known_peak
-from khanhllm.machine.roads import Road, probe
+from khanhllm.machine.roads import RoadName, probe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Machine:
     precision: str
     """fp32, tf32 or bf16"""
     compile: bool
-    experts: Road
+    experts: RoadName
     """loop, grouped or triton: see roads"""
     peak_flops: float | None
     """matrix throughput that 100 % MFU means: the maker's figure on CUDA, measured on a CPU (FLOP/s); None unknown"""
@@ -44,7 +44,7 @@ class Machine:
         _wait(self.device)
 
     def give_back_memory(self) -> None:
-        """After an error, whose traceback kept tensors alive."""
+        """What no tensor uses any more, so that larger ones find room."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -112,7 +112,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _road(wanted: str, device: torch.device, precision: str) -> Road:
+def _road(wanted: str, device: torch.device, precision: str) -> RoadName:
     if wanted == "auto":
         return probe(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     if wanted == "triton" and device.type != "cuda":
