@@ -8,10 +8,11 @@ import khanhllm
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
     config
-    tokenizer data.sources data.documents data.shards data.writer data.prepare data.batches objectives schedule
+    tokenizer data.sources data.fetch data.documents data.shards data.writer data.maker data.belt data.prepare
+    data.batches objectives schedule
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
-    machine.cards machine.triton_grouped machine.roads machine.runtime machine.weights machine.fit
+    machine.cards machine.triton_grouped machine.roads machine.runtime machine.signals machine.weights machine.fit
     rounding adamw adamw8bit muon optim checkpoint draw log saved evaluate generate
     rehearsal budget
     train

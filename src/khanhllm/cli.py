@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.verb(options) or 0)
     except UserError as error:
-        return _complain(str(error), 2)
+        return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -28,6 +28,8 @@ Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 class UserError(Exception):
     """Something the user can put right; its text is the one line that says how."""
 
+    exit_code = 2
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -101,7 +103,15 @@ class DataConfig(Section):
     validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
     """share of the documents held out for validation, chosen by a hash of the text"""
     tokens: Natural = 0
-    """stop reading an endless source after this many training tokens; 0 means as many as the run will train on"""
+    """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
+    shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24
+    """length of a shard that is made while the model trains (tokens); rows are shuffled within it"""
+    ahead: Annotated[int, Field(ge=1, le=1000)] = 2
+    """shards kept ready ahead of the training (shards)"""
+    disk: Count = 20_000_000_000
+    """shards that were trained on are removed, oldest first, beyond this much disk (bytes)"""
+    patience: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """time without any answer from the network until the run saves and stops (seconds)"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """processes that prepare the data; 0 means one for each core"""
     cache: str = "shards"

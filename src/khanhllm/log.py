@@ -39,7 +39,7 @@ from khanhllm.draw import bars, braille, duration, frame, short, visible
 Row = dict[str, Any]
 
 FILE = "training_log.csv"
-TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "memory_mb": ".1f", "seconds": ".2f"}
+TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".1f", "seconds": ".2f"}
 REDRAW = 0.25
 """least time between two drawings of the panel (seconds)"""
 
@@ -325,6 +325,8 @@ def _machine(row: Row, rate: str, mfu: str) -> Iterator[str]:
     yield f"{_text(row, 'tokens_per_s', ',.0f')} {rate}"
     if row.get("mfu") is not None:
         yield f"{mfu} {100 * row['mfu']:.{0 if row['mfu'] >= 0.1 else 1}f} %"
+    if row.get("waiting", 0) >= 0.01:
+        yield f"waits for data {100 * row['waiting']:.0f} %"
     yield f"{_text(row, 'memory_mb', ',.0f')} MB"
 
 

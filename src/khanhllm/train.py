@@ -8,7 +8,6 @@ so a resumed run is the uninterrupted one, bit for bit (same machine, same torch
 """
 
 import gc
-import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +24,8 @@ from torch import Tensor
 from khanhllm import budget, checkpoint, objectives, optim, schedule
 from khanhllm.config import Config, Sampling, UserError, read_toml, resolve, to_toml
 from khanhllm.data.batches import Batch, batches
+from khanhllm.data.belt import Belt, Starved
+from khanhllm.data.maker import RECIPE
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.evaluate import Score, score
@@ -33,6 +33,7 @@ from khanhllm.generate import write
 from khanhllm.log import Log
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine, out_of_memory
+from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import active_parameters, flops_per_token, total_parameters
@@ -60,7 +61,7 @@ class Parts:
     run: Path
     machine: Machine
     tokenizer: Tokenizer
-    train: Shards
+    train: Shards | Belt
     validation: Shards
     model: Transformer
     optimizer: torch.optim.Optimizer
@@ -82,7 +83,7 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
             _check_continuable(config, folder, saved)
         parts = assemble(config, folder, saved)
         state = _continue(parts, last, saved) if last else start(parts)
-        with Log.open(folder, config, state.step, total_parameters(parts.model)) as log, _stop_signals() as stop:
+        with Log.open(folder, config, state.step, total_parameters(parts.model)) as log, stop_signals() as stop:
             parts.tokenizer.save(folder / "tokenizer.json")
             write_config(config, folder)
             checkpoint.reject_after(folder, state.step)
@@ -91,17 +92,24 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
             _loop(parts, state, log, stop)
 
 
-def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
+def _loop(parts: Parts, state: State, log: Log, stop: Stop) -> None:
     train = parts.config.train
-    rows = _rows(parts, state)
+    rows = _rows(parts, state, stop)
     started = time.perf_counter()
     first, last = state.step + 1, False
     while not last:
         try:
             state, row = train_step(parts, state, rows)
+        except (NoRows, Starved) as error:
+            if state.step >= first:
+                log.flush()
+                _save(parts, state, log, must=True)
+            if isinstance(error, Starved):
+                raise Starved(f"{error} (saved at step {state.step}; to go on: --resume --run {parts.run})") from None
+            break
         except (torch.OutOfMemoryError, RuntimeError) as error:
             parts = _with_smaller_micro_batches(parts, state, error, log)
-            rows = _rows(parts, state)
+            rows = _rows(parts, state, stop)
             continue
         if state.step == first:
             gc.freeze()  # what is alive now lives as long as the run: the garbage collector may pass it by
@@ -118,9 +126,13 @@ def _loop(parts: Parts, state: State, log: Log, stop: "Stop") -> None:
         log.say(f"stopped by {stop.asked}; to go on: khanhllm train --resume --run {parts.run}")
 
 
-def _rows(parts: Parts, state: State) -> Iterator[Batch]:
+def _rows(parts: Parts, state: State, stop: Stop) -> Iterator[Batch]:
     train = parts.config.train
-    return batches(parts.train, train.rows, train.seed, state.cursor, parts.machine.device)
+    return batches(parts.train, train.rows, train.seed, state.cursor, parts.machine.device, lambda: stop.asked)
+
+
+class NoRows(Exception):
+    """A signal asked to stop while the step was waiting for its rows."""
 
 
 def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
@@ -152,6 +164,9 @@ def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State
     config, optimizer = parts.config, parts.optimizer
     start = time.perf_counter()
     micro_batches = list(islice(rows, config.train.accumulation))
+    if len(micro_batches) < config.train.accumulation:
+        raise NoRows
+    waited = time.perf_counter() - start
     load_LE = load_for_balance(parts, state, micro_batches)
     nll, routing_L = accumulate(parts, micro_batches, load_LE)
     grad_norm = torch.nn.utils.clip_grad_norm_(parts.model.parameters(), config.optim.clip or torch.inf)
@@ -183,9 +198,11 @@ def train_step(parts: Parts, state: State, rows: Iterator[Batch]) -> tuple[State
             "balance_per_layer": balance_L,
             "load_per_layer": share_LE,
         }
-    rate = config.tokens_per_step / (time.perf_counter() - start)
+    took = time.perf_counter() - start
+    rate = config.tokens_per_step / took
     peak = parts.machine.peak_flops
-    return following, row | {"tokens_per_s": rate, "mfu": rate * parts.flops_per_token / peak if peak else None}
+    mfu = rate * parts.flops_per_token / peak if peak else None
+    return following, row | {"tokens_per_s": rate, "mfu": mfu, "waiting": waited / took}
 
 
 def accumulate(parts: Parts, micro_batches: list[Batch], load_LE: Tensor) -> tuple[Tensor, Routing]:
@@ -270,7 +287,12 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
     if not (saved and (data / MANIFEST).exists()):
         data = ensure(config.data, config.model.vocab_size, config.train.steps * config.tokens_per_step)
     tokenizer = Tokenizer.load(data / "tokenizer.json")
-    train, validation = (Shards.open(data, split, config.model.context) for split in ("train", "validation"))
+    train: Shards | Belt = (
+        Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
+        if (data / RECIPE).exists()
+        else Shards.open(data, "train", config.model.context)
+    )
+    validation = Shards.open(data, "validation", config.model.context)
     model = new_model(config, machine)
     return Parts(
         config=config,
@@ -326,10 +348,10 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
     yield f"model: {total_parameters(model):,} parameters, {active_parameters(model):,} at work on each token"
     yield f"machine: {parts.machine.describe()}; optimizer: {optim.describe(parts.optimizer)}"
     yield (
-        f"data: {parts.train.tokens:,} training tokens in {parts.train.folder}; "
+        f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
-    epochs = config.train.steps * config.tokens_per_step / (parts.train.rows * config.model.context)
+    epochs = parts.train.laps(config.train.steps * config.tokens_per_step)
     if epochs > 1:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
@@ -366,25 +388,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-class Stop:
-    """Set by a signal; the loop looks at it after each step. The second signal ends the process the usual way."""
-
-    asked = ""
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        self.asked = signal.Signals(number).name
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Stop]:
-    stop = Stop()
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

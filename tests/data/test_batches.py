@@ -9,6 +9,7 @@ import torch
 
 from khanhllm.config import UserError
 from khanhllm.data.batches import batches
+from khanhllm.data.shards import Shards
 
 CPU = torch.device("cpu")
 
@@ -18,6 +19,8 @@ class Rows:
 
     def __init__(self, rows=10, bad=None):
         self.rows, self.bad = rows, bad
+
+    rows_from = Shards.rows_from
 
     def row(self, index):
         if index == self.bad:

@@ -178,10 +178,11 @@ def test_ensure_prepares_once_and_again_only_when_something_changed(corpus, tmp_
     assert len(made) == 4
 
 
-def test_ensure_reads_of_a_large_source_only_what_the_run_needs(corpus, tmp_path, monkeypatch):
+def test_ensure_makes_a_belt_of_a_large_source(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WHOLE", 100)
     folder = ensure(settings(corpus, tmp_path), 300, 2000)
-    assert 2000 <= Manifest.read(folder).train_tokens < 2300
+    assert (folder / "belt.json").exists() and Manifest.read(folder).train_tokens == 0
+    assert ensure(settings(corpus, tmp_path), 300, 9999) == folder
 
 
 def test_ensure_takes_prepared_shards_as_they_are_and_checks_the_tokenizer(corpus, tmp_path):

@@ -13,7 +13,7 @@ from conftest import tiny
 from khanhllm import checkpoint, train
 from khanhllm.config import Config, UserError, resolve
 
-TIMING = {"tokens_per_s", "mfu", "memory_mb", "seconds"}
+TIMING = {"tokens_per_s", "mfu", "waiting", "memory_mb", "seconds"}
 
 
 def config(corpus: Path, cache: Path, **settings: dict[str, object]) -> Config:

@@ -5,16 +5,15 @@ of (seed, cursor), so stopping, resuming, and any micro-batch size see the same 
 needs to be saved. A thread prepares the next batches while the model is at work on this one.
 """
 
-from collections.abc import Iterator
-from queue import Full, Queue
+from collections.abc import Callable, Iterator
+from itertools import islice
+from queue import Empty, Full, Queue
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from khanhllm.data.shards import Shards, shuffled
 
 AHEAD = 4
 """batches prepared in advance"""
@@ -29,18 +28,37 @@ class Batch(NamedTuple):
     """rows trained on once this batch is done"""
 
 
-def batches(shards: Shards, micro_batch: int, seed: int, cursor: int, device: torch.device) -> Iterator[Batch]:
-    """Batches of `micro_batch` rows from row number `cursor` on, without end; closing the generator stops its thread.
+class Rows(Protocol):
+    """Where rows come from: prepared shards, or a belt."""
 
-    Raises UserError from `Shards.row` where the batch would have come.
+    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]: ...
+
+
+def batches(
+    source: Rows,
+    micro_batch: int,
+    seed: int,
+    cursor: int,
+    device: torch.device,
+    give_up: Callable[[], object] = lambda: False,
+) -> Iterator[Batch]:
+    """Batches of `micro_batch` rows from row number `cursor` on; closing the generator stops its thread.
+
+    Without end, but for this: where a batch is waited for and `give_up()` is true, they end. Raises the UserError of
+    `source` where the batch would have come.
     """
     queue: Queue[tuple[Tensor, int] | BaseException] = Queue(AHEAD)
     stop = Event()
-    work = (shards, micro_batch, seed, cursor, device.type == "cuda")
+    work = (source, micro_batch, seed, cursor, device.type == "cuda")
     Thread(target=_fill, args=(queue, stop, *work), daemon=True, name="batches").start()
     try:
         while True:
-            item = queue.get()
+            try:
+                item = queue.get(timeout=0.2)
+            except Empty:
+                if give_up():
+                    return
+                continue
             if isinstance(item, BaseException):
                 raise item
             ids_BT, cursor = item
@@ -53,24 +71,20 @@ def batches(shards: Shards, micro_batch: int, seed: int, cursor: int, device: to
 def _fill(
     queue: "Queue[tuple[Tensor, int] | BaseException]",
     stop: Event,
-    shards: Shards,
+    source: Rows,
     micro_batch: int,
     seed: int,
     cursor: int,
     pin: bool,
 ) -> None:
     try:
-        while not stop.is_set():
-            ids_BT = torch.from_numpy(np.stack([_row(shards, seed, cursor + nth) for nth in range(micro_batch)]))
+        stream = source.rows_from(cursor, seed, stop)
+        while not stop.is_set() and (rows := list(islice(stream, micro_batch))):
+            ids_BT = torch.from_numpy(np.stack(rows))
             cursor += micro_batch
             _put(queue, stop, (ids_BT.pin_memory() if pin else ids_BT, cursor))
     except BaseException as error:
         _put(queue, stop, error)
-
-
-def _row(shards: Shards, seed: int, cursor: int) -> np.ndarray:
-    epoch, index = divmod(cursor, shards.rows)
-    return shards.row(shuffled(index, shards.rows, seed, epoch))
 
 
 def _put(

@@ -12,8 +12,12 @@ yields a held-out part. Whatever the file, memory holds one block of it and one 
 import codecs
 import gzip
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
+from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
@@ -24,9 +28,11 @@ from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
 from fsspec.implementations.local import LocalFileSystem
+from pyarrow.parquet import ParquetFile
 
 from khanhllm.config import UserError
-from khanhllm.data.sources import PATIENCE, Source, kind, told
+from khanhllm.data.fetch import fetch
+from khanhllm.data.sources import Source, is_remote, kind, told
 
 BLOCK = 2**18
 """bytes read at once"""
@@ -40,10 +46,18 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 
     name = "KhanhLLM documents"
 
-    def __init__(self, source: Source, groups: list[tuple[str, ...]]) -> None:
-        super().__init__(_folder(source.root), add_file_path=False)
+    def __init__(
+        self, source: Source, groups: list[tuple[str, ...]], spool: Path | None = None, patience: float = 600.0
+    ) -> None:
+        """spool: folder for downloads that survives this process, so that they are not begun again; else a passing one.
+
+        patience: seconds without any answer from the network until it is given up.
+        """
+        super().__init__(DataFolder(source.root if not is_remote(source.root) else "/", fs=LocalFileSystem()))
         self.source = source
         self.groups = groups
+        self.spool = spool
+        self.patience = patience
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -53,14 +67,26 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
     def read_file(self, filepath: str) -> Iterator[Document]:
         """The documents of one file, in order. Raises UserError that names the file and the place of a fault."""
         where = f"{self.source.root.rstrip('/')}/{filepath}"
+        if not is_remote(self.source.root):
+            yield from self._documents(self.data_folder, filepath, where)
+            return
+        with nullcontext(self.spool) if self.spool else TemporaryDirectory(prefix="khanhllm-") as spool:
+            # read only what is whole and intact: text from a damaged file would long be trained on when it shows
+            path = Path(
+                spool, blake2b(where.encode(), digest_size=8).hexdigest(), Path(filepath.partition("?")[0]).name
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetch(_url(where), path, patience=self.patience, check=_check_packed)
+            yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where)
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
-        # a server need not support ranges; block size 0 reads front to back, which a table cannot
-        options = {"block_size": 0} if where.startswith("http") and form != "table" else {}
         with told(where):
             if form == "table":
-                yield from ParquetReader(self.data_folder, read_metadata=False, adapter=_row).read_file(filepath)
+                yield from ParquetReader(folder, read_metadata=False, adapter=_row).read_file(filepath)
                 return
-            with self.data_folder.open(filepath, "rb", **options) as raw:
+            with folder.open(filepath, "rb") as raw:
                 texts = self._texts(raw, where) if form == "text" else _records(raw, where)
                 for number, text in enumerate(texts):
                     if text.strip():
@@ -72,13 +98,24 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         return _pieces(_decoded(raw, where), self.source.document_bytes)
 
 
-def _folder(root: str) -> DataFolder:
-    if root.startswith("http"):
-        import aiohttp
+def _url(where: str) -> str:
+    if not where.startswith("hf://"):
+        return where
+    from huggingface_hub import hf_hub_url
 
-        patience = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=60)
-        return DataFolder(root, client_kwargs={"timeout": patience})
-    return DataFolder(root) if root.startswith("hf://") else DataFolder(root, fs=LocalFileSystem())
+    _, owner, name, path = where.removeprefix("hf://").split("/", 3)
+    return hf_hub_url(f"{owner}/{name}", path, repo_type="dataset")
+
+
+def _check_packed(path: Path) -> None:
+    """Read a packed file to its end, where its checksum is. Raises whatever the library does."""
+    name = path.name.removesuffix(".part")
+    if name.endswith(".parquet"):
+        ParquetFile(path).metadata  # noqa: B018
+    elif name.endswith((".gz", ".zst")):
+        with path.open("rb") as raw:
+            for _ in _unpacked(raw, name):
+                pass
 
 
 def _is_utf8(path: Path) -> bool:

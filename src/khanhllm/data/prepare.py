@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data.documents import Reader
+from khanhllm.data.maker import lay
 from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, dtype_for
 from khanhllm.data.sources import Source, is_remote, locate
 from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, text_hash
@@ -56,23 +57,30 @@ def prepare(
         raise UserError(f"{out} exists already; remove it or choose another folder")
     found = locate(source)
     started = time.monotonic()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            job = _Job(found, tokenizer, aside, tokens, workers or _cores())
-            manifest = _manifest(found, tokenizer, validation, job.split(validation))
-            (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-            job.shards.rename(out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    with aside(out) as new:
+        job = _Job(found, tokenizer, new, tokens, workers or _cores())
+        manifest = _manifest(found, tokenizer, validation, job.split(validation))
+        (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        job.shards.rename(out)
     say(
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens "
         f"in {time.monotonic() - started:.0f} s: {out}"
     )
     return manifest
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, to be renamed to it when it is whole; whatever is left of it is removed."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: list[Report]) -> Manifest:
@@ -182,7 +190,8 @@ def train_on(source: str, vocab_size: int, sample_bytes: int, validation: float 
 def _sample(source: Source, most: int, validation: float) -> Iterator[str]:
     """Training documents from the beginning of each file, no file giving more than its share."""
     reader = Reader(source, [])
-    share = max(most // min(SPREAD, len(source.files)), 1)
+    # of a distant source, no more files are fetched than the sample needs
+    share = most if is_remote(source.root) else max(most // min(SPREAD, len(source.files)), 1)
     empty = True
     for name in source.files:
         room = min(share, most)
@@ -205,35 +214,45 @@ def _sample(source: Source, most: int, validation: float) -> Iterator[str]:
 def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     """The folder of shards for a run: the one given, one from the cache, or a new one.
 
-    vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run; a source that
-    is remote or larger than WHOLE is read no further, unless `data.tokens` says otherwise. Raises UserError.
+    vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that
+    is remote or larger than WHOLE becomes a belt, whose shards are made while the model trains. Raises UserError.
     """
     folder = Path(data.source)
     if not (folder / MANIFEST).is_file():
         source = None if is_remote(data.source) else locate(data.source)
-        limit = data.tokens or (0 if source and source.size <= WHOLE else tokens_needed)
         given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
-        recipe = [VERSION, source.fingerprint if source else data.source, data.validation, limit]
+        recipe = [VERSION, source.fingerprint if source else data.source, data.validation, data.tokens]
         recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
+        recipe += [] if source and source.size <= WHOLE else [data.shard_tokens]
         folder = Path(data.cache) / _folder_name(data.source, recipe)
         if given:
             _fits(given.vocab_size, vocab_size, data.tokenizer)
         if not (folder / MANIFEST).is_file():
-            _make(folder, data, given, vocab_size, limit)
+            _make(folder, data, given, vocab_size, tokens_needed)
     _check(folder, data.tokenizer, vocab_size)
     return folder
 
 
-def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, limit: int) -> None:
+def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, tokens_needed: int) -> None:
     with _alone(folder):
         if (folder / MANIFEST).is_file():
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
+        source = locate(data.source)
+        whole = 0 < source.size <= WHOLE and not is_remote(data.source)
         # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
-        sample = min(data.tokenizer_sample, max(8 * limit, LEAST_SAMPLE)) if limit else data.tokenizer_sample
+        most = data.tokenizer_sample if whole else max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE)
+        sample = min(data.tokenizer_sample, most)
         tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation)
-        prepare(data.source, tokenizer, folder, validation=data.validation, tokens=limit, workers=data.workers)
+        if whole:
+            prepare(
+                data.source, tokenizer, folder, validation=data.validation, tokens=data.tokens, workers=data.workers
+            )
+            return
+        with aside(folder) as new:
+            lay(new, source, tokenizer, data.validation, data.shard_tokens, data.tokens)
+            new.rename(folder)
 
 
 def _check(folder: Path, tokenizer: str, vocab_size: int) -> None:

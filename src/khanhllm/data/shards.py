@@ -15,8 +15,9 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Literal
 
 import numpy as np
@@ -127,6 +128,19 @@ class Shards:
         nth = bisect_right(self._ends, index)
         start = (index - (self._ends[nth - 1] if nth else 0)) * self.context
         return self._window(nth, start)
+
+    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
+        """Rows from row number `cursor` of the run on, without end: epoch after epoch, each in an order of its own."""
+        for number in count(cursor):
+            epoch, index = divmod(number, self.rows)
+            yield self.row(shuffled(index, self.rows, seed, epoch))
+
+    def describe(self) -> str:
+        return f"{self.tokens:,} training tokens in {self.folder}"
+
+    def laps(self, tokens: int) -> float:
+        """How often a run of so many tokens reads all rows."""
+        return tokens / (self.rows * self.context)
 
     def windows(self) -> Iterator[np.ndarray]:
         """All tokens in order, as int64 arrays of 2 to context + 1 ids, each starting with the last of the one before.

@@ -48,6 +48,8 @@ class Source:
     """changes when a local file does"""
     document_bytes: int
     """about where text files are cut (characters)"""
+    validation: tuple[str, ...] = ()
+    """files of the source's own validation split; without one, documents are held out by a hash of their text"""
 
     @property
     def size(self) -> int:

@@ -6,9 +6,10 @@ can be returned. Which side a document falls on is decided here, from its text a
 
 import hashlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from datatrove.data import Document
@@ -21,6 +22,7 @@ from khanhllm.tokenizer import Tokenizer
 
 BATCH = 2**20
 """characters tokenized at once"""
+Item = TypeVar("Item")
 HASHES = 2**64
 """number of different text hashes"""
 
@@ -60,8 +62,8 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         dtype = dtype_for(tokenizer.vocab_size)
         try:
             with (
-                _Growing(self.shards / f"train-{rank:05d}.bin", "train", dtype) as kept,
-                _Growing(self.shards / f"validation-{rank:05d}.bin", "validation", dtype) as held,
+                Growing(self.shards / f"train-{rank:05d}.bin", "train", dtype) as kept,
+                Growing(self.shards / f"validation-{rank:05d}.bin", "validation", dtype) as held,
             ):
                 lowest, highest = self._write(data, tokenizer, kept, held)
             shards = [growing.shard() for growing in (kept, held) if growing.tokens]
@@ -71,10 +73,10 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
             raise UserError(f"cannot write the shards: {error.strerror or error}") from None
 
     def _write(
-        self, data: Iterable[Document], tokenizer: Tokenizer, kept: "_Growing", held: "_Growing"
+        self, data: Iterable[Document], tokenizer: Tokenizer, kept: "Growing", held: "Growing"
     ) -> tuple[int, int]:
         lowest, highest = HASHES, 0
-        for texts in _batched(data):
+        for texts in batched((document.text for document in data), len):
             for text, ids in zip(texts, tokenizer.encode_batch(texts, self.threads), strict=True):
                 raw = text.encode()
                 value = text_hash(raw)
@@ -86,7 +88,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         return lowest, highest
 
 
-class _Growing:
+class Growing:
     """A shard while it is being written."""
 
     def __init__(self, path: Path, split: Split, dtype: Dtype) -> None:
@@ -96,7 +98,7 @@ class _Growing:
         self.hash = hashlib.sha256()
         self.tokens = self.bytes = self.documents = 0
 
-    def __enter__(self) -> "_Growing":
+    def __enter__(self) -> "Growing":
         self.file = self.path.open("wb")
         return self
 
@@ -113,9 +115,9 @@ class _Growing:
         self.bytes += size
         self.documents += 1
 
-    def shard(self) -> Shard:
+    def shard(self, name: str = "") -> Shard:
         return Shard(
-            file=self.path.name,
+            file=name or self.path.name,
             split=self.split,
             tokens=self.tokens,
             bytes=self.bytes,
@@ -124,15 +126,16 @@ class _Growing:
         )
 
 
-def _batched(documents: Iterable[Document]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document.text)
-        size += len(document.text)
-        if size >= BATCH:
+def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Neighbours in lists of about BATCH in total size."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= BATCH:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 

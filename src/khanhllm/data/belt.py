@@ -1,0 +1,174 @@
+"""The conveyor belt: shards of a large or distant source are made just ahead of the training that uses them up.
+
+A child process, `maker`, keeps a few shards ready. After a crash it goes on from the last published shard, and shards
+that were trained on are removed once they fill more disk than allowed, since any can be made again.
+
+The order of rows is the shards in order, the rows of each permuted by a pure function of (seed, lap, shard): the whole
+position of a run remains one integer, the number of rows trained on.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from khanhllm.config import UserError
+from khanhllm.data.maker import GLANCE, RECIPE, Made, Recipe, note_path
+from khanhllm.data.shards import Manifest, shuffled
+
+TRIES = 3
+"""deaths of the child in a row, without a new shard, that are answered by a new child"""
+
+
+class Starved(UserError):
+    """The belt cannot go on. Training saves and stops."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class Belt:
+    """The training rows of a belt. Iterating over `rows_from` runs the child that makes them."""
+
+    def __init__(self, folder: Path, context: int, ahead: int, disk: int, patience: float) -> None:
+        self.folder = folder
+        self.context = context
+        self.recipe: Recipe = Recipe.read(folder / RECIPE)
+        self.vocab_size = Manifest.read(folder).vocab_size
+        self._settings = [str(ahead), str(disk), str(patience)]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of all that will ever come off the belt."""
+        return sha256(self.recipe.model_dump_json().encode()).hexdigest()
+
+    def describe(self) -> str:
+        return f"{self.recipe.source['name']}, turned into shards on the way, in {self.folder}"
+
+    def laps(self, tokens: int) -> float:
+        """How often a run of so many tokens reads the whole source; 0 while its end is not known."""
+        rows = 0
+        for nth in count():
+            if not note_path(self.folder, nth).exists():
+                return 0
+            made: Made = Made.read(note_path(self.folder, nth))
+            rows += self._rows(made)
+            if made.last:
+                return tokens / max(1, rows * self.context)
+        raise AssertionError
+
+    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
+        """Rows of context + 1 ids, int64, from row number `cursor` of the run on; ends only when `stopped` is set.
+
+        Raises Starved if the child cannot go on.
+        """
+        left = cursor
+        with _Child(self.folder, self._settings) as child:
+            for lap in count():
+                rows_before = left
+                for nth in count():
+                    made: Made = child.wait(note_path(self.folder, nth), nth, stopped)
+                    if stopped.is_set():
+                        return
+                    rows = self._rows(made)
+                    if left < rows:
+                        yield from self._window(child, nth, made, seed, lap, left, stopped)
+                        if stopped.is_set():
+                            return
+                    left = max(0, left - rows)
+                    if made.last:
+                        break
+                if left == rows_before and not any(self._rows(note) for note in child.notes.values()):
+                    raise Starved(f"{self.folder} has not one row of {self.context + 1} tokens; take more text")
+
+    def _rows(self, made: Made) -> int:
+        return (made.shard.tokens - 1) // self.context
+
+    def _window(
+        self, child: "_Child", nth: int, made: Made, seed: int, lap: int, start: int, stopped: Event
+    ) -> Iterator[np.ndarray]:
+        path = self.folder / made.shard.file
+        child.want(nth)
+        while True:
+            child.wait(path, nth, stopped)
+            if stopped.is_set():
+                return
+            with suppress(FileNotFoundError):  # removed a moment ago by a child that had not heard yet
+                ids = np.memmap(path, dtype=np.dtype(self.recipe.dtype).newbyteorder("<"), mode="r")
+                break
+        if sha256(ids.data).hexdigest() != made.shard.sha256:
+            path.unlink(missing_ok=True)
+            raise Starved(f"{path} is damaged; it was removed and is made again on --resume")
+        rows = self._rows(made)
+        for index in range(start, rows):
+            at = shuffled(index, rows, seed, (lap << 32) + nth) * self.context
+            row = ids[at : at + self.context + 1].astype(np.int64)
+            if row.max() >= self.vocab_size:
+                raise Starved(f"{path} holds an id beyond the vocabulary; remove the folder")
+            yield row
+
+
+class _Child:
+    """The process that makes shards, seen from the training. It ends when this end of its pipe does."""
+
+    def __init__(self, folder: Path, settings: list[str]) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.notes: dict[int, Made] = {}
+        self.deaths = 0
+        self.wanted = -1
+
+    def __enter__(self) -> "_Child":
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "khanhllm.data.maker", str(self.folder), *self.settings]
+        # a session of its own: Ctrl-C is for the training, which tells the child by closing the pipe
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        if self.wanted >= 0:
+            self._send(self.wanted)
+
+    def want(self, nth: int) -> None:
+        """Tell which shard is being used up."""
+        if nth != self.wanted:
+            self.wanted = nth
+            self._send(nth)
+
+    def _send(self, nth: int) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # its death is noticed by the next wait
+            self.process.stdin.write(f"{nth}\n".encode())
+            self.process.stdin.flush()
+
+    def wait(self, path: Path, nth: int, stopped: Event) -> Any:
+        """Wait for a note or a shard; returns the note."""
+        while not path.exists() and not stopped.is_set():
+            self.want(nth)
+            if self.process.poll() is not None:
+                self._bury()
+            stopped.wait(GLANCE)
+        self.deaths = 0
+        if nth not in self.notes and not stopped.is_set():
+            self.notes[nth] = Made.read(note_path(self.folder, nth))
+        return self.notes.get(nth)
+
+    def _bury(self) -> None:
+        """Tell why the child ended, or begin another one if it fell without a word."""
+        words = self.process.communicate()[0].decode("utf-8", "replace").strip()
+        self.deaths += 1
+        if words or self.deaths > TRIES:
+            raise Starved(words or f"the process that makes shards in {self.folder} died {self.deaths} times in a row")
+        self._start()

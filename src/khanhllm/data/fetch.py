@@ -1,0 +1,184 @@
+"""One file of the web becomes one file here: whole, verified, or not at all.
+
+A download goes on where it stopped, after a broken connection as after a killed process, as long as the server vouches
+(by ETag or date) that it is still the same file. Whatever goes wrong is tried again, after waits that grow and vary so
+that many clients do not come back at once; it is given up when nothing has arrived for as long as `patience`.
+"""
+
+import email.utils
+import hashlib
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+
+from khanhllm.config import UserError
+
+CONNECT, STALL = 10.0, 30.0
+"""seconds until a server that does not answer, or stops in the middle, counts as gone"""
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+"""seconds between two tries, at first and at most"""
+BLOCK = 2**20
+REFUSALS, DAMAGES = 3, 5
+"""answers in a row, of "no" or of wrong bytes, that are taken for the last word"""
+AGAIN = (408, 425, 429)
+"""refusals that ask to come back"""
+
+
+class _Refused(Exception):
+    """The server understood and said no."""
+
+
+class _Damaged(Exception):
+    """All bytes arrived, and they are not the right ones."""
+
+
+class _Later(Exception):
+    """The server names the time to come back (seconds)."""
+
+    def __init__(self, why: str, wait: float) -> None:
+        super().__init__(why)
+        self.wait = wait
+
+
+def fetch(
+    url: str, path: Path, *, sha256: str = "", patience: float = 600.0, check: Callable[[Path], None] | None = None
+) -> Path:
+    """Download `url` to `path`, unless it is there already; returns `path`.
+
+    sha256: what the file must have, if known. check: reads the file and raises if it is damaged. patience: seconds
+    without a new byte until it is given up. Raises UserError.
+    """
+    if path.exists():
+        return path
+    part = path.with_name(f"{path.name}.part")
+    counts = {_Refused: 0, _Damaged: 0}
+    farthest, progress, wait = _size(part), time.monotonic(), FIRST_WAIT
+    while True:
+        pause = random.random() * wait
+        try:
+            _download(url, part)
+            _verify(part, sha256, check)
+            part.replace(path)
+            _validator(part).unlink(missing_ok=True)
+            return path
+        except (requests.RequestException, _Later, _Refused, _Damaged) as error:
+            why = _why(error)
+            pause = max(pause, error.wait) if isinstance(error, _Later) else pause
+            for kind, most in ((_Refused, REFUSALS), (_Damaged, DAMAGES)):
+                counts[kind] = counts[kind] + 1 if isinstance(error, kind) else 0
+                if counts[kind] >= most:
+                    raise UserError(f"{url}: {why}, {most} times in a row") from None
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        if _size(part) > farthest:
+            farthest, progress, wait = _size(part), time.monotonic(), FIRST_WAIT
+        if time.monotonic() + pause - progress > patience:
+            raise UserError(f"no network for {patience:g} s: {urlsplit(url).hostname} gives nothing ({why}) for {url}")
+        time.sleep(pause)
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
+def _why(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    causes = {"NameResolution": "its name is not known", "refused": "connection refused", "timed out": "no answer"}
+    return next((said for mark, said in causes.items() if mark in text), text.splitlines()[0][:120])
+
+
+def _download(url: str, part: Path) -> None:
+    """Bring `part` to its full length, or raise."""
+    have, validator = _size(part), _known(part)
+    headers = {"User-Agent": "khanhllm", "Accept-Encoding": "identity"}
+    if have and validator:
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator}
+    with requests.get(url, headers=headers, stream=True, timeout=(CONNECT, STALL)) as answer:
+        start, total = _span(answer, have, part)
+        if not start:
+            _forget(part)
+            _validator(part).write_text(json.dumps(_vouched(answer)), encoding="utf-8")
+        with part.open("ab") as file:
+            for block in answer.iter_content(BLOCK):
+                file.write(block)
+    size = _size(part)
+    if total is not None and size < total:
+        raise requests.ConnectionError(f"only {size:,} of {total:,} bytes came")
+    if total is not None and size > total:
+        _forget(part)
+        raise _Damaged(f"{size:,} bytes came instead of {total:,}")
+
+
+def _span(answer: requests.Response, have: int, part: Path) -> tuple[int, int | None]:
+    """Where the body of an answer starts in the file, and how long the file is, if that is said."""
+    code = answer.status_code
+    if code == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if found and int(found[1]) == have:
+            return have, int(found[2])
+    if code == 200:
+        length = answer.headers.get("Content-Length")
+        return 0, int(length) if length and length.isdigit() else None
+    if code in (206, 416):
+        _forget(part)
+        raise requests.ConnectionError("the rest of the file was asked for and something else came")
+    if code in AGAIN or code >= 500:
+        raise _Later(f"answer {code} {answer.reason}", min(_retry_after(answer), 2 * LONGEST_WAIT))
+    raise _Refused(f"answer {code} {answer.reason}")
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """Seconds, which may also be written as a date."""
+    said = answer.headers.get("Retry-After", "")
+    if said.isdigit():
+        return float(said)
+    with suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+    return 0.0
+
+
+def _vouched(answer: requests.Response) -> str:
+    """What tells this version of the file from others; weak ETags do not."""
+    tag = answer.headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
+
+
+def _known(part: Path) -> str:
+    try:
+        return str(json.loads(_validator(part).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return ""
+
+
+def _validator(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _validator(part).unlink(missing_ok=True)
+
+
+def _verify(part: Path, sha256: str, check: Callable[[Path], None] | None) -> None:
+    try:
+        if sha256:
+            with part.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise _Damaged("its sha256 is not the published one")
+        if check:
+            check(part)
+    except Exception as error:
+        _forget(part)
+        raise _Damaged(f"wrong bytes came ({_why(error)})") from None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,289 @@
+"""The making of a belt's shards; run as a program, the child process of `belt`.
+
+It reads the source in its fixed order and publishes one shard after the other, each by a rename, beside it a note of
+its sha256 and of the place where the next one begins. So any shard can be made again, byte for byte, from the note
+before it.
+
+    belt.json   manifest.json   tokenizer.json   validation-00000.bin   train-00000.bin   train-00000.json   ...
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from khanhllm.config import UserError
+from khanhllm.data.documents import Reader
+from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, Shard, dtype_for
+from khanhllm.data.sources import Source
+from khanhllm.data.writer import HASHES, Growing, batched, text_hash
+from khanhllm.tokenizer import Tokenizer
+
+RECIPE = "belt.json"
+HELD_OUT = 2**21
+"""text that is held out for validation (bytes), if the source has as much"""
+GLANCE = 0.02
+"""seconds between two looks for work"""
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def read(cls, path: Path) -> Any:
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}); remove the folder {path.parent}"
+            ) from None
+
+
+class Recipe(_Kept):
+    """All that decides the bytes of the shards."""
+
+    version: int
+    source: dict[str, Any]
+    tokenizer: str
+    """sha256"""
+    dtype: Dtype
+    threshold: int
+    """texts with a hash below it are not trained on"""
+    held_out: tuple[int, ...]
+    """hashes of the validation texts"""
+    shard_tokens: int
+    most: int
+    """training tokens in one lap; 0 for all of the source"""
+
+
+class Place(_Kept):
+    """Where the next shard begins."""
+
+    file: int = 0
+    document: int = 0
+    tokens: int = 0
+    """made so far in this lap"""
+
+
+class Made(_Kept):
+    """The note beside a published shard."""
+
+    shard: Shard
+    following: Place
+    last: bool
+    """the source ends with it; then it begins again"""
+
+
+def lay(folder: Path, source: Source, tokenizer: Tokenizer, validation: float, shard_tokens: int, most: int) -> None:
+    """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
+
+    Reads the source until HELD_OUT bytes are held out. Raises UserError if it has not at least two different texts.
+    """
+    texts, threshold = _held_out(source, validation, folder / "spool")
+    tokenizer.save(folder / "tokenizer.json")
+    dtype = dtype_for(tokenizer.vocab_size)
+    with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
+        for text in texts:
+            held.add(tokenizer.end_of_text, np.asarray(tokenizer.encode(text)), len(text.encode()))
+    shard = held.shard()
+    manifest = Manifest(
+        version=VERSION,
+        source=source.name,
+        tokenizer=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype,
+        validation=validation,
+        train_tokens=0,
+        validation_tokens=shard.tokens,
+        shards=(shard,),
+    )
+    recipe = Recipe(
+        version=VERSION,
+        source=asdict(source),
+        tokenizer=tokenizer.sha256,
+        dtype=dtype,
+        threshold=threshold,
+        held_out=tuple(sorted({text_hash(text.encode()) for text in texts})),
+        shard_tokens=shard_tokens,
+        most=most,
+    )
+    (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+
+
+def _held_out(source: Source, validation: float, spool: Path) -> tuple[list[str], int]:
+    """The validation texts and the hash below which no text is trained on.
+
+    A source with a validation split of its own gives that. A corpus too small for chance gives its lowest hash.
+    """
+    threshold = 0 if source.validation else int(validation * HASHES)
+    files = source.validation or source.files
+    texts: list[str] = []
+    size, lowest, lowest_text, different = 0, HASHES, "", False
+    reader = Reader(source, [], spool)
+    for document in (document for name in files for document in reader.read_file(name)):
+        raw = document.text.encode()
+        value = text_hash(raw)
+        different |= value != lowest < HASHES
+        if value < lowest:
+            lowest, lowest_text = value, document.text
+        if source.validation or value < threshold:
+            texts.append(document.text)
+            size += len(raw)
+        if size >= HELD_OUT and different:
+            break
+    if lowest == HASHES:
+        raise UserError(f"{source.name} holds no text: every file of it is empty")
+    if not different and not source.validation:
+        raise UserError(f"{source.name} is a single document, but one must be held out; give more text")
+    return (texts, threshold) if texts else ([lowest_text], lowest + 1)
+
+
+def note_path(folder: Path, nth: int) -> Path:
+    return folder / f"train-{nth:05d}.json"
+
+
+class Maker:
+    """Makes the shards of one belt; the work of the child."""
+
+    def __init__(self, folder: Path, patience: float) -> None:
+        self.folder = folder
+        self.recipe: Recipe = Recipe.read(folder / RECIPE)
+        self.source = Source(**{**self.recipe.source, **_tuples(self.recipe.source)})
+        self.reader = Reader(self.source, [], folder / "spool", patience)
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        self.held_out = frozenset(self.recipe.held_out)
+        self.nth = -1
+        self.stream: Iterator[tuple[np.ndarray, int, Place]] = iter(())
+
+    def make(self, nth: int) -> Made:
+        """Publish shard `nth`; the notes of all before it must be there. Raises UserError."""
+        before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
+        start = before.following if before else Place()
+        if nth != self.nth + 1 or not nth:
+            self.stream = self._encoded(start)
+        self.nth = nth
+        name = f"train-{nth:05d}.bin"
+        aside = self.folder / f".{name}.{os.getpid()}"
+        following = start
+        last = True
+        with Growing(aside, "train", self.recipe.dtype) as growing:
+            for ids, size, after in self.stream:
+                growing.add(self.tokenizer.end_of_text, ids, size)
+                total = start.tokens + growing.tokens
+                following = after.model_copy(update={"tokens": total})
+                if 0 < self.recipe.most <= total:
+                    break
+                if growing.tokens >= self.recipe.shard_tokens:
+                    ahead = list(islice(self.stream, 1))
+                    self.stream = chain(ahead, self.stream)
+                    last = not ahead
+                    break
+        if not growing.tokens:
+            raise UserError(f"{self.source.name} has no text left to train on beyond shard {nth}; remove {self.folder}")
+        made = Made(shard=growing.shard(name), following=following, last=last)
+        self._publish(aside, made, nth)
+        return made
+
+    def _publish(self, aside: Path, made: Made, nth: int) -> None:
+        note = note_path(self.folder, nth)
+        if note.exists() and Made.read(note) != made:
+            aside.unlink()
+            raise UserError(
+                f"{self.source.name} has changed since {self.folder / made.shard.file} was made from it; "
+                f"the run cannot go on with other text. Begin a new one, with another --data.cache"
+            )
+        aside.replace(self.folder / made.shard.file)
+        if not note.exists():
+            other = self.folder / f".{note.name}.{os.getpid()}"
+            other.write_text(made.model_dump_json(), encoding="utf-8")
+            other.replace(note)
+
+    def _encoded(self, start: Place) -> Iterator[tuple[np.ndarray, int, Place]]:
+        """Documents to train on from a place on: ids, bytes, and the place after each."""
+        threads = os.cpu_count() or 1
+        for batch in batched(self._documents(start), size=lambda item: len(item[0])):
+            encoded = self.tokenizer.encode_batch([text for text, _ in batch], threads)
+            for (text, after), ids in zip(batch, encoded, strict=True):
+                yield ids, len(text.encode()), after
+
+    def _documents(self, start: Place) -> Iterator[tuple[str, Place]]:
+        for file in range(start.file, len(self.source.files)):
+            first = start.document if file == start.file else 0
+            documents = self.reader.read_file(self.source.files[file])
+            for number, document in enumerate(islice(documents, first, None), first):
+                value = text_hash(document.text.encode())
+                if value >= self.recipe.threshold and value not in self.held_out:
+                    yield document.text, Place(file=file, document=number + 1)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+
+
+def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
+    """Keep shards ready: the one that is being used up and `ahead` after it; remove others beyond `disk` bytes."""
+    maker = Maker(folder, patience)
+    notes: list[Made] = []
+    while True:
+        while note_path(folder, len(notes)).exists() and not (notes and notes[-1].last):
+            notes.append(Made.read(note_path(folder, len(notes))))
+        whole = bool(notes) and notes[-1].last
+        now = max(0, wanted())
+        window = [(now + more) % len(notes) if whole else now + more for more in range(ahead + 1)]
+        missing = [nth for nth in window if nth >= len(notes) or not _there(folder, notes[nth])]
+        if missing:
+            # a shard begins where the one before it ended, so notes come in order
+            maker.make(min(missing[0], len(notes)))
+            _clear(folder, notes, window, disk)
+        else:
+            time.sleep(GLANCE)
+
+
+def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> None:
+    sizes = {nth: (folder / note.shard.file).stat().st_size for nth, note in enumerate(notes) if _there(folder, note)}
+    spare = sorted((nth for nth in sizes if nth not in window), key=lambda nth: (nth > window[0], nth))
+    while spare and sum(sizes.values()) > disk:
+        nth = spare.pop(0)
+        (folder / notes[nth].shard.file).unlink(missing_ok=True)
+        del sizes[nth]
+
+
+def _there(folder: Path, note: Made) -> bool:
+    return (folder / note.shard.file).exists()
+
+
+def main(arguments: list[str]) -> int:
+    """The child: reads the number of the shard in use from its stdin, one a line, and ends with it."""
+    newest = [0]
+
+    def listen() -> None:
+        for line in sys.stdin:
+            newest[0] = int(line)
+        os._exit(0)  # the training has gone
+
+    folder, ahead, disk, patience = Path(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3])
+    Thread(target=listen, daemon=True).start()
+    for left_over in folder.glob(".train-*"):
+        if not psutil.pid_exists(int(left_over.suffix[1:])):
+            left_over.unlink(missing_ok=True)
+    try:
+        serve(folder, ahead, disk, patience, lambda: newest[0])
+    except UserError as error:
+        print(error)
+    except OSError as error:
+        print(f"cannot make shards in {folder}: {error.strerror or error}")
+    return 75
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

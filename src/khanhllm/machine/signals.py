@@ -1,0 +1,28 @@
+"""Signals that ask a training to stop: it finishes the step, saves, and ends."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stop:
+    """Set by a signal; the loop looks at it after each step. The second signal ends the process the usual way."""
+
+    asked = ""
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.asked = signal.Signals(number).name
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    stop = Stop()
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,205 @@
+"""Laws of the belt: shards are a pure function of the source, rows come once each and in one order, whatever dies."""
+
+import json
+import os
+import signal
+import threading
+import time
+from itertools import islice
+
+import numpy as np
+import psutil
+import pytest
+
+from khanhllm.config import DataConfig, UserError
+from khanhllm.data import belt as module
+from khanhllm.data import prepare
+from khanhllm.data.belt import Belt, Starved
+from khanhllm.data.maker import RECIPE, Maker, Recipe
+from khanhllm.data.prepare import ensure
+from khanhllm.data.shards import Shards
+from khanhllm.tokenizer import train
+
+WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
+TOKENIZER = train([" ".join(WORDS)] * 3, 300)
+CONTEXT = 16
+
+
+def text(number, length=40):
+    chosen = np.random.default_rng(number).choice(WORDS, length)
+    return f"{number} {' '.join(chosen)}"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for part in range(4):
+        lines = "".join(json.dumps({"text": text(part * 50 + line)}) + "\n" for line in range(50))
+        (folder / f"{part}.jsonl").write_text(lines, "utf-8")
+    return folder
+
+
+@pytest.fixture
+def lay(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "WHOLE", 1)
+    TOKENIZER.save(tmp_path / "given.json")
+
+    def lay(cache="cache", shard_tokens=1000, ahead=1, disk=10**9, source=corpus, **more):
+        given = str(tmp_path / "given.json")
+        cache = str(tmp_path / cache)
+        data = DataConfig(
+            source=str(source), tokenizer=given, cache=cache, shard_tokens=shard_tokens, validation=0.1, **more
+        )
+        return Belt(ensure(data, 300, 1), CONTEXT, ahead, disk, 5.0)
+
+    return lay
+
+
+def rows(belt, number, cursor=0, seed=0):
+    stream = belt.rows_from(cursor, seed, threading.Event())
+    found = [row.tobytes() for row in islice(stream, number)]
+    stream.close()
+    return found
+
+
+def all_rows(belt):
+    """Every row of one lap, in order of the shards."""
+    maker, found = Maker(belt.folder, 5.0), []
+    for nth in range(1000):
+        made = maker.make(nth)
+        ids = np.fromfile(belt.folder / made.shard.file, dtype="<u2").astype(np.int64)
+        found += [ids[at : at + CONTEXT + 1].tobytes() for at in range(0, len(ids) - CONTEXT, CONTEXT)]
+        if made.last:
+            return found
+    raise AssertionError
+
+
+def texts_of(path):
+    ids = np.fromfile(path, dtype="<u2")
+    return set(TOKENIZER.decode(ids).split("<|endoftext|>")[1:])
+
+
+def test_each_lap_is_a_permutation_of_all_rows_and_no_two_are_alike(lay):
+    every = all_rows(lay("other"))
+    found = rows(lay(), 3 * len(every))
+    laps = [found[start : start + len(every)] for start in range(0, len(found), len(every))]
+    assert all(sorted(lap) == sorted(every) for lap in laps)
+    assert laps[0] != laps[1] != laps[2] and laps[0] != every
+
+
+def test_it_goes_on_at_any_cursor_with_shards_removed_or_not(lay):
+    whole = rows(lay(), 700)
+    tight = lay("tight", disk=1)
+    for cursor in (0, 1, 61, 62, 63, 333, 650, 20):
+        assert rows(tight, 5, cursor) == whole[cursor : cursor + 5]
+    assert sum(path.stat().st_size for path in tight.folder.glob("train-*.bin")) < 4 * 2 * 1200
+
+
+def test_a_corpus_of_a_few_rows_stopped_at_each_step_over_three_laps(tmp_path, lay):
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": text(number, 12)}) + "\n" for number in range(30)), "utf-8")
+    belt = lay("few", shard_tokens=256, source=path)
+    lap = len(all_rows(belt))
+    whole = rows(belt, 3 * lap)
+    assert lap == 37
+    for cursor in range(0, 3 * lap, 9):
+        assert rows(belt, 3 * lap - cursor, cursor) == whole[cursor:]
+
+
+def test_no_text_is_on_both_sides_and_none_is_lost(corpus, lay):
+    (corpus / "copies.jsonl").write_text((corpus / "0.jsonl").read_text("utf-8"), "utf-8")
+    belt = lay()
+    all_rows(belt)
+    held = texts_of(belt.folder / "validation-00000.bin")
+    trained = set().union(*(texts_of(path) for path in belt.folder.glob("train-*.bin")))
+    assert held and not held & trained and held | trained == {text(number) for number in range(200)}
+    assert Shards.open(belt.folder, "validation", CONTEXT).tokens
+
+
+def test_a_shard_is_made_again_byte_for_byte(lay):
+    belt = lay()
+    all_rows(belt)
+    before = {path.name: path.read_bytes() for path in belt.folder.glob("train-*")}
+    for nth in (3, 1, 2, 0):
+        (belt.folder / f"train-{nth:05d}.bin").unlink()
+        Maker(belt.folder, 5.0).make(nth)
+    assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
+
+
+def test_a_source_that_changed_is_noticed(corpus, lay):
+    belt = lay(disk=1)
+    all_rows(belt)
+    name = Recipe.read(belt.folder / RECIPE).source["files"][0]
+    path = corpus / name
+    path.write_text(path.read_text("utf-8").replace("fox", "cat"), "utf-8")
+    (belt.folder / "train-00000.bin").unlink()
+    with pytest.raises(Starved, match="has changed since"):
+        rows(belt, 1)
+
+
+def children():
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "khanhllm.data.maker" in " ".join(child.cmdline())]
+
+
+def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
+    whole = rows(lay(), 300)
+    belt, found = lay("killed"), []
+    stream = belt.rows_from(0, 0, threading.Event())
+    for number in range(300):
+        if number in (1, 70, 150, 151):
+            for child in children():
+                os.kill(child.pid, signal.SIGKILL)
+        found.append(next(stream).tobytes())
+    stream.close()
+    assert found == whole and not children()
+
+
+def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
+    monkeypatch.setattr(module.sys, "executable", "/bin/false")
+    with pytest.raises(Starved, match="died 4 times in a row") as caught:
+        rows(lay(), 1)
+    assert caught.value.exit_code == 75
+
+
+def test_a_bad_file_stops_the_run_in_one_line(corpus, lay):
+    belt = lay()
+    rows(belt, 1)
+    last = Recipe.read(belt.folder / RECIPE).source["files"][-1]
+    (corpus / last).write_text('{"text": "cut', "utf-8")
+    for note in belt.folder.glob("train-*"):
+        note.unlink()
+    with pytest.raises(Starved, match=rf"{last}, line 1 is not valid JSON"):
+        rows(belt, 500)
+
+
+def test_no_more_shards_than_ahead_are_made(lay):
+    belt = lay(ahead=2)
+    stream = belt.rows_from(0, 0, threading.Event())
+    next(stream)
+    deadline = time.monotonic() + 10
+    while len(list(belt.folder.glob("train-*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    stream.close()
+    assert len(list(belt.folder.glob("train-*.json"))) == 3
+
+
+def test_a_waiting_consumer_can_leave(lay):
+    belt = lay()
+    (belt.folder / "tokenizer.json").rename(belt.folder / "away")
+    os.mkfifo(belt.folder / "tokenizer.json")  # the child waits for ever
+    stopped = threading.Event()
+    threading.Timer(0.5, stopped.set).start()
+    assert list(belt.rows_from(0, 0, stopped)) == []
+
+
+def test_too_little_text_is_said(tmp_path, lay):
+    path = tmp_path / "few.jsonl"
+    path.write_text('{"text": "a b"}\n', "utf-8")
+    with pytest.raises(UserError, match="single document"):
+        lay("one", source=path)
+    path.write_text('{"text": "a b"}\n{"text": "c d"}\n', "utf-8")
+    with pytest.raises(Starved, match="has not one row of 17 tokens"):
+        rows(lay("two", source=path), 1)
