@@ -90,7 +90,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path):
     good = b'{"text": "fine"}\n'
     for bad, expected in {
         b'{"text": "cut': "line 3 is not valid JSON",
-        b'{"body": "x", "id": 1}': "line 3 has no text column 'text'; it has: body, id",
+        b'{"url": "x", "id": 1}': "line 3 has no text column 'text'; it has: url, id; name one: SRC#column",
         b'["text"]': "line 3 is not a JSON object",
         b'{"text": 7}': "line 3: 'text' must be text, not int",
         b'{"text": "caf\xe9"}': "line 3 is not UTF-8 text (byte 13 of the line)",
@@ -105,9 +105,25 @@ def test_lone_surrogates_null_and_blank_lines_are_no_fault(tmp_path):
 
 
 def test_a_table_without_a_text_column_says_what_it_has(tmp_path):
-    assert "no text column 'text'" in complaint(table(tmp_path / "a.parquet", column="body"))
+    said = complaint(table(tmp_path / "a.parquet", column="words"))
+    assert "no text column 'text'; it has: id, words; name one: SRC#column" in said
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
     assert "'text' must be text, not int" in complaint(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("column", ["content", "document", "body", "article"])
+def test_a_column_of_another_usual_name_is_found(tmp_path, column):
+    assert read(table(tmp_path / "a.parquet", column=column)) == TEXTS
+    lines = "".join(json.dumps({"zzz": 1, column: text}) + "\n" for text in TEXTS)
+    assert read(write(tmp_path / "a.jsonl", lines.encode())) == TEXTS
+
+
+def test_text_comes_first_and_a_named_column_wins(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"body": "x", "article": "y", "text": "z", "my own": "w"}\n')
+    assert [read(f"{path}{end}") for end in ("", "#body", "#my own")] == [["z"], ["x"], ["w"]]
+    assert read(f"{table(tmp_path / 'deep.parquet', column='a.b')}#a.b") == TEXTS
+    said = complaint(f"{path}#title")
+    assert f"{path}, line 1 has no text column 'title'; it has: body, article, text, my own; name one" in said
 
 
 @pytest.mark.parametrize("block", [1, 7, 2**18])

@@ -8,7 +8,7 @@ import pytest
 
 from khanhllm.config import UserError
 from khanhllm.data import sources
-from khanhllm.data.sources import Source, locate
+from khanhllm.data.sources import Source, is_remote, locate
 
 
 @pytest.fixture
@@ -54,6 +54,22 @@ def test_the_fingerprint_follows_the_files(folder):
     assert locate(str(folder)).fingerprint != before
 
 
+def test_a_column_is_named_behind_the_path(folder):
+    plain, named = locate(str(folder)), locate(f"{folder}/#my own")
+    assert (plain.column, named.column, named.files) == ("", "my own", plain.files)
+    assert len({plain.fingerprint, named.fingerprint, locate(f"{folder}/#body").fingerprint}) == 3
+    assert locate(f"{folder}/deep/*.jsonl#body").column == "body"
+    assert is_remote("c4#url") and not is_remote(f"{folder}#url")
+
+
+def test_a_path_that_exists_wins_over_a_column(folder):
+    (folder / "a.txt").rename(folder / "a#1.txt")
+    (folder / "deep").rename(folder / "deep#2")
+    for source in ("a#1.txt", "a#*.txt", "deep#2", "deep#2/b.jsonl", "deep#2/*.jsonl"):
+        assert locate(f"{folder}/{source}").column == ""
+    assert locate(f"{folder}/deep#2#body").column == "body"
+
+
 def test_groups_hold_every_file_once_in_order():
     files = tuple(f"{number}.txt" for number in range(100))
     sizes = tuple((number % 7 + 1) * 1000 for number in range(100))
@@ -79,6 +95,9 @@ def test_the_standard_library_is_there():
         ("{}/*.png", "only files of unknown kind; known endings"),
         ("{}/*.nothing", "matches nothing"),
         ("{}/__pycache__/../empty", "holds no text files"),
+        ("{}/deep/b.jsonl#", "names no column; write it behind the '#'"),
+        ("{}/a.txt#body", "is plain text, which has no column 'body'"),
+        ("stdlib#body", "stdlib is plain text"),
         ("s3://bucket/x.jsonl", "unknown source s3://bucket/x.jsonl"),
     ],
 )

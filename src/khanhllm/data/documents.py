@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow.parquet
 import zstandard
 from datatrove.data import Document
 from datatrove.io import DataFolder
-from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
 from fsspec.implementations.local import LocalFileSystem
 
 from khanhllm.config import UserError
+from khanhllm.data.names import text_column
 from khanhllm.data.sources import PATIENCE, Source, kind, told
 
 BLOCK = 2**18
@@ -56,17 +57,14 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         form = kind(filepath)
         # a server need not support ranges; block size 0 reads front to back, which a table cannot
         options = {"block_size": 0} if where.startswith("http") and form != "table" else {}
-        with told(where):
-            if form == "table":
-                yield from ParquetReader(self.data_folder, read_metadata=False, adapter=_row).read_file(filepath)
-                return
-            with self.data_folder.open(filepath, "rb", **options) as raw:
-                texts = self._texts(raw, where) if form == "text" else _records(raw, where)
-                for number, text in enumerate(texts):
-                    if text.strip():
-                        yield Document(text=text, id=f"{filepath}/{number}")
+        with told(where), self.data_folder.open(filepath, "rb", **options) as raw:
+            for number, text in enumerate(self._texts(raw, where, form)):
+                if text.strip():
+                    yield Document(text=text, id=f"{filepath}/{number}")
 
-    def _texts(self, raw: Any, where: str) -> Iterator[str]:
+    def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
+        if form != "text":
+            return {"table": _rows, "lines": _records}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         return _pieces(_decoded(raw, where), self.source.document_bytes)
@@ -127,11 +125,26 @@ def _cut(text: str, most: int) -> int:
     return most
 
 
-def _records(raw: Any, where: str) -> Iterator[str]:
+def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
+    """The texts of a parquet table; no other column is read."""
+    with pyarrow.parquet.ParquetFile(raw) as table:
+        column = text_column(table.schema_arrow.names, wanted, where)
+        batches = table.iter_batches(batch_size=1000, columns=[column])
+        texts = (text for batch in batches for text in batch.column(column).to_pylist())
+        for number, text in enumerate(texts, 1):
+            yield _text(text, column, f"{where}, row {number}")
+
+
+def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a JSON-lines file, packed or not."""
     for number, line in enumerate(_lines(_unpacked(raw, where)), 1):
         if line.strip():
-            yield _text_of(_parsed(line, f"{where}, line {number}"), f"{where}, line {number}")
+            place = f"{where}, line {number}"
+            record = _parsed(line, place)
+            if not isinstance(record, dict):
+                raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
+            column = text_column(list(record), wanted, place)
+            yield _text(record[column], column, place)
 
 
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
@@ -182,17 +195,8 @@ def _parsed(line: bytes, where: str) -> Any:
         raise UserError(f"{where} is not valid JSON ({why}); is the file cut in the middle?") from None
 
 
-def _text_of(record: Any, where: str) -> str:
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object with a text under the key 'text'")
-    if "text" not in record:
-        raise UserError(f"{where} has no text column 'text'; it has: {', '.join(map(str, record)) or 'nothing'}")
-    text = record["text"]
+def _text(text: Any, column: str, where: str) -> str:
     if not isinstance(text, str | None):
-        raise UserError(f"{where}: 'text' must be text, not {type(text).__name__}")
+        raise UserError(f"{where}: '{column}' must be text, not {type(text).__name__}")
     text = text or ""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _row(reader: Any, record: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-    return {"text": _text_of(record, f"{path}, row {number}"), "id": f"{path}/{number}", "metadata": {}}

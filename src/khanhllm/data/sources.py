@@ -12,13 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
 from khanhllm.config import UserError, did_you_mean
+from khanhllm.data.names import with_column
 
 TEXT = (".txt", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -48,6 +49,8 @@ class Source:
     """changes when a local file does"""
     document_bytes: int
     """about where text files are cut (characters)"""
+    column: str = ""
+    """what the text is called in json lines and tables; empty means it is found"""
 
     @property
     def size(self) -> int:
@@ -69,11 +72,21 @@ class Source:
 
 
 def is_remote(source: str) -> bool:
-    return source == "c4" or source.startswith(("hf://", "http://", "https://"))
+    return with_column(source)[0] == "c4" or source.startswith(("hf://", "http://", "https://"))
 
 
 def locate(source: str) -> Source:
     """Find the files of a source. Raises UserError if there are none, or, within seconds, no network to them."""
+    place, column = with_column(source)
+    found = _found(place)
+    if not column:
+        return found
+    if all(kind(name) == "text" for name in found.files):
+        raise UserError(f"{place} is plain text, which has no column '{column}'; leave out #{column}")
+    return replace(found, name=source, column=column, fingerprint=f"{found.fingerprint}#{column}")
+
+
+def _found(source: str) -> Source:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _local(source, root, [path for path in _walk(root) if path.suffix in (".py", ".txt", ".rst")])
