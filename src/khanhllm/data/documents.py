@@ -10,6 +10,7 @@ yields a held-out part. Whatever the file, memory holds one block of it and one 
 """
 
 import codecs
+import csv
 import gzip
 import json
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from khanhllm.data.sources import PATIENCE, Source, kind, told
 
 BLOCK = 2**18
 """bytes read at once"""
+FIELD = 2**27
+"""longest text in a csv file (characters); a quote that is never closed is noticed by then"""
 
 # Its log is for clusters. Errors reach the user as UserError; this runs in every process that unpickles a reader.
 logger.disable("datatrove")
@@ -64,7 +67,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 
     def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
         if form != "text":
-            return {"table": _rows, "lines": _records}[form](raw, where, self.source.column)
+            return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         return _pieces(_decoded(raw, where), self.source.document_bytes)
@@ -133,6 +136,41 @@ def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
         texts = (text for batch in batches for text in batch.column(column).to_pylist())
         for number, text in enumerate(texts, 1):
             yield _text(text, column, f"{where}, row {number}")
+
+
+def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
+    """The texts of a csv or tsv file. Rows are counted as a spreadsheet does: the header is row 1."""
+    row = 1
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(_lines(_unpacked(raw, where))):
+            if b"\0" in line:
+                raise UserError(f"{where}, row {row} holds NUL bytes; is it text? Convert it to UTF-8")
+            try:
+                yield line.decode("utf-8" if number else "utf-8-sig") + "\n"
+            except UnicodeDecodeError as error:
+                said = f"is not UTF-8 text (byte {error.start} of the line)"
+                raise UserError(f"{where}, row {row} {said}; convert it to UTF-8") from None
+
+    csv.field_size_limit(FIELD)
+    comma = "\t" if where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz")) else ","
+    rows = csv.reader(lines(), delimiter=comma, strict=True)
+    try:
+        header = [name.strip() for name in next(rows)]
+        if not any(header):
+            raise UserError(f"{where} has no header; its first row must name the columns")
+        column = text_column(header, wanted, f"{where}, row 1")
+        place = header.index(column)
+        row = 2
+        for cells in rows:
+            if cells and len(cells) != len(header):
+                raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}")
+            if cells:
+                yield cells[place]
+            row += 1
+    except csv.Error as error:
+        cut = "a quoted field is never closed; is the file cut?" if "end of data" in str(error) else error
+        raise UserError(f"{where}, row {row}: {cut}") from None
 
 
 def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:

@@ -24,8 +24,9 @@ from khanhllm.data.names import with_column
 TEXT = (".txt", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 TABLES = (".parquet",)
+SHEETS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 PACKED = (".gz", ".zst", ".parquet")
-ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES)}"
+ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES + SHEETS)}"
 LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
 
 C4 = "hf://datasets/allenai/c4/en"
@@ -142,7 +143,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def kind(name: str) -> str:
     name = name.partition("?")[0].lower()
-    kinds = {"text": TEXT, "lines": LINES, "table": TABLES}
+    kinds = {"text": TEXT, "lines": LINES, "table": TABLES, "sheet": SHEETS}
     return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "")
 
 
