@@ -19,7 +19,7 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 from khanhllm.config import UserError, did_you_mean
-from khanhllm.data.names import with_column
+from khanhllm.data.names import common_folder, expanded, of_split, with_column, with_split
 
 TEXT = (".txt", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -99,9 +99,10 @@ def _found(source: str) -> Source:
         _ask(_hub(), source)
         return _remote(source, *_listed(source))
     if source.startswith(("http://", "https://")):
-        size = _ask(source, source, must_exist=True)
-        folder, _, name = source.rpartition("/")
-        return _remote(source, folder, [_known(name, source)], size)
+        urls = expanded(source)
+        size = _ask(urls[0], source, must_exist=True)  # one knock; the others are taken to be there and as large
+        root, names = common_folder(urls)
+        return _remote(source, root, [_known(name, source) for name in names], size)
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
     return _on_disk(source)
@@ -184,15 +185,25 @@ def _listed(source: str) -> tuple[str, list[str]]:
     from huggingface_hub import HfFileSystem
 
     hub = HfFileSystem()
-    path = source.removeprefix("hf://").rstrip("/")
+    path, split = with_split(source.removeprefix("hf://").rstrip("/"))
+    path = path.rstrip("/")
     with told(source):
         single = glob.has_magic(path) is False and hub.isfile(path)  # type: ignore[no-untyped-call]
         found = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
     files = [str(name) for name in found if kind(str(name))]
     if not files:
         raise UserError(f"{source} holds no text files that exist and can be read; {ALLOWED}")
-    root = os.path.commonpath([name.rpartition("/")[0] for name in files])
-    return f"hf://{root}", [name.removeprefix(root + "/") for name in files]
+    if split or not single:
+        files = _chosen(files, split, source)
+    root, names = common_folder(files)
+    return f"hf://{root}", names
+
+
+def _chosen(files: list[str], split: str, source: str) -> list[str]:
+    """Those of one repository's files that belong to a split; the repository's own name says nothing about it."""
+    depth = 3 if files[0].startswith(("datasets/", "spaces/", "buckets/")) else 2
+    inside = {"/".join(name.split("/")[depth:]): name for name in files}
+    return [inside[name] for name in of_split(list(inside), split, source)]
 
 
 def _hub() -> str:
