@@ -101,8 +101,8 @@ def _found(source: str) -> Source:
     if source.startswith(("http://", "https://")):
         urls = expanded(source)
         size = _ask(urls[0], source, must_exist=True)  # one knock; the others are taken to be there and as large
-        root, names = common_folder(urls)
-        return _remote(source, root, [_known(name, source) for name in names], size)
+        folder, names = common_folder(urls)
+        return _remote(source, folder, [_known(name, source) for name in names], size)
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
     return _on_disk(source)
