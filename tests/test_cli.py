@@ -148,7 +148,7 @@ def text_file(path, data: bytes):
         ("cut.json.gz", gzip.compress(b'{"text": "words and words"}\n' * 5000)[:-400], "cut short"),
         ("notes.docx", b"PK", "known endings"),
         ("broken.jsonl", b'{"text": "fine"}\n{"text": "br', "line 2"),
-        ("other.jsonl", b'{"body": "no text"}\n', "no text column"),
+        ("other.jsonl", b'{"words": "no text"}\n', "no text column"),
         ("not.parquet", b"not a table at all", "not.parquet"),
     ],
 )

@@ -1,8 +1,10 @@
 """Laws of reading: text comes through whole, bad input is one line that names the file and the place."""
 
+import csv
 import functools
 import gzip
 import http.server
+import io
 import json
 import threading
 
@@ -45,6 +47,13 @@ def table(path, texts=TEXTS, column="text"):
     return path
 
 
+def sheet(texts=TEXTS, column="text", delimiter=",", end="\r\n"):
+    out = io.StringIO(newline="")
+    rows = [["id", column], *([str(number), text] for number, text in enumerate(texts))]
+    csv.writer(out, delimiter=delimiter, lineterminator=end).writerows(rows)
+    return out.getvalue().encode()
+
+
 def packed(tmp_path):
     frames = zstandard.compress(JSON[:1000]) + zstandard.compress(JSON[1000:])
     return [
@@ -53,6 +62,10 @@ def packed(tmp_path):
         write(tmp_path / "b.jsonl.gz", gzip.compress(JSON[:999]) + gzip.compress(JSON[999:])),
         write(tmp_path / "a.jsonl.zst", frames),
         table(tmp_path / "a.parquet"),
+        write(tmp_path / "a.csv", sheet() + b"\r\n"),
+        write(tmp_path / "a.tsv", b"\xef\xbb\xbf" + sheet(column=" text", delimiter="\t", end="\n")),
+        write(tmp_path / "a.csv.gz", gzip.compress(sheet())),
+        write(tmp_path / "b.tsv.gz", gzip.compress(sheet(delimiter="\t"))),
     ]
 
 
@@ -64,7 +77,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
 
 def test_a_file_cut_in_the_middle_is_named(tmp_path):
     for path in packed(tmp_path):
-        if path.suffix != ".jsonl":
+        if path.suffix not in (".jsonl", ".tsv"):
             path.write_bytes(path.read_bytes()[:-9])
             assert path.name in complaint(path)
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -90,7 +103,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path):
     good = b'{"text": "fine"}\n'
     for bad, expected in {
         b'{"text": "cut': "line 3 is not valid JSON",
-        b'{"body": "x", "id": 1}': "line 3 has no text column 'text'; it has: body, id",
+        b'{"url": "x", "id": 1}': "line 3 has no text column 'text'; it has: url, id; name one: SRC#column",
         b'["text"]': "line 3 is not a JSON object",
         b'{"text": 7}': "line 3: 'text' must be text, not int",
         b'{"text": "caf\xe9"}': "line 3 is not UTF-8 text (byte 13 of the line)",
@@ -105,9 +118,56 @@ def test_lone_surrogates_null_and_blank_lines_are_no_fault(tmp_path):
 
 
 def test_a_table_without_a_text_column_says_what_it_has(tmp_path):
-    assert "no text column 'text'" in complaint(table(tmp_path / "a.parquet", column="body"))
+    said = complaint(table(tmp_path / "a.parquet", column="words"))
+    assert "no text column 'text'; it has: id, words; name one: SRC#column" in said
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
     assert "'text' must be text, not int" in complaint(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("column", ["content", "document", "body", "article"])
+def test_a_column_of_another_usual_name_is_found(tmp_path, column):
+    assert read(table(tmp_path / "a.parquet", column=column)) == TEXTS
+    lines = "".join(json.dumps({"zzz": 1, column: text}) + "\n" for text in TEXTS)
+    assert read(write(tmp_path / "a.jsonl", lines.encode())) == TEXTS
+
+
+def test_text_comes_first_and_a_named_column_wins(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"body": "x", "article": "y", "text": "z", "my own": "w"}\n')
+    assert [read(f"{path}{end}") for end in ("", "#body", "#my own")] == [["z"], ["x"], ["w"]]
+    assert read(f"{table(tmp_path / 'deep.parquet', column='a.b')}#a.b") == TEXTS
+    said = complaint(f"{path}#title")
+    assert f"{path}, line 1 has no text column 'title'; it has: body, article, text, my own; name one" in said
+
+
+@given(st.lists(st.text(alphabet='ab,"\t\n\ré€😀', min_size=1).filter(str.strip)), st.sampled_from([",", "\t"]))
+def test_a_csv_field_comes_through_whole(tmp_path_factory, texts, delimiter):
+    path = tmp_path_factory.getbasetemp() / ("a.csv" if delimiter == "," else "a.tsv")
+    assert read(write(path, sheet(texts, delimiter=delimiter))) == texts
+
+
+def test_a_csv_field_may_be_long_and_its_column_named(tmp_path):
+    long = "a long text " * 100_000
+    path = write(tmp_path / "a.csv", sheet([long], column="my own"))
+    assert read(f"{path}#my own") == [long] and read(f"{path}#id") == ["0"]
+
+
+def test_a_bad_csv_row_is_named_with_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "FIELD", 1000)
+    path = tmp_path / "a.csv"
+    good = b'id,text\n1,"two\nlines"\n'
+    for bad, expected in {
+        b"": " has no header",
+        b"\n1,2\n": " has no header",
+        b"id,words\n1,x\n": ", row 1 has no text column 'text'; it has: id, words; name one: SRC#column",
+        good + b"2,caf\xe9\n": ", row 3 is not UTF-8 text (byte 5 of the line); convert it to UTF-8",
+        good + b"2,a\0b\n": ", row 3 holds NUL bytes",
+        good + b'2,"cut here\n\nand': ", row 3: a quoted field is never closed; is the file cut?",
+        good + b'2,"' + b"long\n" * 500: ", row 3: field larger than field limit",
+        good + b'2,"a" b\n': ", row 3: ',' expected after '\"'",
+        good + b"2,a,b\n": ", row 3 has 3 fields, but the header names 2",
+        good + b"2\n": ", row 3 has 1 fields, but the header names 2",
+    }.items():
+        assert f"{path}{expected}" in complaint(write(path, bad))
 
 
 @pytest.mark.parametrize("block", [1, 7, 2**18])

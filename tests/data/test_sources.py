@@ -1,5 +1,6 @@
 """Laws of looking up a source: the order is fair and fixed, what is wrong is said in one line and within seconds."""
 
+import http.server
 import socket
 import threading
 import time
@@ -8,7 +9,8 @@ import pytest
 
 from khanhllm.config import UserError
 from khanhllm.data import sources
-from khanhllm.data.sources import Source, locate
+from khanhllm.data.names import common_folder, expanded, of_split
+from khanhllm.data.sources import Source, is_remote, locate
 
 
 @pytest.fixture
@@ -54,6 +56,22 @@ def test_the_fingerprint_follows_the_files(folder):
     assert locate(str(folder)).fingerprint != before
 
 
+def test_a_column_is_named_behind_the_path(folder):
+    plain, named = locate(str(folder)), locate(f"{folder}/#my own")
+    assert (plain.column, named.column, named.files) == ("", "my own", plain.files)
+    assert len({plain.fingerprint, named.fingerprint, locate(f"{folder}/#body").fingerprint}) == 3
+    assert locate(f"{folder}/deep/*.jsonl#body").column == "body"
+    assert is_remote("c4#url") and not is_remote(f"{folder}#url")
+
+
+def test_a_path_that_exists_wins_over_a_column(folder):
+    (folder / "a.txt").rename(folder / "a#1.txt")
+    (folder / "deep").rename(folder / "deep#2")
+    for source in ("a#1.txt", "a#*.txt", "deep#2", "deep#2/b.jsonl", "deep#2/*.jsonl"):
+        assert locate(f"{folder}/{source}").column == ""
+    assert locate(f"{folder}/deep#2#body").column == "body"
+
+
 def test_groups_hold_every_file_once_in_order():
     files = tuple(f"{number}.txt" for number in range(100))
     sizes = tuple((number % 7 + 1) * 1000 for number in range(100))
@@ -79,6 +97,9 @@ def test_the_standard_library_is_there():
         ("{}/*.png", "only files of unknown kind; known endings"),
         ("{}/*.nothing", "matches nothing"),
         ("{}/__pycache__/../empty", "holds no text files"),
+        ("{}/deep/b.jsonl#", "names no column; write it behind the '#'"),
+        ("{}/a.txt#body", "is plain text, which has no column 'body'"),
+        ("stdlib#body", "stdlib is plain text"),
         ("s3://bucket/x.jsonl", "unknown source s3://bucket/x.jsonl"),
     ],
 )
@@ -117,3 +138,117 @@ def test_a_name_that_is_looked_up_for_ever_is_no_network(monkeypatch):
         locate("http://somewhere.invalid/x.txt")
     give_up.set()
     assert time.monotonic() - started < 3
+
+
+def test_braces_stand_for_many_files_of_one_source():
+    c4 = "https://host/c4/c4-train.{00000..00003}-of-00004.json.gz"
+    assert expanded(c4) == [f"https://host/c4/c4-train.0000{n}-of-00004.json.gz" for n in range(4)]
+    root, names = common_folder(expanded("https://host/c4/{en,de}/{3..1..2}.csv?to=a/b"))
+    assert (root, names) == ("https://host/c4", [f"{one}.csv?to=a/b" for one in ("en/3", "en/1", "de/3", "de/1")])
+    assert expanded("https://host/{a,a,b}{8..10}.txt")[2:4] == ["https://host/a10.txt", "https://host/b8.txt"]
+    assert len(expanded("https://host/{00001..100000}.txt")) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://host/{a,b.txt", "braces must come in pairs"),
+        ("https://host/a}.txt", "braces must come in pairs"),
+        ("https://host/{a,{b,c}}.txt", "not inside each other"),
+        ("https://{a,b}/c.txt", "not in the host's name"),
+        ("https://host/{a}.txt", "{a} is neither a list {a,b} nor a range"),
+        ("https://host/{a..c}.txt", "{a..c} is neither"),
+        ("https://host/{0..100000}.txt", "more than 100,000 files"),
+        ("https://host/{0..999}/{0..999}.txt", "more than 100,000 files"),
+        ("https://host/{0..999999999999999999}.txt", "more than 100,000 files"),
+    ],
+)
+def test_wrong_braces_are_one_line_and_ask_no_network(url, said):
+    with pytest.raises(UserError) as caught:
+        locate(url)
+    assert said in str(caught.value) and url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pattern_on_the_web_is_knocked_at_once():
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = locate(f"http://127.0.0.1:{server.server_port}/x/{{a,b}}/{{0..9}}.csv#body")
+        server.shutdown()
+    assert asked == ["/x/a/0.csv"] and len(found.files) == 20 and found.column == "body"
+    assert found.root.endswith("/x") and {"a/0.csv", "b/9.csv"} < set(found.files)
+
+
+HUB = [
+    "README.md",
+    "data/train-00000-of-00002.parquet",
+    "data/train-00001-of-00002.parquet",
+    "data/valid.parquet",
+    "latest/testing/0.parquet",
+    "unsupervised/train/0.parquet",
+    "train/dev_notes.jsonl",
+]
+
+
+@pytest.mark.parametrize(
+    ("split", "places"),
+    [
+        ("", [1, 2, 5]),
+        ("training", [1, 2, 5]),
+        ("dev", [3, 6]),
+        ("validation", [3, 6]),
+        ("test", [4]),
+        ("unsupervised", [5]),
+        ("dev_notes", [6]),
+    ],
+)
+def test_a_split_is_found_in_the_names(split, places):
+    assert of_split(HUB, split) == [HUB[place] for place in places]
+
+
+def test_what_is_not_marked_is_trained_on_before_what_is_held_out():
+    assert of_split(["a.jsonl", "contest.jsonl", "test.jsonl"]) == ["a.jsonl", "contest.jsonl"]
+    assert of_split(["test/a.jsonl", "val.jsonl"]) == ["test/a.jsonl", "val.jsonl"]
+    with pytest.raises(UserError, match=r"^no file of x belongs to the split 'test'; splits seen: train, validation$"):
+        of_split(["train.csv", "latest.csv", "dev.csv"], "test", "x")
+
+
+class Hub:
+    files = tuple(f"datasets/some/test/{name}" for name in ("data/train.csv", "data/test.csv", "data/more/x.csv"))
+
+    def isfile(self, path):
+        return path in self.files
+
+    def find(self, path):
+        return [name for name in self.files if name.startswith(path + "/")]
+
+
+@pytest.mark.parametrize(
+    ("end", "root", "files"),
+    [
+        ("", "/data", {"train.csv"}),
+        (":test", "/data", {"test.csv"}),
+        ("/data/:train#body", "/data", {"train.csv"}),
+        ("/data/test.csv", "/data", {"test.csv"}),
+        ("/data/more", "/data/more", {"x.csv"}),
+    ],
+)
+def test_a_split_of_the_hub(monkeypatch, end, root, files):
+    monkeypatch.setattr(sources, "_ask", lambda *_: 0)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Hub)
+    found = locate(f"hf://datasets/some/test{end}")
+    assert (found.root, set(found.files)) == (f"hf://datasets/some/test{root}", files)
+    for wrong, said in ((":dev", "splits seen: test, train"), (":train[:9%]", "is no name of a split")):
+        with pytest.raises(UserError, match=said):
+            locate(f"hf://datasets/some/test{wrong}")

@@ -10,6 +10,7 @@ yields a held-out part. Whatever the file, memory holds one block of it and one 
 """
 
 import codecs
+import csv
 import gzip
 import json
 import shutil
@@ -21,10 +22,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
+import pyarrow.parquet
 import zstandard
 from datatrove.data import Document
 from datatrove.io import DataFolder
-from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
 from fsspec.implementations.local import LocalFileSystem
@@ -32,10 +33,13 @@ from pyarrow.parquet import ParquetFile
 
 from khanhllm.config import UserError
 from khanhllm.data.fetch import fetch
+from khanhllm.data.names import text_column
 from khanhllm.data.sources import Source, is_remote, kind, told
 
 BLOCK = 2**18
 """bytes read at once"""
+FIELD = 2**27
+"""longest text in a csv file (characters); a quote that is never closed is noticed by then"""
 
 # Its log is for clusters. Errors reach the user as UserError; this runs in every process that unpickles a reader.
 logger.disable("datatrove")
@@ -82,17 +86,14 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
-        with told(where):
-            if form == "table":
-                yield from ParquetReader(folder, read_metadata=False, adapter=_row).read_file(filepath)
-                return
-            with folder.open(filepath, "rb") as raw:
-                texts = self._texts(raw, where) if form == "text" else _records(raw, where)
-                for number, text in enumerate(texts):
-                    if text.strip():
-                        yield Document(text=text, id=f"{filepath}/{number}")
+        with told(where), folder.open(filepath, "rb") as raw:
+            for number, text in enumerate(self._texts(raw, where, form)):
+                if text.strip():
+                    yield Document(text=text, id=f"{filepath}/{number}")
 
-    def _texts(self, raw: Any, where: str) -> Iterator[str]:
+    def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
+        if form != "text":
+            return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         return _pieces(_decoded(raw, where), self.source.document_bytes)
@@ -164,11 +165,61 @@ def _cut(text: str, most: int) -> int:
     return most
 
 
-def _records(raw: Any, where: str) -> Iterator[str]:
+def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
+    """The texts of a parquet table; no other column is read."""
+    with pyarrow.parquet.ParquetFile(raw) as table:
+        column = text_column(table.schema_arrow.names, wanted, where)
+        batches = table.iter_batches(batch_size=1000, columns=[column])
+        texts = (text for batch in batches for text in batch.column(column).to_pylist())
+        for number, text in enumerate(texts, 1):
+            yield _text(text, column, f"{where}, row {number}")
+
+
+def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
+    """The texts of a csv or tsv file. Rows are counted as a spreadsheet does: the header is row 1."""
+    row = 1
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(_lines(_unpacked(raw, where))):
+            if b"\0" in line:
+                raise UserError(f"{where}, row {row} holds NUL bytes; is it text? Convert it to UTF-8")
+            try:
+                yield line.decode("utf-8" if number else "utf-8-sig") + "\n"
+            except UnicodeDecodeError as error:
+                said = f"is not UTF-8 text (byte {error.start} of the line)"
+                raise UserError(f"{where}, row {row} {said}; convert it to UTF-8") from None
+
+    csv.field_size_limit(FIELD)
+    comma = "\t" if where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz")) else ","
+    rows = csv.reader(lines(), delimiter=comma, strict=True)
+    try:
+        header = [name.strip() for name in next(rows)]
+        if not any(header):
+            raise UserError(f"{where} has no header; its first row must name the columns")
+        column = text_column(header, wanted, f"{where}, row 1")
+        place = header.index(column)
+        row = 2
+        for cells in rows:
+            if cells and len(cells) != len(header):
+                raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}")
+            if cells:
+                yield cells[place]
+            row += 1
+    except csv.Error as error:
+        cut = "a quoted field is never closed; is the file cut?" if "end of data" in str(error) else error
+        raise UserError(f"{where}, row {row}: {cut}") from None
+
+
+def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a JSON-lines file, packed or not."""
     for number, line in enumerate(_lines(_unpacked(raw, where)), 1):
         if line.strip():
-            yield _text_of(_parsed(line, f"{where}, line {number}"), f"{where}, line {number}")
+            place = f"{where}, line {number}"
+            record = _parsed(line, place)
+            if not isinstance(record, dict):
+                raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
+            column = text_column(list(record), wanted, place)
+            yield _text(record[column], column, place)
 
 
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
@@ -219,17 +270,8 @@ def _parsed(line: bytes, where: str) -> Any:
         raise UserError(f"{where} is not valid JSON ({why}); is the file cut in the middle?") from None
 
 
-def _text_of(record: Any, where: str) -> str:
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object with a text under the key 'text'")
-    if "text" not in record:
-        raise UserError(f"{where} has no text column 'text'; it has: {', '.join(map(str, record)) or 'nothing'}")
-    text = record["text"]
+def _text(text: Any, column: str, where: str) -> str:
     if not isinstance(text, str | None):
-        raise UserError(f"{where}: 'text' must be text, not {type(text).__name__}")
+        raise UserError(f"{where}: '{column}' must be text, not {type(text).__name__}")
     text = text or ""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _row(reader: Any, record: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-    return {"text": _text_of(record, f"{path}, row {number}"), "id": f"{path}/{number}", "metadata": {}}

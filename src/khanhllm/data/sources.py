@@ -12,19 +12,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
 from khanhllm.config import UserError, did_you_mean
+from khanhllm.data.names import common_folder, expanded, of_split, with_column, with_split
 
 TEXT = (".txt", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 TABLES = (".parquet",)
+SHEETS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 PACKED = (".gz", ".zst", ".parquet")
-ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES)}"
+ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES + SHEETS)}"
 LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
 
 C4 = "hf://datasets/allenai/c4/en"
@@ -48,6 +50,8 @@ class Source:
     """changes when a local file does"""
     document_bytes: int
     """about where text files are cut (characters)"""
+    column: str = ""
+    """what the text is called in json lines and tables; empty means it is found"""
     validation: tuple[str, ...] = ()
     """files of the source's own validation split; without one, documents are held out by a hash of their text"""
 
@@ -71,11 +75,21 @@ class Source:
 
 
 def is_remote(source: str) -> bool:
-    return source == "c4" or source.startswith(("hf://", "http://", "https://"))
+    return with_column(source)[0] == "c4" or source.startswith(("hf://", "http://", "https://"))
 
 
 def locate(source: str) -> Source:
     """Find the files of a source. Raises UserError if there are none, or, within seconds, no network to them."""
+    place, column = with_column(source)
+    found = _found(place)
+    if not column:
+        return found
+    if all(kind(name) == "text" for name in found.files):
+        raise UserError(f"{place} is plain text, which has no column '{column}'; leave out #{column}")
+    return replace(found, name=source, column=column, fingerprint=f"{found.fingerprint}#{column}")
+
+
+def _found(source: str) -> Source:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _local(source, root, [path for path in _walk(root) if path.suffix in (".py", ".txt", ".rst")])
@@ -87,9 +101,10 @@ def locate(source: str) -> Source:
         _ask(_hub(), source)
         return _remote(source, *_listed(source))
     if source.startswith(("http://", "https://")):
-        size = _ask(source, source, must_exist=True)
-        folder, _, name = source.rpartition("/")
-        return _remote(source, folder, [_known(name, source)], size)
+        urls = expanded(source)
+        size = _ask(urls[0], source, must_exist=True)  # one knock; the others are taken to be there and as large
+        folder, names = common_folder(urls)
+        return _remote(source, folder, [_known(name, source) for name in names], size)
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
     return _on_disk(source)
@@ -131,7 +146,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def kind(name: str) -> str:
     name = name.partition("?")[0].lower()
-    kinds = {"text": TEXT, "lines": LINES, "table": TABLES}
+    kinds = {"text": TEXT, "lines": LINES, "table": TABLES, "sheet": SHEETS}
     return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "")
 
 
@@ -172,15 +187,25 @@ def _listed(source: str) -> tuple[str, list[str]]:
     from huggingface_hub import HfFileSystem
 
     hub = HfFileSystem()
-    path = source.removeprefix("hf://").rstrip("/")
+    path, split = with_split(source.removeprefix("hf://").rstrip("/"))
+    path = path.rstrip("/")
     with told(source):
         single = glob.has_magic(path) is False and hub.isfile(path)  # type: ignore[no-untyped-call]
         found = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
     files = [str(name) for name in found if kind(str(name))]
     if not files:
         raise UserError(f"{source} holds no text files that exist and can be read; {ALLOWED}")
-    root = os.path.commonpath([name.rpartition("/")[0] for name in files])
-    return f"hf://{root}", [name.removeprefix(root + "/") for name in files]
+    if split or not single:
+        files = _chosen(files, split, source)
+    root, names = common_folder(files)
+    return f"hf://{root}", names
+
+
+def _chosen(files: list[str], split: str, source: str) -> list[str]:
+    """Those of one repository's files that belong to a split; the repository's own name says nothing about it."""
+    depth = 3 if files[0].startswith(("datasets/", "spaces/", "buckets/")) else 2
+    inside = {"/".join(name.split("/")[depth:]): name for name in files}
+    return [inside[name] for name in of_split(list(inside), split, source)]
 
 
 def _hub() -> str:
