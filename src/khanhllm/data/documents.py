@@ -44,6 +44,8 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         super().__init__(_folder(source.root), add_file_path=False)
         self.source = source
         self.groups = groups
+        self.blank = 0
+        """documents without a word in them, which were left out"""
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -58,18 +60,25 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         options = {"block_size": 0} if where.startswith("http") and form != "table" else {}
         with told(where):
             if form == "table":
-                yield from ParquetReader(self.data_folder, read_metadata=False, adapter=_row).read_file(filepath)
+                yield from ParquetReader(self.data_folder, read_metadata=False, adapter=self._row).read_file(filepath)
                 return
             with self.data_folder.open(filepath, "rb", **options) as raw:
                 texts = self._texts(raw, where) if form == "text" else _records(raw, where)
                 for number, text in enumerate(texts):
                     if text.strip():
                         yield Document(text=text, id=f"{filepath}/{number}")
+                    else:
+                        self.blank += 1
 
     def _texts(self, raw: Any, where: str) -> Iterator[str]:
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         return _pieces(_decoded(raw, where), self.source.document_bytes)
+
+    def _row(self, _: Any, record: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
+        text = _text_of(record, f"{path}, row {number}")
+        self.blank += not text  # which datatrove leaves out
+        return {"text": text, "id": f"{path}/{number}", "metadata": {}}
 
 
 def _folder(root: str) -> DataFolder:
@@ -192,7 +201,3 @@ def _text_of(record: Any, where: str) -> str:
         raise UserError(f"{where}: 'text' must be text, not {type(text).__name__}")
     text = text or ""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _row(reader: Any, record: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-    return {"text": _text_of(record, f"{path}, row {number}"), "id": f"{path}/{number}", "metadata": {}}
