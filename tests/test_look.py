@@ -13,7 +13,7 @@ from rich.console import Console
 
 from khanhllm import cli, look
 from khanhllm.data.prepare import prepare
-from khanhllm.tokenizer import train
+from khanhllm.tokenizer import Tokenizer, train
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. Con cáo nâu nhảy qua con chó lười.\n"
 
@@ -30,15 +30,12 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(texts):
-    made = train([SENTENCE * 20], 330)
-    made.save(texts.parent / "tokenizer.json")
+    train([SENTENCE * 20], 330).save(texts.parent / "tokenizer.json")
     return texts.parent / "tokenizer.json"
 
 
 @pytest.fixture
 def shards(texts, tokenizer, tmp_path):
-    from khanhllm.tokenizer import Tokenizer
-
     prepare(str(texts), Tokenizer.load(tokenizer), tmp_path / "shards", validation=0.2, workers=1)
     return tmp_path / "shards"
 
@@ -84,8 +81,6 @@ def test_without_a_tokenizer_the_way_to_boundaries_is_told(texts, capsys):
 
 
 def test_a_terminal_gets_colours_instead_of_bars(tokenizer):
-    from khanhllm.tokenizer import Tokenizer
-
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="truecolor", no_color=False, soft_wrap=True)
     look._print(console, 1, look._seen(SENTENCE, "here", Tokenizer.load(tokenizer)))

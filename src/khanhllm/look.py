@@ -8,7 +8,7 @@ folder of shards and compares it with the manifest.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,7 @@ MEASURED = 2**18
 """characters of a document that are tokenized; the tokens behind them are estimated"""
 BLOCK = 2**20
 """ids of a shard looked at together"""
-TOP = 10
-"""parts of a source that get a line of their own"""
-ENDINGS = TEXT + LINES + TABLES
+TOP = 10  # parts of a source that get a line of their own
 STYLES = ("black on #b8d8f0", "black on #f5dfa8")
 
 
@@ -149,14 +147,9 @@ def _seen(text: str, name: str, tokenizer: Tokenizer | None) -> Seen:
 
 def _pieces(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     """The first tokens, each as text; a byte that is only a part of a character is written out."""
-    pieces: list[str] = []
-    length = 0
-    for rank in ids[:BEGINNING]:
-        pieces.append(tokenizer.decode_bytes([rank]).decode("utf-8", "backslashreplace"))
-        length += len(pieces[-1])
-        if length >= BEGINNING:
-            break
-    return pieces
+    pieces = [tokenizer.decode_bytes([rank]).decode("utf-8", "backslashreplace") for rank in ids[:BEGINNING]]
+    lengths = accumulate(map(len, pieces), initial=0)
+    return [piece for piece, before in zip(pieces, lengths, strict=False) if before < BEGINNING]
 
 
 def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Seen]:
@@ -195,12 +188,9 @@ def _print(console: Console, number: int, seen: Seen) -> None:
     for nth, piece in enumerate(seen.pieces):
         text.append("│" if nth and not coloured else "")
         shown = visible(piece, console.encoding)
-        if not seen.tokens:
-            text.append(shown)
-            continue
-        for line in shown.replace("\n", "↵\n").splitlines(keepends=True):  # no colour behind the end of a line
-            text.append(line.removesuffix("\n"), STYLES[nth % 2] if coloured else "")
-            text.append("\n" if line.endswith("\n") else "")
+        for line in (shown.replace("\n", "↵\n") if seen.tokens else shown).splitlines(keepends=True):
+            text.append(line.rstrip("\n"), STYLES[nth % 2] if coloured and seen.tokens else "")
+            text.append(line[len(line.rstrip("\n")) :])  # no colour behind the end of a line
     console.print(text, end="\n" if seen.whole else " …\n")
 
 
@@ -211,14 +201,14 @@ def _shares(console: Console, source: Source) -> None:
     for name, weight in zip(source.files, weights, strict=True):
         top, slash, _ = name.partition("/")
         tops[top + slash] += weight
-        kinds[next(ending for ending in ENDINGS if name.lower().partition("?")[0].endswith(ending))] += weight
+        bare = name.lower().partition("?")[0]
+        kinds[next(ending for ending in TEXT + LINES + TABLES if bare.endswith(ending))] += weight
     for title, parts in (("kinds of files", kinds), ("folders and files", tops)):
-        total = sum(parts.values())
         rows = parts.most_common(TOP)
-        rest = total - sum(weight for _, weight in rows)
+        rest = parts.total() - sum(weight for _, weight in rows)
         rows += [(f"{len(parts) - TOP} more", rest)] if rest else []
-        notes = [(name[-40:], weight, f"{100 * weight / total:.1f} %") for name, weight in rows]
-        console.print(lying_bars(title, notes), end="")
+        bars = [(name[-40:], weight, f"{100 * weight / parts.total():.1f} %") for name, weight in rows]
+        console.print(lying_bars(title, bars), end="")
 
 
 def _splits(manifest: Manifest) -> Table:
@@ -244,11 +234,10 @@ def verify(folder: Path) -> None:
         _own_tokenizer(folder, manifest)
     except UserError as error:
         faults.append(str(error))
-    for fault in faults:
-        print(visible(fault))
     if faults:
-        count = f"{len(faults):,} of {len(manifest.shards) + 1:,} files"
-        raise UserError(f"{folder}: {count} damaged or missing; the first: {faults[0]}")
+        print("\n".join(map(visible, faults)))
+        total = len(manifest.shards) + 1
+        raise UserError(f"{folder}: {len(faults):,} of {total:,} files damaged or missing; the first: {faults[0]}")
     tokens = sum(shard.tokens for shard in manifest.shards)
     print(f"{len(manifest.shards):,} shards, {tokens:,} tokens: every hash is right")
 
