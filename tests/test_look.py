@@ -64,7 +64,7 @@ def test_text_is_shown_with_its_tokens(texts, tokenizer, capsys):
     assert "tokens of a document, from" in out
     assert "bytes of a token" in out
     assert "deep/ │" in out
-    assert "rejected: 3 blank documents, 0 files with a fault" in out
+    assert "rejected on the way: 3 blank documents, 0 unreadable files" in out
 
 
 def test_joined_tokens_are_the_text(texts, tokenizer, capsys):
@@ -92,7 +92,7 @@ def test_shards_are_read_back(shards, capsys):
     out = seen(capsys, "show", shards, "--documents", "2")
     manifest = json.loads((shards / "manifest.json").read_text())
     documents = sum(shard["documents"] for shard in manifest["shards"] if shard["split"] == "train")
-    assert f"the first {documents} documents" in out
+    assert f"measured: {documents} documents" in out
     assert f"{manifest['train_tokens']:,}" in out
     assert "│ quick│ brown│ fox│" in out
 
@@ -118,7 +118,7 @@ def test_files_that_cannot_be_read_are_listed_and_the_rest_goes_on(texts, tmp_pa
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 ")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(os.urandom(2000))[:100])
     out = seen(capsys, "show", tmp_path)
-    assert "2 files with a fault" in out
+    assert "2 unreadable files" in out
     assert "latin.txt is not UTF-8" in out
     assert "cut.jsonl.gz is cut short" in out
     assert "The quick brown fox" in out
@@ -157,7 +157,7 @@ def test_a_shard_that_is_cut_short_is_a_fault_of_the_show(shards, capsys):
     shard = shards / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     out, line = refused(capsys, "show", shards)
-    assert "1 shards with a fault" in out
+    assert "1 unreadable shard" in out
     assert "cut short" in line
 
 
@@ -201,3 +201,12 @@ def test_wrong_words_are_one_line(words, capsys):
         cli.main(["data", *words])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_blank_rows_of_a_table_are_counted(tmp_path, capsys):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": [SENTENCE, "", None]}), tmp_path / "rows.parquet")
+    out = seen(capsys, "show", tmp_path)
+    assert "1 file," in out
+    assert "measured: 1 document\n" in out
+    assert "2 blank documents, 0 unreadable files" in out

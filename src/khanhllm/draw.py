@@ -36,6 +36,11 @@ def short(number: float) -> str:
     return f"{number:.3g}" if number % 1 else f"{number:.0f}"
 
 
+def counted(number: int, word: str) -> str:
+    """1 file, 2,000 files."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """45s, 3m12s, 2h05m, 3d04h."""
     whole = round(seconds)
@@ -115,7 +120,7 @@ def histogram(title: str, values: Sequence[float], step: float = 0.0, most: floa
     bins = [int(min(value, most) / step) if step else int(value).bit_length() - 1 for value in values]
     counts = Counter(bins)
     rows = [
-        (f"{low * step:g}" if step else short(2**low), counts[low], f"{counts[low]:,}")
+        (f"{low * step:g}" if step else f"{2**low:,}", counts[low], f"{counts[low]:,}")
         for low in range(min(bins), max(bins) + 1)
     ]
     return lying_bars(f"{title}, from", rows)

@@ -21,7 +21,7 @@ from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, Manifest, Shard, damage, mapped
 from khanhllm.data.sources import LINES, TABLES, TEXT, Source, locate
-from khanhllm.draw import histogram, lying_bars, visible
+from khanhllm.draw import counted, histogram, lying_bars, visible
 from khanhllm.tokenizer import Tokenizer
 
 BEGINNING = 600
@@ -87,13 +87,13 @@ def show(source: str, tokenizer_file: str | None, documents: int, sample: int) -
 def _show_text(console: Console, source: Source, tokenizer_file: str | None, documents: int, sample: int) -> None:
     tokenizer = Tokenizer.load(Path(tokenizer_file)) if tokenizer_file else None
     size = f"about {source.size:,} bytes of text" if source.size else "size unknown"
-    console.print(visible(f"{source.name}: {len(source.files):,} files, {size}"))
+    console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
     reader = Reader(source, [])
     parts = ((_seen(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
     seen = _pass_by(console, parts, documents, sample)
     _shares(console, source)
-    console.print(f"\nrejected: {reader.blank:,} blank documents, {len(seen.faults):,} files with a fault")
-    _end(console, source.name, seen)
+    rejected = [counted(reader.blank, "blank document"), counted(len(seen.faults), "unreadable file")]
+    _end(console, source.name, seen, rejected)
     if not tokenizer:
         console.print("\nto see where tokens begin and end, add --tokenizer FILE (made by `khanhllm tokenizer`)")
 
@@ -102,12 +102,12 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     manifest = Manifest.read(folder)
     tokenizer = _own_tokenizer(folder, manifest)
     size = np.dtype(manifest.dtype).itemsize * sum(shard.tokens for shard in manifest.shards)
-    console.print(visible(f"{folder}: {len(manifest.shards):,} shards, {size:,} bytes, made from {manifest.source}"))
+    shards = counted(len(manifest.shards), "shard")
+    console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
     console.print(_splits(manifest))
     parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
     seen = _pass_by(console, parts, documents, sample)
-    console.print(f"\nrejected: {len(seen.faults):,} shards with a fault; `khanhllm data verify` reads them all")
-    _end(console, str(folder), seen)
+    _end(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
 
 
 def _pass_by(console: Console, parts: Iterable[Iterable[Seen]], documents: int, most: int) -> Sample:
@@ -115,7 +115,7 @@ def _pass_by(console: Console, parts: Iterable[Iterable[Seen]], documents: int, 
     for number, seen in enumerate(islice(sample.watch(parts), max(most, documents))):
         if number < documents:
             _print(console, number + 1, seen)
-    console.print(f"\nthe first {len(sample.sizes):,} documents")
+    console.print(f"\nmeasured: {counted(len(sample.sizes), 'document')}")
     if any(sample.tokens):
         console.print(histogram("tokens of a document", sample.tokens), end="")
         ratios = [size / tokens for size, tokens in zip(sample.sizes, sample.tokens, strict=True) if tokens]
@@ -125,13 +125,12 @@ def _pass_by(console: Console, parts: Iterable[Iterable[Seen]], documents: int, 
     return sample
 
 
-def _end(console: Console, name: str, sample: Sample) -> None:
+def _end(console: Console, name: str, sample: Sample, rejected: list[str]) -> None:
+    console.print(f"\nrejected on the way: {', '.join(rejected)}")
     for fault in sample.faults:
         console.print(visible(f"  ✗ {' '.join(fault.split())}"))
     if not sample.sizes:
-        raise UserError(
-            f"{name} has no document that can be read" + "".join(f": {fault}" for fault in sample.faults[:1])
-        )
+        raise UserError(": ".join([f"{name} has no document that can be read", *sample.faults[:1]]))
 
 
 def _seen(text: str, name: str, tokenizer: Tokenizer | None) -> Seen:
@@ -239,7 +238,7 @@ def verify(folder: Path) -> None:
         total = len(manifest.shards) + 1
         raise UserError(f"{folder}: {len(faults):,} of {total:,} files damaged or missing; the first: {faults[0]}")
     tokens = sum(shard.tokens for shard in manifest.shards)
-    print(f"{len(manifest.shards):,} shards, {tokens:,} tokens: every hash is right")
+    print(f"{counted(len(manifest.shards), 'shard')}, {tokens:,} tokens: every hash is right")
 
 
 def _own_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
