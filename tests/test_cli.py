@@ -12,7 +12,7 @@ from conftest import tiny
 from khanhllm import cli
 from khanhllm.config import to_toml
 
-VERBS = ["tokenizer", "prepare", "train", "generate", "evaluate", "doctor", "demo"]
+VERBS = ["tokenizer", "prepare", "train", "generate", "evaluate", "doctor", "demo", "data"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ FLOORS = """
     rounding adamw adamw8bit muon optim checkpoint draw log saved evaluate generate
     rehearsal budget
     train
-    doctor demo measure plan contenders bench
+    doctor look demo measure plan contenders bench
     cli __main__
 """.split()
 FREE = {"", "data", "machine"}  # packages that only hold others

@@ -204,6 +204,31 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
 
 
+def _data(options: argparse.Namespace) -> None:
+    """Look at text before it is learned from, or verify prepared shards.
+
+    show SRC: a few documents with the boundaries of their tokens, how long documents are, how many bytes a token
+    holds, what the source is made of, and what cannot be read. SRC is any source of text or a folder of shards.
+    verify DIR: every file of a folder of shards against the hashes in its manifest.
+    """
+    from khanhllm import look
+
+    if options.action == "show":
+        look.show(options.source, options.tokenizer, options.documents, options.sample)
+    elif options.tokenizer:
+        raise UserError("verify takes no --tokenizer: a folder of shards holds its own")
+    else:
+        look.verify(Path(options.source))
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["show", "verify"], metavar="show|verify", help="what to do")
+    parser.add_argument("source", metavar="SRC", help="where the text comes from, or a folder of prepared shards")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, to see tokens in a source of text")
+    parser.add_argument("--documents", metavar="N", type=int, default=3, help="documents to print (3)")
+    parser.add_argument("--sample", metavar="N", type=int, default=1000, help="documents to measure (1000)")
+
+
 def _generate(options: argparse.Namespace) -> None:
     """Let a trained model continue a prompt; the text streams as it is made."""
     sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate")
@@ -328,4 +353,5 @@ VERBS: dict[Callable[[argparse.Namespace], int | None], Callable[[argparse.Argum
     _bench: _bench_options,
     _tokenizer: _tokenizer_options,
     _prepare: _prepare_options,
+    _data: _data_options,
 }

@@ -9,6 +9,7 @@ is here too. Nothing here knows of a model or of training.
 import csv
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of one braille cell, from the top, left and right
 COLUMNS = "▁▂▃▄▅▆▇█"
+EIGHTHS = "▏▎▍▌▋▊▉"
 FAIR = (2 / 3, 3 / 2)  # times an even share; outside: yellow
 FAR = (1 / 4, 2.0)  # outside: red, and a word about it
 
@@ -32,6 +34,11 @@ def short(number: float) -> str:
         if abs(number) >= 0.99995 * size:
             return f"{number / size:.1f}".removesuffix(".0") + unit
     return f"{number:.3g}" if number % 1 else f"{number:.0f}"
+
+
+def counted(number: int, word: str) -> str:
+    """1 file, 2,000 files."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -96,6 +103,27 @@ def _colour(ratio: float) -> str:
     if FAIR[0] <= ratio <= FAIR[1]:
         return "green"
     return "yellow" if FAR[0] < ratio < FAR[1] else "red"
+
+
+def lying_bars(title: str, rows: Sequence[tuple[str, float, str]], width: int = 40) -> Text:
+    """A line for each label, value and note; the bar of the largest value is `width` characters long."""
+    text = Text().append(f"\n{title}\n", "bold")
+    wide, largest = max(len(label) for label, _, _ in rows), max(value for _, value, _ in rows)
+    for label, value, note in rows:
+        full, rest = divmod(math.ceil(8 * width * value / largest), 8)
+        text.append(visible(f"  {label:>{wide}} │{'█' * full}{EIGHTHS[:rest][-1:]} {note}\n"))
+    return text
+
+
+def histogram(title: str, values: Sequence[float], step: float = 0.0, most: float = math.inf) -> Text:
+    """How many values lie in each step, those beyond `most` together; without a step, between powers of two."""
+    bins = [int(min(value, most) / step) if step else int(value).bit_length() - 1 for value in values]
+    counts = Counter(bins)
+    rows = [
+        (f"{low * step:g}" if step else f"{2**low:,}", counts[low], f"{counts[low]:,}")
+        for low in range(min(bins), max(bins) + 1)
+    ]
+    return lying_bars(f"{title}, from", rows)
 
 
 def expert_table(load_LE: list[list[float]], layers: list[int]) -> Table:

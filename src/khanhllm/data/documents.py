@@ -62,6 +62,8 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         self.groups = groups
         self.spool = spool
         self.patience = patience
+        self.blank = 0
+        """documents without a word in them, which were left out"""
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -90,6 +92,8 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             for number, text in enumerate(self._texts(raw, where, form)):
                 if text.strip():
                     yield Document(text=text, id=f"{filepath}/{number}")
+                else:
+                    self.blank += 1
 
     def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
         if form != "text":

@@ -95,7 +95,7 @@ class Shards:
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self._shards = manifest.of(split)
-        self._ids = [_mapped(folder, shard, manifest.dtype) for shard in self._shards]
+        self._ids = [mapped(folder, shard, manifest.dtype) for shard in self._shards]
         self._ends = list(accumulate((len(ids) - 1) // context for ids in self._ids))
         self.rows = self._ends[-1] if self._ends else 0
         self.tokens = sum(shard.tokens for shard in self._shards)
@@ -162,15 +162,23 @@ class Shards:
     def verify(self) -> None:
         """Read every file of the split and compare its sha256 with the manifest. Raises UserError naming the first."""
         for shard in self._shards:
-            with (self.folder / shard.file).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise UserError(
-                    f"{self.folder / shard.file} is damaged: its sha256 is not the manifest's; prepare again"
-                )
+            if fault := damage(self.folder, shard):
+                raise UserError(fault)
 
 
-def _mapped(folder: Path, shard: Shard, dtype: Dtype) -> np.ndarray:
+def damage(folder: Path, shard: Shard) -> str:
+    """One line about a shard whose file is missing or whose sha256 is not the manifest's; empty if all is well."""
+    path = folder / shard.file
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot read {path}: {error.strerror}; prepare again"
+    return "" if found == shard.sha256 else f"{path} is damaged: its sha256 is not the manifest's; prepare again"
+
+
+def mapped(folder: Path, shard: Shard, dtype: Dtype) -> np.ndarray:
+    """The ids of a shard, read when they are used. Raises UserError if the file is missing or of another length."""
     path = folder / shard.file
     kind = np.dtype(dtype).newbyteorder("<")
     try:
