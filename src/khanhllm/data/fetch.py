@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError
 
 from khanhllm.config import UserError
 
@@ -24,7 +25,8 @@ CONNECT, STALL = 10.0, 30.0
 """seconds until a server that does not answer, or stops in the middle, counts as gone"""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """seconds between two tries, at first and at most"""
-BLOCK = 2**20
+BLOCK = 2**16
+"""bytes; what of a block has come when a connection breaks is lost"""
 REFUSALS, DAMAGES = 3, 5
 """answers in a row, of "no" or of wrong bytes, that are taken for the last word"""
 AGAIN = (408, 425, 429)
@@ -68,7 +70,7 @@ def fetch(
             part.replace(path)
             _validator(part).unlink(missing_ok=True)
             return path
-        except (requests.RequestException, _Later, _Refused, _Damaged) as error:
+        except (requests.RequestException, HTTPError, _Later, _Refused, _Damaged) as error:
             why = _why(error)
             pause = max(pause, error.wait) if isinstance(error, _Later) else pause
             for kind, most in ((_Refused, REFUSALS), (_Damaged, DAMAGES)):
@@ -103,7 +105,7 @@ def _download(url: str, part: Path) -> None:
             _forget(part)
             _validator(part).write_text(json.dumps(_vouched(answer)), encoding="utf-8")
         with part.open("ab") as file:
-            for block in answer.iter_content(BLOCK):
+            for block in answer.raw.stream(BLOCK, decode_content=False):  # as it is stored, and as it is counted
                 file.write(block)
     size = _size(part)
     if total is not None and size < total:

@@ -30,7 +30,7 @@ ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES + SHEETS)}"
 LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
 
 C4 = "hf://datasets/allenai/c4/en"
-C4_FILES = 1024
+C4_FILES = (("train", 1024), ("validation", 8))
 PATIENCE = 5.0
 """seconds until an unanswered network counts as none"""
 
@@ -95,8 +95,10 @@ def _found(source: str) -> Source:
         return _local(source, root, [path for path in _walk(root) if path.suffix in (".py", ".txt", ".rst")])
     if source == "c4":
         _ask(_hub(), source)
-        names = [f"c4-train.{number:05d}-of-{C4_FILES:05d}.json.gz" for number in range(C4_FILES)]
-        return _remote(source, C4, names)
+        names, held = (
+            [f"c4-{split}.{number:05d}-of-{files:05d}.json.gz" for number in range(files)] for split, files in C4_FILES
+        )
+        return replace(_remote(source, C4, names), validation=tuple(held))
     if source.startswith("hf://"):
         _ask(_hub(), source)
         return _remote(source, *_listed(source))
