@@ -24,6 +24,7 @@ from khanhllm.contenders import HUGGING_FACE, OURS, TWIN, Contender, as_qwen3_mo
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, matmul_rate, open_machine
 from khanhllm.model import Transformer
+from khanhllm.tokenizer import Tokenizer
 
 Report = dict[str, Any]
 SMALL = {
@@ -36,6 +37,8 @@ LARGE = {"train": {"micro_batch": 8, "accumulation": 1}, "optim": {"name": "adam
 HEADLINES = ("ratio_huggingface", "ratio_dense_twin", "share_of_matmul_rate")
 TEXT = 4_000_000
 """text that the tokenizers encode (bytes)"""
+PREPARED = 10**8
+"""text that is turned into shards (characters)"""
 
 
 def run(parts: list[str], machine: MachineConfig, steps: int, out: Path | None, as_json: bool) -> None:
@@ -255,7 +258,7 @@ def _texts(source: str, most: int) -> Iterator[str]:
 
 
 def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """Rows of 2049 tokens from shards to batches on the device."""
+    """Rows of 2049 tokens from shards to batches on the device; and text to shards, next to bare tiktoken."""
     from khanhllm.data.batches import batches
     from khanhllm.data.prepare import prepare, train_on
     from khanhllm.data.shards import Shards
@@ -270,7 +273,37 @@ def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
         stream.close()  # type: ignore[attr-defined]
     rate = _spread([count * rows * tokens / one for one in seconds])
     console.print(f"data: {_shown(rate, ',.0f')} tokens/s from shards to the device")
-    return {"data": {"tokens_per_s": rate}}
+    return {"data": {"tokens_per_s": rate} | _prepare(tokenizer, min(steps, 3), machine, console)}
+
+
+def _prepare(tokenizer: Tokenizer, turns: int, machine: Machine, console: Console) -> Report:
+    """A folder of JSON lines becomes shards, while tiktoken alone encodes the same texts with as many threads."""
+    from khanhllm.data.maker import cores
+    from khanhllm.data.prepare import prepare
+
+    texts = list(_texts("stdlib", TEXT))
+    copies = -(-PREPARED // sum(map(len, texts)))
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder, "corpus")
+        corpus.mkdir()
+        for nth in range(copies):
+            lines = "".join(json.dumps({"text": f"{nth} {text}"}) + "\n" for text in texts)
+            (corpus / f"{nth}.jsonl").write_text(lines, encoding="utf-8")
+        many = [f"{nth} {text}" for nth in range(copies) for text in texts]
+
+        def whole() -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                prepare(str(corpus), tokenizer, Path(out, "shards"), validation=0.01)
+
+        bare = partial(tokenizer.engine.encode_ordinary_batch, many, num_threads=cores())
+        ours, theirs = _turns([whole, bare], turns, machine)
+    size = sum(len(text.encode()) for text in many)
+    speed, ratio = (
+        _spread([size / 1e6 / one for one in ours]),
+        _spread([b / a for a, b in zip(ours, theirs, strict=True)]),
+    )
+    console.print(f"text to shards: {_shown(speed, '.1f')} MB/s, x {_shown(ratio, '.2f')} of bare tiktoken")
+    return {"prepare_mb_per_s": speed, "prepare_over_tiktoken": ratio}
 
 
 PARTS: dict[str, Callable[[Machine, MachineConfig, int, Console], Report]] = {

@@ -89,7 +89,7 @@ class Tokenizer:
             ) from None
         # one spelling for one content, so that its hash is the tokenizer's identity
         self._canonical = json.dumps(layout, ensure_ascii=False)
-        self._engine = tiktoken.Encoding("khanhllm", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        self.engine = tiktoken.Encoding("khanhllm", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
         names = {rank: name.encode() for name, rank in specials.items()}
         by_rank = {rank: piece for piece, rank in ranks.items()} | names
         self._pieces = [by_rank[rank] for rank in range(len(by_rank))]
@@ -157,7 +157,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Nothing in it becomes a special token; a lone surrogate becomes U+FFFD."""
-        return [rank for part in _digestible(text) for rank in self._engine.encode_ordinary(part)]
+        return [rank for part in _digestible(text) for rank in self.engine.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """The ids of each text, as uint32 arrays; same as `encode`, faster. Encoding does not hold the GIL."""
@@ -170,7 +170,7 @@ class Tokenizer:
 
     def _encode_array(self, text: str) -> np.ndarray:
         try:
-            parts = [self._engine.encode_to_numpy(part, disallowed_special=()) for part in _digestible(text)]
+            parts = [self.engine.encode_to_numpy(part, disallowed_special=()) for part in _digestible(text)]
         except UnicodeEncodeError:  # a lone surrogate, which only the other road mends
             return np.array(self.encode(text), dtype=np.uint32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -210,7 +210,7 @@ class Maker:
 
     def _encoded(self, start: Place) -> Iterator[tuple[np.ndarray, int, Place]]:
         """Documents to train on from a place on: ids, bytes, and the place after each."""
-        threads = os.cpu_count() or 1
+        threads = cores()
         for batch in batched(self._documents(start), size=lambda item: len(item[0])):
             encoded = self.tokenizer.encode_batch([text for text, _ in batch], threads)
             for (text, after), ids in zip(batch, encoded, strict=True):
@@ -228,6 +228,11 @@ class Maker:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
