@@ -30,6 +30,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, text: str) -> None:
+        super().__init__("\\n".join(text.splitlines()))  # even where the name of a file has a line feed
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -20,7 +20,7 @@ from rich.text import Text
 from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, Manifest, Shard, damage, mapped
-from khanhllm.data.sources import LINES, TABLES, TEXT, Source, locate
+from khanhllm.data.sources import LINES, SHEETS, TABLES, TEXT, Source, locate
 from khanhllm.draw import counted, histogram, lying_bars, visible
 from khanhllm.tokenizer import Tokenizer
 
@@ -201,7 +201,7 @@ def _shares(console: Console, source: Source) -> None:
         top, slash, _ = name.partition("/")
         tops[top + slash] += weight
         bare = name.lower().partition("?")[0]
-        kinds[next(ending for ending in TEXT + LINES + TABLES if bare.endswith(ending))] += weight
+        kinds[next(ending for ending in TEXT + LINES + TABLES + SHEETS if bare.endswith(ending))] += weight
     for title, parts in (("kinds of files", kinds), ("folders and files", tops)):
         rows = parts.most_common(TOP)
         rest = parts.total() - sum(weight for _, weight in rows)

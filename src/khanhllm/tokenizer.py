@@ -82,7 +82,7 @@ class Tokenizer:
             specials = {str(token["content"]): int(token["id"]) for token in layout["added_tokens"]}
             ranks = {_raw(piece): rank for piece, rank in vocab.items() if piece not in specials}
             self._check_order(layout["model"]["merges"], vocab, ranks, specials)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
                 f"{where} is not a byte-level BPE tokenizer.json as `khanhllm tokenizer` writes it: {reason}"

@@ -38,6 +38,8 @@ from khanhllm.data.sources import Source, is_remote, kind, told
 
 BLOCK = 2**18
 """bytes read at once"""
+ZST_BLOCK = 2**9
+"""bytes of zstandard unpacked at once; no more than 2**17 come out of each 4, as a file made to fill memory has them"""
 FIELD = 2**27
 """longest text in a csv file (characters); a quote that is never closed is noticed by then"""
 
@@ -143,6 +145,8 @@ def _decoded(raw: Any, where: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             offset = start - waiting + error.start
             raise UserError(f"{where} is not UTF-8 text (byte {offset}); convert it to UTF-8") from None
+        if (at := block.find(b"\0")) >= 0:  # as in UTF-16 and in binary files
+            raise UserError(f"{where} holds a NUL byte (byte {start + at}); is it text? Convert it to UTF-8")
         yield text if start else text.removeprefix("\ufeff")
         if not block:
             return
@@ -171,7 +175,7 @@ def _cut(text: str, most: int) -> int:
 
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a parquet table; no other column is read."""
-    with pyarrow.parquet.ParquetFile(raw) as table:
+    with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:
         column = text_column(table.schema_arrow.names, wanted, where)
         batches = table.iter_batches(batch_size=1000, columns=[column])
         texts = (text for batch in batches for text in batch.column(column).to_pylist())
@@ -237,13 +241,14 @@ def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
 def _unzstd(raw: Any) -> Iterator[bytes]:
     """zstandard's own file reader takes a frame without an end for a whole one; this asks whether the end was seen."""
     frame = None
-    block = raw.read(BLOCK)
+    block = raw.read(ZST_BLOCK)
     while block:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(block)
+        unpacked = frame.decompress(block)
+        yield from (unpacked[at : at + BLOCK] for at in range(0, len(unpacked), BLOCK))
         block = frame.unused_data
         frame = None if frame.eof else frame
-        block = block or raw.read(BLOCK)
+        block = block or raw.read(ZST_BLOCK)
     if frame:
         raise EOFError
 

@@ -7,6 +7,7 @@ file; a remote source is knocked at once, with short patience, so that a missing
 
 import glob
 import os
+import stat
 import sysconfig
 import urllib.error
 import urllib.request
@@ -163,15 +164,26 @@ def _shuffled(names: list[str]) -> list[str]:
 
 
 def _local(source: str, root: Path, paths: list[Path]) -> Source:
-    stats = {path.relative_to(root).as_posix(): path.stat() for path in paths}
-    for name, stat in stats.items():
-        if not stat.st_size and name.lower().endswith(PACKED):
+    stats = {path.relative_to(root).as_posix(): _stat(path) for path in paths}
+    for name, found in stats.items():
+        if not found.st_size and name.lower().endswith(PACKED):
             raise UserError(f"{root / name} is empty (0 bytes); copy or download it again")
     files = _shuffled(list(stats))
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
     sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)
     fingerprint = blake2b(repr((str(root.resolve()), listing)).encode("utf-8", "surrogateescape")).hexdigest()
     return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, _document_bytes(sum(sizes)))
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Raises UserError for a link to nowhere, and for a pipe or device, which would be waited on for ever."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; remove it or mend the link") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"cannot read {path}: it is no regular file; remove it or give another folder")
+    return found
 
 
 def _remote(source: str, root: str, names: list[str], size: int = 0) -> Source:
