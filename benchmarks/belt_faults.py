@@ -40,6 +40,7 @@ from khanhllm.tokenizer import Tokenizer
 from khanhllm.tokenizer import train as train_tokenizer
 
 FILES = 12
+BEGUN = "began without a server"
 SERVE = "import sys, time; sys.path.insert(0, sys.argv[1]); from faulty_server import FaultyServer\n"
 SERVE += "with FaultyServer(sys.argv[2], int(sys.argv[3])): time.sleep(1e6)"
 
@@ -129,13 +130,18 @@ def disturbed(work: Path, server: Server, stops: int, chance: random.Random) -> 
     url = f"http://127.0.0.1:{server.port}"
     trainer = start(work, url)
     while True:
-        deadline = time.monotonic() + (chance.uniform(0.1, 2.5) if sum(seen.values()) < stops else 300)
+        deadline = time.monotonic() + (chance.uniform(0.1, 2.5) if seen.total() - seen[BEGUN] < stops else 300)
         while time.monotonic() < deadline and not (ended := os.waitpid(trainer, os.WNOHANG))[0]:
             time.sleep(0.005)
         if ended[0]:
-            if os.waitstatus_to_exitcode(ended[1]) != 0:
-                raise SystemExit(f"a run ended with {ended[1]}: {(work / 'output.txt').read_text()[-2000:]}")
-            return seen
+            code = os.waitstatus_to_exitcode(ended[1])
+            if code == 0:
+                return seen
+            if code not in (2, 75) or "no network" not in (work / "output.txt").read_text("utf-8"):
+                raise SystemExit(f"a run ended with {code}: {(work / 'output.txt').read_text('utf-8')[-2000:]}")
+            seen[BEGUN] += 1  # told in one line, and typed again
+            trainer = start(work, url)
+            continue
         kind = chance.choice(["trainer", "child", "server"])
         makers = [one for one in psutil.Process(trainer).children(recursive=True) if "python" in one.name()]
         if kind == "child" and not makers:

@@ -13,11 +13,12 @@ import pytest
 
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data import belt as module
-from khanhllm.data import prepare
+from khanhllm.data import maker, prepare
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.maker import RECIPE, Maker, Recipe
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import Shards
+from khanhllm.data.writer import text_hash
 from khanhllm.tokenizer import train
 
 WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
@@ -130,7 +131,7 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
 def test_a_source_that_changed_is_noticed(corpus, lay):
     belt = lay(disk=1)
     all_rows(belt)
-    name = Recipe.read(belt.folder / RECIPE).source["files"][0]
+    name = Recipe.read(belt.folder / RECIPE).sources[0]["files"][0]
     path = corpus / name
     path.write_text(path.read_text("utf-8").replace("fox", "cat"), "utf-8")
     (belt.folder / "train-00000.bin").unlink()
@@ -166,7 +167,7 @@ def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
 def test_a_bad_file_stops_the_run_in_one_line(corpus, lay):
     belt = lay()
     rows(belt, 1)
-    last = Recipe.read(belt.folder / RECIPE).source["files"][-1]
+    last = Recipe.read(belt.folder / RECIPE).sources[0]["files"][-1]
     (corpus / last).write_text('{"text": "cut', "utf-8")
     for note in belt.folder.glob("train-*"):
         note.unlink()
@@ -203,3 +204,96 @@ def test_too_little_text_is_said(tmp_path, lay):
     path.write_text('{"text": "a b"}\n{"text": "c d"}\n', "utf-8")
     with pytest.raises(Starved, match="has not one row of 17 tokens"):
         rows(lay("two", source=path), 1)
+
+
+SHARES = {"large": 0.5, "middle": 0.3, "small": 0.2}
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Three folders; each text begins with the letter of its folder."""
+    for name, number in zip(SHARES, (400, 80, 25), strict=True):
+        (tmp_path / name).mkdir()
+        for part in range(2):
+            texts = (f"{name[0]} {text(part * number + line, 10 + line % 50)}" for line in range(number))
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (tmp_path / name / f"{part}.jsonl").write_text(lines, "utf-8")
+    return ", ".join(f"{tmp_path / name}:{share}" for name, share in SHARES.items())
+
+
+def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
+    belt = lay(source=mixture)
+    maker = Maker(belt.folder, 5.0)
+    tokens, sizes, nth = 0, dict.fromkeys("lms", 0), 0
+    while tokens < 20_000:
+        made = maker.make(nth)
+        assert not made.last
+        tokens, nth = tokens + made.shard.tokens, nth + 1
+        ids = np.fromfile(belt.folder / made.shard.file, dtype="<u2")
+        for document in TOKENIZER.decode(ids).split("<|endoftext|>")[1:]:
+            sizes[document[0]] += len(document.encode())
+    for name, share in SHARES.items():
+        assert abs(sizes[name[0]] / sum(sizes.values()) - share) < 0.02
+    laps = [position.lap for position in made.following.positions]
+    assert laps[0] == 0 and laps[2] > laps[1] >= 0
+    before = {path.name: path.read_bytes() for path in belt.folder.glob("train-*")}
+    for again in (3, 1, 2, 0, nth - 1):
+        (belt.folder / f"train-{again:05d}.bin").unlink()
+        Maker(belt.folder, 5.0).make(again)
+    assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
+    assert mixture in belt.describe()
+
+
+def test_a_mixture_goes_on_after_its_child_was_killed(mixture, lay):
+    whole = rows(lay(source=mixture), 300)
+    stream = (belt := lay("killed", source=mixture)).rows_from(0, 0, threading.Event())
+    found = []
+    for number in range(300):
+        if number in (1, 70, 150, 151):
+            for child in children():
+                os.kill(child.pid, signal.SIGKILL)
+        found.append(next(stream).tobytes())
+    stream.close()
+    assert found == whole == rows(belt, 300)
+
+
+def test_a_mixture_ends_with_the_tokens_that_are_asked_for(mixture, lay):
+    belt = lay(source=mixture, tokens=2500)
+    assert len(all_rows(belt)) * CONTEXT in range(2300, 2700)
+
+
+def test_no_text_of_a_mixture_is_on_both_sides(mixture, tmp_path, lay, monkeypatch):
+    (tmp_path / "small" / "copies.jsonl").write_text((tmp_path / "large" / "0.jsonl").read_text("utf-8"), "utf-8")
+    for limit in (2**21, 20_000):
+        monkeypatch.setattr(maker, "HELD_OUT", limit)
+        belt = lay(f"cache {limit}", source=mixture, tokens=20_000)
+        all_rows(belt)
+        held = texts_of(belt.folder / "validation-00000.bin")
+        trained = set().union(*(texts_of(path) for path in belt.folder.glob("train-*.bin")))
+        copies = {json.loads(line)["text"] for line in (tmp_path / "large" / "0.jsonl").open(encoding="utf-8")}
+        assert held & copies
+        assert trained & copies
+        assert not held & trained
+        assert {text[0] for text in held} == set("lms")
+
+
+def test_a_component_with_nothing_to_train_on_is_said(tmp_path, mixture, lay):
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    source = f"{mixture}, {tmp_path / 'one.jsonl'}:0.1"
+    belt = lay("one", source=source)
+    recipe = json.loads((belt.folder / RECIPE).read_bytes())
+    held_out = [*recipe["held_out"], text_hash(b"a")]
+    (belt.folder / RECIPE).write_text(json.dumps({**recipe, "held_out": held_out}), "utf-8")
+    with pytest.raises(Starved, match=r"one.jsonl has no text to train on"):
+        rows(belt, 1)
+
+
+def test_a_mixture_trains_its_own_tokenizer_and_is_found_again(tmp_path, mixture):
+    data = DataConfig(source=mixture, cache=str(tmp_path / "cache"), validation=0.1, shard_tokens=1000)
+    folder = ensure(data, 300, 1000)
+    assert ensure(data, 300, 1000) == folder
+    path = tmp_path / "small" / "0.jsonl"
+    path.write_text(path.read_text("utf-8") + '{"text": "more"}\n', "utf-8")
+    assert ensure(data, 300, 1000) != folder
+    with pytest.raises(UserError, match="give it to khanhllm train --data"):
+        prepare.prepare(mixture, TOKENIZER, tmp_path / "out", validation=0.1)

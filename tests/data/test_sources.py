@@ -4,13 +4,14 @@ import http.server
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from khanhllm.config import UserError
 from khanhllm.data import sources
 from khanhllm.data.names import common_folder, expanded, of_split
-from khanhllm.data.sources import Source, is_remote, locate
+from khanhllm.data.sources import Source, components, is_remote, locate
 
 
 @pytest.fixture
@@ -252,3 +253,22 @@ def test_a_split_of_the_hub(monkeypatch, end, root, files):
     for wrong, said in ((":dev", "splits seen: test, train"), (":train[:9%]", "is no name of a split")):
         with pytest.raises(UserError, match=said):
             locate(f"hf://datasets/some/test{wrong}")
+
+
+def test_a_mixture_has_components_with_shares(tmp_path):
+    assert components("c4:4, ./my-notes:1") == [("c4", 0.8), ("./my-notes", 0.2)]
+    assert components("hf://datasets/a/b:train : .5,x.csv#body:5e-1") == [
+        ("hf://datasets/a/b:train", 0.5),
+        ("x.csv#body", 0.5),
+    ]
+    for single in ("c4", "http://localhost:8000", "http://x/{a,b}.txt", "a:1,b", "a,b:1"):
+        assert components(single) == [(single, 1.0)]
+    there = f"{tmp_path}/a:1,b:2"
+    Path(there).mkdir()
+    assert components(there) == [(there, 1.0)]
+    assert is_remote("./x:1, c4:1") and not is_remote("./x:1, ./y:1")
+    with pytest.raises(UserError, match="one by one: c4, x"):
+        locate("c4:1, x:1")
+    for wrong, why in (("a:0, b:1", "above 0"), ("a:-1, b:1", "got -1"), ("a:1e999, b:1", "inf"), ("a:1,a:2", "twice")):
+        with pytest.raises(UserError, match=why):
+            components(wrong)

@@ -40,7 +40,9 @@ class Belt:
         self.folder = folder
         self.context = context
         self.recipe: Recipe = Recipe.read(folder / RECIPE)
-        self.vocab_size = Manifest.read(folder).vocab_size
+        manifest = Manifest.read(folder)
+        self.source = manifest.source
+        self.vocab_size = manifest.vocab_size
         self._settings = [str(ahead), str(disk), str(patience)]
 
     @property
@@ -49,7 +51,7 @@ class Belt:
         return sha256(self.recipe.model_dump_json().encode()).hexdigest()
 
     def describe(self) -> str:
-        return f"{self.recipe.source['name']}, turned into shards on the way, in {self.folder}"
+        return f"{self.source}, turned into shards on the way, in {self.folder}"
 
     def laps(self, tokens: int) -> float:
         """How often a run of so many tokens reads the whole source; 0 while its end is not known."""

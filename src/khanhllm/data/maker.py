@@ -4,6 +4,9 @@ It reads the source in its fixed order and publishes one shard after the other, 
 its sha256 and of the place where the next one begins. So any shard can be made again, byte for byte, from the note
 before it.
 
+A source may be a mixture. Then the next document always comes from the component that is furthest behind its share of
+the bytes so far, and a component that ends begins again.
+
     belt.json   manifest.json   tokenizer.json   validation-00000.bin   train-00000.bin   train-00000.json   ...
 """
 
@@ -12,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -52,7 +55,9 @@ class Recipe(_Kept):
     """All that decides the bytes of the shards."""
 
     version: int
-    source: dict[str, Any]
+    sources: tuple[dict[str, Any], ...]
+    weights: tuple[float, ...]
+    """share of each source in the bytes trained on; they sum to 1"""
     tokenizer: str
     """sha256"""
     dtype: Dtype
@@ -62,14 +67,24 @@ class Recipe(_Kept):
     """hashes of the validation texts"""
     shard_tokens: int
     most: int
-    """training tokens in one lap; 0 for all of the source"""
+    """training tokens in one lap; 0 for all of the source, and no end if it is a mixture"""
+
+
+class Position(_Kept):
+    """How far one component has been read."""
+
+    lap: int = 0
+    file: int = 0
+    document: int = 0
+    bytes: int = 0
+    """of text trained on so far, in all its laps"""
 
 
 class Place(_Kept):
     """Where the next shard begins."""
 
-    file: int = 0
-    document: int = 0
+    positions: tuple[Position, ...]
+    """one for each component"""
     tokens: int = 0
     """made so far in this lap"""
 
@@ -83,12 +98,21 @@ class Made(_Kept):
     """the source ends with it; then it begins again"""
 
 
-def lay(folder: Path, source: Source, tokenizer: Tokenizer, validation: float, shard_tokens: int, most: int) -> None:
+def lay(
+    folder: Path,
+    name: str,
+    sources: list[tuple[Source, float]],
+    tokenizer: Tokenizer,
+    validation: float,
+    shard_tokens: int,
+    most: int,
+) -> None:
     """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
 
-    Reads the source until HELD_OUT bytes are held out. Raises UserError if it has not at least two different texts.
+    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. Raises UserError if they
+    have not at least two different texts.
     """
-    texts, threshold = _held_out(source, validation, folder / "spool")
+    texts, threshold = _validation(folder, name, sources, validation)
     tokenizer.save(folder / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
     with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
@@ -97,7 +121,7 @@ def lay(folder: Path, source: Source, tokenizer: Tokenizer, validation: float, s
     shard = held.shard()
     manifest = Manifest(
         version=VERSION,
-        source=source.name,
+        source=name,
         tokenizer=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=dtype,
@@ -108,7 +132,8 @@ def lay(folder: Path, source: Source, tokenizer: Tokenizer, validation: float, s
     )
     recipe = Recipe(
         version=VERSION,
-        source=asdict(source),
+        sources=tuple(asdict(source) for source, _ in sources),
+        weights=tuple(weight for _, weight in sources),
         tokenizer=tokenizer.sha256,
         dtype=dtype,
         threshold=threshold,
@@ -120,32 +145,62 @@ def lay(folder: Path, source: Source, tokenizer: Tokenizer, validation: float, s
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
 
 
-def _held_out(source: Source, validation: float, spool: Path) -> tuple[list[str], int]:
-    """The validation texts and the hash below which no text is trained on.
+class _Held(NamedTuple):
+    """What one component gives for validation."""
 
-    A source with a validation split of its own gives that. A corpus too small for chance gives its lowest hash.
+    texts: list[str]
+    threshold: int
+    """hash below which no text is trained on"""
+    lowest: int
+    highest: int
+    """hashes of the texts that were read"""
+    lowest_text: str
+
+
+def _validation(
+    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float
+) -> tuple[list[str], int]:
+    """The validation texts of all components and the hash below which no text is trained on.
+
+    A corpus too small for chance gives its lowest hash.
     """
+    parts = [
+        _held_out(source, validation, weight * HELD_OUT, _spool(folder, nth))
+        for nth, (source, weight) in enumerate(sources)
+    ]
+    least = min(parts, key=lambda part: part.lowest)
+    if least.lowest == max(part.highest for part in parts) and not any(source.validation for source, _ in sources):
+        raise UserError(f"{name} is a single document, but one must be held out; give more text")
+    texts = [text for part in parts for text in part.texts]
+    return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
+
+
+def _held_out(source: Source, validation: float, most: float, spool: Path) -> _Held:
+    """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
     threshold = 0 if source.validation else int(validation * HASHES)
     files = source.validation or source.files
     texts: list[str] = []
-    size, lowest, lowest_text, different = 0, HASHES, "", False
+    size, lowest, highest, lowest_text = 0, HASHES, -1, ""
     reader = Reader(source, [], spool)
     for document in (document for name in files for document in reader.read_file(name)):
         raw = document.text.encode()
         value = text_hash(raw)
-        different |= value != lowest < HASHES
+        highest = max(highest, value)
         if value < lowest:
             lowest, lowest_text = value, document.text
         if source.validation or value < threshold:
             texts.append(document.text)
             size += len(raw)
-        if size >= HELD_OUT and different:
+        if size >= most and lowest < highest:
             break
     if lowest == HASHES:
         raise UserError(f"{source.name} holds no text: every file of it is empty")
-    if not different and not source.validation:
-        raise UserError(f"{source.name} is a single document, but one must be held out; give more text")
-    return (texts, threshold) if texts else ([lowest_text], lowest + 1)
+    return _Held(texts, threshold, lowest, highest, lowest_text)
+
+
+def _spool(folder: Path, nth: int) -> Path:
+    """Where the downloads of component `nth` lie; two components may read the same file at a time."""
+    return folder / "spool" / str(nth)
 
 
 def note_path(folder: Path, nth: int) -> Path:
@@ -158,8 +213,9 @@ class Maker:
     def __init__(self, folder: Path, patience: float) -> None:
         self.folder = folder
         self.recipe: Recipe = Recipe.read(folder / RECIPE)
-        self.source = Source(**{**self.recipe.source, **_tuples(self.recipe.source)})
-        self.reader = Reader(self.source, [], folder / "spool", patience)
+        self.name = Manifest.read(folder).source
+        self.sources = [Source(**{**fields, **_tuples(fields)}) for fields in self.recipe.sources]
+        self.readers = [Reader(source, [], _spool(folder, nth), patience) for nth, source in enumerate(self.sources)]
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.held_out = frozenset(self.recipe.held_out)
         self.nth = -1
@@ -168,7 +224,7 @@ class Maker:
     def make(self, nth: int) -> Made:
         """Publish shard `nth`; the notes of all before it must be there. Raises UserError."""
         before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
-        start = before.following if before else Place()
+        start = before.following if before else Place(positions=(Position(),) * len(self.sources))
         if nth != self.nth + 1 or not nth:
             self.stream = self._encoded(start)
         self.nth = nth
@@ -189,7 +245,7 @@ class Maker:
                     last = not ahead
                     break
         if not growing.tokens:
-            raise UserError(f"{self.source.name} has no text left to train on beyond shard {nth}; remove {self.folder}")
+            raise UserError(f"{self.name} has no text left to train on beyond shard {nth}; remove {self.folder}")
         made = Made(shard=growing.shard(name), following=following, last=last)
         self._publish(aside, made, nth)
         return made
@@ -199,7 +255,7 @@ class Maker:
         if note.exists() and Made.read(note) != made:
             aside.unlink()
             raise UserError(
-                f"{self.source.name} has changed since {self.folder / made.shard.file} was made from it; "
+                f"{self.name} has changed since {self.folder / made.shard.file} was made from it; "
                 f"the run cannot go on with other text. Begin a new one, with another --data.cache"
             )
         aside.replace(self.folder / made.shard.file)
@@ -217,13 +273,38 @@ class Maker:
                 yield ids, len(text.encode()), after
 
     def _documents(self, start: Place) -> Iterator[tuple[str, Place]]:
-        for file in range(start.file, len(self.source.files)):
-            first = start.document if file == start.file else 0
-            documents = self.reader.read_file(self.source.files[file])
-            for number, document in enumerate(islice(documents, first, None), first):
-                value = text_hash(document.text.encode())
-                if value >= self.recipe.threshold and value not in self.held_out:
-                    yield document.text, Place(file=file, document=number + 1)
+        """The texts of all components, the next one always from that which is furthest behind its share."""
+        weights = self.recipe.weights
+        positions = list(start.positions)
+        streams = [self._component(nth, position) for nth, position in enumerate(positions)]
+        while True:
+            nth = min(range(len(streams)), key=lambda nth: positions[nth].bytes / weights[nth])  # the first of equals
+            found = next(streams[nth], None)
+            if not found:
+                return
+            text, positions[nth] = found
+            yield text, Place(positions=tuple(positions))
+
+    def _component(self, nth: int, start: Position) -> Iterator[tuple[str, Position]]:
+        """The texts of one component, and the position after each: one lap if it is the only one, else no end."""
+        source = self.sources[nth]
+        taken = start.bytes
+        for lap in count(start.lap):
+            begin = start if lap == start.lap else Position()
+            before = taken
+            for file in range(begin.file, len(source.files)):
+                first = begin.document if file == begin.file else 0
+                documents = self.readers[nth].read_file(source.files[file])
+                for number, document in enumerate(islice(documents, first, None), first):
+                    raw = document.text.encode()
+                    value = text_hash(raw)
+                    if value >= self.recipe.threshold and value not in self.held_out:
+                        taken += len(raw)
+                        yield document.text, Position(lap=lap, file=file, document=number + 1, bytes=taken)
+            if len(self.sources) == 1:
+                return
+            if taken == before and (begin.file, begin.document) == (0, 0):
+                raise UserError(f"{source.name} has no text to train on besides what is held out; give more of it")
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

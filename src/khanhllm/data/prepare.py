@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -32,7 +33,7 @@ from khanhllm.config import DataConfig, UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.maker import lay
 from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, dtype_for
-from khanhllm.data.sources import Source, is_remote, locate
+from khanhllm.data.sources import Source, components, is_remote, locate
 from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, text_hash
 from khanhllm.tokenizer import Tokenizer, train
 
@@ -55,6 +56,8 @@ def prepare(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another folder")
+    if len(components(source)) > 1:
+        raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
     found = locate(source)
     started = time.monotonic()
     with aside(out) as new:
@@ -176,13 +179,16 @@ class _Job:
 def train_on(source: str, vocab_size: int, sample_bytes: int, validation: float = 0.01) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
+    Each component of a mixture gives its share.
+
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
-    found = locate(source)
-    amount = min(found.size or sample_bytes, sample_bytes) / 1e6
+    shares = [(locate(name), int(weight * sample_bytes)) for name, weight in components(source)]
+    amount = sum(min(found.size or share, share) for found, share in shares) / 1e6
     say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
     started = time.monotonic()
-    tokenizer = train(_sample(found, sample_bytes, validation), vocab_size, progress=_console().is_terminal)
+    samples = chain.from_iterable(_sample(found, share, validation) for found, share in shares)
+    tokenizer = train(samples, vocab_size, progress=_console().is_terminal)
     say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
     return tokenizer
 
@@ -215,15 +221,21 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     """The folder of shards for a run: the one given, one from the cache, or a new one.
 
     vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that
-    is remote or larger than WHOLE becomes a belt, whose shards are made while the model trains. Raises UserError.
+    is remote, a mixture or larger than WHOLE becomes a belt, whose shards are made while the model trains. Raises
+    UserError.
     """
     folder = Path(data.source)
     if not (folder / MANIFEST).is_file():
-        source = None if is_remote(data.source) else locate(data.source)
+        parts = components(data.source)
+        sources = [None if is_remote(name) else locate(name) for name, _ in parts]
+        fingerprints = [
+            source.fingerprint if source else name for source, (name, _) in zip(sources, parts, strict=True)
+        ]
+        whole = len(sources) == 1 and sources[0] and sources[0].size <= WHOLE
         given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
-        recipe = [VERSION, source.fingerprint if source else data.source, data.validation, data.tokens]
+        recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
         recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
-        recipe += [] if source and source.size <= WHOLE else [data.shard_tokens]
+        recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
         folder = Path(data.cache) / _folder_name(data.source, recipe)
         if given:
             _fits(given.vocab_size, vocab_size, data.tokenizer)
@@ -239,8 +251,8 @@ def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_siz
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        source = locate(data.source)
-        whole = 0 < source.size <= WHOLE and not is_remote(data.source)
+        sources = [(locate(name), weight) for name, weight in components(data.source)]
+        whole = len(sources) == 1 and 0 < sources[0][0].size <= WHOLE and not is_remote(data.source)
         # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
         most = data.tokenizer_sample if whole else max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE)
         sample = min(data.tokenizer_sample, most)
@@ -251,7 +263,7 @@ def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_siz
             )
             return
         with aside(folder) as new:
-            lay(new, source, tokenizer, data.validation, data.shard_tokens, data.tokens)
+            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens)
             new.rename(folder)
 
 

@@ -6,7 +6,9 @@ file; a remote source is knocked at once, with short patience, so that a missing
 """
 
 import glob
+import math
 import os
+import re
 import stat
 import sysconfig
 import urllib.error
@@ -75,12 +77,40 @@ class Source:
         return [tuple(group) for group in groups]
 
 
+def components(source: str) -> list[tuple[str, float]]:
+    """The sources that a mixture `one:0.8, other:0.2` is made of, and their shares, which sum to 1.
+
+    Only a string whose every part, of two or more, ends in a weight is read as one; a path that exists wins over that.
+    """
+    weight = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+    parts = [re.fullmatch(rf"(.*\S)\s*:\s*({weight})", part.strip(), re.DOTALL) for part in source.split(",")]
+    found = [(part[1], float(part[2])) for part in parts if part]
+    if len(parts) == 1 or len(found) < len(parts) or Path(source).expanduser().exists():
+        return [(source, 1.0)]
+    names = [name for name, _ in found]
+    for name, share in found:
+        if not 0 < share < math.inf:
+            raise UserError(f"the weight of {name} in the mixture must be above 0 and finite, got {share:g}")
+        if names.count(name) > 1:
+            raise UserError(f"{name} is in the mixture twice; name it once, with the sum of the weights")
+    largest = max(share for _, share in found)
+    total = math.fsum(share / largest for _, share in found)
+    return [(name, share / largest / total) for name, share in found]
+
+
 def is_remote(source: str) -> bool:
-    return with_column(source)[0] == "c4" or source.startswith(("hf://", "http://", "https://"))
+    """Whether any of it comes over the network."""
+    remote = ("hf://", "http://", "https://")
+    return any(with_column(name)[0] == "c4" or name.startswith(remote) for name, _ in components(source))
 
 
 def locate(source: str) -> Source:
     """Find the files of a source. Raises UserError if there are none, or, within seconds, no network to them."""
+    parts = components(source)
+    if len(parts) > 1:
+        raise UserError(
+            f"{source} is a mixture; look at its sources one by one: {', '.join(name for name, _ in parts)}"
+        )
     place, column = with_column(source)
     found = _found(place)
     if not column:
