@@ -176,7 +176,11 @@ def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """Turn text into token shards, once, for any number of runs: khanhllm train PRESET --data DIR."""
+    """Turn text into token shards, once, for any number of runs: khanhllm train PRESET --data DIR.
+
+    The shards are the same wherever they are made. What was interrupted goes on when the same command is typed again.
+    """
+    from khanhllm.data.executors import Place
     from khanhllm.data.prepare import prepare
     from khanhllm.tokenizer import Tokenizer
 
@@ -189,7 +193,7 @@ def _prepare(options: argparse.Namespace) -> None:
         Path(options.out),
         validation=config.validation,
         tokens=config.tokens,
-        workers=config.workers,
+        place=Place(options.executor, options.tasks, config.workers, options.partition, options.time),
     )
 
 
@@ -202,6 +206,10 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", metavar="N", default="0", help="stop after this many training tokens; 0 means all (0)"
     )
     parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
+    parser.add_argument("--executor", metavar="local|slurm|ray", default="local", help="where the tasks run (local)")
+    parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")
+    parser.add_argument("--partition", metavar="NAME", default="", help="of slurm")
+    parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="of a task of slurm (24:00:00)")
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -132,15 +132,22 @@ def test_one_document_or_none_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_input_is_one_line_and_leaves_nothing_behind(corpus, tmp_path, small_groups, capfd, workers):
+def test_bad_input_is_one_line_and_the_same_call_goes_on_when_it_is_repaired(
+    corpus, tmp_path, small_groups, capfd, workers
+):
     bad = corpus / "3.json.gz"
-    bad.write_bytes(bad.read_bytes()[:-20])
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-20])
     with pytest.raises(UserError, match=r"3\.json\.gz is cut short") as caught:
         prepare(str(corpus), TOKENIZER, tmp_path / "new" / "out", validation=0.1, workers=workers)
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new" / "out").exists()
     heard = capfd.readouterr()
     assert "Traceback" not in heard.err and "INFO" not in heard.err and heard.out == ""
+    bad.write_bytes(whole)
+    again = prepare(str(corpus), TOKENIZER, tmp_path / "new" / "out", validation=0.1, workers=workers)
+    assert again == prepare(str(corpus), TOKENIZER, tmp_path / "other", validation=0.1, workers=1)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
 def test_an_existing_folder_is_never_touched(corpus, tmp_path):

@@ -1,40 +1,36 @@
 """Documents become token shards, once, for any number of runs.
 
-A datatrove pipeline of two steps: our reader and our writer. Its tasks are groups of files that the source alone
-decides, so the shards are the same bytes whatever the number of workers. A document is held out for validation by a
-hash of its text: two copies of one text can never end up on both sides, and adding files moves no document.
+A datatrove pipeline reads and writes groups of files that the source alone decides, so the shards are the same bytes
+whatever the number of workers and of tasks, and wherever they run (executors.py). A document is held out for
+validation by a hash of its text: two copies of one text can never end up on both sides, and adding files moves no
+document.
 
 When only so many tokens are needed, tasks run in waves until a prefix of them holds enough; what ran beyond the
 prefix is dropped, so again the number of workers does not show. Everything is written aside and published by one
-rename: a folder of shards is complete or absent.
+rename: a folder of shards is complete or absent. What was interrupted goes on when it is asked for again.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-import numpy as np
-from datatrove.executor import LocalPipelineExecutor
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data.documents import Reader
+from khanhllm.data.executors import Job, Place, Unfinished, console, say
 from khanhllm.data.maker import lay
-from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, dtype_for
+from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
-from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, text_hash
+from khanhllm.data.writer import HASHES, Report, text_hash
 from khanhllm.tokenizer import Tokenizer, train
 
 WHOLE = 2**28
@@ -46,30 +42,67 @@ SPREAD = 16
 
 
 def prepare(
-    source: str, tokenizer: Tokenizer, out: Path, *, validation: float, tokens: int = 0, workers: int = 0
-) -> Manifest:
+    source: str,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    validation: float,
+    tokens: int = 0,
+    workers: int = 0,
+    place: Place | None = None,
+) -> Manifest | None:
     """Write the shards of a source into the new folder `out`.
 
     validation: share of documents held out, in (0, 1). tokens: read no further once there are as many training
-    tokens, 0 reads all. workers: processes, 0 means one for each core. Raises UserError for anything wrong with the
-    source, and if `out` exists or cannot be written; then nothing is left behind.
+    tokens, 0 reads all. workers: processes, 0 means one for each core. place: where the tasks run, instead of
+    `workers` processes here. Nothing is returned while a cluster is still at it. Raises UserError for anything wrong
+    with the source, and if `out` exists or cannot be written; then, as after an interruption, the finished groups are
+    kept aside, and the same call goes on from there.
     """
+    place = place or Place(workers=workers)
+    place.check(tokens)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another folder")
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
     found = locate(source)
     started = time.monotonic()
-    with aside(out) as new:
-        job = _Job(found, tokenizer, new, tokens, workers or _cores())
-        manifest = _manifest(found, tokenizer, validation, job.split(validation))
+    recipe = json.dumps([VERSION, found.name, found.fingerprint, tokenizer.sha256, validation, tokens])
+    with _resumable(out, recipe) as partial:
+        job = Job(found, tokenizer, partial, tokens, place)
+        try:
+            manifest = _manifest(found, tokenizer, validation, job.split(validation))
+        except Unfinished as so_far:
+            say(str(so_far))
+            return None
         (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         job.shards.rename(out)
+    shutil.rmtree(partial, ignore_errors=True)
     say(
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens "
         f"in {time.monotonic() - started:.0f} s: {out}"
     )
     return manifest
+
+
+@contextmanager
+def _resumable(out: Path, recipe: str) -> Iterator[Path]:
+    """The folder beside `out` that holds what is finished of this recipe; of another recipe, nothing is kept."""
+    partial = out.absolute().parent / f".{out.name}.partial"
+    written = partial / "recipe.json"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with FileLock(partial / "lock", timeout=0):
+            if not written.exists() or written.read_text(encoding="utf-8") != recipe:
+                for old in partial.iterdir():
+                    if old.is_dir():
+                        shutil.rmtree(old)
+                written.write_text(recipe, encoding="utf-8")
+            yield partial
+    except Timeout:
+        raise UserError(f"another process is preparing {out}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -100,82 +133,6 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
     )
 
 
-class _Job:
-    """One preparation: the pipeline, run as often as it takes."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, workers: int) -> None:
-        self.source = source
-        self.tokens = tokens
-        self.workers = workers
-        self.groups = source.groups()
-        self.aside = aside
-        self.shards = aside / "shards"
-        self.dtype = dtype_for(tokenizer.vocab_size)
-        tokenizer.save(self.shards / "tokenizer.json")
-
-    def split(self, validation: float) -> list[Report]:
-        """Run with the share asked for; a corpus too small for chance gives its lowest hash to validation."""
-        amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
-        limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
-        say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
-        reports = self.run(int(validation * HASHES))
-        if not reports:
-            raise UserError(f"{self.source.name} holds no text: every file of it is empty")
-        lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
-        if lowest == highest:
-            raise UserError(f"{self.source.name} is a single document, but one must be held out; give more text")
-        if not any(report.count("validation") for report in reports):
-            return self.run(lowest + 1)
-        if not any(report.count("train") for report in reports):
-            return self.run(highest)
-        return reports
-
-    def run(self, threshold: int) -> list[Report]:
-        """Run tasks, in waves if not all are needed. Documents with a hash below `threshold` are held out."""
-        for old in self.shards.glob("*.bin"):
-            old.unlink()
-        shutil.rmtree(self.aside / "log", ignore_errors=True)
-        counts: list[int] = []
-        with _watching(self.shards, self.dtype, self.tokens):
-            while len(counts) < len(self.groups) and not self._enough(counts):
-                wave = self._wave(counts)
-                self._execute(threshold, len(counts), wave)
-                counts += [self._report(rank)[1] for rank in range(len(counts), len(counts) + wave)]
-        kept = next((nth for nth in range(len(counts)) if self._enough(counts[:nth])), len(counts))
-        for rank in range(kept, len(counts)):
-            for path in self.shards.glob(f"*-{rank:05d}.bin"):
-                path.unlink()
-        reports = (self._report(rank)[0] for rank in range(kept))
-        return [report for report in reports if report.shards]
-
-    def _enough(self, counts: list[int]) -> bool:
-        return 0 < self.tokens <= sum(counts)
-
-    def _wave(self, counts: list[int]) -> int:
-        """Tasks worth starting now: all, or as many as the tokens still missing seem to need."""
-        left = len(self.groups) - len(counts)
-        if not self.tokens:
-            return left
-        each = sum(counts) / len(counts) if counts else self.tokens
-        return min(left, self.workers, max(1, round((self.tokens - sum(counts)) / max(each, 1))))
-
-    def _execute(self, threshold: int, first: int, wave: int) -> None:
-        workers = min(self.workers, wave)
-        writer = ShardWriter(self.shards, self.aside, threshold, self.tokens, max(1, _cores() // workers), workers > 1)
-        LocalPipelineExecutor(
-            pipeline=[Reader(self.source, self.groups), writer],
-            tasks=len(self.groups),
-            workers=workers,
-            logging_dir=str(self.aside / "log"),
-            local_tasks=wave,
-            local_rank_offset=first,
-        ).run()
-
-    def _report(self, rank: int) -> tuple[Report, int]:
-        report = Report.model_validate_json(report_path(self.aside, rank).read_bytes())
-        return report, report.count("train")
-
-
 def train_on(source: str, vocab_size: int, sample_bytes: int, validation: float = 0.01) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
@@ -188,7 +145,7 @@ def train_on(source: str, vocab_size: int, sample_bytes: int, validation: float 
     say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
     started = time.monotonic()
     samples = chain.from_iterable(_sample(found, share, validation) for found, share in shares)
-    tokenizer = train(samples, vocab_size, progress=_console().is_terminal)
+    tokenizer = train(samples, vocab_size, progress=console().is_terminal)
     say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
     return tokenizer
 
@@ -302,48 +259,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
-    """Show how many tokens there are so far, by the size of the growing files: no channel to the workers is needed."""
-    stop = Event()
-
-    def tokens() -> int:
-        size = 0
-        for path in folder.glob("*.bin"):
-            with suppress(FileNotFoundError):  # a task that held nothing out removes its empty file
-                size += path.stat().st_size
-        return size // np.dtype(dtype).itemsize
-
-    def draw() -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=_console(), transient=True) as progress:
-            task = progress.add_task("tokens", total=goal or None)
-            while not stop.wait(0.2):
-                progress.update(task, completed=tokens())
-
-    def tell() -> None:
-        while not stop.wait(10):
-            say(f"{tokens():,} tokens so far")
-
-    thread = Thread(target=draw if _console().is_terminal else tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _console() -> Console:
-    return Console(stderr=True)
-
-
-def say(text: str) -> None:
-    """One plain line on stderr."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)

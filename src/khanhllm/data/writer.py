@@ -1,7 +1,8 @@
-"""The last step of the datatrove pipeline: documents in, one shard for each split and task out.
+"""The step of the datatrove pipeline that writes: one shard for each split and group of files.
 
-It leaves a report beside the shards, because a task may run in another process or on another machine, where nothing
-can be returned. Which side a document falls on is decided here, from its text alone.
+It leaves a report of each group, because a task may run in another process or on another machine, where nothing can
+be returned. The report appears last and whole, so a group that has one is finished, and is never done again. Which
+side a document falls on is decided here, from its text alone.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from datatrove.data import Document
@@ -17,6 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
 from khanhllm.config import UserError
+from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
 from khanhllm.tokenizer import Tokenizer
 
@@ -28,7 +30,7 @@ HASHES = 2**64
 
 
 class Report(BaseModel):
-    """What one task wrote."""
+    """What was written of one group of files."""
 
     shards: list[Shard]
     lowest: int
@@ -40,14 +42,17 @@ class Report(BaseModel):
 
 
 class ShardWriter(PipelineStep):  # type: ignore[misc]
-    """The last step of the pipeline: tokenizes, splits, and writes one shard for each split and task."""
+    """Reads, tokenizes, splits and writes the groups of files number rank, rank + world_size, ..."""
 
     name = "KhanhLLM shards"
     type = "writer"
 
-    def __init__(self, shards: Path, reports: Path, threshold: int, most: int, threads: int, in_child: bool) -> None:
-        """threshold: hashes below it are held out. most: training tokens after which the task ends, 0 for none."""
+    def __init__(
+        self, reader: Reader, shards: Path, reports: Path, threshold: int, most: int, threads: int, in_child: bool
+    ) -> None:
+        """threshold: hashes below it are held out. most: training tokens after which a group ends, 0 for none."""
         super().__init__()
+        self.reader = reader
         self.shards = shards
         self.reports = reports
         self.threshold = threshold
@@ -55,22 +60,33 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         self.threads = threads
         self.in_child = in_child
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         if self.in_child:  # Ctrl-C reaches the whole group of processes; the parent answers it for all
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         tokenizer = Tokenizer.load(self.shards / "tokenizer.json")
-        dtype = dtype_for(tokenizer.vocab_size)
         try:
-            with (
-                Growing(self.shards / f"train-{rank:05d}.bin", "train", dtype) as kept,
-                Growing(self.shards / f"validation-{rank:05d}.bin", "validation", dtype) as held,
-            ):
-                lowest, highest = self._write(data, tokenizer, kept, held)
-            shards = [growing.shard() for growing in (kept, held) if growing.tokens]
-            report = Report(shards=shards, lowest=lowest, highest=highest)
-            report_path(self.reports, rank).write_text(report.model_dump_json(), encoding="utf-8")
+            for group in range(rank, len(self.reader.groups), world_size):
+                if not report_path(self.reports, group).exists():
+                    self._group(group, tokenizer)
         except OSError as error:
             raise UserError(f"cannot write the shards: {error.strerror or error}") from None
+
+    def _group(self, group: int, tokenizer: Tokenizer) -> None:
+        dtype = dtype_for(tokenizer.vocab_size)
+        with (
+            Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as kept,
+            Growing(self.shards / f"validation-{group:05d}.bin.part", "validation", dtype) as held,
+        ):
+            lowest, highest = self._write(self.reader.run(rank=group), tokenizer, kept, held)
+        shards = []
+        for growing in (kept, held):
+            if growing.tokens:
+                shards.append(growing.shard(growing.path.stem))
+                growing.path.replace(growing.path.with_suffix(""))
+        report = report_path(self.reports, group)
+        new = report.with_suffix(".part")
+        new.write_text(Report(shards=shards, lowest=lowest, highest=highest).model_dump_json(), encoding="utf-8")
+        new.replace(report)
 
     def _write(
         self, data: Iterable[Document], tokenizer: Tokenizer, kept: "Growing", held: "Growing"
@@ -144,5 +160,5 @@ def text_hash(raw: bytes) -> int:
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
-def report_path(folder: Path, rank: int) -> Path:
-    return folder / f"task-{rank:05d}.json"
+def report_path(folder: Path, group: int) -> Path:
+    return folder / f"group-{group:05d}.json"

@@ -1,0 +1,261 @@
+"""The pipeline of a preparation, run by one of datatrove's executors: processes here, a Slurm array, or Ray.
+
+A task does every N-th group of files. Groups are decided by the source alone and each has files of its own, so
+neither the executor nor the number of tasks shows in the result, and what is finished is never done again.
+"""
+
+import importlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from khanhllm.config import UserError
+from khanhllm.data.documents import Reader
+from khanhllm.data.shards import Dtype, dtype_for
+from khanhllm.data.sources import Source
+from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path
+from khanhllm.tokenizer import Tokenizer
+
+
+class Unfinished(Exception):
+    """The work goes on elsewhere; the text says how far it is."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tasks of a preparation run."""
+
+    executor: str = "local"
+    """local, slurm or ray"""
+    tasks: int = 0
+    """0 means one for each group of files"""
+    workers: int = 0
+    """tasks at a time; 0 means one for each core, on a cluster as many as it gives"""
+    partition: str = ""
+    time: str = "24:00:00"
+
+    def check(self, tokens: int) -> None:
+        """Raises UserError for what cannot work, before anything is done."""
+        if self.executor not in ("local", "slurm", "ray"):
+            raise UserError(f"executor must be local, slurm or ray, not {self.executor!r}")
+        if self.tasks < 0:
+            raise UserError(f"tasks must be 0 or more, not {self.tasks}")
+        if tokens and self.executor != "local":
+            raise UserError(f"--tokens needs --executor local: on {self.executor} the whole source is prepared")
+        if self.executor == "slurm" and not self.partition:
+            raise UserError("--executor slurm needs a --partition; `sinfo` lists them")
+        if self.executor == "slurm" and not shutil.which("sbatch"):
+            raise UserError("--executor slurm needs the command sbatch, which is not here; type this on a login node")
+        if self.executor == "ray" and not importlib.util.find_spec("ray"):
+            raise UserError("--executor ray needs ray, which is not installed: pip install 'khanhllm[ray]'")
+
+
+class Job:
+    """One preparation: the pipeline, run as often as it takes."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, place: Place) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.place = place
+        self.workers = place.workers or cores()
+        self.groups = source.groups()
+        self.aside = aside
+        self.dtype = dtype_for(tokenizer.vocab_size)
+
+    def split(self, validation: float) -> list[Report]:
+        """Run with the share asked for; a corpus too small for chance gives its lowest hash to validation."""
+        amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
+        limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
+        say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
+        reports = self.run(int(validation * HASHES))
+        if not reports:
+            raise UserError(f"{self.source.name} holds no text: every file of it is empty")
+        lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
+        if lowest == highest:
+            raise UserError(f"{self.source.name} is a single document, but one must be held out; give more text")
+        if not any(report.count("validation") for report in reports):
+            return self.run(lowest + 1)
+        if not any(report.count("train") for report in reports):
+            return self.run(highest)
+        return reports
+
+    def run(self, threshold: int) -> list[Report]:
+        """Run tasks, in waves if not all are needed. Documents with a hash below `threshold` are held out."""
+        self.folder = self.aside / f"{threshold:x}"  # nothing of a run with another threshold is taken over
+        self.shards = self.folder / "shards"
+        self.reports = self.folder / "reports"
+        self.reports.mkdir(parents=True, exist_ok=True)
+        if not (self.shards / "tokenizer.json").exists():
+            self.tokenizer.save(self.shards / "tokenizer.json")
+        counts: list[int] = []
+        with _watching(self.shards, self.dtype, self.tokens):
+            while len(counts) < len(self.groups) and not self._enough(counts):
+                wave = self._wave(counts)
+                if self._done(len(counts), wave) < wave:
+                    self._execute(threshold, len(counts), wave)
+                counts += [self._report(group).count("train") for group in range(len(counts), len(counts) + wave)]
+        kept = next((nth for nth in range(len(counts)) if self._enough(counts[:nth])), len(counts))
+        reports = [report for report in map(self._report, range(kept)) if report.shards]
+        named = {shard.file for report in reports for shard in report.shards}
+        for path in self.shards.glob("*.bin*"):
+            if path.name not in named:
+                path.unlink()
+        return reports
+
+    def _enough(self, counts: list[int]) -> bool:
+        return 0 < self.tokens <= sum(counts)
+
+    def _wave(self, counts: list[int]) -> int:
+        """Groups worth starting now: all, or as many as the tokens still missing seem to need."""
+        left = len(self.groups) - len(counts)
+        if not self.tokens:
+            return left
+        each = sum(counts) / len(counts) if counts else self.tokens
+        return min(left, self.workers, max(1, round((self.tokens - sum(counts)) / max(each, 1))))
+
+    def _done(self, first: int, wave: int) -> int:
+        return sum(report_path(self.reports, group).exists() for group in range(first, first + wave))
+
+    def _execute(self, threshold: int, first: int, wave: int) -> None:
+        reader = Reader(self.source, self.groups)
+        if self.place.executor == "slurm":
+            self._submit(ShardWriter(reader, self.shards, self.reports, threshold, 0, 1, False))
+        log = self.folder / "log"
+        shutil.rmtree(log, ignore_errors=True)
+        # of waves, each task is one group; otherwise a task takes every N-th
+        tasks = len(self.groups) if self.tokens else self._tasks()
+        wave = wave if self.tokens else tasks
+        if self.place.executor == "ray":
+            ray = importlib.import_module("ray")
+            if not ray.is_initialized():
+                ray.init(log_to_driver=False)
+            writer = ShardWriter(reader, self.shards, self.reports, threshold, 0, 1, False)
+            workers = self.place.workers or -1
+            RayPipelineExecutor([writer], tasks, workers, skip_completed=False, logging_dir=str(log)).run()
+            if self._done(0, len(self.groups)) < len(self.groups):
+                raise UserError(f"{self._progress()}; why the others failed is in {log / 'logs'}")
+            return
+        workers = min(self.workers, wave)
+        threads = max(1, cores() // workers)
+        LocalPipelineExecutor(
+            pipeline=[ShardWriter(reader, self.shards, self.reports, threshold, self.tokens, threads, workers > 1)],
+            tasks=tasks,
+            workers=workers,
+            logging_dir=str(log),
+            skip_completed=False,
+            local_tasks=wave,
+            local_rank_offset=first,
+        ).run()
+
+    def _submit(self, writer: ShardWriter) -> None:
+        """Hand the tasks to Slurm, unless they are there already. Raises Unfinished: the same command publishes."""
+        log, ticket = self.folder / "log", self.folder / "job"
+        logs = f"the logs are in {log / 'slurm_logs'}"
+        if ticket.exists() and _queued(ticket.read_text(encoding="utf-8")):
+            raise Unfinished(f"{self._progress()} by Slurm job {ticket.read_text(encoding='utf-8')}; {logs}")
+        shutil.rmtree(log, ignore_errors=True)
+        executor = _Slurm(
+            [writer],
+            self._tasks(),
+            self.place.time,
+            self.place.partition,
+            workers=self.place.workers or -1,
+            job_name="khanhllm-prepare",
+            qos="",
+            env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+            logging_dir=str(log),
+            skip_completed=False,
+        )
+        try:
+            executor.run()
+        except subprocess.CalledProcessError as error:
+            raise UserError(f"sbatch refused the job (exit code {error.returncode}); its own words are above") from None
+        ticket.write_text(str(executor.job_id), encoding="utf-8")
+        raise Unfinished(
+            f"{self._progress()}; Slurm job {executor.job_id} has {self._tasks()} tasks, {logs}; "
+            "type the same command again when it is done"
+        )
+
+    def _tasks(self) -> int:
+        return min(self.place.tasks or len(self.groups), len(self.groups))
+
+    def _progress(self) -> str:
+        return f"{self._done(0, len(self.groups)):,} of {len(self.groups):,} groups are done"
+
+    def _report(self, group: int) -> Report:
+        return Report.model_validate_json(report_path(self.reports, group).read_bytes())
+
+
+class _Slurm(SlurmPipelineExecutor):  # type: ignore[misc]
+    """Without the second job that only adds up datatrove's own statistics."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+
+def _queued(job: str) -> bool:
+    """Whether Slurm still has the job; also if it cannot be asked, as two at once must not write the same files."""
+    try:
+        asked = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
+    except OSError:
+        return True
+    return bool(asked.stdout.strip()) or (asked.returncode != 0 and "Invalid job id" not in asked.stderr)
+
+
+@contextmanager
+def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
+    """Show how many tokens there are so far, by the size of the growing files: no channel to the workers is needed."""
+    stop = Event()
+
+    def tokens() -> int:
+        size = 0
+        for path in folder.glob("*.bin*"):
+            with suppress(FileNotFoundError):  # a task that held nothing out removes its empty file
+                size += path.stat().st_size
+        return size // np.dtype(dtype).itemsize
+
+    def draw() -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console(), transient=True) as progress:
+            task = progress.add_task("tokens", total=goal or None)
+            while not stop.wait(0.2):
+                progress.update(task, completed=tokens())
+
+    def tell() -> None:
+        while not stop.wait(10):
+            say(f"{tokens():,} tokens so far")
+
+    thread = Thread(target=draw if console().is_terminal else tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def console() -> Console:
+    return Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """One plain line on stderr."""
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
