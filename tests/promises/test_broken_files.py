@@ -88,7 +88,7 @@ FILES = {
     "jsonl, arrays": ("a.jsonl", b'["a", "b"]\n', ", line 1 is not a JSON object"),
     "jsonl, 100,000 brackets": ("a.jsonl", b'{"text": ' + b"[" * 100_000, ", line 1 is not valid JSON"),
     "jsonl, 100,000 pairs": ("a.jsonl", b'{"text": "a", "x": %s}' % (b"[" * 100_000 + b"]" * 100_000), ", line 1 "),
-    "jsonl, a huge integer": ("a.jsonl", b'{"text": "a", "n": %s}' % (b"9" * 100_000), r", line 1 is not valid|^a$"),
+    "jsonl, a huge integer": ("a.jsonl", b'{"text": "a", "n": %s}' % (b"9" * 100_000), ", line 1 is not valid JSON"),
     "jsonl, NaN": ("a.jsonl", b'{"text": "a", "score": NaN}', ["a"]),
     "jsonl, a key twice": ("a.jsonl", b'{"text": "a", "text": "b"}', ["b"]),
     "jsonl, a line of 50 MB": ("a.jsonl", b'{"text": "%s"}' % LONG, len(LONG)),
@@ -167,17 +167,8 @@ def test_a_broken_source(tmp_path, kind):
         assert read(tmp_path / name) == expected
     elif isinstance(expected, int):
         assert sum(map(len, read(tmp_path / name))) == expected
-    elif kind == "jsonl, a huge integer" and _reads(tmp_path / name):
-        assert read(tmp_path / name) == ["a"]  # a number nobody asked for: some JSON libraries take it, some do not
     else:
         one_line(lambda: read(tmp_path / name), name.partition("#")[0].replace("\n", "\\n"), expected)
-
-
-def _reads(path):
-    try:
-        return bool(read(path))
-    except UserError:
-        return False
 
 
 def hole(folder, name="a.jsonl"):
@@ -240,7 +231,7 @@ def test_a_file_made_to_fill_the_memory_does_not(tmp_path, ending):
     blanks = b" " * 1_000_000 + b"\n"
     path = tmp_path / f"a.jsonl.{ending}"
     with (gzip.open if ending == "gz" else zstandard.open)(path, "wb") as file:
-        for _ in range(100):
+        for _ in range(60):
             file.write(blanks)
         file.write(GOOD)
     assert path.stat().st_size < 300_000
@@ -248,7 +239,7 @@ def test_a_file_made_to_fill_the_memory_does_not(tmp_path, ending):
     assert read(path) == FINE
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 60_000_000  # of the 100 MB
+    assert peak < 45_000_000  # of the 60 MB
 
 
 TOKENIZER = train(["the quick brown fox jumps over the lazy dog"] * 3, 280)
