@@ -278,8 +278,8 @@ def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
 
 def _prepare(tokenizer: Tokenizer, turns: int, machine: Machine, console: Console) -> Report:
     """A folder of JSON lines becomes shards, while tiktoken alone encodes the same texts with as many threads."""
-    from khanhllm.data.maker import cores
     from khanhllm.data.prepare import prepare
+    from khanhllm.data.writer import cores
 
     texts = list(_texts("stdlib", TEXT))
     copies = -(-PREPARED // sum(map(len, texts)))

@@ -6,7 +6,6 @@ neither the executor nor the number of tasks shows in the result, and what is fi
 
 import importlib
 import importlib.util
-import os
 import shlex
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
-from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path
+from khanhllm.data.writer import HASHES, Report, ShardWriter, cores, report_path
 from khanhllm.tokenizer import Tokenizer
 
 
@@ -246,10 +245,6 @@ def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def console() -> Console:

@@ -28,7 +28,7 @@ from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, Shard, dtype_for
 from khanhllm.data.sources import Source
-from khanhllm.data.writer import HASHES, Growing, batched, text_hash
+from khanhllm.data.writer import HASHES, Growing, batched, cores, text_hash
 from khanhllm.tokenizer import Tokenizer
 
 RECIPE = "belt.json"
@@ -309,11 +309,6 @@ class Maker:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:

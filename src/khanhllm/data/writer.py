@@ -6,6 +6,7 @@ side a document falls on is decided here, from its text alone.
 """
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -162,3 +163,8 @@ def text_hash(raw: bytes) -> int:
 
 def report_path(folder: Path, group: int) -> Path:
     return folder / f"group-{group:05d}.json"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
