@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
 from faulty_server import KINDS, FaultyServer
 
 from khanhllm import train
-from khanhllm.config import UserError, resolve
+from khanhllm.config import UserError
 from khanhllm.data import fetch
 from khanhllm.data.documents import Reader
 from khanhllm.data.maker import Maker, lay
 from khanhllm.data.sources import locate
+from khanhllm.settings import resolve
 from khanhllm.tokenizer import Tokenizer
 from khanhllm.tokenizer import train as train_tokenizer
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from khanhllm.config import preset, resolve
 from khanhllm.machine.runtime import open_machine, out_of_memory
 from khanhllm.measure import three_steps
+from khanhllm.settings import preset, resolve
 
 RESULTS = Path(__file__).parent / "results"
 LEAN: dict[str, Any] = {"machine": {"weights": "bf16", "gradients": "bf16"}}

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from khanhllm import budget
-from khanhllm.config import preset, resolve
 from khanhllm.machine.runtime import open_machine
 from khanhllm.measure import measure
+from khanhllm.settings import preset, resolve
 
 RESULTS = Path(__file__).parent / "results"
 ONE: dict[str, Any] = {"train": {"micro_batch": 1, "accumulation": 1}}

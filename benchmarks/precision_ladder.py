@@ -20,9 +20,10 @@ from typing import Any
 from unittest.mock import patch
 
 from khanhllm import rounding, train
-from khanhllm.config import Config, UserError, resolve
+from khanhllm.config import Config, UserError
 from khanhllm.machine.runtime import open_machine
 from khanhllm.model.counts import on_paper, total_parameters
+from khanhllm.settings import resolve
 
 MODEL: dict[str, Any] = {
     "style": "modern",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from khanhllm.cli import main
-from khanhllm.config import preset_names
+from khanhllm.settings import preset_names
 
 TOKENIZER = Path("tokenizer.json")
 

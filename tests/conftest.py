@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from khanhllm.config import Config, resolve
+from khanhllm.config import Config
 from khanhllm.machine import runtime
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
+from khanhllm.settings import resolve
 
 torch.set_num_threads(1)
 

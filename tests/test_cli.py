@@ -10,7 +10,7 @@ import pytest
 import khanhllm
 from conftest import tiny
 from khanhllm import cli
-from khanhllm.config import to_toml
+from khanhllm.settings import to_toml
 
 VERBS = ["tokenizer", "prepare", "train", "generate", "evaluate", "doctor", "demo", "data"]
 

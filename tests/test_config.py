@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import tiny
-from khanhllm.config import Config, UserError, preset, preset_names, resolve, to_toml
+from khanhllm.config import Config, UserError
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.settings import preset, preset_names, resolve, to_toml
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -6,8 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from khanhllm.config import Config, UserError, resolve
+from khanhllm.config import Config, UserError
 from khanhllm.log import FILE, Log, columns, panel
+from khanhllm.settings import resolve
 
 
 def config(pattern="DMDM", experts=4, steps=100, every=10, tensorboard=False) -> Config:

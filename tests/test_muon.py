@@ -8,8 +8,9 @@ from torch import nn
 
 from conftest import build, tiny
 from khanhllm import muon, optim, train
-from khanhllm.config import OptimConfig, resolve
+from khanhllm.config import OptimConfig
 from khanhllm.data.batches import Batch
+from khanhllm.settings import resolve
 
 SHAPES = [(32, 32), (16, 48), (48, 16)]
 

@@ -8,8 +8,9 @@ import torch
 
 from conftest import tiny
 from khanhllm import budget, cli, train
-from khanhllm.config import UserError, read_toml, resolve
+from khanhllm.config import UserError
 from khanhllm.machine.cards import CARDS
+from khanhllm.settings import read_toml, resolve
 
 BIG = budget.Place("a test", "cpu", "fp32", memory=10**12, process=0, peak_flops=1e12)
 

@@ -8,10 +8,11 @@ from torch._subclasses import FakeTensorMode
 
 from conftest import build, plain_machine, tiny
 from khanhllm import measure, optim, train
-from khanhllm.config import LossConfig, resolve
+from khanhllm.config import LossConfig
 from khanhllm.model.counts import flops_per_token
 from khanhllm.objectives import token_nll
 from khanhllm.rehearsal import Tape, rehearse
+from khanhllm.settings import resolve
 
 KINDS = [
     {"optim": {"name": "adamw"}},

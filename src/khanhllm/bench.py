@@ -19,11 +19,12 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from khanhllm.config import Config, MachineConfig, Sampling, UserError, preset, resolve
+from khanhllm.config import Config, MachineConfig, Sampling, UserError
 from khanhllm.contenders import HUGGING_FACE, OURS, TWIN, Contender, as_qwen3_moe
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, matmul_rate, open_machine
 from khanhllm.model import Transformer
+from khanhllm.settings import preset, resolve
 from khanhllm.tokenizer import Tokenizer
 
 Report = dict[str, Any]

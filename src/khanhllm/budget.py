@@ -9,10 +9,11 @@ from typing import Any
 import psutil
 import torch
 
-from khanhllm.config import Config, UserError, resolve
+from khanhllm.config import Config, UserError
 from khanhllm.machine.cards import Card
 from khanhllm.machine.runtime import Machine
 from khanhllm.rehearsal import Rehearsal, rehearse
+from khanhllm.settings import resolve
 
 CONTEXT = 600_000_000
 """what CUDA and its libraries take on a card before a model is there (bytes, about)"""

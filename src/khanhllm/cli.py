@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from khanhllm.config import Config, Sampling, UserError, checked, did_you_mean, preset, preset_names, read_toml, resolve
+from khanhllm.config import Config, Sampling, UserError
+from khanhllm.settings import checked, did_you_mean, preset, preset_names, read_toml, resolve
 
 EXAMPLES = """examples:
   khanhllm demo                              the whole story in a few minutes, offline

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from khanhllm import draw, train
-from khanhllm.config import Config, Sampling, preset, resolve
+from khanhllm.config import Config, Sampling
 from khanhllm.evaluate import expert_load, held_out, score_windows
 from khanhllm.generate import write
 from khanhllm.saved import Saved, open_run
+from khanhllm.settings import preset, resolve
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from khanhllm import optim
-from khanhllm.config import Config, LossConfig, MachineConfig, OptimConfig, UserError, preset, preset_names, resolve
+from khanhllm.config import Config, LossConfig, MachineConfig, OptimConfig, UserError
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.model import Transformer
@@ -30,6 +30,7 @@ from khanhllm.model.moe import MoE
 from khanhllm.model.router import stack
 from khanhllm.objectives import even_load, load_balance, share_of_step
 from khanhllm.saved import open_run
+from khanhllm.settings import preset, preset_names, resolve
 
 LARGEST = 60_000_000
 """presets with more parameters are examined on a small copy of the same shape"""

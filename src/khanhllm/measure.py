@@ -16,10 +16,11 @@ import psutil
 import torch
 
 from khanhllm import optim, train
-from khanhllm.config import Config, UserError, resolve
+from khanhllm.config import Config, UserError
 from khanhllm.data.batches import Batch
 from khanhllm.machine.runtime import Machine, keep_freed_memory, open_machine
 from khanhllm.model.counts import flops_per_token
+from khanhllm.settings import resolve
 
 STEPS = 3
 

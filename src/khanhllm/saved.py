@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from khanhllm import checkpoint
-from khanhllm.config import Config, MachineConfig, UserError, read_toml, resolve
+from khanhllm.config import Config, MachineConfig, UserError
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
+from khanhllm.settings import read_toml, resolve
 from khanhllm.tokenizer import Tokenizer
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from khanhllm import budget, checkpoint, objectives, optim, schedule
-from khanhllm.config import Config, Sampling, UserError, read_toml, resolve, to_toml
+from khanhllm.config import Config, Sampling, UserError
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.maker import RECIPE
@@ -38,6 +38,7 @@ from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import active_parameters, flops_per_token, total_parameters
 from khanhllm.model.router import Routing, stack
+from khanhllm.settings import read_toml, resolve, to_toml
 from khanhllm.tokenizer import Tokenizer
 
 

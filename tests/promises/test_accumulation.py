@@ -7,8 +7,8 @@ import torch
 
 from conftest import build, plain_machine, tiny
 from khanhllm import objectives, train
-from khanhllm.config import resolve
 from khanhllm.data.batches import Batch
+from khanhllm.settings import resolve
 
 ROWS, CONTEXT = 8, 32
 GENERATOR = torch.Generator().manual_seed(3)

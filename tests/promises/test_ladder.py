@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 import khanhllm
 from conftest import build, tiny
 from khanhllm import checkpoint, doctor, evaluate, optim, train
-from khanhllm.config import MachineConfig, OptimConfig, Sampling, UserError, resolve
+from khanhllm.config import MachineConfig, OptimConfig, Sampling, UserError
 from khanhllm.generate import write
 from khanhllm.machine.runtime import open_machine
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.saved import open_run
+from khanhllm.settings import resolve
 
 HALVES = {"weights": "bf16"}
 RUNGS = {

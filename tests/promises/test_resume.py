@@ -11,7 +11,8 @@ import pytest
 
 from conftest import tiny
 from khanhllm import checkpoint, train
-from khanhllm.config import Config, UserError, resolve
+from khanhllm.config import Config, UserError
+from khanhllm.settings import resolve
 
 TIMING = {"tokens_per_s", "mfu", "waiting", "memory_mb", "seconds"}
 

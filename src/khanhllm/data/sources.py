@@ -21,8 +21,9 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
-from khanhllm.config import UserError, did_you_mean
+from khanhllm.config import UserError
 from khanhllm.data.names import common_folder, expanded, of_split, with_column, with_split
+from khanhllm.settings import did_you_mean
 
 TEXT = (".txt", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")

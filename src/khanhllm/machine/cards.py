@@ -6,7 +6,8 @@ Speed is dense bf16 throughput with fp32 accumulation (TFLOP/s); GeForce cards r
 import re
 from typing import NamedTuple
 
-from khanhllm.config import UserError, did_you_mean
+from khanhllm.config import UserError
+from khanhllm.settings import did_you_mean
 
 
 class Card(NamedTuple):

@@ -1,0 +1,120 @@
+"""Where a config comes from, and how it is kept.
+
+A preset (one TOML file, chosen by one word), perhaps a TOML file of the user's, perhaps `--section.key value` on the
+command line; later ones win. The run folder keeps the resolved `config.toml`, and that file alone reproduces the run.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from khanhllm.config import Config, Section, UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, as read from its TOML file."""
+    if name not in preset_names():
+        raise UserError(f"no preset named {name!r}{did_you_mean(name, preset_names())}; known: {_list(preset_names())}")
+    return read_toml(PRESETS / f"{name}.toml")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
+    """Merge settings, later ones win, and check them. Values may be strings, as typed on a command line."""
+    merged: dict[str, Any] = {}
+    for layer in (_keep_rows(merged, layer, where) for layer in layers):
+        for section, values in layer.items():
+            nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
+            merged[section] = {**merged[section], **values} if nested else values
+    return checked(Config, merged, where)
+
+
+def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A layer that says micro_batch = "auto", and no accumulation, keeps the rows per step of the layers before it."""
+    train = layer.get("train")
+    if not isinstance(train, Mapping) or train.get("micro_batch") != "auto" or "accumulation" in train:
+        return layer
+    rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
+    return {**layer, "train": {**train, "accumulation": rows}}
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
+    """The settings as a `kind`, or a UserError that names the first wrong key."""
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, kind)}") from None
+
+
+def explain(error: ValidationError, kind: type[Section]) -> str:
+    """The first thing wrong, in one line: which key, what is allowed, what was given."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"][:2])  # what follows is which of several types was tried
+    if first["type"] == "extra_forbidden":
+        for part in first["loc"][:-1]:
+            kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
+        known = list(kind.model_fields)
+        return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), known)}; known: {_list(known)}"
+    same = [other["msg"] for other in error.errors() if other["loc"][:2] == first["loc"][:2]]  # one for each type tried
+    message = ", or ".join(dict.fromkeys(same)).removeprefix("Value error, ")
+    given = first["input"]
+    if isinstance(given, Mapping | Section):
+        return f"{key}: {message}"
+    return f"{key}: {message[0].lower()}{message[1:]} (got {str(given)[:60]!r})"
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names)
+
+
+def to_toml(config: Config) -> str:
+    """The whole resolved config as TOML, each key with its explanation, readable by `read_toml`."""
+    lines = []
+    for section, values in config:
+        lines.append(f"[{section}]")
+        fields = type(values).model_fields
+        for key, value in values:
+            lines.append(f"# {' '.join((fields[key].description or '').split())}")
+            lines.append(f"{key} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | bool | int | float) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(_escape(char) for char in value) + '"'
+    return repr(value)
+
+
+def _escape(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    return char if char.isprintable() else f"\\U{ord(char):08X}"
