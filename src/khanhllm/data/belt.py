@@ -102,7 +102,7 @@ class Belt:
             if stopped.is_set():
                 return
             with suppress(FileNotFoundError):  # removed a moment ago by a child that had not heard yet
-                ids = np.memmap(path, dtype=np.dtype(self.recipe.dtype).newbyteorder("<"), mode="r")
+                ids = np.memmap(path, dtype=np.dtype(self.recipe.dtype).newbyteorder("<"), mode="r").view(np.ndarray)
                 break
         if sha256(ids.data).hexdigest() != made.shard.sha256:
             path.unlink(missing_ok=True)
@@ -110,10 +110,10 @@ class Belt:
         rows = self._rows(made)
         for index in range(start, rows):
             at = shuffled(index, rows, seed, (lap << 32) + nth) * self.context
-            row = ids[at : at + self.context + 1].astype(np.int64)
+            row = ids[at : at + self.context + 1]
             if row.max() >= self.vocab_size:
                 raise Starved(f"{path} holds an id beyond the vocabulary; remove the folder")
-            yield row
+            yield row.astype(np.int64)
 
 
 class _Child:
