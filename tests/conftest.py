@@ -3,10 +3,12 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from khanhllm import checkpoint
 from khanhllm.config import Config
 from khanhllm.machine import runtime
 from khanhllm.machine.runtime import Machine
@@ -39,6 +41,11 @@ def build(config: Config, seed: int = 0) -> Transformer:
     model = Transformer(config.model, config.loss.chunk)
     model.initialise(torch.Generator().manual_seed(seed))
     return model
+
+
+def save(run: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+    """A checkpoint, written at once."""
+    return checkpoint.write(run, checkpoint.snapshot(step, model, optimizer, state))
 
 
 def plain_machine() -> Machine:

@@ -9,12 +9,12 @@ ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
     config settings
     tokenizer data.names data.sources data.fetch data.documents data.shards data.writer data.executors data.maker
-    data.belt data.prepare data.batches objectives schedule
+    data.belt data.prepare data.batches objectives schedule guard
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
     machine.cards machine.triton_grouped machine.roads machine.runtime machine.signals machine.weights machine.fit
-    rounding adamw adamw8bit muon optim checkpoint draw log saved evaluate generate
-    rehearsal budget
+    rounding adamw adamw8bit muon optim checkpoint draw alarms terminal log saved evaluate generate
+    step rehearsal budget
     train
     doctor look demo measure plan contenders bench
     cli __main__

@@ -7,8 +7,9 @@ import torch
 from rich.console import Console
 
 from khanhllm.config import Config, UserError
-from khanhllm.log import FILE, Log, columns, panel
+from khanhllm.log import FILE, Log, columns
 from khanhllm.settings import resolve
+from khanhllm.terminal import panel
 
 
 def config(pattern="DMDM", experts=4, steps=100, every=10, tensorboard=False) -> Config:
@@ -53,7 +54,7 @@ def write(run: Path, steps, start=0, **options) -> str:
 
 def test_columns_are_the_contract():
     assert ",".join(columns([1, 3])) == (
-        "step,tokens,loss,balance,router_z,lr,grad_norm,val_ce,val_bpb,balance_L1,balance_L3,"
+        "step,tokens,loss,balance,router_z,lr,grad_norm,rejected,val_ce,val_bpb,balance_L1,balance_L3,"
         "tokens_per_s,mfu,waiting,memory_mb,seconds"
     )
 
@@ -66,7 +67,7 @@ def test_a_row_is_written_one_step_late(tmp_path):
         log.flush()
         log.flush()
         assert [line.split(",")[0] for line in lines(tmp_path)] == ["step", "1", "2", "3"]
-    assert lines(tmp_path)[1] == ("1,2048,10,1,0.25,0.001,0.333333343,,,1,1,3210.4,0.3142,0.0000,1204.3,0.50"), (
+    assert lines(tmp_path)[1] == ("1,2048,10,1,0.25,0.001,0.333333343,,,,1,1,3210.4,0.3142,0.0000,1204.3,0.50"), (
         "empty cells where nothing was measured"
     )
 
@@ -204,7 +205,7 @@ def test_a_model_without_mixture_layers_or_known_peak(tmp_path):
              "memory_mb": 7.0, "seconds": 1.0}  # fmt: skip
     with Log.open(tmp_path, config(pattern="DD", every=1), console=console) as log:
         log.add(spare)
-    assert lines(tmp_path)[1] == "1,9,2,,,0.001,1,,,5.0,,,7.0,1.00"
+    assert lines(tmp_path)[1] == "1,9,2,,,0.001,1,,,,5.0,,,7.0,1.00"
     assert printed(console) == "step 1/100  loss 2.0000  lr 1.0e-03  grad 1.00  5 tok/s  7 MB\n"
 
 
@@ -256,7 +257,7 @@ def test_what_the_panel_tells(tmp_path):
 
 def test_the_panel_is_drawn_a_few_times_a_second_only(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("khanhllm.log.panel", lambda *_: drawn.append(1) or "panel")
+    monkeypatch.setattr("khanhllm.terminal.panel", lambda *_: drawn.append(1) or "panel")
     with Log.open(tmp_path, config(steps=1000), console=screen()) as log:
         for step in range(1, 301):
             log.add(row(step))

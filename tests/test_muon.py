@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from conftest import build, tiny
-from khanhllm import muon, optim, train
+from khanhllm import muon, optim
 from khanhllm.config import OptimConfig
 from khanhllm.data.batches import Batch
 from khanhllm.settings import resolve
+from khanhllm.step import State, train_step
 
 SHAPES = [(32, 32), (16, 48), (48, 16)]
 
@@ -140,6 +141,6 @@ def test_the_schedule_scales_each_group_s_own_peak(machine):
     parts = SimpleNamespace(config=config, model=model, machine=machine, optimizer=optimizer, flops_per_token=1)
     ids_BT = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
     rows = iter([Batch(ids_BT[:, :-1], ids_BT[:, 1:], 2)])
-    _, row = train.train_step(parts, train.State(9, 0, torch.full((1, 4), 0.25)), rows)
+    _, row = train_step(parts, State(9, 0, torch.full((1, 4), 0.25)), rows)
     assert row["lr"] == pytest.approx(1e-3 * 10 / config.schedule.warmup)
     assert [group["lr"] / row["lr"] for group in optimizer.param_groups] == pytest.approx([50, 1, 1])

@@ -8,6 +8,7 @@ import torch
 
 from conftest import tiny
 from khanhllm import budget, cli, train
+from khanhllm import step as step_module
 from khanhllm.config import UserError
 from khanhllm.machine.cards import CARDS
 from khanhllm.settings import read_toml, resolve
@@ -105,7 +106,7 @@ def losses(run):
 
 def out_of_memory_at(step, kind, monkeypatch, times=1):
     """Memory runs out at the end of the first backward pass of a step, with half of the gradient already there."""
-    honest, left = train.accumulate, [times]
+    honest, left = step_module.accumulate, [times]
 
     def accumulate(parts, micro_batches, load_LE):
         result = honest(parts, micro_batches, load_LE)
@@ -114,7 +115,7 @@ def out_of_memory_at(step, kind, monkeypatch, times=1):
             raise kind
         return result
 
-    monkeypatch.setattr(train, "accumulate", accumulate)
+    monkeypatch.setattr(step_module, "accumulate", accumulate)
 
 
 @pytest.mark.parametrize(

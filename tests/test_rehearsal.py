@@ -7,12 +7,13 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from conftest import build, plain_machine, tiny
-from khanhllm import measure, optim, train
+from khanhllm import measure, optim, step
 from khanhllm.config import LossConfig
 from khanhllm.model.counts import flops_per_token
 from khanhllm.objectives import token_nll
 from khanhllm.rehearsal import Tape, rehearse
 from khanhllm.settings import resolve
+from khanhllm.step import Learner
 
 KINDS = [
     {"optim": {"name": "adamw"}},
@@ -29,14 +30,14 @@ def test_weights_gradients_and_state_are_exact(settings):
     precision = "bf16" if config.machine.weights == "bf16" else "fp32"
     foreseen = rehearse(config, precision, "cpu")
     machine = dataclasses.replace(plain_machine(), precision=precision)
-    parts = measure.bare_parts(config, machine)
+    learner = Learner.new(config, machine)
     seen = []
-    parts.optimizer.register_step_pre_hook(lambda *_: seen.append(measure._gradient_bytes(parts.model)))
-    list(measure._steps(parts, 1))
-    real = [*parts.model.parameters(), *parts.model.buffers()]
+    learner.optimizer.register_step_pre_hook(lambda *_: seen.append(measure._gradient_bytes(learner.model)))
+    list(measure._steps(learner, 1))
+    real = [*learner.model.parameters(), *learner.model.buffers()]
     assert foreseen.weights == sum(tensor.nbytes for tensor in real)
     assert foreseen.gradients == seen[0]
-    assert foreseen.optimizer == optim.state_bytes(parts.optimizer)
+    assert foreseen.optimizer == optim.state_bytes(learner.optimizer)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -45,13 +46,13 @@ def test_the_peak_of_a_backward_pass_is_that_of_real_tensors(style, checkpointin
     """The same tape over a real micro-batch: the code that trains, not the copy in the rehearsal."""
     config = resolve(tiny(style).model_dump(), {"machine": {"checkpointing": checkpointing}})
     foreseen = rehearse(config, "fp32", "cpu", update=False)
-    parts = measure.bare_parts(config, plain_machine())
-    batch = next(measure.random_rows(config, parts.machine.device))
+    learner = Learner.new(config, plain_machine())
+    batch = next(measure.random_rows(config, learner.machine.device))
     tape = Tape(config.model.vocab_size, cpu=True)
     with tape:
-        tape.name("weights", [*parts.model.parameters(), *parts.model.buffers()])
+        tape.name("weights", [*learner.model.parameters(), *learner.model.buffers()])
         start = len(tape.events)
-        train.accumulate(parts, [batch], train.start(parts).load_LE)
+        step.accumulate(learner, [batch], learner.start().load_LE)
     real = sum(tape.fullest(start, len(tape.events)).values())
     assert abs((foreseen.peak - foreseen.optimizer) / real - 1) < 0.02
 

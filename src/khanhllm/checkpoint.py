@@ -1,8 +1,10 @@
 """A checkpoint is a directory that appears whole or not at all.
 
-It is written aside as `step-N.tmp`, every file is forced to disk, `manifest.json` with sizes and sha256 comes last, and
-one rename publishes it. A reader takes the newest one whose every byte agrees with its manifest. Tensors are in
-safetensors and all else in JSON: nothing that is loaded can run code.
+It is written aside as `step-N.tmp`, every file is forced to disk and read back, `manifest.json` with sizes and sha256
+comes last, and one rename publishes it. A reader takes the newest one whose every byte agrees with its manifest.
+Tensors are in safetensors and all else in JSON: nothing that is loaded can run code.
+
+The training waits only for a copy of its tensors in memory; a thread writes that while it goes on.
 """
 
 import hashlib
@@ -11,37 +13,114 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from khanhllm.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 Say = Callable[[str], None]
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint will hold."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    """for JSON"""
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
+
+    def copied(self) -> "Snapshot":
+        """The same in the host's memory, untouched by what the training does next."""
+        model, optimizer = (
+            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.model, self.optimizer)
+        )
+        return replace(self, model=model, optimizer=optimizer)
+
+
+class Saver:
+    """Saves on a thread of its own, one checkpoint at a time, and keeps the newest `keep` of a run."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.run, self.keep = run, keep
+        self.failures = 0
+        """in a row"""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def begin(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Take what is to be saved, now. Where there is no memory for a copy, this waits until it is written."""
+        whole = snapshot(step, model, optimizer, state)
+        copy = psutil.virtual_memory().available > 1.5 * whole.bytes
+        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole)
+        if not copy:
+            wait([self._writing])
+
+    def outcome(self, patient: bool = False) -> Path | None:
+        """The checkpoint that was written since the last call, if any. Waits for it if `patient`.
+
+        Raises OSError if it could not be written.
+        """
+        if self._writing is None or not (patient or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        self.failures += 1
+        path = writing.result()
+        self.failures = 0
+        return path
+
+    def _write(self, whole: Snapshot) -> Path:
+        path = write(self.run, whole)
+        prune(self.run, self.keep)
+        return path
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """The tensors themselves, not copies."""
+    tensors, numbers = _flatten(model, optimizer)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
+
+
+def write(run: Path, whole: Snapshot) -> Path:
     """Write `run/checkpoints/step-N` and return it. Raises OSError (disk full, read-only, ...) and leaves nothing
     half-written behind; checkpoints that were there stay as they are."""
-    final = _folder(run, step)
+    final = _folder(run, whole.step)
     aside = final.with_suffix(".tmp")
     try:
-        _clear(run, "step-*.tmp")
-        _make_room(run, model, optimizer)
+        for left_over in final.parent.glob("step-*.tmp"):
+            shutil.rmtree(left_over)
+        _make_room(run, whole.bytes)
         aside.mkdir(parents=True)
-        tensors, numbers = _flatten(model, optimizer)
-        _save_tensors({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside / "model")
-        _save_tensors(tensors, aside / "optimizer")
-        _write_json(aside / "state.json", {"format": FORMAT, "step": step, "optimizer": numbers, **state})
+        _save_tensors(whole.model, aside / "model.safetensors")
+        _save_tensors(whole.optimizer, aside / "optimizer.safetensors")
+        _write_json(aside / "state.json", whole.state)
         _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
         _sync(aside)
         aside.replace(final)
         _sync(final.parent)
+        _sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from None
@@ -49,36 +128,43 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and those that were put aside."""
+    """Delete all but the newest `keep` checkpoints. Each was read back before it was published."""
     for old in _steps(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-    _clear(run, "step-*.rejected")
 
 
 def reject_after(run: Path, step: int) -> None:
-    """Put aside every checkpoint beyond `step`: broken ones, on a road that will be walked again."""
+    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again."""
     for path in _steps(run):
         if int(path.name[5:]) > step:
-            shutil.rmtree(path.with_suffix(".rejected"), ignore_errors=True)
-            path.replace(path.with_suffix(".rejected"))
+            fault = verify(path) or f"the run went back to step {step}"
+            aside = path.with_suffix(".rejected")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            (aside / "reason.txt").write_text(f"{fault}\n", encoding="utf-8")
 
 
 def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def newest(run: Path, say: Say = to_stderr) -> Path | None:
-    """The newest checkpoint that verifies; `say` hears of each one that does not. None if there is none at all.
+def newest(run: Path, say: Say = to_stderr, suits: Callable[[dict[str, Any]], bool] | None = None) -> Path | None:
+    """The newest checkpoint that verifies, and whose state `suits` if that is given; `say` hears of each one that does
+    not verify. None if there is none.
 
     Raises UserError if there are checkpoints but each of them is broken.
     """
     found = _steps(run)
+    whole = 0
     for path in found:
         fault = verify(path)
-        if fault is None:
+        if fault:
+            say(f"checkpoint {path.name} rejected: {fault}")
+        elif suits is None or suits(read_state(path)):
             return path
-        say(f"checkpoint {path.name} rejected: {fault}")
-    if found:
+        else:
+            whole += 1
+    if found and not whole:
         raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder (--run)")
     return None
 
@@ -155,24 +241,24 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     return tensors, {"class": type(optimizer).__name__, "state": numbers}
 
 
-def _clear(run: Path, pattern: str) -> None:
-    for path in (run / "checkpoints").glob(pattern):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _make_room(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _make_room(run: Path, needed: int) -> None:
     """Raise OSError now rather than after minutes of writing."""
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    needed = sum(tensor.nbytes for tensor in [*model.state_dict().values(), *state])
     free = shutil.disk_usage(run).free
     if free < needed:
         raise OSError(f"the disk of {run} has {free / 1e6:,.0f} MB free, a checkpoint takes {needed / 1e6:,.0f} MB")
 
 
-def _save_tensors(tensors: dict[str, Tensor], stem: Path) -> None:
-    path = stem.with_suffix(".safetensors")
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path)
     _sync(path)
+    with safe_open(path, framework="pt") as there:
+        for name, tensor in tensors.items():
+            if not torch.equal(_bytes(there.get_tensor(name)), _bytes(tensor.cpu())):
+                raise OSError(f"{path} reads back differently from what was written ({name}); is the disk sound?")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

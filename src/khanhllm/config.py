@@ -198,6 +198,16 @@ class LossConfig(Section):
     """rows of logits that exist at one time (tokens)"""
 
 
+class GuardConfig(Section):
+    spike: Rate = 10.0
+    """a step is rejected if its loss is above the median of the last 128 by more than so many robust standard
+    deviations, and by a nat; 0 rejects only what is not finite"""
+    patience: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """steps rejected in a row until the run goes back to its last good checkpoint"""
+    returns: Annotated[int, Field(ge=0, le=10_000)] = 2
+    """times it goes back until it stops (exit code 76)"""
+
+
 class MachineConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
@@ -258,6 +268,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    guard: GuardConfig = GuardConfig()
     machine: MachineConfig = MachineConfig()
     log: LogConfig = LogConfig()
 

@@ -14,11 +14,11 @@ from typing import Any, Self
 
 import torch
 
-from khanhllm import train
 from khanhllm.config import Config, ModelConfig
 from khanhllm.machine.runtime import Machine, open_machine
-from khanhllm.measure import bare_parts, random_rows
+from khanhllm.measure import random_rows
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
+from khanhllm.step import Learner, train_step
 
 OURS, TWIN = ["ours", "ours compiled"], "dense twin"
 HUGGING_FACE = [f"hf {experts}{compiled}" for compiled in ("", " compiled") for experts in ("eager", "grouped_mm")]
@@ -104,10 +104,10 @@ def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
     if name.startswith(TWIN):
         config = config.model_copy(update={"model": dense_twin(config.model)})
     machine = replace(machine, compile=name.endswith("compiled"))
-    parts = bare_parts(config, machine)
+    learner = Learner.new(config, machine)
     rows = random_rows(config, machine.device)
-    state = train.start(parts)
-    return lambda: train.train_step(parts, state, rows), total_parameters(parts.model), parts.flops_per_token
+    state = learner.start()
+    return lambda: train_step(learner, state, rows), total_parameters(learner.model), learner.flops_per_token
 
 
 def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:

@@ -8,19 +8,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import orjson
 import psutil
 import torch
 
-from khanhllm import optim, train
+from khanhllm import optim
 from khanhllm.config import Config, UserError
 from khanhllm.data.batches import Batch
 from khanhllm.machine.runtime import Machine, keep_freed_memory, open_machine
-from khanhllm.model.counts import flops_per_token
 from khanhllm.settings import resolve
+from khanhllm.step import Learner, train_step
 
 STEPS = 3
 
@@ -55,12 +54,12 @@ def three_steps(config: Config) -> Measurement:
     _warm_up(config, machine)
     gc.collect()
     process = psutil.Process().memory_info().rss
-    parts = bare_parts(config, machine)
+    learner = Learner.new(config, machine)
     keep_freed_memory(False)  # what a step needs, not what a small model's process keeps so as to be faster
-    model, optimizer = parts.model, parts.optimizer
+    model, optimizer = learner.model, learner.optimizer
     gradients: list[int] = []
     optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradient_bytes(model)))
-    rates = [row["tokens_per_s"] for row in _steps(parts, STEPS)]
+    rates = [row["tokens_per_s"] for row in _steps(learner, STEPS)]
     return Measurement(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         gradients=gradients[-1],
@@ -68,23 +67,6 @@ def three_steps(config: Config) -> Measurement:
         peak=round(machine.peak_memory() * 1e6) - (0 if cuda else process),
         process=process,
         tokens_per_s=statistics.median(rates[1:]),
-    )
-
-
-def bare_parts(config: Config, machine: Machine) -> train.Parts:
-    """What a step is made of, without data and without a folder."""
-    nobody = cast(Any, None)
-    model = train.new_model(config, machine)
-    return train.Parts(
-        config=config,
-        run=Path(),
-        machine=machine,
-        tokenizer=nobody,
-        train=nobody,
-        validation=nobody,
-        model=model,
-        optimizer=optim.build(model, config.optim, config.train.seed),
-        flops_per_token=flops_per_token(model),
     )
 
 
@@ -97,14 +79,14 @@ def _warm_up(config: Config, machine: Machine) -> None:
     small = {"pattern": "DM", "dim": 64, "heads": 2, "kv_heads": 0, "hidden": 64, "expert_hidden": 64, "context": 64}
     shape = {**small, "vocab_size": 512, "experts": 2, "experts_per_token": 1}
     tiny = resolve(config.model_dump(), {"model": shape, "train": {"micro_batch": 1, "accumulation": 1}})
-    list(_steps(bare_parts(tiny, machine), 1))
+    list(_steps(Learner.new(tiny, machine), 1))
 
 
-def _steps(parts: train.Parts, steps: int) -> Iterator[dict[str, Any]]:
-    state = train.start(parts)
-    rows = random_rows(parts.config, parts.machine.device)
+def _steps(learner: Learner, steps: int) -> Iterator[dict[str, Any]]:
+    state = learner.start()
+    rows = random_rows(learner.config, learner.machine.device)
     for _ in range(steps):
-        state, row = train.train_step(parts, state, rows)
+        state, row = train_step(learner, state, rows)
         yield row
 
 

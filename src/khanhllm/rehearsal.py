@@ -5,7 +5,7 @@ The real model, the real backward pass and the real optimizer run on fake tensor
 activations, custom gradients, autocast's copies and whatever else the code does are counted because they happen; a
 change of the model needs no change here. What it cannot see is inside a kernel: packing buffers and the like.
 
-A step as in `train.py`: micro-batch forward and backward, clip, update. Moments exist already, and so do gradients
+A step as in `step.py`: micro-batch forward and backward, clip, update. Moments exist already, and so do gradients
 where micro-batches are accumulated: it is the second step, not the first.
 """
 
@@ -187,7 +187,7 @@ def rehearse(config: Config, precision: str, device: str, update: bool = True) -
 def _gradient(
     model: Transformer, config: Config, machine: Machine, tape: Tape, ids_BT: Tensor, load_LE: Tensor
 ) -> None:
-    """One micro-batch of `train.accumulate`."""
+    """One micro-batch of `step.accumulate`."""
     tape.forward = True
     with machine.autocast():
         nll_BT, routings = model(ids_BT[:, :-1], ids_BT[:, 1:])

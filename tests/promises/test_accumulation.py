@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import build, plain_machine, tiny
-from khanhllm import objectives, train
+from khanhllm import objectives, step
 from khanhllm.data.batches import Batch
 from khanhllm.settings import resolve
 
@@ -25,8 +25,8 @@ def gradient(micro_batch: int, load: str, balance: float = 0.3, style: str = "mo
     model = build(config).double()
     parts = SimpleNamespace(config=config, model=model, machine=plain_machine())
     batches = [Batch(rows[:, :-1], rows[:, 1:], 0) for rows in IDS.split(micro_batch)]
-    state = train.State(0, 0, LAST_LOAD)
-    train.accumulate(parts, batches, train.load_for_balance(parts, state, batches))
+    state = step.State(0, 0, LAST_LOAD)
+    step.accumulate(parts, batches, step.load_for_balance(parts, state, batches))
     return [parameter.grad for parameter in model.parameters()]
 
 

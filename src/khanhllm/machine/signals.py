@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""the last two are what clusters send ahead of a time limit"""
+
 
 class Stop:
     """Set by a signal; the loop looks at it after each step. The second signal ends the process the usual way."""
@@ -19,7 +22,7 @@ class Stop:
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
     stop = Stop()
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in SIGNALS if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
     try:
         yield stop

@@ -1,0 +1,139 @@
+"""Nothing that is not finite reaches weights or moments; a run that went wrong returns to its last good checkpoint."""
+
+import random
+from math import inf, nan
+
+import pytest
+import torch
+from test_resume import config, outcome
+
+from conftest import tiny
+from khanhllm import checkpoint, train
+from khanhllm.guard import Diverged
+from khanhllm.machine.runtime import open_machine
+from khanhllm.measure import random_rows
+from khanhllm.settings import resolve
+from khanhllm.step import Learner, accumulate, train_step
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+def everything(learner):
+    moments = [v for state in learner.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    return [tensor.clone() for tensor in (*learner.model.state_dict().values(), *moments)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+def test_one_bad_number_in_any_gradient_changes_nothing(name, bad, monkeypatch):
+    settings = {"train": {"micro_batch": 1, "accumulation": 4}, "optim": {"name": name, "clip": 0}}
+    learner = Learner.new(resolve(tiny(dim=64).model_dump(), settings), open_machine(tiny().machine))
+    rows = random_rows(learner.config, learner.machine.device)
+    state, _ = train_step(learner, learner.start(), rows)
+    before = everything(learner)
+    chance = random.Random(0)
+    parameters = list(learner.model.parameters())
+    for _ in range(20):
+        one = chance.choice(parameters)
+        place = chance.randrange(one.numel())
+        hit = [chance.randrange(4)]  # the micro-batch in which it happens
+
+        def poison(grad, place=place, hit=hit):
+            hit[0] -= 1
+            if hit[0] == -1:
+                grad = grad.clone()
+                grad.view(-1)[place] = bad
+            return grad
+
+        hook = one.register_hook(poison)
+        state, row = train_step(learner, state, rows)
+        hook.remove()
+        assert row["fault"]
+        assert all(torch.equal(a, b) for a, b in zip(before, everything(learner), strict=True))
+    assert state.guard.rejected == 20
+    state, row = train_step(learner, state, rows)
+    assert not row["fault"]
+    assert not all(torch.equal(a, b) for a, b in zip(before, everything(learner), strict=True))
+
+
+def poisoned(monkeypatch, bad):
+    """Losses become NaN where `bad(cursor)` says so of the rows trained on before."""
+    from khanhllm import step
+
+    honest = step.accumulate
+
+    def accumulate_and_spoil(learner, micro_batches, load_LE):
+        nll, routing = honest(learner, micro_batches, load_LE)
+        return (nll * nan if bad(micro_batches[0].cursor) else nll), routing
+
+    monkeypatch.setattr(step, "accumulate", accumulate_and_spoil)
+
+
+def test_a_bad_step_is_passed_over(corpus, cache, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, lambda cursor: 20 < cursor <= 24)  # one step of four rows
+    train.run(config(corpus, cache), tmp_path / "run")
+    assert "step 6 is rejected: the loss is nan" in capsys.readouterr().out
+    _, rows = outcome(tmp_path / "run")
+    assert [row["rejected"] for row in rows] == ["0"] * 5 + ["1"] + ["0"] * 14
+    assert "step 6 is rejected" in (tmp_path / "run" / "messages.txt").read_text()
+
+
+def test_bad_steps_in_a_row_lead_back_and_beyond_the_rows(corpus, cache, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36)  # three steps
+    train.run(config(corpus, cache), tmp_path / "run")
+    assert "3 steps in a row were rejected; back to step 5, beyond the 16 rows since then" in capsys.readouterr().out
+    _, rows = outcome(tmp_path / "run")
+    assert [int(row["step"]) for row in rows] == list(range(1, 21))
+    assert [int(row["tokens"]) // 32 for row in rows] == [4 * step for step in range(1, 6)] + [
+        36 + 4 * step for step in range(1, 16)
+    ]
+
+
+def test_a_return_survives_stops(corpus, cache, tmp_path, monkeypatch):
+    """Killed at any step around the return, and resumed, it ends the same."""
+    poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36)
+    train.run(config(corpus, cache), tmp_path / "whole")
+    honest = train.train_step
+
+    class Killed(BaseException):
+        pass
+
+    for stop in (7, 8, 9, 11):
+
+        def dying(learner, state, rows, left=[stop]):  # noqa: B006
+            left[0] -= 1
+            if left[0] == -1:
+                raise Killed
+            return honest(learner, state, rows)
+
+        monkeypatch.setattr(train, "train_step", dying)
+        with pytest.raises(Killed):
+            train.run(config(corpus, cache), tmp_path / str(stop))
+        monkeypatch.setattr(train, "train_step", honest)
+        train.run(config(corpus, cache), tmp_path / str(stop), resume=True)
+        assert outcome(tmp_path / str(stop)) == outcome(tmp_path / "whole")
+
+
+def test_bad_from_the_first_step_it_stops_and_says_so(corpus, cache, tmp_path, monkeypatch):
+    poisoned(monkeypatch, lambda cursor: True)
+    with pytest.raises(Diverged, match=r"after 2 returns.*the beginning.*--optim\.lr") as caught:
+        train.run(config(corpus, cache), tmp_path / "run")
+    assert caught.value.exit_code == 76
+
+
+def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(corpus, cache, tmp_path, monkeypatch):
+    poisoned(monkeypatch, lambda cursor: cursor > 30)
+    with pytest.raises(Diverged, match=r"the last good state is that of step 5.*--resume"):
+        train.run(config(corpus, cache), tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000005"
+    monkeypatch.undo()
+    train.run(config(corpus, cache), tmp_path / "run", resume=True)
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+def test_accumulate_is_what_the_step_uses():
+    """The tests above spoil the name in its module."""
+    assert train_step.__globals__["accumulate"] is accumulate
