@@ -5,6 +5,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf, nan
 from statistics import fmean
@@ -100,7 +101,8 @@ class Terminal:
 
     def say(self, text: str) -> None:
         shown = Text(visible(text, self.console.encoding))
-        self.console.print(shown, soft_wrap=not self.live, markup=False, highlight=False, emoji=False)
+        with suppress(OSError):  # the output goes to a file whose disk is full: training goes on
+            self.console.print(shown, soft_wrap=not self.live, markup=False, highlight=False, emoji=False)
 
     def close(self) -> None:
         if not self.live:

@@ -4,8 +4,8 @@ import gzip
 import random
 
 import pytest
-from faulty_server import KINDS, FaultyServer
 
+from khanhllm.chaos.server import KINDS, FaultyServer
 from khanhllm.config import UserError
 from khanhllm.data import fetch as module
 from khanhllm.data.documents import _check_packed

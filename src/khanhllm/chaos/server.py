@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import unquote
 
 KINDS = ("refused", "reset", "stall", "404", "408", "429", "500", "503", "short", "wrong")
@@ -15,20 +16,21 @@ KINDS = ("refused", "reset", "stall", "404", "408", "429", "500", "503", "short"
 class FaultyServer:
     """`faults`: kinds of KINDS (or "" for none), one for each request for a file, taken from the front."""
 
-    def __init__(self, folder: Path, port: int = 0, etags: bool = True, stall: float = 1.0):
+    def __init__(self, folder: Path, port: int = 0, etags: bool = True, stall: float = 1.0) -> None:
         self.folder, self.etags, self.stall = Path(folder), etags, stall
         self.faults: list[str] = []
         self.log: list[tuple[str, str, str]] = []
         """(path, range asked for, fault)"""
         self.server = _Server(("127.0.0.1", port), _Handler)
         self.server.owner = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
 
@@ -37,17 +39,18 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     owner: FaultyServer
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         pass
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: _Server
 
-    def log_message(self, *_):
+    def log_message(self, *_: Any) -> None:
         pass
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         owner = self.server.owner
         fault = owner.faults.pop(0) if owner.faults else ""
         asked = self.headers.get("Range", "")
@@ -84,17 +87,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         self.wfile.write(body)
 
-    def do_HEAD(self):
+    def do_HEAD(self) -> None:
         self._say(200)
 
-    def _say(self, code):
+    def _say(self, code: int) -> None:
         self.send_response(code)
         if code == 429:
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _reset(self):
+    def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True

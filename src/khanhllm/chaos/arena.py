@@ -1,0 +1,150 @@
+"""Where faults are thrown: a tiny run on real text, in processes that can be killed, and what it leaves undisturbed."""
+
+import csv
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from khanhllm import checkpoint, train
+from khanhllm.config import Config, UserError
+from khanhllm.log import FILE, TIMING
+from khanhllm.settings import resolve
+
+PATIENCE = 120.0
+"""seconds in which any of these trainings ends, or hangs"""
+
+SHAPE = {"pattern": "DM", "dim": 32, "heads": 2, "hidden": 64, "experts": 4, "context": 32, "vocab_size": 400}
+TRAIN = {"steps": 60, "micro_batch": 2, "accumulation": 2, "eval_every": 10, "eval_tokens": 500, "save_every": 3}
+Outcome = tuple[dict[str, str], list[dict[str, str]]]
+
+# importing torch takes longer than a whole training here; one process does it, and all others are forked from that
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["khanhllm.chaos.arena"])
+
+
+class Arena:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.count = 0
+        corpus = root / "corpus"
+        corpus.mkdir()
+        for package in (json, logging, multiprocessing):
+            for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+                (corpus / f"{package.__name__}-{path.stem}.txt").write_bytes(path.read_bytes())
+
+    def config(self, **sections: Any) -> Config:
+        return resolve(
+            {
+                "model": SHAPE,
+                "data": {"source": str(self.root / "corpus"), "cache": str(self.root / "shards"), "workers": 1},
+                "train": {**TRAIN, "sample_tokens": 0},
+                "schedule": {"warmup": 5},
+                "machine": {"device": "cpu", "threads": 1},
+            },
+            sections,
+        )
+
+    def folder(self) -> Path:
+        """One that does not exist yet."""
+        self.count += 1
+        return self.root / f"run-{self.count}"
+
+    @cached_property
+    def undisturbed(self) -> tuple[Path, float]:
+        """The folder of a run that nothing happened to, and the seconds that it took."""
+        folder = self.folder()
+        end(self.start(self.config(), folder))  # prepares the shards
+        folder = self.folder()
+        begun = time.monotonic()
+        code = end(self.start(self.config(), folder))
+        if code:
+            raise UserError(f"the undisturbed run ended with {code}: {output(folder)[-300:]}")
+        return folder, time.monotonic() - begun
+
+    def finished(self, folder: Path) -> bool:
+        return (folder / "checkpoints" / f"step-{TRAIN['steps']:07d}").exists()
+
+    def start(self, config: Config, folder: Path, limit: int = 0) -> ForkServerProcess:
+        """A training in a process of its own, resumed if there is something to resume. limit: see `_train`."""
+        process = _processes.Process(target=_train, args=(config, folder, limit))
+        process.start()
+        return process
+
+
+def _train(config: Config, folder: Path, limit: int) -> None:
+    """What `khanhllm train` does. limit: largest file that may be written (bytes), as a quota sets it; 0 for none."""
+    os.setsid()
+    folder.mkdir(exist_ok=True)
+    written = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        train.run(config, folder, resume=(folder / "config.toml").exists())
+    except UserError as error:
+        with suppress(OSError):  # no room for it either
+            os.write(written, f"{error}\n".encode())
+        raise SystemExit(error.exit_code) from None
+
+
+def end(process: ForkServerProcess) -> int | None:
+    """Wait for a training; its exit code, negative for a signal, None if it hung and was killed."""
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def wait_until(true: Callable[[], Any], process: ForkServerProcess) -> bool:
+    """Whether something came true before the process ended."""
+    deadline = time.monotonic() + PATIENCE
+    while process.is_alive() and time.monotonic() < deadline:
+        if true():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def output(folder: Path) -> str:
+    return (folder / "output.txt").read_text("utf-8", "replace") if (folder / "output.txt").exists() else ""
+
+
+def outcome(folder: Path) -> Outcome:
+    """What the newest checkpoint holds, and the CSV but for what depends on time."""
+    newest = checkpoint.newest(folder)
+    if newest is None:
+        return {}, []
+    held = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in newest.glob("*.safetensors")}
+    held |= {key: str(value) for key, value in checkpoint.read_state(newest).items() if key != "folder"}
+    rows = list(csv.DictReader((folder / FILE).open(encoding="utf-8")))
+    return held, [{key: cell for key, cell in row.items() if key not in TIMING} for row in rows]
+
+
+def difference(ours: Outcome, expected: Outcome) -> str:
+    """What a disturbed run has otherwise than the undisturbed one; empty if nothing."""
+    other = [name for name in expected[0] if ours[0].get(name) != expected[0][name]]
+    if other:
+        return f"{', '.join(other)} differ from the undisturbed run's"
+    return "" if ours[1] == expected[1] else "the log differs from the undisturbed run's"
+
+
+def kill(process: ForkServerProcess) -> bool:
+    """kill -9, if it still lives."""
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    return alive

@@ -1,0 +1,53 @@
+"""Faults in the arithmetic: a number that is not finite, somewhere in the gradient of one micro-batch."""
+
+import random
+from collections.abc import Iterator
+from math import inf, nan
+
+import torch
+from torch import Tensor
+
+from khanhllm.chaos.arena import Arena
+from khanhllm.machine.runtime import open_machine
+from khanhllm.measure import random_rows
+from khanhllm.step import Learner, State, train_step
+
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+
+
+def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """NaN or infinity in one element of one gradient: no bit of weights and moments changes."""
+    learners = [_learner(arena, name) for name in OPTIMIZERS]
+    while True:
+        learner, state = chance.choice(learners)
+        parameter = chance.choice(list(learner.model.parameters()))
+        place, bad = chance.randrange(parameter.numel()), chance.choice([nan, inf, -inf])
+        micro_batch = chance.randrange(learner.config.train.accumulation)
+        seen = 0
+
+        def poison(grad: Tensor, micro_batch: int = micro_batch, place: int = place, bad: float = bad) -> Tensor:
+            nonlocal seen
+            seen += 1
+            if seen == micro_batch + 1:
+                grad = grad.clone()
+                grad.view(-1)[place] = bad
+            return grad
+
+        before = _everything(learner)
+        hook = parameter.register_hook(poison)
+        _, row = train_step(learner, state, random_rows(learner.config, learner.machine.device))
+        hook.remove()
+        same = all(torch.equal(old, new) for old, new in zip(before, _everything(learner), strict=True))
+        yield "" if row["fault"] and same else f"{bad} reached the state of {type(learner.optimizer).__name__}"
+
+
+def _learner(arena: Arena, optimizer: str) -> tuple[Learner, State]:
+    config = arena.config(optim={"name": optimizer}, model={"dim": 64})  # 8 bits begin at 4,096 weights
+    learner = Learner.new(config, open_machine(config.machine))
+    state, _ = train_step(learner, learner.start(), random_rows(config, learner.machine.device))
+    return learner, state
+
+
+def _everything(learner: Learner) -> list[Tensor]:
+    moments = [value for state in learner.optimizer.state.values() for value in state.values()]
+    return [t.clone() for t in (*learner.model.state_dict().values(), *moments) if isinstance(t, Tensor)]

@@ -1,0 +1,97 @@
+"""Throw seeded faults at a tiny run and count what it survives: the promises, rerun by anybody."""
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from khanhllm.chaos import belt, numbers, saves, trainers
+from khanhllm.chaos.arena import Arena
+from khanhllm.config import UserError
+
+Kind = Callable[[Arena, random.Random], Iterator[str]]
+KINDS: dict[str, tuple[Kind, int]] = {
+    "kill -9 of the trainer": (trainers.killed, 200),
+    "signals, five in a chain": (trainers.asked_to_stop, 250),
+    "a second run in the folder": (trainers.met_by_a_rival, 20),
+    "files that may not grow": (trainers.out_of_quota, 20),
+    "a save cut short": (saves.cut_short, 0),
+    "a damaged checkpoint": (saves.flipped, 500),
+    "NaN and infinity": (numbers.not_finite, 1000),
+    "network faults": (belt.failing_network, 500),
+    "deaths of maker and server": (belt.dying_helpers, 100),
+}
+"""each with its share of the faults; a save is cut short at every system call that it makes"""
+LONG = sum(share for _, share in KINDS.values())
+
+
+@dataclass
+class Tally:
+    faults: int = 0
+    survived: int = 0
+    seconds: float = 0.0
+    first: str = ""
+    """what went wrong first"""
+
+
+def run(seed: int, faults: int, minutes: float, console: Console | None = None) -> int:
+    """Print a table of the kinds of faults, how many were thrown and survived. Returns how many were not.
+
+    minutes: no fault is begun after so many; 0 for no limit. The same seed throws the same faults.
+    """
+    console = console or Console()
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    tallies: dict[str, Tally] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="khanhllm-chaos-") as folder,
+        console.status("an undisturbed run") as status,
+    ):
+        arena = Arena(Path(folder).resolve())
+        arena.undisturbed  # noqa: B018
+        for name, (kind, share) in KINDS.items():
+            number = _number(name, share, faults, arena)
+            tally = tallies[name] = Tally()
+            begun = time.monotonic()
+            for fault in islice(kind(arena, random.Random(f"{seed}/{name}")), number):
+                tally.faults += 1
+                tally.survived += not fault
+                tally.first = tally.first or fault
+                status.update(f"{name}: {tally.survived} of {tally.faults} survived, {number} to be thrown")
+                if time.monotonic() > deadline:
+                    break
+            tally.seconds = time.monotonic() - begun
+    console.print(_table(tallies, seed))
+    for name, tally in tallies.items():
+        if tally.first:
+            console.print(f"{name}: {tally.first}", markup=False)
+    return sum(tally.faults - tally.survived for tally in tallies.values())
+
+
+def _number(name: str, share: int, faults: int, arena: Arena) -> int:
+    if share:
+        return max(1, round(share * faults / LONG))
+    every = saves.boundaries(arena)
+    return min(every, max(1, round(every * faults / LONG))) if every else 0
+
+
+def _table(tallies: dict[str, Tally], seed: int) -> Table:
+    table = Table(title=f"khanhllm chaos --seed {seed}", title_justify="left")
+    for column in ("fault", "thrown", "survived", "seconds", ""):
+        table.add_column(column, justify="left" if column in ("fault", "") else "right")
+    for name, tally in tallies.items():
+        verdict = "ok" if tally.faults and tally.survived == tally.faults else "FAILED" if tally.faults else "not here"
+        table.add_row(name, f"{tally.faults:,}", f"{tally.survived:,}", f"{tally.seconds:.0f}", verdict)
+    return table
+
+
+def checked(seed: int, faults: int, minutes: float) -> int:
+    """Exit code of the command: 1 if a fault was not survived. UserError for numbers without sense."""
+    if faults < 1 or minutes < 0:
+        raise UserError("--faults must be at least 1 and --minutes at least 0")
+    return 1 if run(seed, faults, minutes) else 0

@@ -1,0 +1,100 @@
+"""Faults that meet a training as a whole: killed, asked to stop, met by a rival, out of its quota.
+
+Each kind is a generator: it throws one fault after the other, and yields for each what went wrong, empty if nothing.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from khanhllm import checkpoint
+from khanhllm.chaos.arena import Arena, difference, end, kill, outcome, output, wait_until
+from khanhllm.log import FILE
+
+TOGETHER = 5
+"""faults in one run"""
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")]
+
+
+def killed(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """kill -9 of the trainer at a random moment; in the end nothing may tell that run from the undisturbed one."""
+    calm, seconds = arena.undisturbed
+    while True:
+        folder = arena.folder()
+        kills = 0
+        while kills < TOGETHER and not arena.finished(folder):
+            process = arena.start(arena.config(), folder)
+            process.join(chance.uniform(0, seconds))
+            kills += kill(process)
+        yield from [_to_the_end(arena, folder, calm)] * kills
+
+
+def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """A signal at a random moment, again and again: each run saves the step that it is at, the last equals the calm
+    one."""
+    calm, seconds = arena.undisturbed
+    while True:
+        folder = arena.folder()
+        faults: list[str] = []
+        while len(faults) < TOGETHER and not arena.finished(folder):
+            process = arena.start(arena.config(), folder)
+            wait_until(partial(_rows_beyond, folder, _rows(folder)), process)  # it has begun to train
+            time.sleep(chance.uniform(0, seconds / TOGETHER / 2))
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, chance.choice(SIGNALS))
+            code = end(process)
+            newest = checkpoint.newest(folder)
+            at = int(newest.name[5:]) if newest else 0
+            faults.append("" if code == 0 and at == _rows(folder) else f"exit code {code}, saved step {at}")
+        last = _to_the_end(arena, folder, calm)
+        yield from [fault or last for fault in faults]
+
+
+def met_by_a_rival(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """A second training in the same folder is refused, and does no harm to the first."""
+    calm, _ = arena.undisturbed
+    while True:
+        folder = arena.folder()
+        process = arena.start(arena.config(), folder)
+        wait_until(partial(_rows_beyond, folder, 0), process)
+        code = end(arena.start(arena.config(), folder))
+        told = "another training is at work" in output(folder)
+        first = end(process)
+        if code != 2 or not told:
+            yield f"the rival ended with {code}"
+        else:
+            yield f"the first ended with {first}" if first else difference(outcome(folder), outcome(calm))
+
+
+def out_of_quota(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """No file may grow beyond a random size: the run stops in words, and goes on once it has room."""
+    calm, _ = arena.undisturbed
+    newest = checkpoint.newest(calm)
+    assert newest
+    most = max(path.stat().st_size for path in newest.iterdir())
+    while True:
+        folder = arena.folder()
+        code = end(arena.start(arena.config(), folder, limit=chance.randrange(1, most)))
+        fault = "" if code == 2 and "Traceback" not in output(folder) else f"exit code {code} without room"
+        yield fault or _to_the_end(arena, folder, calm)
+
+
+def _to_the_end(arena: Arena, folder: Path, calm: Path) -> str:
+    """Let a run come to its end, and compare."""
+    code = 0 if arena.finished(folder) else end(arena.start(arena.config(), folder))
+    if code:
+        return f"exit code {code}: {output(folder)[-200:]}"
+    return difference(outcome(folder), outcome(calm))
+
+
+def _rows(folder: Path) -> int:
+    path = folder / FILE
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+
+
+def _rows_beyond(folder: Path, number: int) -> bool:
+    return _rows(folder) > number

@@ -1,0 +1,73 @@
+"""A small storm of each kind is survived; and chaos finds what is broken on purpose."""
+
+import os
+import random
+import shutil
+from itertools import islice
+
+import pytest
+
+from khanhllm import checkpoint, cli
+from khanhllm.chaos import belt, numbers, saves, trainers
+from khanhllm.chaos.arena import Arena
+from khanhllm.guard import Guard
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    return Arena(tmp_path_factory.mktemp("arena"))
+
+
+def thrown(kind, arena, number):
+    return list(islice(kind(arena, random.Random(0)), number))
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (trainers.killed, 5),
+        (trainers.asked_to_stop, 5),
+        (trainers.met_by_a_rival, 1),
+        (trainers.out_of_quota, 1),
+        (saves.flipped, 100),
+        (numbers.not_finite, 60),
+        (belt.failing_network, 40),
+        (belt.dying_helpers, 5),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_it_is_survived(kind, number, arena):
+    assert thrown(kind, arena, number) == [""] * number
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace stops a process at a system call")
+def test_a_save_cut_short_is_survived(arena):
+    assert saves.boundaries(arena) > 50
+    assert thrown(saves.cut_short, arena, 6) == [""] * 6
+
+
+def test_a_blind_verification_is_found_out(arena, monkeypatch):
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
+    assert any("was not found" in fault for fault in thrown(saves.flipped, arena, 20))
+
+
+def test_a_guard_that_sleeps_is_found_out(arena, monkeypatch):
+    monkeypatch.setattr(Guard, "fault", lambda *_: "")
+    assert all("reached the state" in fault for fault in thrown(numbers.not_finite, arena, 5))
+
+
+def test_the_command_prints_a_table(capsys, monkeypatch):
+    from khanhllm.chaos import run
+
+    monkeypatch.setattr(run, "KINDS", {"damage": (saves.flipped, 1), "numbers": (numbers.not_finite, 1)})
+    monkeypatch.setattr(run, "LONG", 2)
+    assert cli.main(["chaos", "--seed", "3", "--faults", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "khanhllm chaos --seed 3" in printed
+    assert printed.count("ok") == 2
+    monkeypatch.setattr(Guard, "fault", lambda *_: "")
+    assert cli.main(["chaos", "--faults", "10"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert cli.main(["chaos", "--faults", "0"]) == 2
