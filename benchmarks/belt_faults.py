@@ -185,7 +185,7 @@ def made(folder: Path, url: str, tokenizer: Tokenizer, shards: int) -> list[str]
     folder.mkdir()
     while not (folder / "manifest.json").exists():
         try:
-            lay(folder, locate(source(url)), tokenizer, 0.05, 1000, 0)
+            lay(folder, source(url), [(locate(source(url)), 1.0)], tokenizer, 0.05, 1000, 0, 60)
         except UserError as error:
             print(f"given up and begun again: {error}")
     hashes: list[str] = []

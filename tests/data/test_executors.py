@@ -117,10 +117,10 @@ def test_slurm_gets_an_array_and_the_same_command_publishes(corpus, tmp_path, ex
     TOKENIZER.save(tmp_path / "tokenizer.json")
     command = ["prepare", "--data", str(corpus), "--tokenizer", str(tmp_path / "tokenizer.json"), "--validation", "0.1"]
     command += ["--out", str(tmp_path / "out"), "--executor", "slurm", "--tasks", "2", "--partition", "cpu"]
-    command += ["--time", "1:00:00"]
+    command += ["--time", "1:00:00", "--cpus", "3", "--mem-per-cpu", "5"]
     assert main(command) == 0
     submitted = (slurm / "job").read_text(encoding="utf-8")
-    for line in ("--array=0-1", "--partition=cpu", "--time=1:00:00"):
+    for line in ("--array=0-1", "--partition=cpu", "--time=1:00:00", "--cpus-per-task=3", "--mem-per-cpu=5G"):
         assert re.search(f"^#SBATCH {line}$", submitted, re.M), submitted
     assert "0 of 5 groups are done" in capfd.readouterr().err
     run_tasks(slurm, [1])
@@ -143,6 +143,7 @@ def test_what_cannot_work_is_said_at_once(corpus, tmp_path, monkeypatch):
         (Place("slurm", partition="cpu"), 0, "needs the command sbatch"),
         (Place("cloud"), 0, "must be local, slurm or ray"),
         (Place(tasks=-1), 0, "tasks must be 0 or more"),
+        (Place(cpus=0), 0, "cpus and mem-per-cpu must be 1 or more"),
     ):
         with pytest.raises(UserError, match=said):
             prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, tokens=tokens, place=place)

@@ -106,13 +106,14 @@ def lay(
     validation: float,
     shard_tokens: int,
     most: int,
+    patience: float,
 ) -> None:
     """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
 
-    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. Raises UserError if they
-    have not at least two different texts.
+    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. patience: seconds
+    without any answer from the network. Raises UserError if they have not at least two different texts.
     """
-    texts, threshold = _validation(folder, name, sources, validation)
+    texts, threshold = _validation(folder, name, sources, validation, patience)
     tokenizer.save(folder / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
     with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
@@ -158,14 +159,14 @@ class _Held(NamedTuple):
 
 
 def _validation(
-    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float
+    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float, patience: float
 ) -> tuple[list[str], int]:
     """The validation texts of all components and the hash below which no text is trained on.
 
     A corpus too small for chance gives its lowest hash.
     """
     parts = [
-        _held_out(source, validation, weight * HELD_OUT, _spool(folder, nth))
+        _held_out(source, validation, weight * HELD_OUT, Reader(source, [], _spool(folder, nth), patience))
         for nth, (source, weight) in enumerate(sources)
     ]
     least = min(parts, key=lambda part: part.lowest)
@@ -175,13 +176,12 @@ def _validation(
     return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
 
 
-def _held_out(source: Source, validation: float, most: float, spool: Path) -> _Held:
+def _held_out(source: Source, validation: float, most: float, reader: Reader) -> _Held:
     """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
     threshold = 0 if source.validation else int(validation * HASHES)
     files = source.validation or source.files
     texts: list[str] = []
     size, lowest, highest, lowest_text = 0, HASHES, -1, ""
-    reader = Reader(source, [], spool)
     for document in (document for name in files for document in reader.read_file(name)):
         raw = document.text.encode()
         value = text_hash(raw)

@@ -220,7 +220,7 @@ def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_siz
             )
             return
         with aside(folder) as new:
-            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens)
+            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, data.patience)
             new.rename(folder)
 
 
