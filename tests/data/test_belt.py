@@ -13,7 +13,7 @@ import pytest
 
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data import belt as module
-from khanhllm.data import maker, prepare
+from khanhllm.data import maker, prepare, pulse
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.maker import RECIPE, Maker, Recipe
 from khanhllm.data.prepare import ensure
@@ -159,9 +159,62 @@ def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
 
 def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    with pytest.raises(Starved, match="died 4 times in a row") as caught:
+    with pytest.raises(Starved, match="died or hung 4 times in a row") as caught:
         rows(lay(), 1)
     assert caught.value.exit_code == 75
+
+
+def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch):
+    whole = rows(lay(), 150)
+    monkeypatch.setattr(pulse, "SILENT", 4.0)
+    belt, found, stopped = lay("stopped"), [], []
+    stream = belt.rows_from(0, 0, threading.Event())
+    for number in range(150):
+        if number == 1:
+            stopped = children()
+            for child in stopped:
+                os.kill(child.pid, signal.SIGSTOP)
+            for path in belt.folder.glob("train-*"):  # what it has made ahead would do for a while
+                if path.name > "train-00001":
+                    path.unlink()
+        found.append(next(stream).tobytes())
+    stream.close()
+    assert found == whole and len(stopped) == 1 and not stopped[0].is_running()
+    assert not children() and not list(belt.folder.glob(".train-*"))
+
+
+def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
+    belt = lay()
+    (belt.folder / "tokenizer.json").rename(belt.folder / "away")
+    os.mkfifo(belt.folder / "tokenizer.json")  # to open it takes for ever
+    impatient = "import sys; from khanhllm.data import maker; maker.WORK = -4; sys.exit(maker.main(sys.argv[3:]))"
+    python = tmp_path / "python"  # called with -m khanhllm.data.maker; with a patience of 5 it hangs after 1 s
+    python.write_text(f'#!/bin/sh\nexec {module.sys.executable} -c "{impatient}" "$@"\n', "utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(python))
+    monkeypatch.setattr(module, "TRIES", 0)
+    monkeypatch.setattr(pulse, "SILENT", 4.0)
+    with pytest.raises(Starved, match="died or hung 1 times in a row"):
+        rows(belt, 1)
+
+
+def test_slow_work_beats_and_work_that_shows_nothing_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(pulse, "BEAT", 0.01)
+    monkeypatch.setattr(pulse, "SILENT", 0.3)
+    seen = pulse.Pulse(tmp_path, 1)
+    work = iter(range(10**9))
+    getting_on = threading.Event()
+    getting_on.set()
+    pulse.beat(pulse.pulse_path(tmp_path, 1), lambda: next(work) if getting_on.is_set() else -1, 0.3)
+    deadline = time.monotonic() + 1.2
+    while time.monotonic() < deadline:
+        assert not seen.silent()
+        time.sleep(0.01)
+    getting_on.clear()
+    time.sleep(0.5)
+    assert not seen.silent()  # it was heard since the last look
+    time.sleep(0.4)
+    assert seen.silent()
 
 
 def test_a_bad_file_stops_the_run_in_one_line(corpus, lay):

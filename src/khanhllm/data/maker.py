@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, count, islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
+from khanhllm.data.pulse import WORK, beat, pulse_path
 from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, Shard, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.writer import HASHES, Growing, batched, cores, text_hash
@@ -218,6 +220,8 @@ class Maker:
         self.readers = [Reader(source, [], _spool(folder, nth), patience) for nth, source in enumerate(self.sources)]
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.held_out = frozenset(self.recipe.held_out)
+        self.read = 0
+        """documents so far, also those only passed over; a sign of progress"""
         self.nth = -1
         self.stream: Iterator[tuple[np.ndarray, int, Place]] = iter(())
 
@@ -295,7 +299,10 @@ class Maker:
             for file in range(begin.file, len(source.files)):
                 first = begin.document if file == begin.file else 0
                 documents = self.readers[nth].read_file(source.files[file])
-                for number, document in enumerate(islice(documents, first, None), first):
+                for number, document in enumerate(documents):
+                    self.read += 1
+                    if number < first:
+                        continue
                     raw = document.text.encode()
                     value = text_hash(raw)
                     if value >= self.recipe.threshold and value not in self.held_out:
@@ -313,9 +320,16 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
     """Keep shards ready: the one that is being used up and `ahead` after it; remove others beyond `disk` bytes."""
+    turns, maker = 0, None
+
+    def sign() -> tuple[int, ...]:
+        return turns, maker.read if maker else 0, *_sizes(folder / "spool")
+
+    beat(pulse_path(folder, os.getpid()), sign, patience + WORK)
     maker = Maker(folder, patience)
     notes: list[Made] = []
     while True:
+        turns += 1
         while note_path(folder, len(notes)).exists() and not (notes and notes[-1].last):
             notes.append(Made.read(note_path(folder, len(notes))))
         whole = bool(notes) and notes[-1].last
@@ -328,6 +342,15 @@ def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable
             _clear(folder, notes, window, disk)
         else:
             time.sleep(GLANCE)
+
+
+def _sizes(spool: Path) -> list[int]:
+    """Of the downloads that are under way (bytes)."""
+    found = []
+    for path in spool.rglob("*.part"):
+        with suppress(FileNotFoundError):  # it is whole by now
+            found.append(path.stat().st_size)
+    return found
 
 
 def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> None:
