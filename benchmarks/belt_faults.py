@@ -34,7 +34,8 @@ from khanhllm import train
 from khanhllm.config import UserError
 from khanhllm.data import fetch
 from khanhllm.data.documents import Reader
-from khanhllm.data.maker import Maker, lay
+from khanhllm.data.laying import lay
+from khanhllm.data.maker import Maker
 from khanhllm.data.sources import locate
 from khanhllm.settings import resolve
 from khanhllm.tokenizer import Tokenizer

@@ -5,30 +5,25 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from itertools import islice
 
 import numpy as np
 import psutil
 import pytest
+from faulty_server import FaultyServer
+from words import TOKENIZER, lines, text
 
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data import belt as module
-from khanhllm.data import maker, prepare, pulse
+from khanhllm.data import documents, laying, prepare, pulse
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.maker import RECIPE, Maker, Recipe
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import Shards
 from khanhllm.data.writer import text_hash
-from khanhllm.tokenizer import train
 
-WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
-TOKENIZER = train([" ".join(WORDS)] * 3, 300)
 CONTEXT = 16
-
-
-def text(number, length=40):
-    chosen = np.random.default_rng(number).choice(WORDS, length)
-    return f"{number} {' '.join(chosen)}"
 
 
 @pytest.fixture
@@ -36,8 +31,7 @@ def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for part in range(4):
-        lines = "".join(json.dumps({"text": text(part * 50 + line)}) + "\n" for line in range(50))
-        (folder / f"{part}.jsonl").write_text(lines, "utf-8")
+        (folder / f"{part}.jsonl").write_text(lines(text(part * 50 + line) for line in range(50)), "utf-8")
     return folder
 
 
@@ -99,7 +93,7 @@ def test_it_goes_on_at_any_cursor_with_shards_removed_or_not(lay):
 
 def test_a_corpus_of_a_few_rows_stopped_at_each_step_over_three_laps(tmp_path, lay):
     path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps({"text": text(number, 12)}) + "\n" for number in range(30)), "utf-8")
+    path.write_text(lines(text(number, 12) for number in range(30)), "utf-8")
     belt = lay("few", shard_tokens=256, source=path)
     lap = len(all_rows(belt))
     whole = rows(belt, 3 * lap)
@@ -126,6 +120,26 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
         (belt.folder / f"train-{nth:05d}.bin").unlink()
         Maker(belt.folder, 5.0).make(nth)
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
+
+
+@pytest.mark.parametrize("kept", [2**31, 0])
+def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(laying, "KEPT", kept)
+    monkeypatch.setattr(prepare, "KEPT", kept)
+    patient, fetch = [], documents.fetch
+    monkeypatch.setattr(documents, "fetch", lambda *a, **more: patient.append(more["patience"]) or fetch(*a, **more))
+    with FaultyServer(corpus) as server:
+        source = f"{server.url}/{{0..3}}.jsonl"
+        data = DataConfig(source=source, cache=str(tmp_path), validation=0.1, shard_tokens=1000, patience=7)
+        folder = ensure(data, 300, 1000)
+        assert set(patient) == {7}
+        waiting = [path for path in (folder / "spool").rglob("*") if path.is_file()]
+        all_rows(Belt(folder, CONTEXT, 1, 10**9, 5.0))
+        asked = Counter(path for path, _, _ in server.log)
+    assert not [path for path in (folder / "spool").rglob("*") if path.is_file()]
+    # the first file is also knocked at
+    assert {asked[f"/{nth}.jsonl"] for nth in (1, 2, 3)} == ({1} if kept else {3})
+    assert len(waiting) == (4 if kept else 0)
 
 
 def test_a_source_that_changed_is_noticed(corpus, lay):
@@ -269,8 +283,7 @@ def mixture(tmp_path):
         (tmp_path / name).mkdir()
         for part in range(2):
             texts = (f"{name[0]} {text(part * number + line, 10 + line % 50)}" for line in range(number))
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            (tmp_path / name / f"{part}.jsonl").write_text(lines, "utf-8")
+            (tmp_path / name / f"{part}.jsonl").write_text(lines(texts), "utf-8")
     return ", ".join(f"{tmp_path / name}:{share}" for name, share in SHARES.items())
 
 
@@ -318,7 +331,7 @@ def test_a_mixture_ends_with_the_tokens_that_are_asked_for(mixture, lay):
 def test_no_text_of_a_mixture_is_on_both_sides(mixture, tmp_path, lay, monkeypatch):
     (tmp_path / "small" / "copies.jsonl").write_text((tmp_path / "large" / "0.jsonl").read_text("utf-8"), "utf-8")
     for limit in (2**21, 20_000):
-        monkeypatch.setattr(maker, "HELD_OUT", limit)
+        monkeypatch.setattr(laying, "HELD_OUT", limit)
         belt = lay(f"cache {limit}", source=mixture, tokens=20_000)
         all_rows(belt)
         held = texts_of(belt.folder / "validation-00000.bin")

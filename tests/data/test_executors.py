@@ -1,13 +1,12 @@
 """Laws of executors: neither they nor the number of tasks show in the shards, and nothing finished is done again."""
 
 import gzip
-import json
 import os
 import re
 import subprocess
 
-import numpy as np
 import pytest
+from words import TOKENIZER, lines, text
 
 from khanhllm.cli import main
 from khanhllm.config import UserError
@@ -16,10 +15,6 @@ from khanhllm.data.executors import Place
 from khanhllm.data.prepare import prepare
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source
-from khanhllm.tokenizer import train
-
-WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
-TOKENIZER = train([" ".join(WORDS)] * 3, 300)
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +28,9 @@ def small_groups(monkeypatch):
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
-    choose = np.random.default_rng(0)
     for part in range(5):
-        lines = "".join(
-            json.dumps({"text": f"{part} {line} {' '.join(choose.choice(WORDS, 30))}"}) + "\n" for line in range(60)
-        )
-        (folder / f"{part}.json.gz").write_bytes(gzip.compress(lines.encode()))
+        content = lines(text(part * 60 + line, 30) for line in range(60))
+        (folder / f"{part}.json.gz").write_bytes(gzip.compress(content.encode()))
     return folder
 
 

@@ -52,17 +52,24 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
     name = "KhanhLLM documents"
 
     def __init__(
-        self, source: Source, groups: list[tuple[str, ...]], spool: Path | None = None, patience: float = 600.0
+        self,
+        source: Source,
+        groups: list[tuple[str, ...]],
+        spool: Path | None = None,
+        patience: float = 600.0,
+        keep: int = 0,
     ) -> None:
         """spool: folder for downloads that survives this process, so that they are not begun again; else a passing one.
 
-        patience: seconds without any answer from the network until it is given up.
+        patience: seconds without any answer from the network until it is given up. keep: downloads that stay in the
+        spool after they were read to their end (bytes), for another reader.
         """
         super().__init__(DataFolder(source.root if not is_remote(source.root) else "/", fs=LocalFileSystem()))
         self.source = source
         self.groups = groups
         self.spool = spool
         self.patience = patience
+        self.keep = keep
         self.blank = 0
         """documents without a word in them, which were left out"""
 
@@ -85,7 +92,9 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             path.parent.mkdir(parents=True, exist_ok=True)
             _bring(where, path, self.patience)
             yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where)
-            shutil.rmtree(path.parent, ignore_errors=True)
+            self.keep -= path.stat().st_size
+            if self.keep <= 0:
+                shutil.rmtree(path.parent, ignore_errors=True)
 
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
