@@ -1,11 +1,13 @@
 """The belt under fire: does every row come once and in order, whatever is killed and whatever the network does?
 
     python benchmarks/belt_faults.py [--runs 50] [--stops 5] [--faults 500] [--seed 0] [--out FILE]
+    python benchmarks/belt_faults.py --every-step [--out FILE]
 
 kills: real trainings from an HTTP server, each stopped at random times by kill -9 of the trainer, of the process that
 makes shards, or of the server, and resumed; losses of all steps and final weights are compared with those of a run that
 nothing disturbed. faults: shards made over a network that fails in ten ways, compared by sha256 with those of a
-network that does not.
+network that does not. every step: a belt of 37 rows, read for three laps and stopped after each of its 111 rows, with
+all its shards taken away each time, gives the rows of a belt that was not stopped.
 """
 
 import argparse
@@ -22,17 +24,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
 from faulty_server import KINDS, FaultyServer
+from words import TOKENIZER, lines, text
 
 from khanhllm import train
 from khanhllm.config import UserError
 from khanhllm.data import fetch
+from khanhllm.data.belt import Belt
 from khanhllm.data.documents import Reader
 from khanhllm.data.laying import lay
 from khanhllm.data.maker import Maker
@@ -230,23 +236,52 @@ def faults(root: Path, number: int, tokenizer: Tokenizer, chance: random.Random)
     return {"rounds": rounds, "equal": equal, "faults": dict(seen), "shards_each": len(expected)}
 
 
+def every_step(root: Path) -> dict[str, Any]:
+    (root / "few.jsonl").write_text(lines(text(number, 12) for number in range(30)), "utf-8")
+    folder = root / "belt"
+    folder.mkdir()
+    few = str(root / "few.jsonl")
+    lay(folder, few, [(locate(few), 1.0)], TOKENIZER, 0.1, 256, 0, 60)
+    belt = Belt(folder, 16, 1, 10**9, 60)
+
+    def rows(number: int, cursor: int) -> list[bytes]:
+        stream = belt.rows_from(cursor, 0, Event())
+        found = [row.tobytes() for row in islice(stream, number)]
+        stream.close()  # kills the child
+        return found
+
+    whole = rows(111, 0)
+    if belt.laps(111 * 16) != 3:
+        raise SystemExit("the corpus has not 37 rows")
+    equal, started = 0, time.monotonic()
+    for cursor, expected in enumerate(whole):
+        for shard in folder.glob("train-*.bin"):
+            shard.unlink()
+        equal += rows(1, cursor) == [expected]
+    return {"stops": len(whole), "equal": equal, "seconds": round(time.monotonic() - started)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every-step", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("belt_faults.json"))
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        tokenizer = corpus(root / "corpus")
-        found = {
-            "seed": options.seed,
-            "network": faults(root, options.faults, tokenizer, chance),
-            "kills": kills(root, options.runs, options.stops, chance),
-        }
+        if options.every_step:
+            found = every_step(root)
+        else:
+            tokenizer = corpus(root / "corpus")
+            found = {
+                "seed": options.seed,
+                "network": faults(root, options.faults, tokenizer, chance),
+                "kills": kills(root, options.runs, options.stops, chance),
+            }
     options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))
 
