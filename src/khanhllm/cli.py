@@ -194,7 +194,15 @@ def _prepare(options: argparse.Namespace) -> None:
         Path(options.out),
         validation=config.validation,
         tokens=config.tokens,
-        place=Place(options.executor, options.tasks, config.workers, options.partition, options.time),
+        place=Place(
+            options.executor,
+            options.tasks,
+            config.workers,
+            options.partition,
+            options.time,
+            options.cpus,
+            options.mem_per_cpu,
+        ),
     )
 
 
@@ -211,6 +219,8 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")
     parser.add_argument("--partition", metavar="NAME", default="", help="of slurm")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="of a task of slurm (24:00:00)")
+    parser.add_argument("--cpus", metavar="N", type=int, default=1, help="of a task of slurm (1)")
+    parser.add_argument("--mem-per-cpu", metavar="GIB", type=int, default=2, help="of a task of slurm (GiB, 2)")
 
 
 def _data(options: argparse.Namespace) -> None:

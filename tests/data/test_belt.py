@@ -5,30 +5,25 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from itertools import islice
 
 import numpy as np
 import psutil
 import pytest
+from words import TOKENIZER, lines, text
 
+from khanhllm.chaos.server import FaultyServer
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data import belt as module
-from khanhllm.data import maker, prepare
+from khanhllm.data import documents, laying, prepare, pulse
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.maker import RECIPE, Maker, Recipe
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import Shards
 from khanhllm.data.writer import text_hash
-from khanhllm.tokenizer import train
 
-WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
-TOKENIZER = train([" ".join(WORDS)] * 3, 300)
 CONTEXT = 16
-
-
-def text(number, length=40):
-    chosen = np.random.default_rng(number).choice(WORDS, length)
-    return f"{number} {' '.join(chosen)}"
 
 
 @pytest.fixture
@@ -36,8 +31,7 @@ def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for part in range(4):
-        lines = "".join(json.dumps({"text": text(part * 50 + line)}) + "\n" for line in range(50))
-        (folder / f"{part}.jsonl").write_text(lines, "utf-8")
+        (folder / f"{part}.jsonl").write_text(lines(text(part * 50 + line) for line in range(50)), "utf-8")
     return folder
 
 
@@ -99,13 +93,13 @@ def test_it_goes_on_at_any_cursor_with_shards_removed_or_not(lay):
 
 def test_a_corpus_of_a_few_rows_stopped_at_each_step_over_three_laps(tmp_path, lay):
     path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps({"text": text(number, 12)}) + "\n" for number in range(30)), "utf-8")
+    path.write_text(lines(text(number, 12) for number in range(30)), "utf-8")
     belt = lay("few", shard_tokens=256, source=path)
     lap = len(all_rows(belt))
     whole = rows(belt, 3 * lap)
     assert lap == 37
-    for cursor in range(0, 3 * lap, 9):
-        assert rows(belt, 3 * lap - cursor, cursor) == whole[cursor:]
+    for cursor in range(3 * lap):
+        assert rows(belt, cursor) + rows(belt, 3 * lap - cursor, cursor) == whole
 
 
 def test_no_text_is_on_both_sides_and_none_is_lost(corpus, lay):
@@ -126,6 +120,26 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
         (belt.folder / f"train-{nth:05d}.bin").unlink()
         Maker(belt.folder, 5.0).make(nth)
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
+
+
+@pytest.mark.parametrize("kept", [2**31, 0])
+def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(laying, "KEPT", kept)
+    monkeypatch.setattr(prepare, "KEPT", kept)
+    patient, fetch = [], documents.fetch
+    monkeypatch.setattr(documents, "fetch", lambda *a, **more: patient.append(more["patience"]) or fetch(*a, **more))
+    with FaultyServer(corpus) as server:
+        source = f"{server.url}/{{0..3}}.jsonl"
+        data = DataConfig(source=source, cache=str(tmp_path), validation=0.1, shard_tokens=1000, patience=7)
+        folder = ensure(data, 300, 1000)
+        assert set(patient) == {7}
+        waiting = [path for path in (folder / "spool").rglob("*") if path.is_file()]
+        all_rows(Belt(folder, CONTEXT, 1, 10**9, 5.0))
+        asked = Counter(path for path, _, _ in server.log)
+    assert not [path for path in (folder / "spool").rglob("*") if path.is_file()]
+    # the first file is also knocked at
+    assert {asked[f"/{nth}.jsonl"] for nth in (1, 2, 3)} == ({1} if kept else {3})
+    assert len(waiting) == (4 if kept else 0)
 
 
 def test_a_source_that_changed_is_noticed(corpus, lay):
@@ -159,9 +173,62 @@ def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
 
 def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    with pytest.raises(Starved, match="died 4 times in a row") as caught:
+    with pytest.raises(Starved, match="died or hung 4 times in a row") as caught:
         rows(lay(), 1)
     assert caught.value.exit_code == 75
+
+
+def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch):
+    whole = rows(lay(), 150)
+    monkeypatch.setattr(pulse, "SILENT", 4.0)
+    belt, found, stopped = lay("stopped"), [], []
+    stream = belt.rows_from(0, 0, threading.Event())
+    for number in range(150):
+        if number == 1:
+            stopped = children()
+            for child in stopped:
+                os.kill(child.pid, signal.SIGSTOP)
+            for path in belt.folder.glob("train-*"):  # what it has made ahead would do for a while
+                if path.name > "train-00001":
+                    path.unlink()
+        found.append(next(stream).tobytes())
+    stream.close()
+    assert found == whole and len(stopped) == 1 and not stopped[0].is_running()
+    assert not children() and not list(belt.folder.glob(".train-*"))
+
+
+def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
+    belt = lay()
+    (belt.folder / "tokenizer.json").rename(belt.folder / "away")
+    os.mkfifo(belt.folder / "tokenizer.json")  # to open it takes for ever
+    impatient = "import sys; from khanhllm.data import maker; maker.WORK = -4; sys.exit(maker.main(sys.argv[3:]))"
+    python = tmp_path / "python"  # called with -m khanhllm.data.maker; with a patience of 5 it hangs after 1 s
+    python.write_text(f'#!/bin/sh\nexec {module.sys.executable} -c "{impatient}" "$@"\n', "utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(python))
+    monkeypatch.setattr(module, "TRIES", 0)
+    monkeypatch.setattr(pulse, "SILENT", 4.0)
+    with pytest.raises(Starved, match="died or hung 1 times in a row"):
+        rows(belt, 1)
+
+
+def test_slow_work_beats_and_work_that_shows_nothing_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(pulse, "BEAT", 0.01)
+    monkeypatch.setattr(pulse, "SILENT", 0.3)
+    seen = pulse.Pulse(tmp_path, 1)
+    work = iter(range(10**9))
+    getting_on = threading.Event()
+    getting_on.set()
+    pulse.beat(pulse.pulse_path(tmp_path, 1), lambda: next(work) if getting_on.is_set() else -1, 0.3)
+    deadline = time.monotonic() + 1.2
+    while time.monotonic() < deadline:
+        assert not seen.silent()
+        time.sleep(0.01)
+    getting_on.clear()
+    time.sleep(0.5)
+    assert not seen.silent()  # it was heard since the last look
+    time.sleep(0.4)
+    assert seen.silent()
 
 
 def test_a_bad_file_stops_the_run_in_one_line(corpus, lay):
@@ -216,8 +283,7 @@ def mixture(tmp_path):
         (tmp_path / name).mkdir()
         for part in range(2):
             texts = (f"{name[0]} {text(part * number + line, 10 + line % 50)}" for line in range(number))
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            (tmp_path / name / f"{part}.jsonl").write_text(lines, "utf-8")
+            (tmp_path / name / f"{part}.jsonl").write_text(lines(texts), "utf-8")
     return ", ".join(f"{tmp_path / name}:{share}" for name, share in SHARES.items())
 
 
@@ -265,7 +331,7 @@ def test_a_mixture_ends_with_the_tokens_that_are_asked_for(mixture, lay):
 def test_no_text_of_a_mixture_is_on_both_sides(mixture, tmp_path, lay, monkeypatch):
     (tmp_path / "small" / "copies.jsonl").write_text((tmp_path / "large" / "0.jsonl").read_text("utf-8"), "utf-8")
     for limit in (2**21, 20_000):
-        monkeypatch.setattr(maker, "HELD_OUT", limit)
+        monkeypatch.setattr(laying, "HELD_OUT", limit)
         belt = lay(f"cache {limit}", source=mixture, tokens=20_000)
         all_rows(belt)
         held = texts_of(belt.folder / "validation-00000.bin")

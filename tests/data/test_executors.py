@@ -1,13 +1,12 @@
 """Laws of executors: neither they nor the number of tasks show in the shards, and nothing finished is done again."""
 
 import gzip
-import json
 import os
 import re
 import subprocess
 
-import numpy as np
 import pytest
+from words import TOKENIZER, lines, text
 
 from khanhllm.cli import main
 from khanhllm.config import UserError
@@ -16,10 +15,6 @@ from khanhllm.data.executors import Place
 from khanhllm.data.prepare import prepare
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source
-from khanhllm.tokenizer import train
-
-WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
-TOKENIZER = train([" ".join(WORDS)] * 3, 300)
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +28,9 @@ def small_groups(monkeypatch):
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
-    choose = np.random.default_rng(0)
     for part in range(5):
-        lines = "".join(
-            json.dumps({"text": f"{part} {line} {' '.join(choose.choice(WORDS, 30))}"}) + "\n" for line in range(60)
-        )
-        (folder / f"{part}.json.gz").write_bytes(gzip.compress(lines.encode()))
+        content = lines(text(part * 60 + line, 30) for line in range(60))
+        (folder / f"{part}.json.gz").write_bytes(gzip.compress(content.encode()))
     return folder
 
 
@@ -117,10 +109,10 @@ def test_slurm_gets_an_array_and_the_same_command_publishes(corpus, tmp_path, ex
     TOKENIZER.save(tmp_path / "tokenizer.json")
     command = ["prepare", "--data", str(corpus), "--tokenizer", str(tmp_path / "tokenizer.json"), "--validation", "0.1"]
     command += ["--out", str(tmp_path / "out"), "--executor", "slurm", "--tasks", "2", "--partition", "cpu"]
-    command += ["--time", "1:00:00"]
+    command += ["--time", "1:00:00", "--cpus", "3", "--mem-per-cpu", "5"]
     assert main(command) == 0
     submitted = (slurm / "job").read_text(encoding="utf-8")
-    for line in ("--array=0-1", "--partition=cpu", "--time=1:00:00"):
+    for line in ("--array=0-1", "--partition=cpu", "--time=1:00:00", "--cpus-per-task=3", "--mem-per-cpu=5G"):
         assert re.search(f"^#SBATCH {line}$", submitted, re.M), submitted
     assert "0 of 5 groups are done" in capfd.readouterr().err
     run_tasks(slurm, [1])
@@ -143,6 +135,7 @@ def test_what_cannot_work_is_said_at_once(corpus, tmp_path, monkeypatch):
         (Place("slurm", partition="cpu"), 0, "needs the command sbatch"),
         (Place("cloud"), 0, "must be local, slurm or ray"),
         (Place(tasks=-1), 0, "tasks must be 0 or more"),
+        (Place(cpus=0), 0, "cpus and mem-per-cpu must be 1 or more"),
     ):
         with pytest.raises(UserError, match=said):
             prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, tokens=tokens, place=place)

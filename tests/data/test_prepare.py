@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from words import TOKENIZER, lines, text
 
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data import prepare as module
@@ -16,22 +17,14 @@ from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source, locate
 from khanhllm.tokenizer import train
 
-WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
-TOKENIZER = train([" ".join(WORDS)] * 3, 300)
-
-
-def text(number, length=40):
-    chosen = np.random.default_rng(number).choice(WORDS, length)
-    return f"{number} {' '.join(chosen)}"
-
 
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for part in range(6):
-        lines = "".join(json.dumps({"text": text(part * 100 + line)}) + "\n" for line in range(100))
-        (folder / f"{part}.json.gz").write_bytes(gzip.compress(lines.encode()))
+        content = lines(text(part * 100 + line) for line in range(100))
+        (folder / f"{part}.json.gz").write_bytes(gzip.compress(content.encode()))
     return folder
 
 
@@ -95,16 +88,13 @@ def test_no_more_is_read_than_needed(corpus, tmp_path, small_groups, monkeypatch
 
 def test_one_huge_file_is_left_early(tmp_path):
     path = tmp_path / "huge.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": text(number)}) + "\n" for number in range(12_000)) + "not json", "utf-8"
-    )
+    path.write_text(lines(text(number) for number in range(12_000)) + "not json", "utf-8")
     part = prepare(str(path), TOKENIZER, tmp_path / "part", validation=0.1, tokens=1000, workers=1)
     assert 1000 <= part.train_tokens < 1200
 
 
 def test_copies_of_a_text_never_straddle(tmp_path):
-    lines = [json.dumps({"text": text(number % 50)}) for number in range(500)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(lines(text(number % 50) for number in range(500)), encoding="utf-8")
     prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / "out", validation=0.3)
     kept, held = (set(documents(tmp_path / "out", split)) for split in ("train", "validation"))
     assert kept and held and not kept & held
@@ -114,8 +104,8 @@ def test_copies_of_a_text_never_straddle(tmp_path):
 @pytest.mark.parametrize("number", [2, 3])
 def test_two_documents_are_enough_for_both_splits(tmp_path, validation, number):
     for seed in range(4):
-        lines = [json.dumps({"text": text(seed * 10 + nth)}) for nth in range(number)]
-        (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        content = lines(text(seed * 10 + nth) for nth in range(number))
+        (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
         manifest = prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / f"out{seed}", validation=validation)
         assert manifest.train_tokens and manifest.validation_tokens
         assert sum(shard.documents for shard in manifest.shards) == number
@@ -160,11 +150,11 @@ def test_an_existing_folder_is_never_touched(corpus, tmp_path):
 
 def test_the_sample_is_capped_spread_and_free_of_held_out_text(corpus):
     found = locate(str(corpus))
-    sample = list(module._sample(found, 6000, 0.2))
+    sample = list(module._sample(Reader(found, []), 6000, 0.2))
     assert 5900 < sum(len(part.encode()) for part in sample) <= 6000
     parts = {int(part.split()[0]) // 100 for part in sample if " " in part}
     assert parts == set(range(6))
-    everything = list(module._sample(found, 10**9, 0.2))
+    everything = list(module._sample(Reader(found, []), 10**9, 0.2))
     assert 0.7 * 600 < len(everything) < 0.9 * 600
 
 

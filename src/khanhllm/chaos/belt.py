@@ -18,7 +18,8 @@ from khanhllm.chaos.trainers import TOGETHER
 from khanhllm.config import Config, UserError
 from khanhllm.data import fetch
 from khanhllm.data.documents import Reader
-from khanhllm.data.maker import Maker, lay
+from khanhllm.data.laying import lay
+from khanhllm.data.maker import Maker
 from khanhllm.data.shards import MANIFEST
 from khanhllm.data.sources import locate
 from khanhllm.tokenizer import Tokenizer, train
@@ -104,7 +105,7 @@ def _made(folder: Path, source: str, tokenizer: Tokenizer) -> list[str]:
     folder.mkdir()
     while not (folder / MANIFEST).exists():
         with contextlib.suppress(UserError):
-            lay(folder, source, [(locate(source), 1.0)], tokenizer, 0.05, 1000, 0)
+            lay(folder, source, [(locate(source), 1.0)], tokenizer, 0.05, 1000, 0, 60)
     hashes: list[str] = []
     while len(hashes) < SHARDS:
         with contextlib.suppress(UserError):

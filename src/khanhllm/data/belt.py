@@ -21,10 +21,11 @@ import numpy as np
 
 from khanhllm.config import UserError
 from khanhllm.data.maker import GLANCE, RECIPE, Made, Recipe, note_path
+from khanhllm.data.pulse import Pulse
 from khanhllm.data.shards import Manifest, shuffled
 
 TRIES = 3
-"""deaths of the child in a row, without a new shard, that are answered by a new child"""
+"""deaths of the child in a row, without a new shard, that are answered by a new child; one that hangs is killed"""
 
 
 class Starved(UserError):
@@ -133,6 +134,7 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
+        self.pulse.forget()
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "khanhllm.data.maker", str(self.folder), *self.settings]
@@ -140,6 +142,7 @@ class _Child:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        self.pulse = Pulse(self.folder, self.process.pid)
         if self.wanted >= 0:
             self._send(self.wanted)
 
@@ -161,6 +164,8 @@ class _Child:
             self.want(nth)
             if self.process.poll() is not None:
                 self._bury()
+            elif self.pulse.silent():
+                self.process.kill()  # also ends one that is stopped; the next turn finds it dead
             stopped.wait(GLANCE)
         self.deaths = 0
         if nth not in self.notes and not stopped.is_set():
@@ -170,7 +175,9 @@ class _Child:
     def _bury(self) -> None:
         """Tell why the child ended, or begin another one if it fell without a word."""
         words = self.process.communicate()[0].decode("utf-8", "replace").strip()
+        self.pulse.forget()
         self.deaths += 1
         if words or self.deaths > TRIES:
-            raise Starved(words or f"the process that makes shards in {self.folder} died {self.deaths} times in a row")
+            fate = f"died or hung {self.deaths} times in a row"
+            raise Starved(words or f"the process that makes shards in {self.folder} {fate}")
         self._start()

@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
-import pyarrow.parquet
 import zstandard
 from datatrove.data import Document
 from datatrove.io import DataFolder
@@ -32,9 +31,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 
 from khanhllm.config import UserError
-from khanhllm.data.fetch import fetch
+from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.names import text_column
-from khanhllm.data.sources import Source, is_remote, kind, told
+from khanhllm.data.sources import LOGIN, Source, is_remote, kind, told
 
 BLOCK = 2**18
 """bytes read at once"""
@@ -53,17 +52,24 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
     name = "KhanhLLM documents"
 
     def __init__(
-        self, source: Source, groups: list[tuple[str, ...]], spool: Path | None = None, patience: float = 600.0
+        self,
+        source: Source,
+        groups: list[tuple[str, ...]],
+        spool: Path | None = None,
+        patience: float = 600.0,
+        keep: int = 0,
     ) -> None:
         """spool: folder for downloads that survives this process, so that they are not begun again; else a passing one.
 
-        patience: seconds without any answer from the network until it is given up.
+        patience: seconds without any answer from the network until it is given up. keep: downloads that stay in the
+        spool after they were read to their end (bytes), for another reader.
         """
         super().__init__(DataFolder(source.root if not is_remote(source.root) else "/", fs=LocalFileSystem()))
         self.source = source
         self.groups = groups
         self.spool = spool
         self.patience = patience
+        self.keep = keep
         self.blank = 0
         """documents without a word in them, which were left out"""
 
@@ -84,9 +90,11 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                 spool, blake2b(where.encode(), digest_size=8).hexdigest(), Path(filepath.partition("?")[0]).name
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            fetch(_url(where), path, patience=self.patience, check=_check_packed)
+            _bring(where, path, self.patience)
             yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where)
-            shutil.rmtree(path.parent, ignore_errors=True)
+            self.keep -= path.stat().st_size
+            if self.keep <= 0:
+                shutil.rmtree(path.parent, ignore_errors=True)
 
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
@@ -105,13 +113,18 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         return _pieces(_decoded(raw, where), self.source.document_bytes)
 
 
-def _url(where: str) -> str:
+def _bring(where: str, path: Path, patience: float) -> None:
     if not where.startswith("hf://"):
-        return where
-    from huggingface_hub import hf_hub_url
+        fetch(where, path, patience=patience, check=_check_packed)
+        return
+    from huggingface_hub import get_token, hf_hub_url
 
-    _, owner, name, path = where.removeprefix("hf://").split("/", 3)
-    return hf_hub_url(f"{owner}/{name}", path, repo_type="dataset")
+    _, owner, name, inside = where.removeprefix("hf://").split("/", 3)
+    url = hf_hub_url(f"{owner}/{name}", inside, repo_type="dataset")
+    try:
+        fetch(url, path, token=get_token() or "", patience=patience, check=_check_packed)
+    except Denied as error:
+        raise UserError(f"{error}; {LOGIN}") from None
 
 
 def _check_packed(path: Path) -> None:
@@ -175,7 +188,7 @@ def _cut(text: str, most: int) -> int:
 
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a parquet table; no other column is read."""
-    with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:
+    with ParquetFile(raw, page_checksum_verification=True) as table:
         column = text_column(table.schema_arrow.names, wanted, where)
         batches = table.iter_batches(batch_size=1000, columns=[column])
         texts = (text for batch in batches for text in batch.column(column).to_pylist())

@@ -45,6 +45,10 @@ class Place:
     """tasks at a time; 0 means one for each core, on a cluster as many as it gives"""
     partition: str = ""
     time: str = "24:00:00"
+    cpus: int = 1
+    """of a task of Slurm; they encode at once"""
+    mem_per_cpu: int = 2
+    """of a task of Slurm (GiB)"""
 
     def check(self, tokens: int) -> None:
         """Raises UserError for what cannot work, before anything is done."""
@@ -52,6 +56,8 @@ class Place:
             raise UserError(f"executor must be local, slurm or ray, not {self.executor!r}")
         if self.tasks < 0:
             raise UserError(f"tasks must be 0 or more, not {self.tasks}")
+        if min(self.cpus, self.mem_per_cpu) < 1:
+            raise UserError(f"cpus and mem-per-cpu must be 1 or more, not {self.cpus} and {self.mem_per_cpu}")
         if tokens and self.executor != "local":
             raise UserError(f"--tokens needs --executor local: on {self.executor} the whole source is prepared")
         if self.executor == "slurm" and not self.partition:
@@ -132,7 +138,7 @@ class Job:
     def _execute(self, threshold: int, first: int, wave: int) -> None:
         reader = Reader(self.source, self.groups)
         if self.place.executor == "slurm":
-            self._submit(ShardWriter(reader, self.shards, self.reports, threshold, 0, 1, False))
+            self._submit(ShardWriter(reader, self.shards, self.reports, threshold, 0, self.place.cpus, False))
         log = self.folder / "log"
         shutil.rmtree(log, ignore_errors=True)
         # of waves, each task is one group; otherwise a task takes every N-th
@@ -172,6 +178,8 @@ class Job:
             self._tasks(),
             self.place.time,
             self.place.partition,
+            cpus_per_task=self.place.cpus,
+            mem_per_cpu_gb=self.place.mem_per_cpu,
             workers=self.place.workers or -1,
             job_name="khanhllm-prepare",
             qos="",

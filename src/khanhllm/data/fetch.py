@@ -37,6 +37,14 @@ class _Refused(Exception):
     """The server understood and said no."""
 
 
+class _Unknown(_Refused):
+    """It does not know who asks, or does not let them (401, 403)."""
+
+
+class Denied(UserError):
+    """What `fetch` says about that."""
+
+
 class _Damaged(Exception):
     """All bytes arrived, and they are not the right ones."""
 
@@ -50,12 +58,20 @@ class _Later(Exception):
 
 
 def fetch(
-    url: str, path: Path, *, sha256: str = "", patience: float = 600.0, check: Callable[[Path], None] | None = None
+    url: str,
+    path: Path,
+    *,
+    sha256: str = "",
+    token: str = "",
+    patience: float = 600.0,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Download `url` to `path`, unless it is there already; returns `path`.
 
-    sha256: what the file must have, if known. check: reads the file and raises if it is damaged. patience: seconds
-    without a new byte until it is given up. Raises UserError.
+    sha256: what the file must have, if known; else the one that the hub publishes with its large files. token: shown
+    to the server of `url` and to none that it sends us on to. patience: seconds without a new byte until it is given
+    up. check: reads the file and raises if it is damaged. Raises UserError, and of these Denied if the server wants
+    another token.
     """
     if path.exists():
         return path
@@ -65,8 +81,8 @@ def fetch(
     while True:
         pause = random.random() * wait
         try:
-            _download(url, part)
-            _verify(part, sha256, check)
+            published = _download(url, part, token)
+            _verify(part, sha256 or published, check)
             part.replace(path)
             _validator(part).unlink(missing_ok=True)
             return path
@@ -76,7 +92,8 @@ def fetch(
             for kind, most in ((_Refused, REFUSALS), (_Damaged, DAMAGES)):
                 counts[kind] = counts[kind] + 1 if isinstance(error, kind) else 0
                 if counts[kind] >= most:
-                    raise UserError(f"{url}: {why}, {most} times in a row") from None
+                    said = Denied if isinstance(error, _Unknown) else UserError
+                    raise said(f"{url}: {why}, {most} times in a row") from None
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         if _size(part) > farthest:
@@ -93,14 +110,17 @@ def _why(error: Exception) -> str:
     return next((said for mark, said in causes.items() if mark in text), text.splitlines()[0][:120])
 
 
-def _download(url: str, part: Path) -> None:
-    """Bring `part` to its full length, or raise."""
+def _download(url: str, part: Path, token: str) -> str:
+    """Bring `part` to its full length, or raise. Returns the sha256 that is published with it, or nothing."""
     have, validator = _size(part), _known(part)
     headers = {"User-Agent": "khanhllm", "Accept-Encoding": "identity"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"  # requests leaves it out where a redirect leads to another host
     if have and validator:
         headers |= {"Range": f"bytes={have}-", "If-Range": validator}
     with requests.get(url, headers=headers, stream=True, timeout=(CONNECT, STALL)) as answer:
         start, total = _span(answer, have, part)
+        published = _published(answer)
         if not start:
             _forget(part)
             _validator(part).write_text(json.dumps(_vouched(answer)), encoding="utf-8")
@@ -113,6 +133,13 @@ def _download(url: str, part: Path) -> None:
     if total is not None and size > total:
         _forget(part)
         raise _Damaged(f"{size:,} bytes came instead of {total:,}")
+    return published
+
+
+def _published(answer: requests.Response) -> str:
+    """The hub sends us on to where its large files lie and says in the same breath which sha256 they have."""
+    said = (step.headers.get("X-Linked-Etag", "").strip('"').lower() for step in (*answer.history, answer))
+    return next((tag for tag in said if re.fullmatch(r"[0-9a-f]{64}", tag)), "")
 
 
 def _span(answer: requests.Response, have: int, part: Path) -> tuple[int, int | None]:
@@ -130,7 +157,7 @@ def _span(answer: requests.Response, have: int, part: Path) -> tuple[int, int | 
         raise requests.ConnectionError("the rest of the file was asked for and something else came")
     if code in AGAIN or code >= 500:
         raise _Later(f"answer {code} {answer.reason}", min(_retry_after(answer), 2 * LONGEST_WAIT))
-    raise _Refused(f"answer {code} {answer.reason}")
+    raise (_Unknown if code in (401, 403) else _Refused)(f"answer {code} {answer.reason}")
 
 
 def _retry_after(answer: requests.Response) -> float:

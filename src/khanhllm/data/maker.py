@@ -14,11 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import suppress
 from itertools import chain, count, islice
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,14 +26,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
-from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, Shard, dtype_for
+from khanhllm.data.pulse import WORK, beat, pulse_path
+from khanhllm.data.shards import Dtype, Manifest, Shard
 from khanhllm.data.sources import Source
-from khanhllm.data.writer import HASHES, Growing, batched, cores, text_hash
+from khanhllm.data.writer import Growing, batched, cores, text_hash
 from khanhllm.tokenizer import Tokenizer
 
 RECIPE = "belt.json"
-HELD_OUT = 2**21
-"""text that is held out for validation (bytes), if the source has as much"""
 GLANCE = 0.02
 """seconds between two looks for work"""
 
@@ -98,108 +97,8 @@ class Made(_Kept):
     """the source ends with it; then it begins again"""
 
 
-def lay(
-    folder: Path,
-    name: str,
-    sources: list[tuple[Source, float]],
-    tokenizer: Tokenizer,
-    validation: float,
-    shard_tokens: int,
-    most: int,
-) -> None:
-    """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
-
-    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. Raises UserError if they
-    have not at least two different texts.
-    """
-    texts, threshold = _validation(folder, name, sources, validation)
-    tokenizer.save(folder / "tokenizer.json")
-    dtype = dtype_for(tokenizer.vocab_size)
-    with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
-        for text in texts:
-            held.add(tokenizer.end_of_text, np.asarray(tokenizer.encode(text)), len(text.encode()))
-    shard = held.shard()
-    manifest = Manifest(
-        version=VERSION,
-        source=name,
-        tokenizer=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        dtype=dtype,
-        validation=validation,
-        train_tokens=0,
-        validation_tokens=shard.tokens,
-        shards=(shard,),
-    )
-    recipe = Recipe(
-        version=VERSION,
-        sources=tuple(asdict(source) for source, _ in sources),
-        weights=tuple(weight for _, weight in sources),
-        tokenizer=tokenizer.sha256,
-        dtype=dtype,
-        threshold=threshold,
-        held_out=tuple(sorted({text_hash(text.encode()) for text in texts})),
-        shard_tokens=shard_tokens,
-        most=most,
-    )
-    (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-
-
-class _Held(NamedTuple):
-    """What one component gives for validation."""
-
-    texts: list[str]
-    threshold: int
-    """hash below which no text is trained on"""
-    lowest: int
-    highest: int
-    """hashes of the texts that were read"""
-    lowest_text: str
-
-
-def _validation(
-    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float
-) -> tuple[list[str], int]:
-    """The validation texts of all components and the hash below which no text is trained on.
-
-    A corpus too small for chance gives its lowest hash.
-    """
-    parts = [
-        _held_out(source, validation, weight * HELD_OUT, _spool(folder, nth))
-        for nth, (source, weight) in enumerate(sources)
-    ]
-    least = min(parts, key=lambda part: part.lowest)
-    if least.lowest == max(part.highest for part in parts) and not any(source.validation for source, _ in sources):
-        raise UserError(f"{name} is a single document, but one must be held out; give more text")
-    texts = [text for part in parts for text in part.texts]
-    return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
-
-
-def _held_out(source: Source, validation: float, most: float, spool: Path) -> _Held:
-    """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
-    threshold = 0 if source.validation else int(validation * HASHES)
-    files = source.validation or source.files
-    texts: list[str] = []
-    size, lowest, highest, lowest_text = 0, HASHES, -1, ""
-    reader = Reader(source, [], spool)
-    for document in (document for name in files for document in reader.read_file(name)):
-        raw = document.text.encode()
-        value = text_hash(raw)
-        highest = max(highest, value)
-        if value < lowest:
-            lowest, lowest_text = value, document.text
-        if source.validation or value < threshold:
-            texts.append(document.text)
-            size += len(raw)
-        if size >= most and lowest < highest:
-            break
-    if lowest == HASHES:
-        raise UserError(f"{source.name} holds no text: every file of it is empty")
-    return _Held(texts, threshold, lowest, highest, lowest_text)
-
-
-def _spool(folder: Path, nth: int) -> Path:
-    """Where the downloads of component `nth` lie; two components may read the same file at a time."""
+def spool(folder: Path, nth: int) -> Path:
+    """Where the downloads of component `nth` of a belt lie; two components may read the same file at a time."""
     return folder / "spool" / str(nth)
 
 
@@ -215,9 +114,11 @@ class Maker:
         self.recipe: Recipe = Recipe.read(folder / RECIPE)
         self.name = Manifest.read(folder).source
         self.sources = [Source(**{**fields, **_tuples(fields)}) for fields in self.recipe.sources]
-        self.readers = [Reader(source, [], _spool(folder, nth), patience) for nth, source in enumerate(self.sources)]
+        self.readers = [Reader(source, [], spool(folder, nth), patience) for nth, source in enumerate(self.sources)]
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.held_out = frozenset(self.recipe.held_out)
+        self.read = 0
+        """documents so far, also those only passed over; a sign of progress"""
         self.nth = -1
         self.stream: Iterator[tuple[np.ndarray, int, Place]] = iter(())
 
@@ -295,7 +196,10 @@ class Maker:
             for file in range(begin.file, len(source.files)):
                 first = begin.document if file == begin.file else 0
                 documents = self.readers[nth].read_file(source.files[file])
-                for number, document in enumerate(islice(documents, first, None), first):
+                for number, document in enumerate(documents):
+                    self.read += 1
+                    if number < first:
+                        continue
                     raw = document.text.encode()
                     value = text_hash(raw)
                     if value >= self.recipe.threshold and value not in self.held_out:
@@ -313,9 +217,16 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
     """Keep shards ready: the one that is being used up and `ahead` after it; remove others beyond `disk` bytes."""
+    turns, maker = 0, None
+
+    def sign() -> tuple[int, ...]:
+        return turns, maker.read if maker else 0, *_sizes(folder / "spool")
+
+    beat(pulse_path(folder, os.getpid()), sign, patience + WORK)
     maker = Maker(folder, patience)
     notes: list[Made] = []
     while True:
+        turns += 1
         while note_path(folder, len(notes)).exists() and not (notes and notes[-1].last):
             notes.append(Made.read(note_path(folder, len(notes))))
         whole = bool(notes) and notes[-1].last
@@ -328,6 +239,15 @@ def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable
             _clear(folder, notes, window, disk)
         else:
             time.sleep(GLANCE)
+
+
+def _sizes(downloads: Path) -> list[int]:
+    """Of the downloads that are under way (bytes)."""
+    found = []
+    for path in downloads.rglob("*.part"):
+        with suppress(FileNotFoundError):  # it is whole by now
+            found.append(path.stat().st_size)
+    return found
 
 
 def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> None:

@@ -27,7 +27,8 @@ from filelock import FileLock, Timeout
 from khanhllm.config import DataConfig, UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Job, Place, Unfinished, console, say
-from khanhllm.data.maker import lay
+from khanhllm.data.laying import KEPT, lay
+from khanhllm.data.maker import spool
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
 from khanhllm.data.writer import HASHES, Report, text_hash
@@ -133,10 +134,18 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
     )
 
 
-def train_on(source: str, vocab_size: int, sample_bytes: int, validation: float = 0.01) -> Tokenizer:
+def train_on(
+    source: str,
+    vocab_size: int,
+    sample_bytes: int,
+    validation: float = 0.01,
+    belt: Path | None = None,
+    patience: float = 600.0,
+) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
-    Each component of a mixture gives its share.
+    Each component of a mixture gives its share. belt: folder of a belt to be, for which what is downloaded is kept.
+    patience: seconds without any answer from the network.
 
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
@@ -144,15 +153,18 @@ def train_on(source: str, vocab_size: int, sample_bytes: int, validation: float 
     amount = sum(min(found.size or share, share) for found, share in shares) / 1e6
     say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
     started = time.monotonic()
-    samples = chain.from_iterable(_sample(found, share, validation) for found, share in shares)
+    samples = chain.from_iterable(
+        _sample(Reader(found, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation)
+        for nth, (found, share) in enumerate(shares)
+    )
     tokenizer = train(samples, vocab_size, progress=console().is_terminal)
     say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
     return tokenizer
 
 
-def _sample(source: Source, most: int, validation: float) -> Iterator[str]:
+def _sample(reader: Reader, most: int, validation: float) -> Iterator[str]:
     """Training documents from the beginning of each file, no file giving more than its share."""
-    reader = Reader(source, [])
+    source = reader.source
     # of a distant source, no more files are fetched than the sample needs
     share = most if is_remote(source.root) else max(most // min(SPREAD, len(source.files)), 1)
     empty = True
@@ -183,12 +195,11 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     """
     folder = Path(data.source)
     if not (folder / MANIFEST).is_file():
-        parts = components(data.source)
-        sources = [None if is_remote(name) else locate(name) for name, _ in parts]
-        fingerprints = [
-            source.fingerprint if source else name for source, (name, _) in zip(sources, parts, strict=True)
-        ]
-        whole = len(sources) == 1 and sources[0] and sources[0].size <= WHOLE
+        # what is remote keeps its name for now: a belt that is there already is found without a network
+        parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
+        fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
+        (first, _), *others = parts
+        whole = not others and isinstance(first, Source) and first.size <= WHOLE
         given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
         recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
         recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
@@ -197,30 +208,38 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         if given:
             _fits(given.vocab_size, vocab_size, data.tokenizer)
         if not (folder / MANIFEST).is_file():
-            _make(folder, data, given, vocab_size, tokens_needed)
+            _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
     _check(folder, data.tokenizer, vocab_size)
     return folder
 
 
-def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, tokens_needed: int) -> None:
+def _make(
+    folder: Path,
+    data: DataConfig,
+    parts: list[tuple[str | Source, float]],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    tokens_needed: int,
+) -> None:
+    """Make the folder; of `parts` a belt, of none the whole source."""
     with _alone(folder):
         if (folder / MANIFEST).is_file():
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        sources = [(locate(name), weight) for name, weight in components(data.source)]
-        whole = len(sources) == 1 and 0 < sources[0][0].size <= WHOLE and not is_remote(data.source)
-        # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
-        most = data.tokenizer_sample if whole else max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE)
-        sample = min(data.tokenizer_sample, most)
-        tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation)
-        if whole:
+        sample = data.tokenizer_sample
+        if not parts:
+            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation)
             prepare(
                 data.source, tokenizer, folder, validation=data.validation, tokens=data.tokens, workers=data.workers
             )
             return
+        sources = [(locate(part) if isinstance(part, str) else part, weight) for part, weight in parts]
+        # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
+        sample = min(sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
         with aside(folder) as new:
-            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens)
+            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, new, data.patience)
+            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, data.patience)
             new.rename(folder)
 
 

@@ -32,6 +32,7 @@ SHEETS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 PACKED = (".gz", ".zst", ".parquet")
 ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES + SHEETS)}"
 LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
+LOGIN = "if the dataset is private or gated, type `hf auth login` or set HF_TOKEN, and accept its terms on its page"
 
 C4 = "hf://datasets/allenai/c4/en"
 C4_FILES = (("train", 1024), ("validation", 8))
@@ -230,13 +231,21 @@ def _document_bytes(total: int) -> int:
 def _listed(source: str) -> tuple[str, list[str]]:
     """Root and file names of a file, folder or pattern on the hub."""
     from huggingface_hub import HfFileSystem
+    from huggingface_hub.errors import HfHubHTTPError
 
     hub = HfFileSystem()
     path, split = with_split(source.removeprefix("hf://").rstrip("/"))
     path = path.rstrip("/")
     with told(source):
-        single = glob.has_magic(path) is False and hub.isfile(path)  # type: ignore[no-untyped-call]
-        found = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
+        try:
+            single = glob.has_magic(path) is False and hub.isfile(path)  # type: ignore[no-untyped-call]
+            found = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
+        except FileNotFoundError:  # what is private is not there for strangers
+            raise UserError(f"the hub knows no {source}; {LOGIN}") from None
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise UserError(f"{source}: the hub answers {error.response.status_code}; {LOGIN}") from None
     files = [str(name) for name in found if kind(str(name))]
     if not files:
         raise UserError(f"{source} holds no text files that exist and can be read; {ALLOWED}")
