@@ -8,7 +8,8 @@ import khanhllm
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
     config settings
-    tokenizer data.names data.sources data.fetch data.documents data.shards data.writer data.executors data.maker
+    tokenizer data.names data.sources data.fetch data.warc data.documents data.shards data.clean data.writer
+    data.duplicates data.executors data.maker
     data.belt data.prepare data.batches objectives schedule
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts

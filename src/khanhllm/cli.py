@@ -194,6 +194,7 @@ def _prepare(options: argparse.Namespace) -> None:
         Path(options.out),
         validation=config.validation,
         tokens=config.tokens,
+        clean=options.clean,
         place=Place(options.executor, options.tasks, config.workers, options.partition, options.time),
     )
 
@@ -207,6 +208,9 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", metavar="N", default="0", help="stop after this many training tokens; 0 means all (0)"
     )
     parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
+    parser.add_argument(
+        "--clean", metavar="STEPS", default="", help='in order, as in "c4, language:en, gopher, minhash" (none)'
+    )
     parser.add_argument("--executor", metavar="local|slurm|ray", default="local", help="where the tasks run (local)")
     parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")
     parser.add_argument("--partition", metavar="NAME", default="", help="of slurm")

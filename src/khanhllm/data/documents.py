@@ -35,6 +35,7 @@ from khanhllm.config import UserError
 from khanhllm.data.fetch import fetch
 from khanhllm.data.names import text_column
 from khanhllm.data.sources import Source, is_remote, kind, told
+from khanhllm.data.warc import pages
 
 BLOCK = 2**18
 """bytes read at once"""
@@ -98,6 +99,9 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                     self.blank += 1
 
     def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
+        if form == "warc":
+            name = where.partition("?")[0].lower()
+            return pages(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, where)
         if form != "text":
             return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):

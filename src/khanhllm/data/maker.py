@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from hashlib import sha256
 from itertools import chain, count, islice
 from pathlib import Path
 from threading import Thread
@@ -25,6 +26,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from khanhllm.config import UserError
+from khanhllm.data.clean import Cleaner, Tally, counted
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, Shard, dtype_for
 from khanhllm.data.sources import Source
@@ -68,6 +70,13 @@ class Recipe(_Kept):
     shard_tokens: int
     most: int
     """training tokens in one lap; 0 for all of the source, and no end if it is a mixture"""
+    clean: str = ""
+    """steps between documents and tokens"""
+
+    @property
+    def identity(self) -> str:
+        """Of all that will ever come off the belt; a recipe without a later key's default is the same one."""
+        return sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 class Position(_Kept):
@@ -78,6 +87,8 @@ class Position(_Kept):
     document: int = 0
     bytes: int = 0
     """of text trained on so far, in all its laps"""
+    tally: Tally = ()
+    """what cleaning read and removed so far, in all its laps"""
 
 
 class Place(_Kept):
@@ -106,13 +117,14 @@ def lay(
     validation: float,
     shard_tokens: int,
     most: int,
+    clean: str = "",
 ) -> None:
     """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
 
     sources: the components and their shares. Reads them until HELD_OUT bytes are held out. Raises UserError if they
     have not at least two different texts.
     """
-    texts, threshold = _validation(folder, name, sources, validation)
+    texts, threshold = _validation(folder, name, sources, validation, clean)
     tokenizer.save(folder / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
     with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
@@ -129,6 +141,7 @@ def lay(
         train_tokens=0,
         validation_tokens=shard.tokens,
         shards=(shard,),
+        cleaning=counted(clean, ()),
     )
     recipe = Recipe(
         version=VERSION,
@@ -140,9 +153,10 @@ def lay(
         held_out=tuple(sorted({text_hash(text.encode()) for text in texts})),
         shard_tokens=shard_tokens,
         most=most,
+        clean=clean,
     )
     (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
 
 
 class _Held(NamedTuple):
@@ -158,14 +172,14 @@ class _Held(NamedTuple):
 
 
 def _validation(
-    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float
+    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float, clean: str
 ) -> tuple[list[str], int]:
     """The validation texts of all components and the hash below which no text is trained on.
 
     A corpus too small for chance gives its lowest hash.
     """
     parts = [
-        _held_out(source, validation, weight * HELD_OUT, _spool(folder, nth))
+        _held_out(source, validation, weight * HELD_OUT, _spool(folder, nth), clean)
         for nth, (source, weight) in enumerate(sources)
     ]
     least = min(parts, key=lambda part: part.lowest)
@@ -175,26 +189,28 @@ def _validation(
     return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
 
 
-def _held_out(source: Source, validation: float, most: float, spool: Path) -> _Held:
+def _held_out(source: Source, validation: float, most: float, spool: Path, clean: str) -> _Held:
     """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
     threshold = 0 if source.validation else int(validation * HASHES)
     files = source.validation or source.files
     texts: list[str] = []
     size, lowest, highest, lowest_text = 0, HASHES, -1, ""
     reader = Reader(source, [], spool)
-    for document in (document for name in files for document in reader.read_file(name)):
-        raw = document.text.encode()
+    read = (document.text for name in files for document in reader.read_file(name))
+    for text, _ in Cleaner(clean).run(read):
+        raw = text.encode()
         value = text_hash(raw)
         highest = max(highest, value)
         if value < lowest:
-            lowest, lowest_text = value, document.text
+            lowest, lowest_text = value, text
         if source.validation or value < threshold:
-            texts.append(document.text)
+            texts.append(text)
             size += len(raw)
         if size >= most and lowest < highest:
             break
     if lowest == HASHES:
-        raise UserError(f"{source.name} holds no text: every file of it is empty")
+        why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
+        raise UserError(f"{source.name} holds no text: {why}")
     return _Held(texts, threshold, lowest, highest, lowest_text)
 
 
@@ -289,6 +305,7 @@ class Maker:
         """The texts of one component, and the position after each: one lap if it is the only one, else no end."""
         source = self.sources[nth]
         taken = start.bytes
+        cleaner = Cleaner(self.recipe.clean, start.tally)
         for lap in count(start.lap):
             begin = start if lap == start.lap else Position()
             before = taken
@@ -296,11 +313,13 @@ class Maker:
                 first = begin.document if file == begin.file else 0
                 documents = self.readers[nth].read_file(source.files[file])
                 for number, document in enumerate(islice(documents, first, None), first):
-                    raw = document.text.encode()
+                    text = cleaner.clean(document.text)
+                    raw = text.encode()
                     value = text_hash(raw)
-                    if value >= self.recipe.threshold and value not in self.held_out:
+                    if text and value >= self.recipe.threshold and value not in self.held_out:
                         taken += len(raw)
-                        yield document.text, Position(lap=lap, file=file, document=number + 1, bytes=taken)
+                        place = {"lap": lap, "file": file, "document": number + 1}
+                        yield text, Position(**place, bytes=taken, tally=cleaner.tally)
             if len(self.sources) == 1:
                 return
             if taken == before and (begin.file, begin.document) == (0, 0):
