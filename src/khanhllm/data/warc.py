@@ -7,7 +7,6 @@ headers and footers.
 
 import importlib
 import importlib.util
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +25,6 @@ def pages(raw: Any, where: str) -> Iterator[str]:
     if not (importlib.util.find_spec("warcio") and importlib.util.find_spec("resiliparse")):
         raise UserError(f"to read {where}, install warcio and Resiliparse: pip install 'khanhllm[web]'")
     iterator = importlib.import_module("warcio.archiveiterator").ArchiveIterator
-    failed = importlib.import_module("warcio.exceptions").ArchiveLoadFailed
     records = type("Quiet", (iterator,), {"INC_RECORD": ""})(raw)  # it prints what is an error here
     number = 1
     try:
@@ -34,11 +32,13 @@ def pages(raw: Any, where: str) -> Iterator[str]:
             wanted = _type(record)
             content = record.content_stream().read() if wanted else b""
             records.read_to_end()
-            if record.raw_stream.limit or records.err_count:
+            if getattr(record.raw_stream, "limit", 1) or records.err_count:
                 raise ValueError("its length is not what it says")
             yield _text(content, wanted, record) if wanted else ""
             number += 1
-    except (failed, ValueError, zlib.error) as error:
+    except (EOFError, OSError):
+        raise  # not of the record, but of the file
+    except Exception as error:
         why = " ".join(str(error).split())[:80]
         raise UserError(f"{where}, record {number} is damaged: {why}; copy or download the file again") from None
 
