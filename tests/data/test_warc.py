@@ -76,10 +76,10 @@ def test_a_short_page_is_taken_whole(tmp_path):
 def test_what_is_broken_is_one_line_with_the_number_of_the_record(tmp_path):
     path = tmp_path / "a.warc"
     whole = archive(*RECORDS)
-    for cut in (6, 30, 200):
+    for cut, number in ((6, 8), (30, 8), (200, 8), (450, 7), (1000, 7)):
         path.write_bytes(whole[:-cut])
-        assert "a.warc, record 8 is damaged" in complaint(path)
-    path.write_bytes(whole.replace(b"Seite 1. ", b"Seite 1", 1))
+        assert f"a.warc, record {number} is damaged" in complaint(path)
+    path.write_bytes(whole.replace(b"Seite 1. ", b"", 1))
     assert "a.warc, record 3 is damaged" in complaint(path)
     path.write_bytes(b"\n".join([b"no archive at all"] * 9))
     assert "a.warc, record 1 is damaged" in complaint(path)

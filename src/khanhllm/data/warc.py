@@ -36,6 +36,8 @@ def pages(raw: Any, where: str) -> Iterator[str]:
                 raise ValueError("its length is not what it says")
             yield _text(content, wanted, record) if wanted else ""
             number += 1
+        if records.next_line:
+            raise ValueError("its header is cut short")
     except (EOFError, OSError):
         raise  # not of the record, but of the file
     except Exception as error:
