@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import threading
+from hashlib import sha256
 from itertools import islice
 
 import numpy as np
@@ -249,8 +250,8 @@ def test_the_belt_knows_its_cleaning_and_an_old_one_keeps_its_identity(belt):
     recipe = plain.folder / "belt.json"
     old = json.loads(recipe.read_text("utf-8"))
     del old["clean"]
-    recipe.write_text(json.dumps(old), "utf-8")
-    assert Belt(plain.folder, 16, 1, 1, 1.0).sha256 == plain.sha256
+    recipe.write_text(json.dumps(old, separators=(",", ":")), "utf-8")
+    assert Belt(plain.folder, 16, 1, 1, 1.0).sha256 == plain.sha256 == sha256(recipe.read_bytes()).hexdigest()
 
 
 def test_a_belt_refuses_minhash(belt):

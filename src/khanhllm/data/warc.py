@@ -36,6 +36,7 @@ def pages(raw: Any, where: str) -> Iterator[str]:
                 raise ValueError("its length is not what it says")
             yield _text(content, wanted, record) if wanted else ""
             number += 1
+        raw.read(1)  # warcio takes every EOFError for the end; of a cut gzip it comes again here
         if records.next_line:
             raise ValueError("its header is cut short")
     except (EOFError, OSError):
@@ -64,7 +65,7 @@ def _text(content: bytes, form: str, record: Any) -> str:
     try:
         text = content.decode(charset)
     except (ValueError, LookupError):
-        text = encoding.bytes_to_str(content, encoding.detect_encoding(content))
+        text = encoding.bytes_to_str(content, encoding.detect_encoding(content, from_html_meta=form in HTML))
     if form == "text/plain":
         return text
     extract = importlib.import_module("resiliparse.extract.html2text").extract_plain_text
