@@ -164,7 +164,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
     out = Path(options.out)
     config = resolve({"model": {"vocab_size": options.vocab_size}, "data": {"tokenizer_sample": options.sample}})
-    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample)
+    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean)
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} tokens; readable in {out.with_name('vocab.txt')}")
 
@@ -173,6 +173,7 @@ def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SRC", required=True, help="where the text comes from")
     parser.add_argument("--vocab-size", metavar="N", default="50000", help="tokens, special ones included (50000)")
     parser.add_argument("--out", metavar="FILE", default="tokenizer.json", help="the file to write (tokenizer.json)")
+    parser.add_argument("--clean", metavar="STEPS", default="", help="as in `khanhllm prepare` (none)")
     parser.add_argument("--sample", metavar="BYTES", default="1000000000", help="most text to read (bytes, 1 GB)")
 
 

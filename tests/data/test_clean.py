@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from test_executors import run_tasks, slurm  # noqa: F401
 from test_prepare import TOKENIZER, documents
 
 from khanhllm import cli
@@ -16,6 +17,7 @@ from khanhllm.data import clean as module
 from khanhllm.data import prepare as preparation
 from khanhllm.data.belt import Belt
 from khanhllm.data.clean import Cleaner, steps_of
+from khanhllm.data.executors import Place
 from khanhllm.data.maker import Made, Maker, note_path
 from khanhllm.data.prepare import ensure, prepare
 from khanhllm.data.shards import Manifest
@@ -168,6 +170,23 @@ def test_an_interrupted_search_for_copies_goes_on(corpus, tmp_path, monkeypatch)
     bad.write_text(whole, "utf-8")
     again = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1, clean="c4, minhash")
     assert again == prepare(str(corpus), TOKENIZER, tmp_path / "other", validation=0.1, workers=1, clean="c4,minhash")
+
+
+def test_on_slurm_the_search_for_copies_is_a_job_of_its_own(corpus, tmp_path, slurm):  # noqa: F811
+    (corpus / "copies.jsonl").write_text(lines([page(number) for number in range(9)]), "utf-8")
+    expected = prepare(str(corpus), TOKENIZER, tmp_path / "expected", validation=0.1, workers=1, clean="c4, minhash")
+    place = Place("slurm", tasks=2, partition="cpu")
+    for _ in range(2):
+        assert (
+            prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=place, clean="c4, minhash") is None
+        )
+        run_tasks(slurm, [0, 1])
+        (slurm / "gone").touch()
+    made = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=place, clean="c4, minhash")
+    assert made == expected and said(made) == {
+        "c4": 60,
+        "minhash": 6,
+    }  # three copies of what c4 removed are the only ones
 
 
 def test_what_leaves_nothing_is_said(tmp_path):
