@@ -28,7 +28,7 @@ from khanhllm.settings import did_you_mean
 
 KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "minhash")
 """c4: lines and pages by the rules of Raffel et al. 2020, section 2.2. paragraphs: three of 200 characters, as in mC4
-(Xue et al. 2021). gopher: both of Rae et al. 2021, table A1. language: of most of the text. minhash: near-duplicates"""
+(Xue et al. 2021). gopher: both of Rae et al. 2021, A1.1. language: of most of the text. minhash: near-duplicates"""
 GOPHER = ("gopher-quality", "gopher-repetition")
 SURE = 0.65
 """least probability of the language asked for; datatrove's"""
