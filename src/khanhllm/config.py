@@ -92,8 +92,8 @@ class DataConfig(Section):
     source: str = "c4"
     """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv
     .warc.gz), c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or
-    {a,b}.txt), or a folder written by `khanhllm prepare`; of json lines and tables the column "text", else content, document, body
-    or article, or the one named behind a '#': my.csv#title"""
+    {a,b}.txt), or a folder written by `khanhllm prepare`; of json lines and tables the column "text", else content,
+    document, body or article, or the one named behind a '#': my.csv#title"""
     tokenizer: str = ""
     """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
     tokenizer_sample: Count = 1_000_000_000

@@ -108,8 +108,8 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     shards = counted(len(manifest.shards), "shard")
     console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
     console.print(_splits(manifest))
-    if cleaning := manifest.cleaning and (_so_far(folder, manifest) or manifest.cleaning):
-        console.print(table(cleaning))
+    if manifest.cleaning:
+        console.print(table(_so_far(folder, manifest) or manifest.cleaning))
     parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
     seen = _pass_by(console, parts, documents, sample)
     _end(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])

@@ -8,6 +8,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_executors import run_tasks, slurm  # noqa: F401
 from test_prepare import TOKENIZER, documents
 
@@ -84,6 +86,20 @@ def test_each_rule_removes_the_page_it_is_about_and_no_good_one(step, text):
     assert cleaner.clean(text) == ""
     size = len(text.encode())
     assert cleaner.tally == ((2, len(good.encode()) + size), (1, size))
+
+
+ODD = st.sampled_from([*WORDS[:9], "\n", "\n\n", "...", "# ", "- ", "{", "Đ", "\u2028", "\x00", "’"]) | st.text()
+
+
+@given(st.lists(st.lists(ODD).map(" ".join).filter(str.strip), max_size=5))
+def test_whatever_the_text_the_counts_add_up(texts):
+    for steps in ("c4, gopher, paragraphs", "gopher-repetition, c4"):
+        cleaner = Cleaner(steps)
+        kept = [text for text, _ in cleaner.run(texts)]
+        (documents, size), *removed = cleaner.tally
+        assert (documents, size) == (len(texts), sum(len(text.encode()) for text in texts))
+        assert len(kept) == documents - sum(lost for lost, _ in removed)
+        assert sum(len(text.encode()) for text in kept) == size - sum(lost for _, lost in removed)
 
 
 def test_c4_keeps_of_a_page_the_lines_that_are_sentences():
@@ -264,7 +280,8 @@ def test_both_sides_of_a_belt_are_cleaned_and_apart(belt, corpus):
 
 
 def test_the_belt_knows_its_cleaning_and_an_old_one_keeps_its_identity(belt):
-    plain, cleaned = belt("cache", clean=""), belt("cache", clean="c4")
+    plain, cleaned = belt("cache", clean=""), belt("cache", clean=" C4,")
+    assert cleaned.recipe.clean == "c4"
     assert plain.folder != cleaned.folder and plain.sha256 != cleaned.sha256
     recipe = plain.folder / "belt.json"
     old = json.loads(recipe.read_text("utf-8"))

@@ -153,7 +153,7 @@ def lay(
         held_out=tuple(sorted({text_hash(text.encode()) for text in texts})),
         shard_tokens=shard_tokens,
         most=most,
-        clean=clean,
+        clean=manifest.cleaned_by,
     )
     (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
