@@ -18,7 +18,7 @@ LEAST_CONTENT = 200
 
 
 def pages(raw: Any, where: str) -> Iterator[str]:
-    """The texts of an unpacked archive, in order; "" for a record that is none. Raises UserError for a broken record.
+    """The texts of an unpacked archive, in order. Raises UserError for a broken record, by its number.
 
     raw: an open file of bytes.
     """
@@ -34,7 +34,8 @@ def pages(raw: Any, where: str) -> Iterator[str]:
             records.read_to_end()
             if getattr(record.raw_stream, "limit", 1) or records.err_count:
                 raise ValueError("its length is not what it says")
-            yield _text(content, wanted, record) if wanted else ""
+            if wanted:
+                yield _text(content, wanted, record)
             number += 1
         raw.read(1)  # warcio takes every EOFError for the end; of a cut gzip it comes again here
         if records.next_line:
