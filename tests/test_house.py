@@ -8,8 +8,9 @@ import khanhllm
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
     config settings
-    tokenizer data.names data.sources data.fetch data.documents data.shards data.writer data.executors data.pulse
-    data.maker data.laying data.belt data.prepare data.batches objectives schedule guard
+    tokenizer data.names data.sources data.fetch data.warc data.documents data.shards data.clean data.writer
+    data.duplicates data.executors data.pulse data.maker data.laying data.belt data.prepare data.batches
+    objectives schedule guard
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
     machine.cards machine.triton_grouped machine.roads machine.runtime machine.signals machine.weights machine.fit
@@ -18,7 +19,7 @@ FLOORS = """
     train
     doctor look demo measure plan contenders bench
     chaos.server chaos.arena chaos.trainers chaos.saves chaos.numbers chaos.belt chaos.run
-    cli __main__
+    arguments cli __main__
 """.split()
 FREE = {"", "chaos", "data", "machine"}  # packages that only hold others
 

@@ -10,12 +10,12 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args
 
-from khanhllm.config import Config, Sampling, UserError
-from khanhllm.settings import checked, did_you_mean, preset, preset_names, read_toml, resolve
+from khanhllm.arguments import Parser, Raw, given, knobs, short
+from khanhllm.config import Sampling, UserError
+from khanhllm.settings import checked, preset, preset_names, read_toml, resolve
 
 EXAMPLES = """examples:
   khanhllm demo                              the whole story in a few minutes, offline
@@ -57,62 +57,18 @@ def _unforeseen(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (unforeseen; the details are in {report.name})"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
-
-    def refuse(self, word: str) -> NoReturn:
-        option = word.partition("=")[0]
-        known = did_you_mean(option, sorted(self._option_string_actions)) if option.startswith("-") else ""
-        self.error(f"unknown option {option}{known}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="khanhllm", description=__doc__.partition("\n")[0], epilog=EXAMPLES, formatter_class=_Raw)
-    verbs = top.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    top = Parser(prog="khanhllm", description=__doc__.partition("\n")[0], epilog=EXAMPLES, formatter_class=Raw)
+    verbs = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     for verb, add_options in VERBS.items():
         text = inspect.cleandoc(verb.__doc__ or "")
         name = verb.__name__.strip("_")
         parser = verbs.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=_Raw, allow_abbrev=False
+            name, help=text.splitlines()[0], description=text, formatter_class=Raw, allow_abbrev=False
         )
         parser.set_defaults(verb=verb, parser=parser)
         add_options(parser)
     return top
-
-
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
-
-
-def _knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Config.model_fields)) -> None:
-    """One option for each key of the config, with the config's own explanation."""
-    for section in sections:
-        group = parser.add_argument_group(f"[{section}]")
-        kind: Any = Config.model_fields[section].annotation
-        for key, field in kind.model_fields.items():
-            choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-            metavar = "|".join(choices) if choices else "VALUE"
-            text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
-            group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)
-
-
-def _given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The dotted options that were typed, as config settings."""
-    settings: dict[str, dict[str, Any]] = {}
-    for dotted, value in vars(options).items():
-        section, dot, key = dotted.partition(".")
-        if dot:
-            settings.setdefault(section, {})[key] = value
-    return settings
-
-
-def _short(section: str, key: str, value: Any) -> dict[str, dict[str, Any]]:
-    return {} if value is None else {section: {key: value}}
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -135,7 +91,7 @@ def _train(options: argparse.Namespace) -> None:
                 f"{folder} holds no run to resume; name a preset ({', '.join(preset_names())}) to begin one"
             )
     layers += [read_toml(Path(options.config))] if options.config else []
-    layers += [_short("data", "source", options.data), _short("train", "steps", options.steps), _given(options)]
+    layers += [short("data", "source", options.data), short("train", "steps", options.steps), given(options)]
     config = resolve(*layers, where="train")
     from khanhllm import train
 
@@ -155,7 +111,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
     )
-    _knobs(parser)
+    knobs(parser)
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
@@ -164,7 +120,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
     out = Path(options.out)
     config = resolve({"model": {"vocab_size": options.vocab_size}, "data": {"tokenizer_sample": options.sample}})
-    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample)
+    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean)
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} tokens; readable in {out.with_name('vocab.txt')}")
 
@@ -173,6 +129,7 @@ def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SRC", required=True, help="where the text comes from")
     parser.add_argument("--vocab-size", metavar="N", default="50000", help="tokens, special ones included (50000)")
     parser.add_argument("--out", metavar="FILE", default="tokenizer.json", help="the file to write (tokenizer.json)")
+    parser.add_argument("--clean", metavar="STEPS", default="", help="as in `khanhllm prepare` (none)")
     parser.add_argument("--sample", metavar="BYTES", default="1000000000", help="most text to read (bytes, 1 GB)")
 
 
@@ -194,6 +151,7 @@ def _prepare(options: argparse.Namespace) -> None:
         Path(options.out),
         validation=config.validation,
         tokens=config.tokens,
+        clean=options.clean,
         place=Place(
             options.executor,
             options.tasks,
@@ -215,6 +173,9 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", metavar="N", default="0", help="stop after this many training tokens; 0 means all (0)"
     )
     parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
+    parser.add_argument(
+        "--clean", metavar="STEPS", default="", help='in order, as in "c4, language:en, gopher, minhash" (none)'
+    )
     parser.add_argument("--executor", metavar="local|slurm|ray", default="local", help="where the tasks run (local)")
     parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")
     parser.add_argument("--partition", metavar="NAME", default="", help="of slurm")
@@ -251,7 +212,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     """Let a trained model continue a prompt; the text streams as it is made."""
     sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate")
-    machine = resolve(_given(options)).machine
+    machine = resolve(given(options)).machine
     from khanhllm.draw import visible
     from khanhllm.generate import write
     from khanhllm.saved import open_run
@@ -270,14 +231,14 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     for key, field in Sampling.model_fields.items():
         text = f"{field.description} (default {field.default})"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
-    _knobs(parser, ["machine"])
+    knobs(parser, ["machine"])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     """Validation cross entropy (nats per token) and bits per byte of a run, over every byte of the text."""
     from khanhllm.evaluate import score_run
 
-    score = score_run(Path(options.run), options.data, resolve(_given(options)).machine)
+    score = score_run(Path(options.run), options.data, resolve(given(options)).machine)
     if options.json:
         print(json.dumps(score))
     else:
@@ -289,14 +250,14 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--data", metavar="SRC", help="text to score, all of it (default: what the run held out)")
     parser.add_argument("--json", action="store_true", help="one JSON object: val_ce, val_bpb, val_bytes, val_tokens")
-    _knobs(parser, ["machine"])
+    knobs(parser, ["machine"])
 
 
 def _doctor(options: argparse.Namespace) -> int:
     """Examine a preset or a run: no leak from the future, a sane start, equal roads, devices and libraries."""
     from khanhllm import doctor
 
-    return doctor.examine(options.patient, resolve(_given(options)).machine, as_json=options.json)
+    return doctor.examine(options.patient, resolve(given(options)).machine, as_json=options.json)
 
 
 def _doctor_options(parser: argparse.ArgumentParser) -> None:
@@ -304,7 +265,7 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
         "patient", metavar="PRESET_OR_RUN", help=f"a run folder, or one of: {', '.join(preset_names())}"
     )
     parser.add_argument("--json", action="store_true", help="verdicts as one JSON object")
-    _knobs(parser, ["machine"])
+    knobs(parser, ["machine"])
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -312,7 +273,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     The step is rehearsed without memory, so the plan also works for a card that is not here.
     """
-    config = resolve(preset(options.preset), _given(options), where="plan")
+    config = resolve(preset(options.preset), given(options), where="plan")
     if options.card and options.measure:
         raise UserError("--measure runs on this machine, so it cannot go with --card")
     from khanhllm import plan
@@ -326,7 +287,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", metavar="NAME", help='a graphics card, as "RTX 4090"; it need not be here')
     parser.add_argument("--measure", action="store_true", help="run three real steps and show them beside the plan")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
-    _knobs(parser)
+    knobs(parser)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -337,9 +298,9 @@ def _bench(options: argparse.Namespace) -> None:
     """
     from khanhllm import bench
 
-    steps = resolve(_short("train", "steps", options.steps), where="bench").train.steps
+    steps = resolve(short("train", "steps", options.steps), where="bench").train.steps
     out = Path(options.out) if options.out else None
-    bench.run(options.parts, resolve(_given(options)).machine, steps, out, options.json)
+    bench.run(options.parts, resolve(given(options)).machine, steps, out, options.json)
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
@@ -347,19 +308,19 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="N", default="20", help="turns that each contender takes (20)")
     parser.add_argument("--out", metavar="FILE", help="where the JSON goes (default bench/DATE-DEVICE.json)")
     parser.add_argument("--json", action="store_true", help="print it too")
-    _knobs(parser, ["machine"])
+    knobs(parser, ["machine"])
 
 
 def _demo(options: argparse.Namespace) -> None:
     """The whole story in a few minutes, offline: text, tokenizer, shards, a hybrid model that learns and writes."""
     from khanhllm import demo
 
-    demo.tell(Path(options.run), _given(options))
+    demo.tell(Path(options.run), given(options))
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", default="runs/demo", help="the run folder (runs/demo)")
-    _knobs(parser)
+    knobs(parser)
 
 
 def _chaos(options: argparse.Namespace) -> int:

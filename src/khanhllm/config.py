@@ -90,16 +90,19 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     source: str = "c4"
-    """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv),
-    c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or {a,b}.txt), or a
-    folder written by `khanhllm prepare`; of json lines and tables the column "text", else content, document, body
-    or article, or the one named behind a '#': my.csv#title"""
+    """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv
+    .warc.gz), c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or
+    {a,b}.txt), or a folder written by `khanhllm prepare`; of json lines and tables the column "text", else content,
+    document, body or article, or the one named behind a '#': my.csv#title"""
     tokenizer: str = ""
     """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
     tokenizer_sample: Count = 1_000_000_000
     """most text the tokenizer is trained on (bytes)"""
     validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
     """share of the documents held out for validation, chosen by a hash of the text"""
+    clean: str = ""
+    """steps that documents go through first, in order: c4, paragraphs, gopher, language:CODE, minhash (near-duplicates;
+    last); empty means none. As in "c4, language:en, gopher" """
     tokens: Natural = 0
     """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
     shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24

@@ -18,9 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from khanhllm.config import UserError
+from khanhllm.data.clean import counted as cleaned
+from khanhllm.data.clean import table
 from khanhllm.data.documents import Reader
-from khanhllm.data.shards import MANIFEST, Manifest, Shard, damage, mapped
-from khanhllm.data.sources import LINES, SHEETS, TABLES, TEXT, Source, locate
+from khanhllm.data.maker import Made
+from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
+from khanhllm.data.sources import KINDS, Source, locate
 from khanhllm.draw import counted, histogram, lying_bars, visible
 from khanhllm.tokenizer import Tokenizer
 
@@ -105,6 +108,8 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     shards = counted(len(manifest.shards), "shard")
     console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
     console.print(_splits(manifest))
+    if manifest.cleaning:
+        console.print(table(_so_far(folder, manifest) or manifest.cleaning))
     parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
     seen = _pass_by(console, parts, documents, sample)
     _end(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
@@ -201,7 +206,7 @@ def _shares(console: Console, source: Source) -> None:
         top, slash, _ = name.partition("/")
         tops[top + slash] += weight
         bare = name.lower().partition("?")[0]
-        kinds[next(ending for ending in TEXT + LINES + TABLES + SHEETS if bare.endswith(ending))] += weight
+        kinds[next(ending for endings in KINDS.values() for ending in endings if bare.endswith(ending))] += weight
     for title, parts in (("kinds of files", kinds), ("folders and files", tops)):
         rows = parts.most_common(TOP)
         rest = parts.total() - sum(weight for _, weight in rows)
@@ -221,6 +226,14 @@ def _splits(manifest: Manifest) -> Table:
         ratio = sum(shard.bytes for shard in shards) / max(1, tokens)
         table.add_row(split, f"{len(shards):,}", f"{tokens:,}", f"{documents:,}", f"{ratio:.2f}")
     return table
+
+
+def _so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
+    """What the cleaning of a belt has read and removed by its newest shard; None before the first one."""
+    newest = max(folder.glob("train-?????.json"), default=None)
+    if not newest:
+        return None
+    return cleaned(manifest.cleaned_by, (place.tally for place in Made.read(newest).following.positions))
 
 
 def verify(folder: Path) -> None:

@@ -150,11 +150,11 @@ def test_an_existing_folder_is_never_touched(corpus, tmp_path):
 
 def test_the_sample_is_capped_spread_and_free_of_held_out_text(corpus):
     found = locate(str(corpus))
-    sample = list(module._sample(Reader(found, []), 6000, 0.2))
+    sample = list(module._sample(Reader(found, []), 6000, 0.2, ""))
     assert 5900 < sum(len(part.encode()) for part in sample) <= 6000
     parts = {int(part.split()[0]) // 100 for part in sample if " " in part}
     assert parts == set(range(6))
-    everything = list(module._sample(Reader(found, []), 10**9, 0.2))
+    everything = list(module._sample(Reader(found, []), 10**9, 0.2, ""))
     assert 0.7 * 600 < len(everything) < 0.9 * 600
 
 

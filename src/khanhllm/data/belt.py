@@ -49,7 +49,7 @@ class Belt:
     @property
     def sha256(self) -> str:
         """Identity of all that will ever come off the belt."""
-        return sha256(self.recipe.model_dump_json().encode()).hexdigest()
+        return self.recipe.identity
 
     def describe(self) -> str:
         return f"{self.source}, turned into shards on the way, in {self.folder}"

@@ -34,6 +34,7 @@ from khanhllm.config import UserError
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.names import text_column
 from khanhllm.data.sources import LOGIN, Source, is_remote, kind, told
+from khanhllm.data.warc import pages
 
 BLOCK = 2**18
 """bytes read at once"""
@@ -106,6 +107,9 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                     self.blank += 1
 
     def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
+        if form == "warc":
+            name = where.partition("?")[0].lower()
+            return pages(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, where)
         if form != "text":
             return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):

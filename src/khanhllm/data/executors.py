@@ -10,19 +10,23 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from khanhllm.config import UserError
+from khanhllm.data.clean import steps_of
 from khanhllm.data.documents import Reader
+from khanhllm.data.duplicates import Signatures, copies, merge
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.writer import HASHES, Report, ShardWriter, cores, report_path
@@ -71,14 +75,18 @@ class Place:
 class Job:
     """One preparation: the pipeline, run as often as it takes."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, place: Place) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, place: Place, clean: str = ""
+    ) -> None:
         self.source = source
+        self.clean = clean
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.place = place
         self.workers = place.workers or cores()
         self.groups = source.groups()
         self.aside = aside
+        self.minhash = aside / "minhash"
         self.dtype = dtype_for(tokenizer.vocab_size)
 
     def split(self, validation: float) -> list[Report]:
@@ -86,9 +94,12 @@ class Job:
         amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
         limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
         say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
+        if "minhash" in steps_of(self.clean):
+            self._find_copies()
         reports = self.run(int(validation * HASHES))
-        if not reports:
-            raise UserError(f"{self.source.name} holds no text: every file of it is empty")
+        if not any(report.shards for report in reports):
+            why = f"cleaning it by {self.clean} leaves nothing" if self.clean else "every file of it is empty"
+            raise UserError(f"{self.source.name} holds no text: {why}")
         lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
         if lowest == highest:
             raise UserError(f"{self.source.name} is a single document, but one must be held out; give more text")
@@ -97,6 +108,20 @@ class Job:
         if not any(report.count("train") for report in reports):
             return self.run(highest)
         return reports
+
+    def _find_copies(self) -> None:
+        """Read the source once for signatures, wherever the tasks run, and merge these here."""
+        say("looking for near-duplicates, for which the text is read once more")
+        self.folder = self.minhash
+        self.reports = self.folder / "reports"
+        self.reports.mkdir(parents=True, exist_ok=True)
+        if self._done(0, len(self.groups)) < len(self.groups):
+            before = ", ".join(steps_of(self.clean)[:-1])
+            reader = Reader(self.source, self.groups)
+            self._execute(
+                lambda _, in_child: Signatures(reader, before, self.folder, self.reports, in_child), 0, len(self.groups)
+            )
+        merge(self.folder)
 
     def run(self, threshold: int) -> list[Report]:
         """Run tasks, in waves if not all are needed. Documents with a hash below `threshold` are held out."""
@@ -111,10 +136,10 @@ class Job:
             while len(counts) < len(self.groups) and not self._enough(counts):
                 wave = self._wave(counts)
                 if self._done(len(counts), wave) < wave:
-                    self._execute(threshold, len(counts), wave)
+                    self._execute(partial(self._writer, threshold), len(counts), wave)
                 counts += [self._report(group).count("train") for group in range(len(counts), len(counts) + wave)]
         kept = next((nth for nth in range(len(counts)) if self._enough(counts[:nth])), len(counts))
-        reports = [report for report in map(self._report, range(kept)) if report.shards]
+        reports = [self._report(group) for group in range(kept)]
         named = {shard.file for report in reports for shard in report.shards}
         for path in self.shards.glob("*.bin*"):
             if path.name not in named:
@@ -135,10 +160,17 @@ class Job:
     def _done(self, first: int, wave: int) -> int:
         return sum(report_path(self.reports, group).exists() for group in range(first, first + wave))
 
-    def _execute(self, threshold: int, first: int, wave: int) -> None:
+    def _writer(self, threshold: int, threads: int, in_child: bool) -> ShardWriter:
         reader = Reader(self.source, self.groups)
+        removed = partial(copies, self.minhash)
+        return ShardWriter(
+            reader, self.shards, self.reports, threshold, self.tokens, threads, in_child, self.clean, removed
+        )
+
+    def _execute(self, step: Callable[[int, bool], PipelineStep], first: int, wave: int) -> None:
+        """step: makes the step of the pipeline, from its threads and whether it runs in a child process."""
         if self.place.executor == "slurm":
-            self._submit(ShardWriter(reader, self.shards, self.reports, threshold, 0, self.place.cpus, False))
+            self._submit(step(self.place.cpus, False))
         log = self.folder / "log"
         shutil.rmtree(log, ignore_errors=True)
         # of waves, each task is one group; otherwise a task takes every N-th
@@ -148,16 +180,15 @@ class Job:
             ray = importlib.import_module("ray")
             if not ray.is_initialized():
                 ray.init(log_to_driver=False)
-            writer = ShardWriter(reader, self.shards, self.reports, threshold, 0, 1, False)
             workers = self.place.workers or -1
-            RayPipelineExecutor([writer], tasks, workers, skip_completed=False, logging_dir=str(log)).run()
+            RayPipelineExecutor([step(1, False)], tasks, workers, skip_completed=False, logging_dir=str(log)).run()
             if self._done(0, len(self.groups)) < len(self.groups):
                 raise UserError(f"{self._progress()}; why the others failed is in {log / 'logs'}")
             return
         workers = min(self.workers, wave)
         threads = max(1, cores() // workers)
         LocalPipelineExecutor(
-            pipeline=[ShardWriter(reader, self.shards, self.reports, threshold, self.tokens, threads, workers > 1)],
+            pipeline=[step(threads, workers > 1)],
             tasks=tasks,
             workers=workers,
             logging_dir=str(log),
@@ -166,7 +197,7 @@ class Job:
             local_rank_offset=first,
         ).run()
 
-    def _submit(self, writer: ShardWriter) -> None:
+    def _submit(self, step: PipelineStep) -> None:
         """Hand the tasks to Slurm, unless they are there already. Raises Unfinished: the same command publishes."""
         log, ticket = self.folder / "log", self.folder / "job"
         logs = f"the logs are in {log / 'slurm_logs'}"
@@ -174,7 +205,7 @@ class Job:
             raise Unfinished(f"{self._progress()} by Slurm job {ticket.read_text(encoding='utf-8')}; {logs}")
         shutil.rmtree(log, ignore_errors=True)
         executor = _Slurm(
-            [writer],
+            [step],
             self._tasks(),
             self.place.time,
             self.place.partition,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from khanhllm.config import UserError
+from khanhllm.data.clean import Cleaner, counted
 from khanhllm.data.documents import Reader
 from khanhllm.data.maker import RECIPE, Recipe, spool
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
@@ -29,13 +30,15 @@ def lay(
     shard_tokens: int,
     most: int,
     patience: float,
+    clean: str = "",
 ) -> None:
     """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
 
     sources: the components and their shares. Reads them until HELD_OUT bytes are held out. patience: seconds
-    without any answer from the network. Raises UserError if they have not at least two different texts.
+    without any answer from the network. clean: steps of `clean.py`. Raises UserError if they have not at least two
+    different texts.
     """
-    texts, threshold = _validation(folder, name, sources, validation, patience)
+    texts, threshold = _validation(folder, name, sources, validation, patience, clean)
     tokenizer.save(folder / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
     with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
@@ -52,6 +55,7 @@ def lay(
         train_tokens=0,
         validation_tokens=shard.tokens,
         shards=(shard,),
+        cleaning=counted(clean, ()),
     )
     recipe = Recipe(
         version=VERSION,
@@ -63,9 +67,10 @@ def lay(
         held_out=tuple(sorted({text_hash(text.encode()) for text in texts})),
         shard_tokens=shard_tokens,
         most=most,
+        clean=manifest.cleaned_by,
     )
     (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
 
 
 class _Held(NamedTuple):
@@ -81,7 +86,7 @@ class _Held(NamedTuple):
 
 
 def _validation(
-    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float, patience: float
+    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float, patience: float, clean: str
 ) -> tuple[list[str], int]:
     """The validation texts of all components and the hash below which no text is trained on.
 
@@ -93,6 +98,7 @@ def _validation(
             Reader(source, [], None if source.validation else spool(folder, nth), patience, KEPT),
             validation,
             weight * HELD_OUT,
+            clean,
         )
         for nth, (source, weight) in enumerate(sources)
     ]
@@ -103,24 +109,26 @@ def _validation(
     return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
 
 
-def _held_out(reader: Reader, validation: float, most: float) -> _Held:
+def _held_out(reader: Reader, validation: float, most: float, clean: str) -> _Held:
     """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
     source = reader.source
     threshold = 0 if source.validation else int(validation * HASHES)
     files = source.validation or source.files
     texts: list[str] = []
     size, lowest, highest, lowest_text = 0, HASHES, -1, ""
-    for document in (document for name in files for document in reader.read_file(name)):
-        raw = document.text.encode()
+    read = (document.text for name in files for document in reader.read_file(name))
+    for text, _ in Cleaner(clean).run(read):
+        raw = text.encode()
         value = text_hash(raw)
         highest = max(highest, value)
         if value < lowest:
-            lowest, lowest_text = value, document.text
+            lowest, lowest_text = value, text
         if source.validation or value < threshold:
-            texts.append(document.text)
+            texts.append(text)
             size += len(raw)
         if size >= most and lowest < highest:
             break
     if lowest == HASHES:
-        raise UserError(f"{source.name} holds no text: every file of it is empty")
+        why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
+        raise UserError(f"{source.name} holds no text: {why}")
     return _Held(texts, threshold, lowest, highest, lowest_text)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from hashlib import sha256
 from itertools import chain, count, islice
 from pathlib import Path
 from threading import Thread
@@ -25,6 +26,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from khanhllm.config import UserError
+from khanhllm.data.clean import Cleaner, Tally
 from khanhllm.data.documents import Reader
 from khanhllm.data.pulse import WORK, beat, pulse_path
 from khanhllm.data.shards import Dtype, Manifest, Shard
@@ -67,6 +69,13 @@ class Recipe(_Kept):
     shard_tokens: int
     most: int
     """training tokens in one lap; 0 for all of the source, and no end if it is a mixture"""
+    clean: str = ""
+    """steps between documents and tokens"""
+
+    @property
+    def identity(self) -> str:
+        """Of all that will ever come off the belt; a recipe without a later key's default is the same one."""
+        return sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 class Position(_Kept):
@@ -77,6 +86,8 @@ class Position(_Kept):
     document: int = 0
     bytes: int = 0
     """of text trained on so far, in all its laps"""
+    tally: Tally = ()
+    """what cleaning read and removed so far, in all its laps"""
 
 
 class Place(_Kept):
@@ -190,6 +201,7 @@ class Maker:
         """The texts of one component, and the position after each: one lap if it is the only one, else no end."""
         source = self.sources[nth]
         taken = start.bytes
+        cleaner = Cleaner(self.recipe.clean, start.tally)
         for lap in count(start.lap):
             begin = start if lap == start.lap else Position()
             before = taken
@@ -200,11 +212,13 @@ class Maker:
                     self.read += 1
                     if number < first:
                         continue
-                    raw = document.text.encode()
+                    text = cleaner.clean(document.text)
+                    raw = text.encode()
                     value = text_hash(raw)
-                    if value >= self.recipe.threshold and value not in self.held_out:
+                    if text and value >= self.recipe.threshold and value not in self.held_out:
                         taken += len(raw)
-                        yield document.text, Position(lap=lap, file=file, document=number + 1, bytes=taken)
+                        place = {"lap": lap, "file": file, "document": number + 1}
+                        yield text, Position(**place, bytes=taken, tally=cleaner.tally)
             if len(self.sources) == 1:
                 return
             if taken == before and (begin.file, begin.document) == (0, 0):

@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from khanhllm.config import DataConfig, UserError
+from khanhllm.data.clean import Cleaner, counted, steps_of, table
 from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Job, Place, Unfinished, console, say
 from khanhllm.data.laying import KEPT, lay
@@ -51,14 +52,15 @@ def prepare(
     tokens: int = 0,
     workers: int = 0,
     place: Place | None = None,
+    clean: str = "",
 ) -> Manifest | None:
     """Write the shards of a source into the new folder `out`.
 
-    validation: share of documents held out, in (0, 1). tokens: read no further once there are as many training
-    tokens, 0 reads all. workers: processes, 0 means one for each core. place: where the tasks run, instead of
-    `workers` processes here. Nothing is returned while a cluster is still at it. Raises UserError for anything wrong
-    with the source, and if `out` exists or cannot be written; then, as after an interruption, the finished groups are
-    kept aside, and the same call goes on from there.
+    validation: share of documents held out, in (0, 1). tokens: read no further once there are as many training tokens,
+    0 reads all. workers: processes, 0 means one for each core. place: where the tasks run, instead of `workers`
+    processes here. clean: steps between reading and tokens (clean.py). Nothing is returned while a cluster is still at
+    it. Raises UserError for anything wrong with the source, and if `out` exists or cannot be written; then, as after an
+    interruption, the finished groups are kept aside, and the same call goes on from there.
     """
     place = place or Place(workers=workers)
     place.check(tokens)
@@ -67,22 +69,28 @@ def prepare(
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
     found = locate(source)
+    steps = ", ".join(steps_of(clean))
+    Cleaner(steps)  # what it needs is missing now, not in an hour
+    if "minhash" in steps and is_remote(source):
+        raise UserError(f"minhash reads the text twice; download {source} and prepare the files")
     started = time.monotonic()
-    recipe = json.dumps([VERSION, found.name, found.fingerprint, tokenizer.sha256, validation, tokens])
-    with _resumable(out, recipe) as partial:
-        job = Job(found, tokenizer, partial, tokens, place)
+    recipe: list[Any] = [VERSION, found.name, found.fingerprint, tokenizer.sha256, validation, tokens]
+    with _resumable(out, json.dumps(recipe + [steps] * bool(steps))) as partial:
+        job = Job(found, tokenizer, partial, tokens, place, steps)
         try:
-            manifest = _manifest(found, tokenizer, validation, job.split(validation))
+            manifest = _manifest(found, tokenizer, validation, job.split(validation), steps)
         except Unfinished as so_far:
             say(str(so_far))
             return None
-        (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
         job.shards.rename(out)
     shutil.rmtree(partial, ignore_errors=True)
     say(
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens "
         f"in {time.monotonic() - started:.0f} s: {out}"
     )
+    if manifest.cleaning:
+        console().print(table(manifest.cleaning))
     return manifest
 
 
@@ -120,7 +128,7 @@ def aside(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
-def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: list[Report]) -> Manifest:
+def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: list[Report], clean: str) -> Manifest:
     return Manifest(
         version=VERSION,
         source=source.name,
@@ -131,6 +139,7 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
         train_tokens=sum(report.count("train") for report in reports),
         validation_tokens=sum(report.count("validation") for report in reports),
         shards=tuple(shard for report in reports for shard in report.shards),
+        cleaning=counted(clean, (report.tally for report in reports)),
     )
 
 
@@ -141,11 +150,12 @@ def train_on(
     validation: float = 0.01,
     belt: Path | None = None,
     patience: float = 600.0,
+    clean: str = "",
 ) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
-    Each component of a mixture gives its share. belt: folder of a belt to be, for which what is downloaded is kept.
-    patience: seconds without any answer from the network.
+    Each component of a mixture gives its share. The documents are cleaned first, but for minhash. belt: folder of a
+    belt to be, for which what is downloaded is kept. patience: seconds without any answer from the network.
 
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
@@ -154,7 +164,7 @@ def train_on(
     say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
     started = time.monotonic()
     samples = chain.from_iterable(
-        _sample(Reader(found, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation)
+        _sample(Reader(found, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation, clean)
         for nth, (found, share) in enumerate(shares)
     )
     tokenizer = train(samples, vocab_size, progress=console().is_terminal)
@@ -162,17 +172,17 @@ def train_on(
     return tokenizer
 
 
-def _sample(reader: Reader, most: int, validation: float) -> Iterator[str]:
+def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterator[str]:
     """Training documents from the beginning of each file, no file giving more than its share."""
-    source = reader.source
+    source, cleaner = reader.source, Cleaner(clean)
     # of a distant source, no more files are fetched than the sample needs
     share = most if is_remote(source.root) else max(most // min(SPREAD, len(source.files)), 1)
     empty = True
     for name in source.files:
         room = min(share, most)
-        for document in reader.read_file(name):
+        for text, _ in cleaner.run(document.text for document in reader.read_file(name)):
             empty = False
-            raw = document.text.encode()
+            raw = text.encode()
             if text_hash(raw) >= int(validation * HASHES):
                 raw = raw[:room]
                 yield raw.decode(errors="ignore")
@@ -183,7 +193,8 @@ def _sample(reader: Reader, most: int, validation: float) -> Iterator[str]:
         if most <= 0:
             break
     if empty:
-        raise UserError(f"{source.name} holds no text: every file of it is empty")
+        why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
+        raise UserError(f"{source.name} holds no text: {why}")
 
 
 def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
@@ -194,6 +205,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     UserError.
     """
     folder = Path(data.source)
+    steps = ", ".join(steps_of(data.clean))
     if not (folder / MANIFEST).is_file():
         # what is remote keeps its name for now: a belt that is there already is found without a network
         parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
@@ -203,12 +215,20 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
         recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
         recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
+        recipe += [steps] if steps else []
         recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
+        if "minhash" in steps and not whole:
+            raise UserError(
+                f"minhash compares all documents with each other, but {data.source} becomes shards while the model "
+                "trains; download it, khanhllm prepare --clean it, and train on that"
+            )
         folder = Path(data.cache) / _folder_name(data.source, recipe)
         if given:
             _fits(given.vocab_size, vocab_size, data.tokenizer)
         if not (folder / MANIFEST).is_file():
             _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
+    elif steps and steps != (made := Manifest.read(folder).cleaned_by):
+        raise UserError(f"{folder} was prepared with cleaning by {made or 'nothing'}; leave out data.clean {steps}")
     _check(folder, data.tokenizer, vocab_size)
     return folder
 
@@ -227,19 +247,26 @@ def _make(
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        sample = data.tokenizer_sample
+        sample, clean = data.tokenizer_sample, data.clean
         if not parts:
-            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation)
+            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, clean=clean)
             prepare(
-                data.source, tokenizer, folder, validation=data.validation, tokens=data.tokens, workers=data.workers
+                data.source,
+                tokenizer,
+                folder,
+                validation=data.validation,
+                tokens=data.tokens,
+                workers=data.workers,
+                clean=data.clean,
             )
             return
         sources = [(locate(part) if isinstance(part, str) else part, weight) for part, weight in parts]
         # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
         sample = min(sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
         with aside(folder) as new:
-            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, new, data.patience)
-            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, data.patience)
+            patience = data.patience
+            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, new, patience, clean)
+            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, patience, clean)
             new.rename(folder)
 
 

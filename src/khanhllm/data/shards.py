@@ -48,6 +48,37 @@ class Shard(BaseModel):
     sha256: str
 
 
+class Removed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: str
+    documents: int
+    bytes: int
+    """of text, also of documents that were only shortened"""
+
+
+class Cleaning(BaseModel):
+    """What cleaning did to the documents that were read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    documents: int
+    bytes: int
+    """read, before any step"""
+    removed: tuple[Removed, ...]
+    """by each step, in order"""
+
+    @property
+    def steps(self) -> str:
+        return ", ".join(lost.step for lost in self.removed)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Documents and bytes."""
+        documents = self.documents - sum(lost.documents for lost in self.removed)
+        return documents, self.bytes - sum(lost.bytes for lost in self.removed)
+
+
 class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,6 +93,8 @@ class Manifest(BaseModel):
     train_tokens: int
     validation_tokens: int
     shards: tuple[Shard, ...]
+    cleaning: Cleaning | None = None
+    """None: the documents are as they were read"""
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -80,6 +113,10 @@ class Manifest(BaseModel):
         if manifest.version != VERSION:
             raise UserError(f"{path} has version {manifest.version}, this program reads {VERSION}; prepare again")
         return manifest
+
+    @property
+    def cleaned_by(self) -> str:
+        return self.cleaning.steps if self.cleaning else ""
 
     def of(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]

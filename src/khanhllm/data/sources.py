@@ -29,8 +29,10 @@ TEXT = (".txt", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 TABLES = (".parquet",)
 SHEETS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+WEB = (".warc", ".warc.gz", ".wet", ".wet.gz")
+KINDS = {"text": TEXT, "lines": LINES, "table": TABLES, "sheet": SHEETS, "warc": WEB}
 PACKED = (".gz", ".zst", ".parquet")
-ALLOWED = f"known endings: {' '.join(TEXT + LINES + TABLES + SHEETS)}"
+ALLOWED = f"known endings: {' '.join(ending for endings in KINDS.values() for ending in endings)}"
 LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
 LOGIN = "if the dataset is private or gated, type `hf auth login` or set HF_TOKEN, and accept its terms on its page"
 
@@ -181,8 +183,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def kind(name: str) -> str:
     name = name.partition("?")[0].lower()
-    kinds = {"text": TEXT, "lines": LINES, "table": TABLES, "sheet": SHEETS}
-    return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "")
+    return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), "")
 
 
 def _known(name: str, source: str) -> str:

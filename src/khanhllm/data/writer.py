@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
 from khanhllm.config import UserError
+from khanhllm.data.clean import Cleaner, Tally
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
 from khanhllm.tokenizer import Tokenizer
@@ -37,6 +37,8 @@ class Report(BaseModel):
     lowest: int
     highest: int
     """hashes of the texts that it read"""
+    tally: Tally = ()
+    """what cleaning read and removed"""
 
     def count(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.shards if shard.split == split)
@@ -49,9 +51,21 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
     type = "writer"
 
     def __init__(
-        self, reader: Reader, shards: Path, reports: Path, threshold: int, most: int, threads: int, in_child: bool
+        self,
+        reader: Reader,
+        shards: Path,
+        reports: Path,
+        threshold: int,
+        most: int,
+        threads: int,
+        in_child: bool,
+        clean: str = "",
+        copies: Callable[[int], frozenset[int]] | None = None,
     ) -> None:
-        """threshold: hashes below it are held out. most: training tokens after which a group ends, 0 for none."""
+        """threshold: hashes below it are held out. most: training tokens after which a group ends, 0 for none.
+
+        copies: the numbers of the documents of a group that minhash removes, if `clean` has that.
+        """
         super().__init__()
         self.reader = reader
         self.shards = shards
@@ -60,6 +74,8 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         self.most = most
         self.threads = threads
         self.in_child = in_child
+        self.clean = clean
+        self.copies = copies
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         if self.in_child:  # Ctrl-C reaches the whole group of processes; the parent answers it for all
@@ -74,11 +90,13 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
 
     def _group(self, group: int, tokenizer: Tokenizer) -> None:
         dtype = dtype_for(tokenizer.vocab_size)
+        cleaner = Cleaner(self.clean, copies=self.copies(group) if self.copies else frozenset())
         with (
             Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as kept,
             Growing(self.shards / f"validation-{group:05d}.bin.part", "validation", dtype) as held,
         ):
-            lowest, highest = self._write(self.reader.run(rank=group), tokenizer, kept, held)
+            texts = (document.text for document in self.reader.run(rank=group))
+            lowest, highest, tally = self._write(texts, cleaner, tokenizer, kept, held)
         shards = []
         for growing in (kept, held):
             if growing.tokens:
@@ -86,23 +104,25 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
                 growing.path.replace(growing.path.with_suffix(""))
         report = report_path(self.reports, group)
         new = report.with_suffix(".part")
-        new.write_text(Report(shards=shards, lowest=lowest, highest=highest).model_dump_json(), encoding="utf-8")
+        said = Report(shards=shards, lowest=lowest, highest=highest, tally=tally)
+        new.write_text(said.model_dump_json(), encoding="utf-8")
         new.replace(report)
 
     def _write(
-        self, data: Iterable[Document], tokenizer: Tokenizer, kept: "Growing", held: "Growing"
-    ) -> tuple[int, int]:
+        self, texts: Iterable[str], cleaner: Cleaner, tokenizer: Tokenizer, kept: "Growing", held: "Growing"
+    ) -> tuple[int, int, Tally]:
         lowest, highest = HASHES, 0
-        for texts in batched((document.text for document in data), len):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts, self.threads), strict=True):
+        for batch in batched(cleaner.run(texts), lambda item: len(item[0])):
+            encoded = tokenizer.encode_batch([text for text, _ in batch], self.threads)
+            for (text, tally), ids in zip(batch, encoded, strict=True):
                 raw = text.encode()
                 value = text_hash(raw)
                 lowest, highest = min(lowest, value), max(highest, value)
                 (held if value < self.threshold else kept).add(tokenizer.end_of_text, ids, len(raw))
                 # two different texts at the least, or there would be nothing to hold out
                 if 0 < self.most <= kept.tokens and lowest < highest:
-                    return lowest, highest
-        return lowest, highest
+                    return lowest, highest, tally
+        return lowest, highest, cleaner.tally
 
 
 class Growing:

@@ -1,0 +1,184 @@
+"""Documents are cleaned before they are learned from, by an ordered list of published filters: "c4, language:en".
+
+The rules and their thresholds are datatrove's. Three things differ, so that they work without a network and say what
+they did. Words and sentences are found by a few lines here, where datatrove loads spaCy; languages are told by
+py3langid, where it downloads a model; and what each step takes is counted in documents and in bytes, since C4's rules
+shorten documents too.
+
+Left out: C4's list of bad words, which is a download, and its removal of repeated three-sentence spans, for which
+minhash stands (duplicates.py).
+"""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
+from datatrove.pipeline.filters.c4_filters import C4ParagraphFilter, C4QualityFilter
+from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
+from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
+from datatrove.utils.word_tokenizers import WordTokenizer
+from rich.table import Table
+
+from khanhllm.config import UserError
+from khanhllm.data.shards import Cleaning, Removed
+from khanhllm.settings import did_you_mean
+
+KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "minhash")
+"""c4: lines and pages by the rules of Raffel et al. 2020, section 2.2. paragraphs: three of 200 characters, as in mC4
+(Xue et al. 2021). gopher: both of Rae et al. 2021, A1.1. language: of most of the text. minhash: near-duplicates"""
+GOPHER = ("gopher-quality", "gopher-repetition")
+SURE = 0.65
+"""least probability of the language asked for; datatrove's"""
+GLANCE = 10_000
+"""characters of a document by which its language is told"""
+
+Tally = tuple[tuple[int, int], ...]
+"""documents and bytes: those read, then those that each step removed"""
+
+
+class Words(WordTokenizer):  # type: ignore[misc]
+    """Words, signs and sentences of a text in an alphabet that sets spaces."""
+
+    WORD = re.compile(r"\w+(?:['’]\w+)*|\.\.\.|[^\w\s]")
+    END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return self.WORD.findall(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text[start:end].strip() for start, end in self.span_tokenize(text)]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        ends = [found.end() for found in self.END.finditer(text)]
+        if not ends or text[ends[-1] :].strip():
+            ends.append(len(text))
+        return list(zip([0, *ends], ends, strict=False))
+
+
+WORDS = Words()
+
+
+class Language(BaseFilter):  # type: ignore[misc]
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        if not importlib.util.find_spec("py3langid"):
+            raise UserError("clean: language needs py3langid, which is not installed: pip install 'khanhllm[clean]'")
+        langid = importlib.import_module("py3langid.langid")
+        self.identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+        self.code = code
+        known = sorted(map(str, self.identifier.labels))
+        if code not in known:
+            raise UserError(f"clean: no language {code!r}; known: {' '.join(known)}")
+
+    def filter(self, document: Document) -> bool:
+        code, probability = self.identifier.classify(document.text[:GLANCE])
+        return bool(code == self.code and probability >= SURE)
+
+
+class Copies(BaseFilter):  # type: ignore[misc]
+    """Removes the documents of given numbers, among those that it is asked about."""
+
+    def __init__(self, numbers: frozenset[int]) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.asked = 0
+
+    def filter(self, document: Document) -> bool:
+        self.asked += 1
+        return self.asked - 1 not in self.numbers
+
+
+def steps_of(clean: str) -> tuple[str, ...]:
+    """The names of the steps, in order. Raises UserError for one that is unknown or cannot stand where it does."""
+    words = [word for part in clean.split(",") if (word := "".join(part.split()).lower())]
+    for word in words:
+        if word not in KNOWN and not re.fullmatch(r"language:[a-z]{2,3}", word):
+            guess = did_you_mean(word, list(KNOWN))
+            raise UserError(f"clean: no step named {word!r}{guess}; known: {', '.join(KNOWN)}")
+    steps = tuple(step for word in words for step in (GOPHER if word == "gopher" else (word,)))
+    if len(set(steps)) < len(steps):
+        raise UserError(f"clean: a step is named twice in {clean!r}; each can be taken once")
+    if "minhash" in steps[:-1]:
+        raise UserError("clean: minhash must be the last step: it compares what the others leave")
+    return steps
+
+
+def _filter(step: str, copies: frozenset[int]) -> BaseFilter:
+    name, _, value = step.partition(":")
+    if name == "language":
+        return Language(value)
+    if name == "minhash":
+        return Copies(copies)
+    if name == "paragraphs":
+        return C4ParagraphFilter()
+    kinds = {"c4": C4QualityFilter, "gopher-quality": GopherQualityFilter, "gopher-repetition": GopherRepetitionFilter}
+    return kinds[name](language=WORDS)
+
+
+class Cleaner:
+    """Takes documents through the steps and counts what they lose."""
+
+    def __init__(self, clean: str, tally: Tally = (), copies: frozenset[int] = frozenset()) -> None:
+        """tally: counts to go on from. copies: numbers of the documents, among those that come to it, minhash removes.
+
+        Raises UserError for a step that is unknown or not installed.
+        """
+        self.filters = [_filter(step, copies) for step in steps_of(clean)]
+        self.tally = tally or ((0, 0),) * (len(self.filters) + 1 if self.filters else 0)
+
+    def clean(self, text: str) -> str:
+        """The text as the steps leave it, empty if one of them removes it."""
+        if not self.filters:
+            return text
+        document = Document(text=text, id="")
+        size = len(text.encode())
+        counts = [(1, size)]
+        for step in self.filters:
+            kept = size and get_filter_result(step.filter(document))[0] and document.text.strip()
+            left = len(document.text.encode()) if kept else 0
+            counts.append((int(left == 0 < size), size - left))
+            size = left
+        self.tally = added(self.tally, tuple(counts))
+        return document.text if size else ""
+
+    def run(self, texts: Iterable[str]) -> Iterator[tuple[str, Tally]]:
+        """What is left of the texts, each with the counts up to it."""
+        for text in texts:
+            if cleaned := self.clean(text):
+                yield cleaned, self.tally
+
+
+def added(one: Tally, other: Tally) -> Tally:
+    return tuple((a + c, b + d) for (a, b), (c, d) in zip(one, other, strict=True)) if one and other else one or other
+
+
+def counted(clean: str, tallies: Iterable[Tally]) -> Cleaning | None:
+    """The counts as a manifest keeps them; None without any step."""
+    steps = steps_of(clean)
+    total: Tally = ()
+    for tally in tallies:
+        total = added(total, tally)
+    if not steps:
+        return None
+    (documents, size), *removed = total or ((0, 0),) * (len(steps) + 1)
+    lost = (Removed(step=step, documents=n, bytes=b) for step, (n, b) in zip(steps, removed, strict=True))
+    return Cleaning(documents=documents, bytes=size, removed=tuple(lost))
+
+
+def table(cleaning: Cleaning) -> Table:
+    """What each step removed, from what was read to what was kept."""
+    shown = Table("cleaning", box=None, pad_edge=False, header_style="dim")
+    for header in ("documents", "bytes", "of the bytes read"):
+        shown.add_column(header, justify="right")
+
+    def row(name: str, documents: int, size: int) -> None:
+        shown.add_row(name, f"{documents:,}", f"{size:,}", f"{100 * size / max(cleaning.bytes, 1):.1f} %")
+
+    row("read", cleaning.documents, cleaning.bytes)
+    for lost in cleaning.removed:
+        row(lost.step, -lost.documents, -lost.bytes)
+    row("kept", *cleaning.kept)
+    return shown

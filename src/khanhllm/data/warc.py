@@ -1,0 +1,74 @@
+"""Web archives become texts: WARC, as crawlers write it, and WET, the plain text that Common Crawl makes of it.
+
+Of a WARC, the answers of servers that hold HTML or plain text are taken. warcio reads the records; Resiliparse
+(Bevendorff et al. 2018), which also DCLM chose, finds the encoding of a page and its main content, without menus,
+headers and footers.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from khanhllm.config import UserError
+
+HTML = ("text/html", "application/xhtml+xml")
+LEAST_CONTENT = 200
+"""characters; a page whose main content seems shorter is taken whole, since then it was hardly found"""
+
+
+def pages(raw: Any, where: str) -> Iterator[str]:
+    """The texts of an unpacked archive, in order. Raises UserError for a broken record, by its number.
+
+    raw: an open file of bytes.
+    """
+    if not (importlib.util.find_spec("warcio") and importlib.util.find_spec("resiliparse")):
+        raise UserError(f"to read {where}, install warcio and Resiliparse: pip install 'khanhllm[web]'")
+    iterator = importlib.import_module("warcio.archiveiterator").ArchiveIterator
+    records = type("Quiet", (iterator,), {"INC_RECORD": ""})(raw)  # it prints what is an error here
+    number = 1
+    try:
+        for record in records:
+            wanted = _type(record)
+            content = record.content_stream().read() if wanted else b""
+            records.read_to_end()
+            if getattr(record.raw_stream, "limit", 1) or records.err_count:
+                raise ValueError("its length is not what it says")
+            if wanted:
+                yield _text(content, wanted, record)
+            number += 1
+        raw.read(1)  # warcio takes every EOFError for the end; of a cut gzip it comes again here
+        if records.next_line:
+            raise ValueError("its header is cut short")
+    except (EOFError, OSError):
+        raise  # not of the record, but of the file
+    except Exception as error:
+        why = " ".join(str(error).split())[:80]
+        raise UserError(f"{where}, record {number} is damaged: {why}; copy or download the file again") from None
+
+
+def _type(record: Any) -> str:
+    """The media type of a record that is a text, else ""."""
+    if record.rec_type == "conversion":
+        found = record.rec_headers.get_header("Content-Type")
+    elif record.rec_type == "response" and record.http_headers:
+        found = record.http_headers.get_header("Content-Type")
+    else:
+        return ""
+    found = (found or "").partition(";")[0].strip().lower()
+    return found if found in (*HTML, "text/plain") else ""
+
+
+def _text(content: bytes, form: str, record: Any) -> str:
+    encoding = importlib.import_module("resiliparse.parse.encoding")
+    declared = "" if record.rec_type == "conversion" else record.http_headers.get_header("Content-Type")
+    charset = declared.lower().partition("charset=")[2].strip(" \"';") or "utf-8"
+    try:
+        text = content.decode(charset)
+    except (ValueError, LookupError):
+        text = encoding.bytes_to_str(content, encoding.detect_encoding(content, from_html_meta=form in HTML))
+    if form == "text/plain":
+        return text
+    extract = importlib.import_module("resiliparse.extract.html2text").extract_plain_text
+    found = extract(text, main_content=True, alt_texts=False)
+    return found if len(found) >= LEAST_CONTENT else extract(text, alt_texts=False)
