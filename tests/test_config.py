@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from conftest import tiny
 from khanhllm.config import Config, UserError
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
-from khanhllm.settings import preset, preset_names, resolve, to_toml
+from khanhllm.settings import amount, preset, preset_names, resolve, seconds, to_toml
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -76,3 +76,22 @@ def test_any_junk_is_accepted_or_refused_in_one_line(key, junk):
 def test_a_config_cannot_change():
     with pytest.raises(Exception, match="frozen"):
         tiny().train.steps = 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("480s", 480), ("90m", 5400), ("8h", 28800), ("1d12h", 129600), ("1.5H", 5400)]
+)
+def test_times(text, expected):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8", "h", "8 hours", "-1h", "1h-2m", "nan"])
+def test_what_is_no_time(text):
+    with pytest.raises(UserError, match="480s"):
+        seconds(text)
+
+
+def test_amounts():
+    assert [amount(text) for text in ("5B", "300m", "1_000", "1.5k")] == [5 * 10**9, 3 * 10**8, 1000, 1500]
+    with pytest.raises(UserError, match="5B"):
+        amount("many")

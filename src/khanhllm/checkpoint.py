@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -60,6 +61,8 @@ class Saver:
         self.run, self.keep = run, keep
         self.failures = 0
         """in a row"""
+        self.seconds = 0.0
+        """that the last one took to write"""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
@@ -85,8 +88,10 @@ class Saver:
         return path
 
     def _write(self, whole: Snapshot) -> Path:
+        started = time.perf_counter()
         path = write(self.run, whole)
         prune(self.run, self.keep)
+        self.seconds = time.perf_counter() - started
         return path
 
     def __enter__(self) -> "Saver":

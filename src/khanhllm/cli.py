@@ -12,10 +12,11 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from khanhllm.arguments import Parser, Raw, given, knobs, short
-from khanhllm.config import Sampling, UserError
-from khanhllm.settings import checked, preset, preset_names, read_toml, resolve
+from khanhllm.config import Config, Sampling, UserError
+from khanhllm.settings import amount, checked, preset, preset_names, read_toml, resolve, seconds
 
 EXAMPLES = """examples:
   khanhllm demo                              the whole story in a few minutes, offline
@@ -91,23 +92,37 @@ def _train(options: argparse.Namespace) -> None:
                 f"{folder} holds no run to resume; name a preset ({', '.join(preset_names())}) to begin one"
             )
     layers += [read_toml(Path(options.config))] if options.config else []
-    layers += [short("data", "source", options.data), short("train", "steps", options.steps), given(options)]
-    config = resolve(*layers, where="train")
+    layers += [short("data", "source", options.data), given(options)]
+    config = resolve(*layers, _length(options, resolve(*layers, where="train")), where="train")
     from khanhllm import train
 
     train.run(config, folder, resume=options.resume)
 
 
+def _length(options: argparse.Namespace, config: Config) -> dict[str, dict[str, Any]]:
+    """How long to train: the last of what was said counts, and not the preset's."""
+    said = [name for name in ("steps", "time", "tokens") if getattr(options, name) is not None]
+    if len(said) > 1:
+        raise UserError("give one of --steps, --for and --tokens")
+    if options.time is not None:
+        return {"train": {"seconds": seconds(options.time)}}
+    if options.tokens is not None:
+        return {"train": {"steps": -(-amount(options.tokens) // config.tokens_per_step), "seconds": 0}}
+    return {"train": {"steps": options.steps, "seconds": 0}} if said else {}
+
+
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N] [--resume]\n"
-        "                      [--section.key VALUE ...]"
+        "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N | --for TIME | --tokens N]\n"
+        "                      [--resume] [--section.key VALUE ...]"
     )
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
     parser.add_argument("--config", metavar="FILE", help="a whole TOML, or a few keys of one")
     parser.add_argument("--data", metavar="SRC", help="where the text comes from; the same as --data.source")
     parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/PRESET)")
     parser.add_argument("--steps", metavar="N", help="optimizer steps; the same as --train.steps")
+    parser.add_argument("--for", dest="time", metavar="TIME", help="time to train for, as 480s, 90m, 8h or 1d12h")
+    parser.add_argument("--tokens", metavar="N", help="tokens to train on, as 300M or 5B")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
     )

@@ -122,6 +122,9 @@ class DataConfig(Section):
 class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
+    seconds: Rate = 0.0
+    """time to train for instead of a number of steps, validation and saving included (seconds); the schedule follows
+    the share of it that is used up; 0 means that the steps decide"""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
     """rows of `context` tokens in one forward and backward pass; auto means as many as the memory holds, by
     `khanhllm plan`, while a step keeps its rows: those it had before auto was said"""

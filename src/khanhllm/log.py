@@ -76,6 +76,10 @@ class Log:
         self._write_waiting()
         self._try(self.csv.sync)
 
+    def expect(self, steps: int) -> None:
+        """The run is now thought to end with step number `steps`."""
+        self.terminal.story.steps = steps
+
     def rewind(self, step: int) -> None:
         """Forget the rows beyond `step`: the run goes on from there."""
         self.flush()

@@ -4,6 +4,19 @@ import math
 
 from khanhllm.config import ScheduleConfig
 
+WARM = 0.05
+"""share of a time budget that a warm-up takes at most"""
+
+
+def factor_at(share: float, step: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak learning rate for optimizer step `step` of a run that has used up `share` of its time."""
+    warm = max((step + 1) / max(1, schedule.warmup), share / WARM)
+    if schedule.kind == "cosine":
+        height = 0.5 + 0.5 * math.cos(math.pi * share)
+    else:
+        height = min(1.0, (1 - share) / max(schedule.decay, 1e-9))
+    return min(1.0, warm, _between(schedule.floor, height))
+
 
 def factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
     """Share of the peak learning rate for optimizer step `step` (the first is 0) of `steps`."""

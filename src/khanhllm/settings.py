@@ -5,6 +5,7 @@ command line; later ones win. The run folder keeps the resolved `config.toml`, a
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,26 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
     if isinstance(given, Mapping | Section):
         return f"{key}: {message}"
     return f"{key}: {message[0].lower()}{message[1:]} (got {str(given)[:60]!r})"
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def seconds(text: str) -> float:
+    """480s, 90m, 8h, 1d12h -> seconds. Raises UserError for anything else."""
+    found = re.fullmatch(r"(?:\d+(?:\.\d+)?[smhd])+", text.strip().lower())
+    if not found:
+        raise UserError(f"{text!r} is not a time; write 480s, 90m, 8h or 1d12h")
+    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", found[0]))
+
+
+def amount(text: str) -> int:
+    """300M, 5B, 1_000_000 -> a number. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.strip().lower().replace("_", ""))
+    if not found:
+        raise UserError(f"{text!r} is not a number of tokens; write 300M, 5B or 1000000")
+    return round(float(found[1]) * MULTIPLES[found[2]])
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

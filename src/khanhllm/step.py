@@ -46,7 +46,8 @@ class Learner:
 
     def start(self) -> "State":
         shape = self.config.model
-        return State(0, 0, objectives.even_load(len(shape.moe_layers), shape.experts).to(self.machine.device))
+        load_LE = objectives.even_load(len(shape.moe_layers), shape.experts).to(self.machine.device)
+        return State(0, 0, load_LE, share=0.0 if self.config.train.seconds else None)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class State:
     load_LE: Tensor
     """each expert's share of the load in the last step, for each mixture layer; stays on the device"""
     guard: Guard = field(default_factory=Guard)
+    share: float | None = None
+    """of the time that the run may take, used up so far; None where its steps are counted"""
 
 
 class NoRows(Exception):
@@ -82,7 +85,7 @@ def train_step(learner: Learner, state: State, rows: Iterator[Batch]) -> tuple[S
     # the only place in a step that waits for the device
     loss, norm = torch.stack([nll.float() / config.tokens_per_step, grad_norm.float()]).tolist()
     fault = state.guard.fault(loss, norm, config.guard)
-    height = schedule.factor(state.step, config.train.steps, config.schedule)
+    height = _height(state, config)
     if not fault:
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * height, "step": state.step}
@@ -95,6 +98,7 @@ def train_step(learner: Learner, state: State, rows: Iterator[Batch]) -> tuple[S
         cursor=micro_batches[-1].cursor,
         load_LE=state.load_LE if fault else share_LE,
         guard=state.guard.reject() if fault else state.guard.accept(loss),
+        share=state.share,
     )
     row = {
         "step": following.step,
@@ -118,6 +122,13 @@ def train_step(learner: Learner, state: State, rows: Iterator[Batch]) -> tuple[S
     peak = learner.machine.peak_flops
     mfu = rate * learner.flops_per_token / peak if peak else None
     return following, row | {"tokens_per_s": rate, "mfu": mfu, "waiting": waited / took}
+
+
+def _height(state: State, config: Config) -> float:
+    """Share of the peak learning rate for the step that follows."""
+    if state.share is None:
+        return schedule.factor(state.step, config.train.steps, config.schedule)
+    return schedule.factor_at(state.share, state.step, config.schedule)
 
 
 def accumulate(learner: Learner, micro_batches: list[Batch], load_LE: Tensor) -> tuple[Tensor, Routing]:

@@ -39,6 +39,8 @@ from khanhllm.settings import read_toml, resolve, to_toml
 from khanhllm.step import Learner, NoRows, State, train_step
 from khanhllm.tokenizer import Tokenizer
 
+A_SECOND = 20_000
+"""tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
 FAILURES = 3
 """saves that fail in a row until the run stops"""
 
@@ -90,8 +92,8 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
 def _loop(parts: Parts, state: State, log: Log, saver: Saver, stop: Stop) -> None:
     train = parts.config.train
     rows = _rows(parts, state, stop)
-    started = time.perf_counter()
-    first, last = state.step + 1, False
+    started = time.perf_counter() - (state.share or 0) * train.seconds
+    first, last, whole = state.step + 1, False, False
     while not last:
         try:
             state, row = train_step(parts.learner, state, rows)
@@ -112,16 +114,25 @@ def _loop(parts: Parts, state: State, log: Log, saver: Saver, stop: Stop) -> Non
         if state.guard.rejected >= parts.config.guard.patience:
             state = _go_back(parts, state, log, saver)
             continue
-        last = state.step == train.steps or bool(stop.asked)
-        if due(state.step, train.eval_every) or state.step == train.steps:
+        seconds = time.perf_counter() - started
+        if state.share is None:
+            whole = state.step == train.steps
+        else:
+            # the budget is used up when it has no room for another step and for saving
+            share, before = seconds / train.seconds, state.share
+            state = replace(state, share=share)
+            whole = share + (share - before) + saver.seconds / train.seconds >= 1
+            log.expect(state.step if whole else max(state.step + 1, round(state.step / share)))
+        last = whole or bool(stop.asked)
+        if due(state.step, train.eval_every) or whole:
             row |= validate(parts, train.eval_tokens)
-        log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": time.perf_counter() - started})
+        log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
         _hear(saver, log)
         if due(state.step, train.save_every) or last:
             _save(parts, state, log, saver, must=last)
-        if (due(state.step, train.sample_every) or state.step == train.steps) and train.sample_tokens:
+        if (due(state.step, train.sample_every) or whole) and train.sample_tokens:
             _write_sample(parts, state.step, log)
-    if state.step < train.steps:
+    if not whole:
         log.say(f"stopped by {stop.asked}; to go on: khanhllm train --resume --run {parts.run}")
 
 
@@ -218,6 +229,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "data": parts.train.sha256,
         "folder": str(parts.train.folder.resolve()),
         "guard": asdict(state.guard),
+        "seconds": (state.share or 0) * parts.config.train.seconds,
     }
     saver.begin(state.step, parts.learner.model, parts.learner.optimizer, extra)
     if must:
@@ -243,7 +255,8 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
     machine = open_machine(config.machine)
     data = Path(saved.get("folder", ""))
     if not (saved and (data / MANIFEST).exists()):
-        data = ensure(config.data, config.model.vocab_size, config.train.steps * config.tokens_per_step)
+        needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
+        data = ensure(config.data, config.model.vocab_size, round(needed))
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     train: Shards | Belt = (
         Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
@@ -257,8 +270,10 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
 def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> None:
     """What a resumed run cannot change, refused before anything is opened."""
     kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
-    if config.train.steps <= saved["step"]:
+    if not config.train.seconds and config.train.steps <= saved["step"]:
         raise UserError(f"{folder} has {saved['step']} steps already; to train on, give a larger --steps")
+    if 0 < config.train.seconds <= saved["seconds"]:
+        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to train on, give a longer --for")
     fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
     changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
     changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
@@ -276,7 +291,9 @@ def _continue(parts: Parts, path: Path) -> State:
     checkpoint.load_optimizer(path, learner.model, learner.optimizer, saved["optimizer"])
     load_LE = torch.tensor(saved["load"], device=learner.machine.device).view(-1, parts.config.model.experts)
     guard = Guard(**{**saved["guard"], "losses": tuple(saved["guard"]["losses"])})
-    return State(saved["step"], saved["cursor"], load_LE, guard)
+    budget_s = learner.config.train.seconds
+    share = saved["seconds"] / budget_s if budget_s else None
+    return State(saved["step"], saved["cursor"], load_LE, guard, share)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:
@@ -288,7 +305,7 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
-    epochs = parts.train.laps(config.train.steps * config.tokens_per_step)
+    epochs = 0 if config.train.seconds else parts.train.laps(config.train.steps * config.tokens_per_step)
     if epochs > 1:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:

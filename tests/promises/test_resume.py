@@ -215,3 +215,27 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     with (tmp_path / "run" / "training_log.csv").open() as file:
         assert len(file.readlines()) - 1 < 20
+
+
+def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch):
+    """On a clock that each step moves by a second, and each look by a hair."""
+    now = [0.0]
+    honest = train.train_step
+
+    def read():
+        now[0] += 1e-6
+        return now[0]
+
+    def ticking(learner, state, rows):
+        now[0] += 1
+        return honest(learner, state, rows)
+
+    monkeypatch.setattr(train, "train_step", ticking)
+    monkeypatch.setattr(train.time, "perf_counter", read)
+    run = tmp_path / "run"
+    train.run(config(corpus, cache, train={"seconds": 8, "save_every": 0}), run)
+    assert checkpoint.newest(run).name == "step-0000007"  # an eighth would not have left time to save
+    train.run(config(corpus, cache, train={"seconds": 12, "save_every": 0}), run, resume=True)
+    assert checkpoint.newest(run).name == "step-0000011"
+    with pytest.raises(UserError, match="longer --for"):
+        train.run(config(corpus, cache, train={"seconds": 11}), run, resume=True)
