@@ -7,7 +7,7 @@ import khanhllm
 
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
-    config settings
+    config files settings
     tokenizer data.names data.sources data.fetch data.documents data.shards data.writer data.executors data.maker
     data.belt data.prepare data.batches objectives schedule
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block

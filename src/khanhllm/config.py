@@ -24,7 +24,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, text: str) -> None:
-        super().__init__("\\n".join(text.splitlines()))  # even where the name of a file has a line feed
+        # one line that steers no terminal, whatever the name of a file holds
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
 class Section(BaseModel):

@@ -29,6 +29,7 @@ from khanhllm.data.maker import RECIPE
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.evaluate import Score, score
+from khanhllm.files import foreign, there
 from khanhllm.generate import write
 from khanhllm.log import Log
 from khanhllm.machine.fit import fit
@@ -36,7 +37,7 @@ from khanhllm.machine.runtime import Machine, open_machine, out_of_memory
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
-from khanhllm.model.counts import active_parameters, flops_per_token, total_parameters
+from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.model.router import Routing, stack
 from khanhllm.settings import read_toml, resolve, to_toml
 from khanhllm.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
     if config.train.micro_batch == "auto":
         config = budget.fitted(config, budget.here(open_machine(config.machine)))
     with _locked(folder):
-        last = checkpoint.newest(folder) if resume else None
+        last = checkpoint.newest(folder, paper=on_paper(config.model)) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
             _check_continuable(config, folder, saved)
@@ -285,8 +286,9 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
     """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
     machine = open_machine(config.machine)
     data = Path(saved.get("folder", ""))
-    if not (saved and (data / MANIFEST).exists()):
-        data = ensure(config.data, config.model.vocab_size, config.train.steps * config.tokens_per_step)
+    own = {"source": str(data), "tokenizer": ""} if saved and there(data / MANIFEST) else {}
+    needed = config.train.steps * config.tokens_per_step
+    data = ensure(config.data.model_copy(update=own), config.model.vocab_size, needed)
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     train: Shards | Belt = (
         Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
@@ -340,8 +342,11 @@ def _continue(parts: Parts, path: Path, saved: dict[str, Any]) -> State:
         raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
     checkpoint.load_model(path, parts.model)
     checkpoint.load_optimizer(path, parts.model, parts.optimizer, saved["optimizer"])
-    load_LE = torch.tensor(saved["load"], device=parts.machine.device).view(-1, parts.config.model.experts)
-    return State(saved["step"], saved["cursor"], load_LE)
+    even = start(parts).load_LE
+    load_LE = torch.tensor([share for layer in saved["load"] for share in layer], device=even.device)
+    if len(load_LE) != even.numel():
+        raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
+    return State(saved["step"], saved["cursor"], load_LE.view_as(even))
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:
@@ -376,7 +381,9 @@ def refuse_to_overwrite(folder: Path, resume: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two trainings in one folder would tear each other's files."""
+    """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
+    if fault := foreign(folder):
+        raise UserError(f"{fault}; a run folder must hold its own files")
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

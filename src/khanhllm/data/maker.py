@@ -29,6 +29,7 @@ from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Dtype, Manifest, Shard, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.writer import HASHES, Growing, batched, cores, text_hash
+from khanhllm.files import read
 from khanhllm.tokenizer import Tokenizer
 
 RECIPE = "belt.json"
@@ -44,7 +45,7 @@ class _Kept(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Any:
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read(path))
         except (OSError, ValidationError) as error:
             raise UserError(
                 f"{path} cannot be read ({type(error).__name__}); remove the folder {path.parent}"

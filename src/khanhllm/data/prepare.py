@@ -228,7 +228,8 @@ def _check(folder: Path, tokenizer: str, vocab_size: int) -> None:
     manifest = Manifest.read(folder)
     _fits(manifest.vocab_size, vocab_size, str(folder))
     for path in (folder / "tokenizer.json", *([Path(tokenizer)] if tokenizer else [])):
-        if Tokenizer.load(path).sha256 != manifest.tokenizer:
+        found = Tokenizer.load(path)
+        if (found.sha256, found.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
             raise UserError(f"the tokenizer {path} does not match the shards in {folder}; prepare them again with it")
 
 
