@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from khanhllm import optim
 from khanhllm.config import Natural, UserError
-from khanhllm.files import foreign, read
+from khanhllm.files import SMALL, foreign, read
 
 FORMAT = 1
 LONGEST_HEADER = 2**24
@@ -112,21 +112,22 @@ def verify(path: Path, paper: nn.Module | None = None) -> str | None:
     a file may be a link, a pipe without end, or of terabytes without content."""
     if path.is_symlink() or (fault := foreign(path)):
         return "it is a link" if path.is_symlink() else fault
+    # weights and two moments in fp32 are 12 bytes a number
+    most = 2**63 if paper is None else 16 * sum(t.numel() for t in paper.state_dict().values()) + LONGEST_HEADER
     try:
         manifest = json.loads(read(path / "manifest.json"))
         missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(manifest)
         if missing:
             return f"the manifest lacks {', '.join(sorted(missing))}"
         for name, expected in manifest.items():
-            if name != Path(name).name:
+            if name != Path(name).name or name in ("", ".."):
                 return f"the manifest names a file elsewhere: {name[:60]!r}"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
+            if (path / name).stat().st_size > (most if name.endswith(".safetensors") else SMALL):
+                return f"{name} has {(path / name).stat().st_size:,} bytes, more than there is to keep"
         if paper is not None:
             _compare(path, paper)
-            most = 16 * sum(tensor.numel() for tensor in paper.state_dict().values()) + LONGEST_HEADER
-            if (path / "optimizer.safetensors").stat().st_size > most:
-                return "optimizer.safetensors is larger than any optimizer of this model"
         for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
                 return f"{name} does not match its sha256"
@@ -167,7 +168,7 @@ def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(path, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter if there is no room to map it
         raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from None
 
 

@@ -18,6 +18,9 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
+Text = Annotated[str, Field(max_length=4000)]
+
+
 class UserError(Exception):
     """Something the user can put right; its text is the one line that says how."""
 
@@ -90,12 +93,12 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    source: str = "c4"
+    source: Text = "c4"
     """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv),
     c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or {a,b}.txt), or a
     folder written by `khanhllm prepare`; of json lines and tables the column "text", else content, document, body
     or article, or the one named behind a '#': my.csv#title"""
-    tokenizer: str = ""
+    tokenizer: Text = ""
     """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
     tokenizer_sample: Count = 1_000_000_000
     """most text the tokenizer is trained on (bytes)"""
@@ -113,7 +116,7 @@ class DataConfig(Section):
     """time without any answer from the network until the run saves and stops (seconds)"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """processes that prepare the data; 0 means one for each core"""
-    cache: str = "shards"
+    cache: Text = "shards"
     """folder that keeps prepared shards, so that the next run on the same source starts at once"""
 
 
@@ -139,7 +142,7 @@ class TrainConfig(Section):
     """steps between samples of generated text; 0 means only at the end"""
     sample_tokens: Annotated[int, Field(ge=0, le=100_000)] = 64
     """length of each sample (tokens)"""
-    sample_prompt: str = ""
+    sample_prompt: Text = ""
     """text that each sample continues; empty means a fresh document"""
 
     @property

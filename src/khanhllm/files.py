@@ -11,14 +11,18 @@ SMALL = 2**26
 
 def read(path: Path, most: int = SMALL) -> bytes:
     """The bytes of a file. OSError for a pipe or a device, which may never end, and for more than `most` bytes."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(handle, "rb") as file:  # noqa: PTH123  opened already: a pipe would wait for its writer otherwise
-        status = os.fstat(handle)
+    with open(path, "rb", opener=_at_once) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}", str(path))
         return file.read(most)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A pipe would wait for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def there(path: Path) -> bool:

@@ -16,8 +16,10 @@ from khanhllm.config import Config, Section, UserError
 from khanhllm.files import read
 
 PRESETS = Path(__file__).parent / "presets"
-LONGEST = 2**20
+LONGEST = 2**18
 """no config is larger (bytes)"""
+DEEPEST = 1000
+"""dots in a line; the time to read a.b.c... grows with their square"""
 
 
 def preset_names() -> list[str]:
@@ -33,7 +35,10 @@ def preset(name: str) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read(path, LONGEST).decode("utf-8-sig"))  # Windows likes to begin with a mark
+        text = read(path, LONGEST).decode("utf-8-sig")  # Windows likes to begin with a mark
+        if any(line.count(".") > DEEPEST for line in text.splitlines()):
+            raise RecursionError
+        return tomllib.loads(text)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except ValueError as error:
