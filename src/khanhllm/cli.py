@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
+        print(UserError(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"), file=sys.stderr)
         sys.exit(2)
 
     def refuse(self, word: str) -> NoReturn:
@@ -121,7 +121,7 @@ def _train(options: argparse.Namespace) -> None:
     The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
     samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume goes on.
     """
-    name = options.preset or (Path(options.config).stem if options.config else None)
+    name = options.preset or (Path(options.config).stem if options.config is not None else None)
     folder = Path(options.run) if options.run else Path("runs") / name if name else None
     if folder is None:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
@@ -130,11 +130,11 @@ def _train(options: argparse.Namespace) -> None:
         layers = [read_toml(kept)]
     else:
         layers = [preset(options.preset)] if options.preset else []
-        if not layers and not options.config:
+        if not layers and options.config is None:
             raise UserError(
                 f"{folder} holds no run to resume; name a preset ({', '.join(preset_names())}) to begin one"
             )
-    layers += [read_toml(Path(options.config))] if options.config else []
+    layers += [] if options.config is None else [read_toml(Path(options.config))]
     layers += [_short("data", "source", options.data), _short("train", "steps", options.steps), _given(options)]
     config = resolve(*layers, where="train")
     from khanhllm import train

@@ -19,6 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 Text = Annotated[str, Field(max_length=4000)]
+Name = Annotated[Text, Field(pattern=r"^[^\x00]*$")]  # of a file; none has a NUL
 
 
 class UserError(Exception):
@@ -93,12 +94,12 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    source: Text = "c4"
+    source: Name = "c4"
     """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv),
     c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or {a,b}.txt), or a
     folder written by `khanhllm prepare`; of json lines and tables the column "text", else content, document, body
     or article, or the one named behind a '#': my.csv#title"""
-    tokenizer: Text = ""
+    tokenizer: Name = ""
     """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
     tokenizer_sample: Count = 1_000_000_000
     """most text the tokenizer is trained on (bytes)"""
@@ -116,7 +117,7 @@ class DataConfig(Section):
     """time without any answer from the network until the run saves and stops (seconds)"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """processes that prepare the data; 0 means one for each core"""
-    cache: Text = "shards"
+    cache: Name = "shards"
     """folder that keeps prepared shards, so that the next run on the same source starts at once"""
 
 
@@ -203,7 +204,7 @@ class LossConfig(Section):
 
 
 class MachineConfig(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""

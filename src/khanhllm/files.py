@@ -26,9 +26,9 @@ def _at_once(path: str, flags: int) -> int:
 
 
 def there(path: Path) -> bool:
-    """Whether a file has this name, whatever the name: one too long, or with a NUL, has none."""
+    """Whether anything has this name, whatever the name: one too long, or with a NUL, is nobody's."""
     try:
-        return path.is_file()
+        return path.exists()
     except (OSError, ValueError):
         return False
 

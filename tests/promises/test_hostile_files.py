@@ -501,7 +501,7 @@ LEARNED = {
         EVALUATE,
         "beyond the vocabulary",
     ),
-    "shards, a pipe": (shards("manifest.json", pipe), RESUME, "exists already"),
+    "shards, a pipe": (shards("manifest.json", pipe), RESUME, "it is no regular file"),
     "shards, a pipe of tokens": (shards("train-00000.bin", pipe), RESUME, "has 0 bytes, but"),
     "shards, a terabyte of nothing": (shards("manifest.json", sparse(TB)), EVALUATE, "1,099,511,627,776 bytes"),
     "shards, a pickle": (shards("manifest.json", becomes(PICKLE)), EVALUATE, "not a shard manifest"),

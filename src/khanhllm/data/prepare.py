@@ -31,6 +31,7 @@ from khanhllm.data.maker import lay
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
 from khanhllm.data.writer import HASHES, Report, text_hash
+from khanhllm.files import there
 from khanhllm.tokenizer import Tokenizer, train
 
 WHOLE = 2**28
@@ -182,7 +183,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     UserError.
     """
     folder = Path(data.source)
-    if not (folder / MANIFEST).is_file():
+    if not there(folder / MANIFEST):
         parts = components(data.source)
         sources = [None if is_remote(name) else locate(name) for name, _ in parts]
         fingerprints = [
@@ -196,7 +197,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         folder = Path(data.cache) / _folder_name(data.source, recipe)
         if given:
             _fits(given.vocab_size, vocab_size, data.tokenizer)
-        if not (folder / MANIFEST).is_file():
+        if not there(folder / MANIFEST):
             _make(folder, data, given, vocab_size, tokens_needed)
     _check(folder, data.tokenizer, vocab_size)
     return folder
@@ -204,7 +205,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
 
 def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, tokens_needed: int) -> None:
     with _alone(folder):
-        if (folder / MANIFEST).is_file():
+        if there(folder / MANIFEST):
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
