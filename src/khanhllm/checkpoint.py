@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from khanhllm import optim
 from khanhllm.config import Natural, UserError
@@ -30,8 +29,14 @@ FORMAT = 1
 LONGEST_HEADER = 2**24
 """no model of ours needs a longer list of its tensors (bytes)"""
 Say = Callable[[str], None]
-Moments = TypedDict("Moments", {"class": str, "state": dict[str, dict[str, int | float]]})
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Numbers(BaseModel):
+    """What JSON holds of the optimizer's state, by parameter."""
+
+    kind: str = Field(alias="class")
+    state: dict[str, dict[str, int | float]]
 
 
 class Noted(BaseModel):
@@ -41,7 +46,7 @@ class Noted(BaseModel):
 
     format: int
     step: Natural
-    optimizer: Moments
+    optimizer: Numbers
     cursor: Annotated[int, Field(ge=0, le=2**62)] = 0
     load: list[list[Share]] = []
     data: str = ""
@@ -155,7 +160,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has checkpoint format {noted.format}, this version reads {FORMAT}")
     if noted.step != int(path.name[5:]):
         raise UserError(f"{path / 'state.json'} is of another step, {noted.step}")
-    return noted.model_dump(exclude_unset=True)
+    return noted.model_dump(exclude_unset=True, by_alias=True)
 
 
 def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
