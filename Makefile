@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Both make .venv when it is missing or older than the project file.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test lint clean
+.PHONY: demo test lint lock audit clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,19 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Both need the network. torch is chosen by the machine (CPU, CUDA), so it and its libraries stand outside the lock.
+lock:
+	dir=$$(mktemp -d) && $(PYTHON) -m venv $$dir && $$dir/bin/pip install --quiet uv && \
+	$$dir/bin/uv pip compile pyproject.toml --quiet --generate-hashes -c constraints.txt --universal --python-version 3.11 \
+	  --no-annotate --no-header -o $$dir/all && $$dir/bin/python scripts/lock.py $$dir/all > requirements.lock; \
+	status=$$?; rm -rf $$dir; exit $$status
+
+audit:
+	dir=$$(mktemp -d) && $(PYTHON) -m venv $$dir && $$dir/bin/pip install --quiet pip-audit && \
+	grep '^torch==' constraints.txt > $$dir/torch.txt && \
+	$$dir/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r $$dir/torch.txt; \
+	status=$$?; rm -rf $$dir; exit $$status
 
 clean:
 	rm -rf .venv

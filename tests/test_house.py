@@ -7,7 +7,7 @@ import khanhllm
 
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
-    config settings
+    config files settings
     tokenizer data.names data.sources data.fetch data.warc data.documents data.shards data.clean data.writer
     data.duplicates data.executors data.pulse data.maker data.laying data.belt data.prepare data.batches
     objectives schedule guard

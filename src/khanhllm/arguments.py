@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
 
-from khanhllm.config import Config
+from khanhllm.config import Config, UserError
 from khanhllm.settings import did_you_mean
 
 
@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
+        print(UserError(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"), file=sys.stderr)
         sys.exit(2)
 
     def refuse(self, word: str) -> NoReturn:

@@ -10,6 +10,7 @@ The training waits only for a copy of its tensors in memory; a thread writes tha
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,18 +18,48 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from khanhllm.config import UserError
+from khanhllm import optim
+from khanhllm.config import Natural, UserError
+from khanhllm.files import SMALL, foreign, read
+from khanhllm.guard import Guard
 
 FORMAT = 2
+LONGEST_HEADER = 2**24
+"""no model of ours needs a longer list of its tensors (bytes)"""
 Say = Callable[[str], None]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Numbers(BaseModel):
+    """What JSON holds of the optimizer's state, by parameter."""
+
+    kind: str = Field(alias="class")
+    state: dict[str, dict[str, int | float]]
+
+
+class Noted(BaseModel):
+    """What state.json must hold. It may have been written by a stranger, who also made the sha256 agree."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    format: int
+    step: Natural
+    optimizer: Numbers
+    cursor: Annotated[int, Field(ge=0, le=2**62)] = 0
+    load: list[list[Share]] = []
+    guard: Guard = Guard()
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    data: str = ""
+    folder: Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")] = ""
 
 
 @dataclass(frozen=True)
@@ -150,22 +181,28 @@ def reject_after(run: Path, step: int) -> None:
 
 
 def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(UserError(text), file=sys.stderr)
 
 
-def newest(run: Path, say: Say = to_stderr, suits: Callable[[dict[str, Any]], bool] | None = None) -> Path | None:
-    """The newest checkpoint that verifies, and whose state `suits` if that is given; `say` hears of each one that does
-    not verify. None if there is none.
+def newest(
+    run: Path,
+    say: Say = to_stderr,
+    paper: nn.Module | None = None,
+    suits: Callable[[dict[str, Any]], bool] = lambda _state: True,
+) -> Path | None:
+    """The newest checkpoint that verifies and whose state `suits`; `say` hears of each one that does not verify. None
+    if there is none.
 
+    paper: the run's model, of which only the shapes are read; a checkpoint of other shapes is then none of its own.
     Raises UserError if there are checkpoints but each of them is broken.
     """
     found = _steps(run)
     whole = 0
     for path in found:
-        fault = verify(path)
+        fault = verify(path, paper)
         if fault:
             say(f"checkpoint {path.name} rejected: {fault}")
-        elif suits is None or suits(read_state(path)):
+        elif suits(read_state(path)):
             return path
         else:
             whole += 1
@@ -174,60 +211,111 @@ def newest(run: Path, say: Say = to_stderr, suits: Callable[[dict[str, Any]], bo
     return None
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every byte (about 1 GB/s)."""
+def verify(path: Path, paper: nn.Module | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads every byte (about 1 GB/s), but first looks at what is claimed:
+    a file may be a link, a pipe without end, or of terabytes without content."""
+    if path.is_symlink() or (fault := foreign(path)):
+        return "it is a link" if path.is_symlink() else fault
+    # weights and two moments in fp32 are 12 bytes a number
+    most = 2**63 if paper is None else 16 * sum(t.numel() for t in paper.state_dict().values()) + LONGEST_HEADER
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = json.loads(read(path / "manifest.json"))
         missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(manifest)
         if missing:
             return f"the manifest lacks {', '.join(sorted(missing))}"
         for name, expected in manifest.items():
-            if name != Path(name).name:
+            if name != Path(name).name or name in ("", ".."):
                 return f"the manifest names a file elsewhere: {name[:60]!r}"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
+            if (path / name).stat().st_size > (most if name.endswith(".safetensors") else SMALL):
+                return f"{name} has {(path / name).stat().st_size:,} bytes, more than there is to keep"
+        if paper is not None:
+            _compare(path, paper)
+        for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
                 return f"{name} does not match its sha256"
+        read_state(path)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            _layout(path / name)
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except UserError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is not a manifest"
     return None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-    if state["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
-    return state
+    """Where the run stood. UserError if that is not what `save` writes."""
+    try:
+        noted = Noted.model_validate_json(read(path / "state.json"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part)[:60] for part in first["loc"])
+        raise UserError(f"{path / 'state.json'} is not the state of a run ({key}: {first['msg'][:200]})") from None
+    if noted.format != FORMAT:
+        raise UserError(f"{path} has checkpoint format {noted.format}, this version reads {FORMAT}")
+    if noted.step != int(path.name[5:]):
+        raise UserError(f"{path / 'state.json'} is of another step, {noted.step}")
+    return noted.model_dump(by_alias=True)
+
+
+def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in a file, from its header alone. UserError if it is not a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise UserError(f"{path} is no safetensors file of ours: it claims a header of {length:,} bytes")
+        with safe_open(path, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, RuntimeError) as error:  # the latter if there is no room to map it
+        raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from None
+
+
+def _compare(path: Path, model: nn.Module) -> None:
+    """UserError if the tensors of a checkpoint are not those of the model, by name, shape and kind of number."""
+    saved, wanted = _layout(path / "model.safetensors"), model.state_dict()
+    for name in sorted(saved.keys() | wanted.keys()):
+        ours, theirs = wanted.get(name), saved.get(name)
+        if ours is None or theirs is None or tuple(ours.shape) != theirs[1]:
+            has, needs = theirs and theirs[1], ours if ours is None else tuple(ours.shape)
+            raise UserError(
+                f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; check model.* keys"
+            )
+        if theirs[0] not in ("F32", "BF16"):
+            raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
 
 
 def load_model(path: Path, model: nn.Module) -> None:
     """Copy the weights into `model`. UserError if its shapes are not those of the checkpoint."""
-    saved = load_file(path / "model.safetensors")
-    wanted = model.state_dict()
-    for name in sorted(saved.keys() | wanted.keys()):
-        ours, theirs = wanted.get(name), saved.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            has, needs = (None if t is None else tuple(t.shape) for t in (theirs, ours))
-            raise UserError(f"{path}: {name} is {has} in the checkpoint but {needs} in this model; check model.* keys")
-    model.load_state_dict(saved)
+    _compare(path, model)
+    model.load_state_dict(load_file(path / "model.safetensors"))
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
     """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
 
-    UserError if it was written by another kind of optimizer.
+    UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
     """
     kind = type(optimizer).__name__
     if numbers["class"] != kind:
         raise UserError(f"{path} was written by {numbers['class']}, but optim.name now asks for {kind}")
-    parameters = dict(model.named_parameters())
-    for name, values in numbers["state"].items():
-        optimizer.state[parameters[name]] = dict(values)
-    for full_name, tensor in load_file(path / "optimizer.safetensors").items():
-        name, _, key = full_name.rpartition("/")
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+    tensors = load_file(path / "optimizer.safetensors")
+    if not tensors:  # saved before the first update
+        return
+    wanted = optim.layout(optimizer)
+    for name, parameter in model.named_parameters():
+        kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
+        if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
+            raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")
+        here = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
+        optimizer.state[parameter] = numbers["state"].get(name, {}) | here
+    if tensors:
+        raise UserError(f"{path}: {min(tensors)[:100]} in optimizer.safetensors belongs to no parameter")
 
 
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -293,5 +381,5 @@ def _folder(run: Path, step: int) -> Path:
 
 def _steps(run: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

@@ -78,7 +78,7 @@ def _train(options: argparse.Namespace) -> None:
     The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
     samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume goes on.
     """
-    name = options.preset or (Path(options.config).stem if options.config else None)
+    name = options.preset or (Path(options.config).stem if options.config is not None else None)
     folder = Path(options.run) if options.run else Path("runs") / name if name else None
     if folder is None:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
@@ -87,11 +87,11 @@ def _train(options: argparse.Namespace) -> None:
         layers = [read_toml(kept)]
     else:
         layers = [preset(options.preset)] if options.preset else []
-        if not layers and not options.config:
+        if not layers and options.config is None:
             raise UserError(
                 f"{folder} holds no run to resume; name a preset ({', '.join(preset_names())}) to begin one"
             )
-    layers += [read_toml(Path(options.config))] if options.config else []
+    layers += [] if options.config is None else [read_toml(Path(options.config))]
     layers += [short("data", "source", options.data), given(options)]
     config = resolve(*layers, _length(options, resolve(*layers, where="train")), where="train")
     from khanhllm import train

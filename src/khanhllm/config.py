@@ -18,13 +18,18 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
+Text = Annotated[str, Field(max_length=4000)]
+Name = Annotated[Text, Field(pattern=r"^[^\x00]*$")]  # of a file; none has a NUL
+
+
 class UserError(Exception):
     """Something the user can put right; its text is the one line that says how."""
 
     exit_code = 2
 
     def __init__(self, text: str) -> None:
-        super().__init__("\\n".join(text.splitlines()))  # even where the name of a file has a line feed
+        # one line that steers no terminal, whatever the name of a file holds
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
 class Section(BaseModel):
@@ -89,18 +94,18 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    source: str = "c4"
+    source: Name = "c4"
     """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv
     .warc.gz), c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or
     {a,b}.txt), or a folder written by `khanhllm prepare`; of json lines and tables the column "text", else content,
     document, body or article, or the one named behind a '#': my.csv#title"""
-    tokenizer: str = ""
+    tokenizer: Name = ""
     """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
     tokenizer_sample: Count = 1_000_000_000
     """most text the tokenizer is trained on (bytes)"""
     validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
     """share of the documents held out for validation, chosen by a hash of the text"""
-    clean: str = ""
+    clean: Name = ""
     """steps that documents go through first, in order: c4, paragraphs, gopher, language:CODE, minhash (near-duplicates;
     last); empty means none. As in "c4, language:en, gopher" """
     tokens: Natural = 0
@@ -115,7 +120,7 @@ class DataConfig(Section):
     """time without any answer from the network until the run saves and stops (seconds)"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """processes that prepare the data; 0 means one for each core"""
-    cache: str = "shards"
+    cache: Name = "shards"
     """folder that keeps prepared shards, so that the next run on the same source starts at once"""
 
 
@@ -144,7 +149,7 @@ class TrainConfig(Section):
     """steps between samples of generated text; 0 means only at the end"""
     sample_tokens: Annotated[int, Field(ge=0, le=100_000)] = 64
     """length of each sample (tokens)"""
-    sample_prompt: str = ""
+    sample_prompt: Text = ""
     """text that each sample continues; empty means a fresh document"""
 
     @property
@@ -215,7 +220,7 @@ class GuardConfig(Section):
 
 
 class MachineConfig(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""

@@ -75,7 +75,7 @@ def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 def _matching(folder: Path, saved: Saved) -> Shards:
     shards = Shards.open(folder, "validation", saved.config.model.context)
-    if shards.manifest.tokenizer != saved.tokenizer.sha256:
+    if (shards.manifest.tokenizer, shards.vocab_size) != (saved.tokenizer.sha256, saved.tokenizer.vocab_size):
         raise UserError(f"{folder} was prepared with another tokenizer than the run's; score its text instead (--data)")
     return shards
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from khanhllm.config import Sampling
+from khanhllm.config import Sampling, UserError
 from khanhllm.machine.runtime import Machine
 from khanhllm.model import Transformer
 from khanhllm.tokenizer import Tokenizer
@@ -51,6 +51,8 @@ def continuation(
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id, drawn from the distribution that the settings leave."""
+    if not torch.isfinite(logits_V).all():
+        raise UserError("the model answers with numbers that are not finite: its weights are no good; take another run")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = (logits_V - logits_V.max()) / sampling.temperature

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from khanhllm.alarms import Alarms
 from khanhllm.config import Config, UserError
+from khanhllm.files import read
 from khanhllm.terminal import Row, Story, Terminal
 
 FILE = "training_log.csv"
@@ -169,9 +170,9 @@ class Csv:
     @classmethod
     def open(cls, path: Path, names: list[str], step: int) -> tuple[Self, list[Row]]:
         """The file, cut back to `step` (0: begun anew) in one rename, and the rows that it keeps."""
-        kept = list(_rows_up_to(path, names, step)) if step and path.exists() else []
         aside = path.with_suffix(".tmp")
         try:
+            kept = list(_rows_up_to(path, names, step)) if step and path.exists() else []
             with aside.open("wb") as file:
                 file.write("".join(f"{line}\n" for line in [",".join(names), *(line for line, _ in kept)]).encode())
                 file.flush()
@@ -179,7 +180,7 @@ class Csv:
             aside.replace(path)
             return cls(path.open("ab", buffering=1 << 20), names), [row for _, row in kept]
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+            raise UserError(f"cannot use {path}: {error.strerror}") from None
 
     def write(self, row: Row) -> None:
         self.file.write((",".join(_cell(name, row.get(name)) for name in self.columns) + "\n").encode())
@@ -199,7 +200,7 @@ def _cell(name: str, value: int | float | None) -> str:
 
 def _rows_up_to(path: Path, names: list[str], step: int) -> Iterator[tuple[str, Row]]:
     """Each line up to `step`, as it stands and as numbers. A line that a crash left in pieces is no row."""
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    header, *lines = read(path, 2**30).decode(errors="replace").split("\n")
     if lines and header != ",".join(names):
         raise UserError(f"{path} has other columns than this run; choose another folder (--run) or move the file away")
     for line in lines[:-1]:  # what follows the last line feed was cut off

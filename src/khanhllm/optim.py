@@ -13,6 +13,9 @@ from khanhllm.adamw import AdamW
 from khanhllm.config import OptimConfig, UserError
 from khanhllm.muon import Muon, is_hidden_matrix
 
+SMALL = 4096
+"""numbers in a parameter below which bitsandbytes keeps fp32 moments"""
+
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
@@ -71,6 +74,26 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     return AdamW8bit(groups(model, config.weight_decay), **settings)
 
 
+def layout(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Each parameter's moments as they are after a step: names, types, shapes. An update trusts them unseen."""
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            whole = (torch.float32, tuple(parameter.shape))
+            if "8bit" in type(optimizer).__name__:
+                kept = {"state1": whole, "state2": whole}
+                if parameter.numel() >= SMALL:
+                    kept = dict.fromkeys(kept, (torch.uint8, tuple(parameter.shape)))
+                    kept |= dict.fromkeys(("qmap1", "qmap2"), (torch.float32, (256,)))
+                    kept |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (-(-parameter.numel() // 256),)))
+            elif "newton_schulz" in group:
+                kept = {"momentum": whole}
+            else:
+                kept = {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
+            found[parameter] = kept
+    return found
+
+
 def describe(optimizer: torch.optim.Optimizer) -> str:
     """Which one runs, and whose: ours only add the rounding."""
     library = next(
@@ -86,7 +109,7 @@ def state_size(optimizer: torch.optim.Optimizer) -> int:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             count = parameter.numel()
-            if eight_bit and count >= 4096:  # below that bitsandbytes keeps fp32
+            if eight_bit and count >= SMALL:
                 size += 2 * count + 2 * 4 * -(-count // 256)
             elif "newton_schulz" in group:
                 size += 4 * count

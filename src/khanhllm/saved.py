@@ -7,10 +7,12 @@ import torch
 
 from khanhllm import checkpoint
 from khanhllm.config import Config, MachineConfig, UserError
+from khanhllm.files import foreign
 from khanhllm.machine.fit import fit
 from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
+from khanhllm.model.counts import on_paper
 from khanhllm.settings import read_toml, resolve
 from khanhllm.tokenizer import Tokenizer
 
@@ -32,7 +34,9 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
     if not (run / "config.toml").exists():
         raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
     config = resolve(read_toml(run / "config.toml"), where=str(run / "config.toml"))
-    path = checkpoint.newest(run)
+    if fault := foreign(run):
+        raise UserError(f"{fault}; a run folder must hold its own files")
+    path = checkpoint.newest(run, paper=on_paper(config.model))
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
     wanted = machine_config or MachineConfig()
@@ -43,6 +47,8 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
         keep_in_bf16(model)
     checkpoint.load_model(path, model)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than this model knows")
     state = checkpoint.read_state(path)
     return Saved(
         config, machine, fit(model, machine, "none"), tokenizer, step=state["step"], data=Path(state["folder"])

@@ -14,8 +14,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from khanhllm.config import Config, Section, UserError
+from khanhllm.files import read
 
 PRESETS = Path(__file__).parent / "presets"
+LONGEST = 2**18
+"""no config is larger (bytes)"""
+DEEPEST = 1000
+"""dots in a line; the time to read a.b.c... grows with their square"""
 
 
 def preset_names() -> list[str]:
@@ -31,11 +36,16 @@ def preset(name: str) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read(path, LONGEST).decode("utf-8-sig")  # Windows likes to begin with a mark
+        if any(line.count(".") > DEEPEST for line in text.splitlines()):
+            raise RecursionError
+        return tomllib.loads(text)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid TOML: {str(error)[:200]}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML: it is nested too deep") from None
 
 
 def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
@@ -71,18 +81,25 @@ def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
 def explain(error: ValidationError, kind: type[Section]) -> str:
     """The first thing wrong, in one line: which key, what is allowed, what was given."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:2])  # what follows is which of several types was tried
+    key = ".".join(str(part)[:60] for part in first["loc"][:2])  # what follows is which of several types was tried
     if first["type"] == "extra_forbidden":
         for part in first["loc"][:-1]:
             kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
         known = list(kind.model_fields)
-        return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), known)}; known: {_list(known)}"
+        return f"unknown key {key}{did_you_mean(str(first['loc'][-1])[:60], known)}; known: {_list(known)}"
     same = [other["msg"] for other in error.errors() if other["loc"][:2] == first["loc"][:2]]  # one for each type tried
     message = ", or ".join(dict.fromkeys(same)).removeprefix("Value error, ")
     given = first["input"]
     if isinstance(given, Mapping | Section):
         return f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]} (got {str(given)[:60]!r})"
+    return f"{key}: {message[0].lower()}{message[1:]} (got {_shown(given)})"
+
+
+def _shown(given: Any) -> str:
+    try:
+        return repr(str(given)[:60])
+    except ValueError:  # more digits than Python writes out
+        return "a number of thousands of digits"
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

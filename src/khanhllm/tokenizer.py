@@ -25,9 +25,12 @@ import numpy as np
 import tiktoken
 
 from khanhllm.config import UserError
+from khanhllm.files import read
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+LARGEST = 2**28
+"""no tokenizer.json is larger (bytes)"""
 SMALLEST = len(SPECIALS) + 256
 """tokens in a vocabulary that has learned nothing yet"""
 
@@ -82,19 +85,20 @@ class Tokenizer:
             specials = {str(token["content"]): int(token["id"]) for token in layout["added_tokens"]}
             ranks = {_raw(piece): rank for piece, rank in vocab.items() if piece not in specials}
             self._check_order(layout["model"]["merges"], vocab, ranks, specials)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # one spelling for one content, so that its hash is the tokenizer's identity
+            self._canonical = json.dumps(layout, ensure_ascii=False)
+            self.sha256 = hashlib.sha256(self._canonical.encode()).hexdigest()
+            names = {rank: name.encode() for name, rank in specials.items()}
+            self._byte_ids = [ranks[bytes([byte])] for byte in range(256)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
                 f"{where} is not a byte-level BPE tokenizer.json as `khanhllm tokenizer` writes it: {reason}"
             ) from None
-        # one spelling for one content, so that its hash is the tokenizer's identity
-        self._canonical = json.dumps(layout, ensure_ascii=False)
         self.engine = tiktoken.Encoding("khanhllm", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-        names = {rank: name.encode() for name, rank in specials.items()}
         by_rank = {rank: piece for piece, rank in ranks.items()} | names
         self._pieces = [by_rank[rank] for rank in range(len(by_rank))]
         self._special_ids = frozenset(names)
-        self._byte_ids = [ranks[bytes([byte])] for byte in range(256)]
         self.vocab_size = len(self._pieces)
         self.end_of_text = specials[END_OF_TEXT]
 
@@ -114,6 +118,8 @@ class Tokenizer:
         learned = [vocab[left + right] for left, right in pairs]
         if learned != sorted(set(learned)) or len(learned) + 256 != len(ranks):
             raise ValueError("ids must grow in the order of the merges, on top of all 256 bytes")
+        if any(type(rank) is not int for rank in vocab.values()):
+            raise ValueError("ids must be whole numbers")
         if sorted([*ranks.values(), *specials.values()]) != list(range(len(ranks) + len(specials))):
             raise ValueError("ids must be 0, 1, 2 ... without gaps")
         if END_OF_TEXT not in specials:
@@ -123,7 +129,7 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Read a tokenizer.json. Raises UserError if it is missing, damaged or not byte-level BPE."""
         try:
-            return cls(path.read_text(encoding="utf-8"), str(path))
+            return cls(read(path, LARGEST).decode(), str(path))
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -143,11 +149,6 @@ class Tokenizer:
             shown = piece.decode("utf-8", "backslashreplace")
             shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
             yield f"{rank}\t{shown}\n" if rank in self._special_ids else f"{rank}\t'{shown}'\n"
-
-    @cached_property
-    def sha256(self) -> str:
-        """Identity of the vocabulary: the hash of the file that `save` writes."""
-        return hashlib.sha256(self._canonical.encode()).hexdigest()
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

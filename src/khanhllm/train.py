@@ -29,12 +29,13 @@ from khanhllm.data.maker import RECIPE
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.evaluate import Score, score
+from khanhllm.files import foreign, there
 from khanhllm.generate import write
 from khanhllm.guard import Diverged, Guard
 from khanhllm.log import Log
 from khanhllm.machine.runtime import open_machine, out_of_memory
 from khanhllm.machine.signals import Stop, stop_signals
-from khanhllm.model.counts import active_parameters, total_parameters
+from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.settings import read_toml, resolve, to_toml
 from khanhllm.step import Learner, NoRows, State, train_step
 from khanhllm.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
     if config.train.micro_batch == "auto":
         config = budget.fitted(config, budget.here(open_machine(config.machine)))
     with _locked(folder):
-        last = checkpoint.newest(folder) if resume else None
+        last = checkpoint.newest(folder, paper=on_paper(config.model)) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
             _check_continuable(config, folder, saved)
@@ -254,9 +255,9 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
     """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
     machine = open_machine(config.machine)
     data = Path(saved.get("folder", ""))
-    if not (saved and (data / MANIFEST).exists()):
-        needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
-        data = ensure(config.data, config.model.vocab_size, round(needed))
+    own = {"source": str(data), "tokenizer": ""} if saved and there(data / MANIFEST) else {}
+    needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
+    data = ensure(config.data.model_copy(update=own), config.model.vocab_size, round(needed))
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     train: Shards | Belt = (
         Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
@@ -289,11 +290,14 @@ def _continue(parts: Parts, path: Path) -> State:
         raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
     checkpoint.load_model(path, learner.model)
     checkpoint.load_optimizer(path, learner.model, learner.optimizer, saved["optimizer"])
-    load_LE = torch.tensor(saved["load"], device=learner.machine.device).view(-1, parts.config.model.experts)
+    start = learner.start()
+    load_LE = torch.tensor([share for layer in saved["load"] for share in layer], device=learner.machine.device)
+    if len(load_LE) != start.load_LE.numel():
+        raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
     guard = Guard(**{**saved["guard"], "losses": tuple(saved["guard"]["losses"])})
     budget_s = learner.config.train.seconds
     share = saved["seconds"] / budget_s if budget_s else None
-    return State(saved["step"], saved["cursor"], load_LE, guard, share)
+    return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), guard, share)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:
@@ -329,7 +333,9 @@ def refuse_to_overwrite(folder: Path, resume: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two trainings in one folder would tear each other's files."""
+    """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
+    if fault := foreign(folder):
+        raise UserError(f"{fault}; a run folder must hold its own files")
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -199,9 +199,8 @@ def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch)
 
 def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
     belt = lay()
-    (belt.folder / "tokenizer.json").rename(belt.folder / "away")
-    os.mkfifo(belt.folder / "tokenizer.json")  # to open it takes for ever
-    impatient = "import sys; from khanhllm.data import maker; maker.WORK = -4; sys.exit(maker.main(sys.argv[3:]))"
+    impatient = "import sys, time; from khanhllm.data import maker; maker.WORK = -4; "
+    impatient += "maker.Maker.make = lambda *_: time.sleep(1e6); sys.exit(maker.main(sys.argv[3:]))"
     python = tmp_path / "python"  # called with -m khanhllm.data.maker; with a patience of 5 it hangs after 1 s
     python.write_text(f'#!/bin/sh\nexec {module.sys.executable} -c "{impatient}" "$@"\n', "utf-8")
     python.chmod(0o755)

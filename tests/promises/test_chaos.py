@@ -49,7 +49,7 @@ def test_a_save_cut_short_is_survived(arena):
 
 
 def test_a_blind_verification_is_found_out(arena, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
+    monkeypatch.setattr(checkpoint, "verify", lambda *_: None)
     assert any("was not found" in fault for fault in thrown(saves.flipped, arena, 20))
 
 

@@ -32,6 +32,7 @@ from khanhllm.data.pulse import WORK, beat, pulse_path
 from khanhllm.data.shards import Dtype, Manifest, Shard
 from khanhllm.data.sources import Source
 from khanhllm.data.writer import Growing, batched, cores, text_hash
+from khanhllm.files import read
 from khanhllm.tokenizer import Tokenizer
 
 RECIPE = "belt.json"
@@ -45,7 +46,7 @@ class _Kept(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Any:
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read(path))
         except (OSError, ValidationError) as error:
             raise UserError(
                 f"{path} cannot be read ({type(error).__name__}); remove the folder {path.parent}"

@@ -33,6 +33,7 @@ from khanhllm.data.maker import spool
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
 from khanhllm.data.writer import HASHES, Report, text_hash
+from khanhllm.files import there
 from khanhllm.tokenizer import Tokenizer, train
 
 WHOLE = 2**28
@@ -206,7 +207,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     """
     folder = Path(data.source)
     steps = ", ".join(steps_of(data.clean))
-    if not (folder / MANIFEST).is_file():
+    if not there(folder / MANIFEST):
         # what is remote keeps its name for now: a belt that is there already is found without a network
         parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
         fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
@@ -225,7 +226,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         folder = Path(data.cache) / _folder_name(data.source, recipe)
         if given:
             _fits(given.vocab_size, vocab_size, data.tokenizer)
-        if not (folder / MANIFEST).is_file():
+        if not there(folder / MANIFEST):
             _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
     elif steps and steps != (made := Manifest.read(folder).cleaned_by):
         raise UserError(f"{folder} was prepared with cleaning by {made or 'nothing'}; leave out data.clean {steps}")
@@ -243,7 +244,7 @@ def _make(
 ) -> None:
     """Make the folder; of `parts` a belt, of none the whole source."""
     with _alone(folder):
-        if (folder / MANIFEST).is_file():
+        if there(folder / MANIFEST):
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -274,7 +275,8 @@ def _check(folder: Path, tokenizer: str, vocab_size: int) -> None:
     manifest = Manifest.read(folder)
     _fits(manifest.vocab_size, vocab_size, str(folder))
     for path in (folder / "tokenizer.json", *([Path(tokenizer)] if tokenizer else [])):
-        if Tokenizer.load(path).sha256 != manifest.tokenizer:
+        found = Tokenizer.load(path)
+        if (found.sha256, found.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
             raise UserError(f"the tokenizer {path} does not match the shards in {folder}; prepare them again with it")
 
 

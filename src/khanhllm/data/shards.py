@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.config import UserError
+from khanhllm.files import read
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -101,7 +102,7 @@ class Manifest(BaseModel):
         """Read the manifest of a folder of shards. Raises UserError if there is none or it is not one of ours."""
         path = folder / MANIFEST
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            manifest = cls.model_validate_json(read(path))
         except OSError as error:
             raise UserError(f"{folder} is no folder of prepared shards: {path.name}: {error.strerror}") from None
         except ValidationError as error:

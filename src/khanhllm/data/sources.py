@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from khanhllm.config import UserError
 from khanhllm.data.names import common_folder, expanded, of_split, with_column, with_split
+from khanhllm.files import there
 from khanhllm.settings import did_you_mean
 
 TEXT = (".txt", ".md", ".rst", ".py")
@@ -89,7 +90,7 @@ def components(source: str) -> list[tuple[str, float]]:
     weight = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
     parts = [re.fullmatch(rf"(.*\S)\s*:\s*({weight})", part.strip(), re.DOTALL) for part in source.split(",")]
     found = [(part[1], float(part[2])) for part in parts if part]
-    if len(parts) == 1 or len(found) < len(parts) or Path(source).expanduser().exists():
+    if len(parts) == 1 or len(found) < len(parts) or there(_at_home(source)):
         return [(source, 1.0)]
     names = [name for name, _ in found]
     for name, share in found:
@@ -144,11 +145,14 @@ def _found(source: str) -> Source:
         return _remote(source, folder, [_known(name, source) for name in names], size)
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
-    return _on_disk(source)
+    try:
+        return _on_disk(source)
+    except OSError as error:  # a name too long, a folder that is closed
+        raise UserError(f"cannot read {source}: {error.strerror}") from None
 
 
 def _on_disk(source: str) -> Source:
-    path = Path(source).expanduser()
+    path = _at_home(source)
     if path.is_dir():
         if (path / "manifest.json").exists():
             raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
@@ -168,6 +172,14 @@ def _on_disk(source: str) -> Source:
         return _local(source, Path(os.path.commonpath([found.parent for found in files])), files)
     guess = did_you_mean(source, ["stdlib", "c4"])
     raise UserError(f"there is no file, folder or source named {source}{guess}; {LOCAL_HELP}")
+
+
+def _at_home(source: str) -> Path:
+    """`~` is written out, if it is anybody's."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -1,0 +1,59 @@
+"""What the package stands on: each direct dependency has its reason in the README, and a hash in the lock."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import khanhllm
+
+ROOT = Path(khanhllm.__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in requirements}
+
+
+def table() -> str:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return readme.partition("## What it stands on")[2].lower().replace("_", "-")
+
+
+def pinned(file: str) -> dict[str, str]:
+    found = re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+def test_each_direct_dependency_has_its_reason():
+    missing = {name for name in names(PROJECT["dependencies"]) if not re.search(rf"(?<![\w-]){name}(?![\w-])", table())}
+    assert not missing
+
+
+def test_nothing_is_imported_that_is_not_declared():
+    declared = names(PROJECT["dependencies"]) | {
+        "triton",
+        "urllib3",
+    }  # an extra, for its own file; what requests raises
+    for path in Path(khanhllm.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            tops = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"khanhllm"}
+            assert {top.replace("_", "-") for top in tops} <= declared, path
+
+
+def test_the_lock_has_a_hash_for_every_file_and_the_versions_of_the_tests():
+    lock, constraints = pinned("requirements.lock"), pinned("constraints.txt")
+    assert names(PROJECT["dependencies"]) - {"torch"} <= lock.keys()
+    assert {name: version for name, version in lock.items() if constraints.get(name, version) != version} == {}
+    blocks = re.split(r"^(?=[a-z0-9])", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)[
+        1:
+    ]
+    assert len(blocks) >= len(lock) > 50
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
+
+
+def test_the_lock_brings_no_gigabytes():
+    assert not [name for name in pinned("requirements.lock") if re.match(r"(torch|triton|nvidia|cuda)", name)]
