@@ -6,8 +6,9 @@ import pytest
 
 from conftest import tiny
 from khanhllm import bench, cli
-from khanhllm.contenders import Contender, dense_twin
-from khanhllm.model.counts import active_parameters, flops_per_token, on_paper
+from khanhllm.contenders import Contender
+from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
+from khanhllm.twin import dense_twin
 
 
 @pytest.mark.parametrize(("pattern", "expert_hidden"), [("DM", 48), ("DDM", 44), ("MMMM", 48)])
@@ -17,6 +18,9 @@ def test_the_dense_twin_has_the_same_arithmetic(pattern, expert_hidden):
     router = 6 * pattern.count("M") * model.experts * model.dim
     assert flops_per_token(twin) == flops_per_token(ours) - router
     assert active_parameters(twin) < active_parameters(ours)
+    large = on_paper(dense_twin(model, "total"))
+    router = pattern.count("M") * model.experts * model.dim
+    assert abs(total_parameters(large) - (total_parameters(ours) - router)) <= 3 * 4 * model.dim * len(pattern)
 
 
 def test_a_step_is_compared_in_turns(monkeypatch, capsys, tmp_path):

@@ -7,7 +7,7 @@ import khanhllm
 
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
-    config files settings
+    config files settings twin
     tokenizer data.names data.sources data.fetch data.warc data.documents data.shards data.clean data.writer
     data.duplicates data.executors data.pulse data.maker data.laying data.belt data.prepare data.batches
     objectives schedule guard
@@ -17,7 +17,7 @@ FLOORS = """
     rounding adamw adamw8bit muon optim checkpoint draw alarms terminal log saved evaluate generate
     step rehearsal budget
     train
-    doctor look demo measure plan contenders bench
+    compare doctor look demo measure plan contenders bench
     chaos.server chaos.arena chaos.trainers chaos.saves chaos.numbers chaos.belt chaos.run
     arguments cli __main__
 """.split()

@@ -41,3 +41,15 @@ def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
         size[name], left[name] = optim.state_bytes(optimizer), loss.item()
     assert size["adamw8bit"] < 0.3 * size["adamw"]  # the small biases stay in fp32
     assert left["adamw8bit"] < 1.2 * left["adamw"] + 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
+def test_parts_with_a_learning_rate_of_their_own(name):
+    model = build(tiny(value_embedding=True))
+    optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, embedding_lr=0.1, head_lr=0.01))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(names.values())
+    assert rates["embedding.token.weight"] == rates["value_embedding.tables.1.weight"] == 0.1
+    assert rates["head.weight"] == 0.01
+    assert rates["head.norm.weight"] == 1e-3

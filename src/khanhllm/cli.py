@@ -79,6 +79,7 @@ def _train(options: argparse.Namespace) -> None:
     samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume goes on.
     """
     name = options.preset or (Path(options.config).stem if options.config is not None else None)
+    name = f"{name}-twin" if name and options.twin else name
     folder = Path(options.run) if options.run else Path("runs") / name if name else None
     if folder is None:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
@@ -96,7 +97,7 @@ def _train(options: argparse.Namespace) -> None:
     config = resolve(*layers, _length(options, resolve(*layers, where="train")), where="train")
     from khanhllm import train
 
-    train.run(config, folder, resume=options.resume)
+    train.run(_twin(options, config), folder, resume=options.resume)
 
 
 def _length(options: argparse.Namespace, config: Config) -> dict[str, dict[str, Any]]:
@@ -111,6 +112,16 @@ def _length(options: argparse.Namespace, config: Config) -> dict[str, dict[str, 
     return {"train": {"steps": options.steps, "seconds": 0}} if said else {}
 
 
+def _twin(options: argparse.Namespace, config: Config) -> Config:
+    if not options.twin:
+        return config
+    from khanhllm.twin import dense_twin
+
+    if options.resume:
+        raise UserError("--twin begins a run of its own; to go on with one, leave it out")
+    return config.model_copy(update={"model": dense_twin(config.model, options.twin)})
+
+
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N | --for TIME | --tokens N]\n"
@@ -123,6 +134,9 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="N", help="optimizer steps; the same as --train.steps")
     parser.add_argument("--for", dest="time", metavar="TIME", help="time to train for, as 480s, 90m, 8h or 1d12h")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as 300M or 5B")
+    parser.add_argument(
+        "--twin", choices=["active", "total"], help="train the dense model of equal arithmetic or equal parameters"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
     )
@@ -222,6 +236,18 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, to see tokens in a source of text")
     parser.add_argument("--documents", metavar="N", type=int, default=3, help="documents to print (3)")
     parser.add_argument("--sample", metavar="N", type=int, default=1000, help="documents to measure (1000)")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Hold runs against each other: loss against steps, tokens, arithmetic and time, in one picture and a table."""
+    from khanhllm import compare
+
+    compare.show([Path(run) for run in options.runs], Path(options.out))
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", metavar="PNG", default="compare.png", help="the picture to write (compare.png)")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -361,6 +387,7 @@ def _chaos_options(parser: argparse.ArgumentParser) -> None:
 VERBS: dict[Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]] = {
     _demo: _demo_options,
     _train: _train_options,
+    _compare: _compare_options,
     _generate: _generate_options,
     _evaluate: _evaluate_options,
     _doctor: _doctor_options,

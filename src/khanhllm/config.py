@@ -55,6 +55,16 @@ class ModelConfig(Section):
     """experts in each mixture layer"""
     experts_per_token: Annotated[int, Field(ge=1, le=512)] = 2
     """experts that each token is sent to (top k)"""
+    feedforward: Literal["swiglu", "relu2"] = "swiglu"
+    """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
+    three: cheaper, and no tool for Qwen3-MoE can read it"""
+    value_embedding: bool = False
+    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only): much
+    is learned early, at the price of vocab_size x (dim * kv_heads / heads) parameters for each such layer"""
+    router_bias: bool = False
+    """the router's choice of experts, not their weights, is moved by a bias towards an even load (see loss.bias_rate)"""
+    zero_out: bool = False
+    """matrices that write into the residual stream begin at zero, so that every layer begins as nothing"""
     context: Annotated[int, Field(ge=2, le=2**20)] = 256
     """longest text the model sees at once (tokens)"""
     vocab_size: Annotated[int, Field(ge=264, le=2**24)] = 50_000
@@ -72,6 +82,8 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.style == "classic" and (self.feedforward != "swiglu" or self.value_embedding):
+            raise ValueError("feedforward and value_embedding are choices of style modern")
         if self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self
@@ -182,6 +194,10 @@ class OptimConfig(Section):
     """peak learning rate of the hidden matrices (muon only; lr is that of embedding, head, router, norms and biases)"""
     momentum: Beta = 0.95
     """decay of the gradient's running mean in the hidden matrices (muon only)"""
+    embedding_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """peak learning rate of the embedding tables; 0 means lr"""
+    head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """peak learning rate of the output matrix; 0 means lr"""
     newton_schulz: Annotated[int, Field(ge=1, le=20)] = 5
     """steps of the iteration that orthogonalises an update (muon only)"""
 
@@ -203,6 +219,8 @@ class LossConfig(Section):
     load: Literal["previous", "current"] = "previous"
     """expert load that weighs the balancing loss. previous: the step before, free. current: this very step, which
     costs one more forward pass. Both cover all micro-batches of the step"""
+    bias_rate: Rate = 0.001
+    """how far the bias of model.router_bias moves in each step (probability)"""
     router_z: Rate = 0.001
     """weight of the router z-loss, summed over mixture layers (ST-MoE)"""
     chunk: Annotated[int, Field(ge=1, le=2**20)] = 512

@@ -19,6 +19,7 @@ from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.measure import random_rows
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
 from khanhllm.step import Learner, train_step
+from khanhllm.twin import dense_twin
 
 OURS, TWIN = ["ours", "ours compiled"], "dense twin"
 HUGGING_FACE = [f"hf {experts}{compiled}" for compiled in ("", " compiled") for experts in ("eager", "grouped_mm")]
@@ -90,13 +91,6 @@ def _timed(step: Step, machine: Machine) -> float:
     step()
     machine.wait()
     return time.perf_counter() - started
-
-
-def dense_twin(model: ModelConfig) -> ModelConfig:
-    """The dense model with the same arithmetic on each token: every layer gets the mean of what layers have at work."""
-    mixture = model.experts_per_token * model.expert_width
-    mean = sum(model.hidden if letter == "D" else mixture for letter in model.pattern) / len(model.pattern)
-    return model.model_copy(update={"pattern": "D" * len(model.pattern), "hidden": round(mean / 8) * 8})
 
 
 def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:

@@ -170,14 +170,15 @@ def read_log(csv_file: Path) -> dict[str, Floats]:
     if csv_file.exists():
         with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.DictReader(file, restval="") if _known(row, "tokens") and _known(row, "loss")]
-    return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+    return {name: np.array([number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
 
 
 def _known(row: dict[str, str], name: str) -> bool:
-    return math.isfinite(_number(row.get(name)))
+    return math.isfinite(number(row.get(name)))
 
 
-def _number(text: str | None) -> float:
+def number(text: str | None) -> float:
+    """A cell of a log; nan if it is none."""
     try:
         return float(text or "nan")
     except ValueError:

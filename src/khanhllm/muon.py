@@ -73,7 +73,7 @@ def _taken(parameter: Tensor) -> Tensor:
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Attention, feed-forward, experts. Not the router, the embedding and the head, whose rows are things apart: a
     token or an expert each; nor the biases of stacked experts, which are vectors."""
-    outside = ("embedding.", "head.")
+    outside = ("embedding.", "value_embedding.", "head.")
     return parameter.dim() >= 2 and not name.startswith(outside) and "router" not in name and "bias" not in name
 
 

@@ -13,6 +13,9 @@ from khanhllm.adamw import AdamW
 from khanhllm.config import OptimConfig, UserError
 from khanhllm.muon import Muon, is_hidden_matrix
 
+TABLES = ("embedding.", "value_embedding.")
+"""names of the parameters that are looked up"""
+
 SMALL = 4096
 """numbers in a parameter below which bitsandbytes keeps fp32 moments"""
 
@@ -22,7 +25,7 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        plain = parameter.dim() < 2 or "bias" in name.rpartition(".")[2] or name.startswith("embedding.")
+        plain = parameter.dim() < 2 or "bias" in name.rpartition(".")[2] or name.startswith(TABLES)
         (rest if plain else decay).append(parameter)
     found = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     check(model, found)
@@ -40,6 +43,21 @@ def groups_for_muon(model: nn.Module, config: OptimConfig) -> list[dict[str, obj
     found.insert(0, {"params": hidden, "weight_decay": config.weight_decay, **ours})
     check(model, found)
     return found
+
+
+def with_own_rates(model: nn.Module, config: OptimConfig, found: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The embedding tables and the output matrix in groups of their own, where the config gives them a learning rate."""
+    apart: list[dict[str, object]] = []
+    for prefixes, lr in ((TABLES, config.embedding_lr), (("head.weight",), config.head_lr)):
+        theirs = {id(parameter) for name, parameter in model.named_parameters() if lr and name.startswith(prefixes)}
+        for group in found:
+            parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
+            taken = [parameter for parameter in parameters if id(parameter) in theirs]
+            if taken:
+                group["params"] = [parameter for parameter in parameters if id(parameter) not in theirs]
+                apart.append({**group, "params": taken, "lr": lr})
+    check(model, found + apart)
+    return found + apart
 
 
 def check(model: nn.Module, found: list[dict[str, object]]) -> None:
@@ -61,17 +79,19 @@ def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.O
 
 def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    found = groups_for_muon(model, config) if config.name == "muon" else groups(model, config.weight_decay)
+    found = with_own_rates(model, config, found)
     if config.name == "muon":
-        return Muon(groups_for_muon(model, config), **settings, fused=True)  # type: ignore[arg-type]
+        return Muon(found, **settings, fused=True)  # type: ignore[arg-type]
     if config.name == "adamw":
-        return AdamW(groups(model, config.weight_decay), **settings, fused=True)  # type: ignore[arg-type]
+        return AdamW(found, **settings, fused=True)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs
     try:
         from khanhllm.adamw8bit import AdamW8bit
     except Exception as error:  # its import loads a shared library, and what that raises depends on the platform
         reason = str(error).splitlines()[0]
         raise UserError(f"optim.name: adamw8bit needs bitsandbytes, which fails here ({reason}); use adamw") from None
-    return AdamW8bit(groups(model, config.weight_decay), **settings)
+    return AdamW8bit(found, **settings)
 
 
 def layout(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

@@ -21,7 +21,7 @@ from khanhllm.machine.runtime import Machine
 from khanhllm.machine.weights import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import flops_per_token
-from khanhllm.model.router import Routing, stack
+from khanhllm.model.router import Routing, move_biases, stack
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def train_step(learner: Learner, state: State, rows: Iterator[Batch]) -> tuple[S
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * height, "step": state.step}
         optimizer.step()
+        if config.model.router_bias:
+            move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
     optimizer.zero_grad(set_to_none=True)
 
     share_LE = routing_L.load_E / routing_L.load_E.sum(-1, keepdim=True)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import build, tiny
-from khanhllm.model.experts import GROUPED, LOOP, GeluExperts, SwiGLUExperts
+from khanhllm.model.experts import GROUPED, LOOP, GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.rope import Rope
-from khanhllm.model.router import Choice
+from khanhllm.model.router import Choice, move_biases
 
 G = torch.Generator().manual_seed(5)
 
@@ -18,14 +18,16 @@ def one_expert(experts, index, x):
     if isinstance(experts, GeluExperts):
         hidden = F.gelu(x @ experts.up[index] + experts.up_bias[index])
         return hidden @ experts.down[index] + experts.down_bias[index]
+    if isinstance(experts, Relu2Experts):
+        return F.relu(x @ experts.up[index]) ** 2 @ experts.down[index]
     return (F.silu(x @ experts.gate[index]) * (x @ experts.up[index])) @ experts.down[index]
 
 
-@pytest.mark.parametrize("style", ["classic", "modern"])
+@pytest.mark.parametrize("style", [{"style": "classic"}, {"style": "modern"}, {"feedforward": "relu2"}])
 @pytest.mark.parametrize("road", [LOOP, GROUPED])
 def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
     dtype = torch.float64 if road is LOOP else torch.float32  # grouped_mm knows no fp64
-    mixture = build(tiny(style)).blocks[1].feedforward.to(dtype)
+    mixture = build(tiny(**style)).blocks[1].feedforward.to(dtype)
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.normal_(0, 0.5, generator=G)  # biases too
@@ -114,3 +116,49 @@ def test_bf16_autocast_is_near_fp32_on_both_roads(road):
     near.mean().backward()
     assert near.dtype == torch.float32
     assert (near - exact).abs().max() < 0.1
+
+
+def test_the_square_of_relu():
+    dense = build(tiny(feedforward="relu2")).blocks[0].feedforward
+    x = torch.randn(2, 9, 32, generator=G)
+    plain = (x @ dense.up.weight.T).clamp(min=0) ** 2 @ dense.down.weight.T
+    assert torch.allclose(dense(x)[0], plain, atol=1e-6)
+
+
+def test_value_embeddings_begin_as_nothing_and_stand_in_every_other_layer():
+    with_tables, plain = build(tiny(value_embedding=True, pattern="DMD")), build(tiny(pattern="DMD"))
+    assert list(with_tables.value_embedding.tables) == ["0", "2"]
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(with_tables(ids, ids)[0], plain(ids, ids)[0])
+    with torch.no_grad():
+        with_tables.value_embedding.tables["2"].weight.normal_(generator=G)
+    other = with_tables(ids, ids)[0]
+    assert not torch.equal(other, plain(ids, ids)[0])
+    cache = with_tables.new_cache(2)
+    stepwise = [with_tables.logits(ids[:, t : t + 1], cache) for t in range(10)]
+    assert torch.allclose(torch.cat(stepwise, 1), with_tables.logits(ids), atol=1e-5)
+
+
+def test_with_zero_out_every_layer_begins_as_nothing():
+    model = build(tiny(zero_out=True))
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(model.trunk(ids)[0], model.embedding(ids))
+
+
+def test_a_biased_router_chooses_otherwise_and_weighs_the_same():
+    mixture = build(tiny(router_bias=True)).blocks[1].feedforward
+    x = torch.randn(50, 32, generator=G)
+    plain, _ = mixture.router(x)
+    mixture.router.bias_E[3] = 1.0  # more than any probability
+    choice, routing = mixture.router(x)
+    assert (choice.expert_TK == 3).any(dim=-1).all()
+    assert routing.load_E[3] == 50
+    same = (choice.expert_TK == plain.expert_TK).all(dim=-1)
+    assert same.any() and torch.allclose(choice.weight_TK[same], plain.weight_TK[same])
+    assert torch.allclose(choice.weight_TK.sum(-1), torch.ones(50))
+
+
+def test_biases_move_against_the_load():
+    model = build(tiny(router_bias=True))
+    move_biases(model, torch.tensor([[40.0, 0, 10, 10]]), 0.01)
+    assert model.blocks[1].feedforward.router.bias_E.tolist() == pytest.approx([-0.01, 0.01, 0.01, 0.01])

@@ -28,12 +28,16 @@ class Attention(nn.Module):
         self.rope = rope
         self.grouped = config.key_value_heads != config.heads
 
-    def forward(self, x_BTD: Tensor, past: LayerCache | None = None) -> Tensor:
-        """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it, and they are added to it."""
+    def forward(self, x_BTD: Tensor, past: LayerCache | None = None, own_BTS: Tensor | None = None) -> Tensor:
+        """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it, and they are added to it.
+
+        own_BTS: what each token brings to the values by itself (value embedding), S = kv_heads x d.
+        """
         start = past.length if past else 0
         query_BHTd = self.rope(self.query_norm(self._heads(self.query(x_BTD))), start)
         key_BHTd = self.rope(self.key_norm(self._heads(self.key(x_BTD))), start)
-        value_BHTd = self._heads(self.value(x_BTD))
+        value_BTS = self.value(x_BTD)
+        value_BHTd = self._heads(value_BTS if own_BTS is None else value_BTS + own_BTS)
         if past:
             key_BHTd, value_BHTd = past.append(key_BHTd, value_BHTd)
         mask, is_causal = _causal(start, x_BTD.shape[1], x_BTD.device)

@@ -14,7 +14,9 @@ class Block(nn.Module):
         self.attention = attention
         self.feedforward = feedforward
 
-    def forward(self, x_BTD: Tensor, past: LayerCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), past)
+    def forward(
+        self, x_BTD: Tensor, past: LayerCache | None = None, own_BTS: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), past, own_BTS)
         y_BTD, routings = self.feedforward(self.feedforward_norm(x_BTD))
         return x_BTD + y_BTD, routings

@@ -36,7 +36,7 @@ def flops_per_token(model: Transformer) -> int:
     the whole context (PaLM's convention, arXiv 2204.02311 appendix B).
     """
     config = model.config
-    lookup = total_parameters(model.embedding)
+    lookup = total_parameters(model.embedding) + total_parameters(model.value_embedding)
     return 6 * (active_parameters(model) - lookup) + 12 * len(model.blocks) * config.dim * config.context
 
 

@@ -14,6 +14,20 @@ class TokenEmbedding(nn.Module):
         return self.token(ids_BT)
 
 
+class ValueEmbedding(nn.Module):
+    """A second table for every other layer, the last one among them: what the token itself adds to attention's values
+    (Zhou et al. 2024, arXiv 2410.17897, in the form of https://github.com/KellerJordan/modded-nanogpt)."""
+
+    def __init__(self, layers: int, vocab_size: int, size: int) -> None:
+        super().__init__()
+        having = [layer for layer in range(layers) if (layers - 1 - layer) % 2 == 0]
+        self.tables = nn.ModuleDict({str(layer): nn.Embedding(vocab_size, size) for layer in having})
+
+    def forward(self, ids_BT: Tensor, layer: int) -> Tensor | None:
+        """(B, T, S), or None for a layer without a table."""
+        return self.tables[str(layer)](ids_BT) if str(layer) in self.tables else None
+
+
 class TokenPositionEmbedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int, context: int) -> None:
         super().__init__()

@@ -105,6 +105,7 @@ def _gelu_gradients(grad_NF: Tensor, up_NF: Tensor) -> tuple[Tensor]:
 
 SWIGLU = Activation(lambda gate_NF, up_NF: F.silu(gate_NF) * up_NF, _swiglu_gradients)
 GELU = Activation(F.gelu, _gelu_gradients)
+RELU2 = Activation(lambda up_NF: F.relu(up_NF).square_(), lambda grad_NF, up_NF: (2 * grad_NF * F.relu(up_NF),))
 
 
 class _Mixture(torch.autograd.Function):
@@ -197,6 +198,21 @@ class GeluExperts(nn.Module):
         none_TE = x_TD.new_zeros(len(x_TD), len(load_E))
         weight_TE = none_TE.scatter(1, choice.expert_TK, choice.weight_TK.to(x_TD.dtype))
         return y_TD + weight_TE @ down_bias
+
+
+class Relu2Experts(nn.Module):
+    """E times down(relu(up(x))^2), without biases."""
+
+    def __init__(self, experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, dim))
+        self.road = LOOP
+
+    def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
+        x_TD, up, down = _in_one_type(x_TD, self.up, self.down)
+        where = layout(choice.expert_TK, load_E)
+        return _Mixture.apply(self.road, RELU2, x_TD, choice.weight_TK, *where, down, None, up)  # type: ignore[no-any-return]
 
 
 class SwiGLUExperts(nn.Module):

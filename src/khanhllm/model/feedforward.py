@@ -16,6 +16,18 @@ class GeluFeedForward(nn.Module):
         return self.down(F.gelu(self.up(x_BTD))), ()
 
 
+class Relu2FeedForward(nn.Module):
+    """down(relu(up(x))^2), without biases (So et al. 2021, arXiv 2109.08668)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[()]]:
+        return self.down(F.relu(self.up(x_BTD)).square()), ()
+
+
 class SwiGLUFeedForward(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases (Shazeer 2020, arXiv 2002.05202)."""
 

@@ -30,18 +30,28 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Module):
-    """softmax over all experts, the K largest, renormalised to sum to 1."""
+    """softmax over all experts, the K largest, renormalised to sum to 1.
 
-    def __init__(self, dim: int, experts: int, per_token: int) -> None:
+    A biased router adds a bias to each probability before it takes the largest, and only there: it moves tokens from
+    crowded experts to idle ones without a loss that pulls at the weights (Wang et al. 2024, arXiv 2408.15664).
+    """
+
+    def __init__(self, dim: int, experts: int, per_token: int, biased: bool = False) -> None:
         super().__init__()
         self.per_token = per_token
         self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.register_buffer("bias_E", torch.zeros(experts) if biased else None)
+        self.bias_E: Tensor | None
 
     def forward(self, x_TD: Tensor) -> tuple[Choice, Routing]:
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
             prob_TE = scores_TE.softmax(dim=-1)
-            top_TK, expert_TK = prob_TE.topk(self.per_token, dim=-1)
+            if self.bias_E is None:
+                top_TK, expert_TK = prob_TE.topk(self.per_token, dim=-1)
+            else:
+                expert_TK = (prob_TE.detach() + self.bias_E).topk(self.per_token, dim=-1).indices
+                top_TK = prob_TE.gather(-1, expert_TK)
             weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
             routing = Routing(
                 load_E=_count(expert_TK, len(self.weight)),
@@ -49,6 +59,16 @@ class Router(nn.Module):
                 z=scores_TE.logsumexp(dim=-1).square().sum(),
             )
         return Choice(expert_TK, weight_TK), routing
+
+
+@torch.no_grad()
+def move_biases(model: nn.Module, load_LE: Tensor, rate: float) -> None:
+    """Once for each optimizer step, from the load of the whole step: up by `rate` for experts below the mean, down for
+    those above."""
+    biases = [module.bias_E for module in model.modules() if isinstance(module, Router)]
+    for bias_E, load_E in zip(biases, load_LE, strict=True):
+        if bias_E is not None:
+            bias_E.add_(rate * (load_E.mean() - load_E).sign())
 
 
 def _count(expert_TK: Tensor, experts: int) -> Tensor:

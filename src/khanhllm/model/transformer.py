@@ -10,9 +10,9 @@ from khanhllm.config import ModelConfig
 from khanhllm.model.attention import Attention
 from khanhllm.model.block import Block
 from khanhllm.model.cache import KVCache
-from khanhllm.model.embedding import TokenEmbedding, TokenPositionEmbedding
-from khanhllm.model.experts import GeluExperts, SwiGLUExperts
-from khanhllm.model.feedforward import GeluFeedForward, SwiGLUFeedForward
+from khanhllm.model.embedding import TokenEmbedding, TokenPositionEmbedding, ValueEmbedding
+from khanhllm.model.experts import GeluExperts, Relu2Experts, SwiGLUExperts
+from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLUFeedForward
 from khanhllm.model.head import Head
 from khanhllm.model.moe import MoE
 from khanhllm.model.rope import NoRope, Rope
@@ -30,6 +30,8 @@ class Transformer(nn.Module):
         self.config = config
         build = _classic if config.style == "classic" else _modern
         self.embedding, self.blocks, norm = build(config)
+        tables = len(config.pattern) if config.value_embedding else 0
+        self.value_embedding = ValueEmbedding(tables, config.vocab_size, config.key_value_heads * config.head_dim)
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
@@ -42,8 +44,8 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(ids_BT, cache.length if cache else 0)
         pasts = cache.layers if cache else [None] * len(self.blocks)
         routings: tuple[Routing, ...] = ()
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x_BTD, more = block(x_BTD, past)
+        for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
+            x_BTD, more = block(x_BTD, past, self.value_embedding(ids_BT, layer))
             routings += more
         return x_BTD, routings
 
@@ -64,16 +66,17 @@ class Transformer(nn.Module):
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """All initial weights, decided in one place: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
         (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
-        halved so that the first loss is close to ln(vocabulary), biases are zero and norms one."""
+        halved so that the first loss is close to ln(vocabulary), biases and value embeddings are zero and norms one.
+        With `zero_out`, what writes into the residual stream is zero too."""
         sigma = 0.64 / self.config.dim**0.5
         for name, parameter in self.named_parameters():
             leaf = name.split(".")[-2:]
-            if "bias" in leaf[-1]:
+            writes = "out" in leaf or "down" in leaf
+            if "bias" in leaf[-1] or name.startswith("value_embedding") or (writes and self.config.zero_out):
                 parameter.zero_()
             elif "norm" in leaf[0]:
                 parameter.fill_(1)
             else:
-                writes = "out" in leaf or "down" in leaf
                 scale = (2 * len(self.blocks)) ** -0.5 if writes else 0.5 if name == "head.weight" else 1
                 parameter.normal_(0, sigma * scale, generator=generator)
 
@@ -91,7 +94,9 @@ def _modern(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
     norm = partial(nn.RMSNorm, config.dim, eps=config.norm_eps)
     rope = Rope(config.head_dim, config.context, config.rope_theta)
     attention = partial(Attention, config, rope, nn.RMSNorm, bias=False)
-    blocks = _blocks(config, attention, SwiGLUFeedForward, SwiGLUExperts, norm)
+    swiglu = config.feedforward == "swiglu"
+    dense, experts = (SwiGLUFeedForward, SwiGLUExperts) if swiglu else (Relu2FeedForward, Relu2Experts)
+    blocks = _blocks(config, attention, dense, experts, norm)
     return TokenEmbedding(config.vocab_size, config.dim), blocks, norm()
 
 
@@ -113,4 +118,4 @@ def _blocks(
 
 
 def _router(config: ModelConfig) -> Router:
-    return Router(config.dim, config.experts, config.experts_per_token)
+    return Router(config.dim, config.experts, config.experts_per_token, config.router_bias)
