@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from khanhllm.log import FILE
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.settings import read_toml, resolve
 
+WIDTH = 120
+"""of the table where it goes to a file (characters)"""
 COLOURS = ("#3b6fb5", "#d9622b", "#3f9b5b", "#8a5bb5", "#b59a3b", "#555555")
 
 
@@ -78,7 +81,7 @@ def _summed(clock: Floats) -> Floats:
 
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     """Print the table and write the picture. Raises UserError."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     told = [read(run) for run in runs]
     console.print(_table(told))
     try:
@@ -137,7 +140,7 @@ def draw(told: list[Told], png: Path) -> None:
     figure.savefig(png)
 
 
-def _axes() -> Iterator[tuple[str, object]]:
+def _axes() -> Iterator[tuple[str, Callable[[float, int], str]]]:
     yield "steps", lambda value, _: short(value)
     yield "tokens", lambda value, _: short(value)
     yield "FLOP", lambda value, _: f"{value:.1e}" if value else "0"

@@ -59,10 +59,10 @@ class ModelConfig(Section):
     """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
     three: cheaper, and no tool for Qwen3-MoE can read it"""
     value_embedding: bool = False
-    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only): much
-    is learned early, at the price of vocab_size x (dim * kv_heads / heads) parameters for each such layer"""
+    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
+    each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
     router_bias: bool = False
-    """the router's choice of experts, not their weights, is moved by a bias towards an even load (see loss.bias_rate)"""
+    """the router's choice of experts, not their weights, is moved by a bias towards an even load; see loss.bias_rate"""
     zero_out: bool = False
     """matrices that write into the residual stream begin at zero, so that every layer begins as nothing"""
     context: Annotated[int, Field(ge=2, le=2**20)] = 256

@@ -46,7 +46,7 @@ def groups_for_muon(model: nn.Module, config: OptimConfig) -> list[dict[str, obj
 
 
 def with_own_rates(model: nn.Module, config: OptimConfig, found: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The embedding tables and the output matrix in groups of their own, where the config gives them a learning rate."""
+    """Embedding tables and output matrix in groups of their own, where the config gives them a learning rate."""
     apart: list[dict[str, object]] = []
     for prefixes, lr in ((TABLES, config.embedding_lr), (("head.weight",), config.head_lr)):
         theirs = {id(parameter) for name, parameter in model.named_parameters() if lr and name.startswith(prefixes)}
