@@ -6,7 +6,8 @@ import pytest
 
 from conftest import tiny
 from khanhllm import bench, cli
-from khanhllm.contenders import Contender
+from khanhllm.config import UserError
+from khanhllm.contenders import Contender, as_qwen3_moe
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.twin import dense_twin
 
@@ -37,6 +38,12 @@ def test_a_step_is_compared_in_turns(monkeypatch, capsys, tmp_path):
     assert step["huggingface_mode"] == "hf eager"
     assert "nonsense" in step["modes"]["hf nonsense"]
     assert step["ours"]["parameters"] == step["hf eager"]["parameters"]  # the same model
+
+
+@pytest.mark.parametrize("own", [{"style": "classic"}, {"feedforward": "relu2"}, {"value_embedding": True}])
+def test_what_hugging_face_has_no_word_for_is_refused(own):
+    with pytest.raises(UserError, match=f"model.{next(iter(own))}"):
+        as_qwen3_moe(tiny(**own).model, "eager")
 
 
 def test_a_contender_that_cannot_run_says_why():

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from khanhllm.config import Config, ModelConfig
+from khanhllm.config import Config, ModelConfig, UserError
 from khanhllm.machine.runtime import Machine, open_machine
 from khanhllm.measure import random_rows
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
@@ -130,8 +130,12 @@ def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, in
 
 
 def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
-    """Our shape in transformers' words."""
+    """Our shape in transformers' words. UserError if Qwen3-MoE has none for it."""
     from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
+
+    for key, theirs in (("style", "modern"), ("feedforward", "swiglu"), ("value_embedding", False), ("router_bias", False)):
+        if getattr(model, key) != theirs:
+            raise UserError(f"model.{key} {getattr(model, key)} is unknown to Qwen3-MoE, which has only {theirs}")
 
     settings: dict[str, Any] = dict(
         vocab_size=model.vocab_size,
