@@ -1,6 +1,6 @@
-"""What learns most in the same time: each row a recipe, trained for so many seconds, scored on text that it never saw.
+"""What learns most in the same time: each row a recipe, trained for so many seconds, scored on text it never saw.
 
-    python benchmarks/learning.py DATA [--seconds 480] [--seeds 1] [--rows NAME ...] [--score part|held-out] [--out FILE]
+    python benchmarks/learning.py DATA [--seconds 480] [--seeds 1] [--rows NAME ...] [--score part|held-out]
 
 DATA holds C4-format c4-train*.json.gz and c4-validation*.json.gz. A recipe is chosen by the part of the training files
 that is held out of all trainings (--score part, the default) and reported on the validation files (--score held-out).
@@ -18,7 +18,6 @@ from khanhllm import train
 from khanhllm.compare import read
 from khanhllm.evaluate import score_run
 from khanhllm.settings import preset, resolve
-from khanhllm.tokenizer import Tokenizer
 
 ROWS: dict[str, dict[str, Any]] = {
     "recipe": {},

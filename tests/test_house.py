@@ -17,9 +17,9 @@ FLOORS = """
     rounding adamw adamw8bit muon optim checkpoint draw alarms terminal log saved evaluate generate
     step rehearsal budget
     train
-    compare doctor look demo measure plan contenders bench
+    compare upcycle doctor look demo measure plan contenders bench
     chaos.server chaos.arena chaos.trainers chaos.saves chaos.numbers chaos.belt chaos.run
-    arguments cli __main__
+    arguments data_verbs verbs cli __main__
 """.split()
 FREE = {"", "chaos", "data", "machine"}  # packages that only hold others
 

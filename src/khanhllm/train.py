@@ -169,7 +169,9 @@ def _go_back(parts: Parts, state: State, log: Log, saver: Saver) -> State:
     checkpoint.reject_after(parts.run, restored.step)
     log.rewind(restored.step)
     log.say(f"{told}; back to {where}, beyond the {state.cursor - restored.cursor:,} rows since then")
-    return replace(restored, cursor=state.cursor, guard=replace(restored.guard, accepted=0, returns=guard.returns + 1))
+    # time that was used up stays so, as do rows
+    guard = replace(restored.guard, accepted=0, returns=guard.returns + 1)
+    return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
 
 
 def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:

@@ -68,6 +68,9 @@ class Transformer(nn.Module):
         (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
         halved so that the first loss is close to ln(vocabulary), biases and value embeddings are zero and norms one.
         With `zero_out`, what writes into the residual stream is zero too."""
+        for name, buffer in self.named_buffers():
+            if name.endswith("router.bias_E"):
+                buffer.zero_()
         sigma = 0.64 / self.config.dim**0.5
         for name, parameter in self.named_parameters():
             leaf = name.split(".")[-2:]
