@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 from itertools import islice
 
@@ -71,3 +72,20 @@ def test_the_command_prints_a_table(capsys, monkeypatch):
     assert cli.main(["chaos", "--faults", "10"]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert cli.main(["chaos", "--faults", "0"]) == 2
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace writes down the order of system calls")
+def test_what_is_published_is_on_the_disk_before(arena):
+    """A power cut may keep any of two writes that no fsync stands between; this is the order that it must find."""
+    folder = arena.folder()
+    folder.mkdir()
+    trace = folder.with_suffix(".trace")
+    saves._traced_save(
+        arena.config(), folder, "--trace=fsync,rename,renameat,renameat2", "--decode-fds=path", f"--output={trace}"
+    )
+    calls = re.findall(r"(fsync)\(\d+<[^>]*/([^>]+)>|(rename)\w*\([^\"]*\"[^\"]*/([^\"]+)\"", trace.read_text())
+    files = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    found = [" ".join(filter(None, call)) for call in calls]
+    found = [call for call in found if not call.startswith("rename .tmp")]  # of safetensors, before its file is synced
+    synced = [f"fsync {name}" for name in (*files, "step-0000002.tmp")]
+    assert found == [*synced, "rename step-0000002.tmp", "fsync checkpoints", f"fsync {folder.name}"]

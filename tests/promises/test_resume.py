@@ -60,6 +60,7 @@ def cache(tmp_path_factory):
         {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}},
         {"model": {"pattern": "DD"}},
         {"machine": {"weights": "bf16"}},
+        {"machine": {"compile": "on"}},
         {"machine": {"weights": "bf16", "gradients": "bf16"}, "optim": {"name": "adamw8bit"}, "model": {"dim": 64}},
     ],
     ids=[
@@ -70,6 +71,7 @@ def cache(tmp_path_factory):
         "current-load",
         "dense",
         "bf16-weights",
+        "compiled",
         "bf16-weights-and-gradients",
     ],
 )
