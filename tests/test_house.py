@@ -62,3 +62,13 @@ def test_the_model_knows_no_machine():
 def test_files_stay_short_enough_to_read():
     for name, path in modules().items():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, name
+
+
+def test_no_decision_hangs_on_the_wall_clock():
+    """Somebody may move it, or a time server does. It is shown to people, and a server may name a date."""
+    shown = {"log", "plan"}
+    for name, path in modules().items():
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        wall = calls & {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "time.localtime"}
+        assert not wall or name in shown or (name, wall) == ("data.fetch", {"time.time"}), (name, wall)
