@@ -223,3 +223,12 @@ def test_one_put_aside_keeps_its_reason(tmp_path):
     assert reasons["step-0000002.rejected"] == "the run went back to step 1\n"
     checkpoint.prune(tmp_path, 1)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_saving_in_bad_times_deletes_nothing(tmp_path):
+    model, optimizer = one_step(build(tiny()))
+    with checkpoint.Saver(tmp_path, keep=1) as saver:
+        for step, rejected in ((1, 0), (2, 0), (3, 1)):
+            saver.begin(step, model, optimizer, {"guard": {"rejected": rejected}})
+            saver.outcome(patient=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002", "step-0000003"]

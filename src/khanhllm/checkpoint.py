@@ -121,7 +121,8 @@ class Saver:
     def _write(self, whole: Snapshot) -> Path:
         started = time.perf_counter()
         path = write(self.run, whole)
-        prune(self.run, self.keep)
+        if not whole.state.get("guard", {}).get("rejected"):  # else the last good one may be among those
+            prune(self.run, self.keep)
         self.seconds = time.perf_counter() - started
         return path
 

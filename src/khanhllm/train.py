@@ -102,7 +102,7 @@ def _loop(parts: Parts, state: State, log: Log, saver: Saver, stop: Stop) -> Non
             if state.step >= first:
                 _save(parts, state, log, saver, must=True)
             if isinstance(error, Starved):
-                raise Starved(f"{error} (saved at step {state.step}; to go on: --resume --run {parts.run})") from None
+                raise Starved(f"{error} (at step {state.step}; to go on: --resume --run {parts.run})") from None
             break
         except (torch.OutOfMemoryError, RuntimeError) as error:
             parts = _with_smaller_micro_batches(parts, state, error, log)
