@@ -232,3 +232,13 @@ def test_saving_in_bad_times_deletes_nothing(tmp_path):
             saver.begin(step, model, optimizer, {"guard": {"rejected": rejected}})
             saver.outcome(patient=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002", "step-0000003"]
+
+
+def test_a_file_that_cannot_be_opened_again_is_a_failed_save(tmp_path, monkeypatch):
+    def no_handle_left(*_, **__):
+        raise RuntimeError("unable to open file: Too many open files")
+
+    monkeypatch.setattr(checkpoint, "safe_open", no_handle_left)
+    with pytest.raises(OSError, match="Too many open files"):
+        save(tmp_path, 1, *one_step(build(tiny())), {})
+    assert not list((tmp_path / "checkpoints").iterdir())

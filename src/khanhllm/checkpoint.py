@@ -158,7 +158,7 @@ def write(run: Path, whole: Snapshot) -> Path:
         aside.replace(final)
         _sync(final.parent)
         _sync(run)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch says the last where it cannot map a file
         shutil.rmtree(aside, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from None
     return final
