@@ -170,11 +170,14 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def reject_after(run: Path, step: int) -> None:
-    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again."""
+def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
+    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again.
+
+    paper: see `newest`; with it, a file that claims more than there can be is not read to its end.
+    """
     for path in _steps(run):
         if int(path.name[5:]) > step:
-            fault = verify(path) or f"the run went back to step {step}"
+            fault = verify(path, paper) or f"the run went back to step {step}"
             aside = path.with_suffix(".rejected")
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)

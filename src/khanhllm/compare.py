@@ -1,7 +1,5 @@
 """Runs side by side: one picture of their losses against steps, tokens, arithmetic and time, and a table."""
 
-import csv
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from khanhllm.config import Config, UserError
-from khanhllm.draw import Floats, duration, frame, number, short, smooth, visible
+from khanhllm.draw import Floats, duration, frame, read_log, short, smooth, visible
 from khanhllm.log import FILE
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
-from khanhllm.settings import read_toml, resolve
+from khanhllm.saved import read_config
 
 WIDTH = 120
 """of the table where it goes to a file (characters)"""
@@ -43,18 +41,10 @@ class Told:
 
 def read(run: Path) -> Told:
     """UserError if the folder holds no run, or one without a step."""
-    kept = run / "config.toml"
-    if not kept.exists():
-        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
-    config = resolve(read_toml(kept), where=str(kept))
-    columns = ("step", "tokens", "loss", "seconds", "val_bpb")
-    rows: list[dict[str, str]] = []
-    if (run / FILE).exists():
-        with (run / FILE).open(newline="", encoding="utf-8", errors="replace") as file:
-            rows = [row for row in csv.DictReader(file, restval="") if math.isfinite(number(row.get("loss")))]
-    if not rows:
+    config = read_config(run)
+    found = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb"))
+    if not len(found["loss"]):
         raise UserError(f"{run / FILE} has no step yet; train the run further")
-    found = {name: np.array([number(row.get(name)) for row in rows]) for name in columns}
     model = on_paper(config.model)
     return Told(
         name=visible(run.resolve().name),

@@ -163,22 +163,20 @@ def _experts(which: list[int]) -> str:
     return f"expert{'s' * (len(which) > 1)} {' and '.join(map(str, which))}"
 
 
-def read_log(csv_file: Path) -> dict[str, Floats]:
-    """What the curves need of a training log: the rows that have a loss; nan where nothing was measured."""
+def read_log(csv_file: Path, names: tuple[str, ...] = ("tokens", "loss", "val_ce", "val_bpb")) -> dict[str, Floats]:
+    """Columns of a training log: of the rows that have a loss; nan where nothing was measured."""
     rows: list[dict[str, str]] = []
-    names = ("tokens", "loss", "val_ce", "val_bpb")
     if csv_file.exists():
         with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.DictReader(file, restval="") if _known(row, "tokens") and _known(row, "loss")]
-    return {name: np.array([number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+    return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
 
 
 def _known(row: dict[str, str], name: str) -> bool:
-    return math.isfinite(number(row.get(name)))
+    return math.isfinite(_number(row.get(name)))
 
 
-def number(text: str | None) -> float:
-    """A cell of a log; nan if it is none."""
+def _number(text: str | None) -> float:
     try:
         return float(text or "nan")
     except ValueError:

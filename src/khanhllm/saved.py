@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,17 +24,31 @@ class Saved:
     machine: Machine
     model: Transformer
     tokenizer: Tokenizer
-    step: int
-    """optimizer steps behind the weights"""
-    data: Path
-    """the folder of shards that it was trained on"""
+    state: dict[str, Any]
+    """what else its checkpoint holds"""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind the weights."""
+        return int(self.state["step"])
+
+    @property
+    def data(self) -> Path:
+        """The folder of shards that it was trained on."""
+        return Path(self.state["folder"])
+
+
+def read_config(run: Path) -> Config:
+    """The config of a run folder. UserError if it is none."""
+    kept = run / "config.toml"
+    if not kept.exists():
+        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
+    return resolve(read_toml(kept), where=str(kept))
 
 
 def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
     """Open the newest intact checkpoint of a run folder, on the machine at hand. UserError if there is none."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
-    config = resolve(read_toml(run / "config.toml"), where=str(run / "config.toml"))
+    config = read_config(run)
     if fault := foreign(run):
         raise UserError(f"{fault}; a run folder must hold its own files")
     path = checkpoint.newest(run, paper=on_paper(config.model))
@@ -49,7 +64,4 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than this model knows")
-    state = checkpoint.read_state(path)
-    return Saved(
-        config, machine, fit(model, machine, "none"), tokenizer, step=state["step"], data=Path(state["folder"])
-    )
+    return Saved(config, machine, fit(model, machine, "none"), tokenizer, checkpoint.read_state(path))

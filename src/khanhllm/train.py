@@ -70,7 +70,8 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
     if config.train.micro_batch == "auto":
         config = budget.fitted(config, budget.here(open_machine(config.machine)))
     with _locked(folder):
-        last = checkpoint.newest(folder, paper=on_paper(config.model)) if resume else None
+        paper = on_paper(config.model)
+        last = checkpoint.newest(folder, paper=paper) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
             _check_continuable(config, folder, saved)
@@ -84,7 +85,7 @@ def run(config: Config, folder: Path, resume: bool = False) -> None:
         ):
             parts.tokenizer.save(folder / "tokenizer.json")
             write_config(config, folder)
-            checkpoint.reject_after(folder, state.step)
+            checkpoint.reject_after(folder, state.step, paper)
             for line in _introduction(parts, state):
                 log.say(line)
             _loop(parts, state, log, saver, stop)
@@ -296,10 +297,9 @@ def _continue(parts: Parts, path: Path) -> State:
     load_LE = torch.tensor([share for layer in saved["load"] for share in layer], device=learner.machine.device)
     if len(load_LE) != start.load_LE.numel():
         raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
-    guard = Guard(**{**saved["guard"], "losses": tuple(saved["guard"]["losses"])})
     budget_s = learner.config.train.seconds
     share = saved["seconds"] / budget_s if budget_s else None
-    return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), guard, share)
+    return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), Guard(**saved["guard"]), share)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:

@@ -37,10 +37,7 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     model = Transformer(config.model)
     model.initialise(torch.Generator().manual_seed(config.train.seed))  # what is left of it: the routers
     model.load_state_dict(_weights(dense.model.state_dict(), config.model), strict=False)
-    path = checkpoint.newest(run)
-    assert path
-    before = checkpoint.read_state(path)
-    state = {key: before[key] for key in ("cursor", "data", "folder")}
+    state = {key: dense.state[key] for key in ("cursor", "data", "folder")}
     state |= {"load": objectives.even_load(len(config.model.moe_layers), experts).tolist(), "seconds": 0.0}
     out.mkdir(parents=True, exist_ok=True)
     dense.tokenizer.save(out / "tokenizer.json")

@@ -158,9 +158,9 @@ def children():
     return [child for child in alive if "khanhllm.data.maker" in " ".join(child.cmdline())]
 
 
-def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
-    whole = rows(lay(), 300)
-    belt, found = lay("killed"), []
+def rows_under_kills(belt):
+    """300 rows, while the child is killed four times."""
+    found = []
     stream = belt.rows_from(0, 0, threading.Event())
     for number in range(300):
         if number in (1, 70, 150, 151):
@@ -168,7 +168,12 @@ def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
                 os.kill(child.pid, signal.SIGKILL)
         found.append(next(stream).tobytes())
     stream.close()
-    assert found == whole and not children()
+    return found
+
+
+def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
+    whole = rows(lay(), 300)
+    assert rows_under_kills(lay("killed")) == whole and not children()
 
 
 def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
@@ -311,15 +316,8 @@ def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
 
 def test_a_mixture_goes_on_after_its_child_was_killed(mixture, lay):
     whole = rows(lay(source=mixture), 300)
-    stream = (belt := lay("killed", source=mixture)).rows_from(0, 0, threading.Event())
-    found = []
-    for number in range(300):
-        if number in (1, 70, 150, 151):
-            for child in children():
-                os.kill(child.pid, signal.SIGKILL)
-        found.append(next(stream).tobytes())
-    stream.close()
-    assert found == whole == rows(belt, 300)
+    belt = lay("killed", source=mixture)
+    assert rows_under_kills(belt) == whole == rows(belt, 300)
 
 
 def test_a_mixture_ends_with_the_tokens_that_are_asked_for(mixture, lay):

@@ -80,7 +80,7 @@ def test_what_is_published_is_on_the_disk_before(arena):
     folder = arena.folder()
     folder.mkdir()
     trace = folder.with_suffix(".trace")
-    saves._traced_save(
+    saves.traced_save(
         arena.config(), folder, "--trace=fsync,rename,renameat,renameat2", "--decode-fds=path", f"--output={trace}"
     )
     calls = re.findall(r"(fsync)\(\d+<[^>]*/([^>]+)>|(rename)\w*\([^\"]*\"[^\"]*/([^\"]+)\"", trace.read_text())

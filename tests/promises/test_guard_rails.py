@@ -9,6 +9,7 @@ from test_resume import config, outcome
 
 from conftest import tiny
 from khanhllm import checkpoint, train
+from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.guard import Diverged
 from khanhllm.machine.runtime import open_machine
 from khanhllm.measure import random_rows
@@ -19,11 +20,6 @@ from khanhllm.step import Learner, accumulate, train_step
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("shards")
-
-
-def everything(learner):
-    moments = [v for state in learner.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-    return [tensor.clone() for tensor in (*learner.model.state_dict().values(), *moments)]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
@@ -39,18 +35,8 @@ def test_one_bad_number_in_any_gradient_changes_nothing(name, bad, monkeypatch):
     for _ in range(20):
         one = chance.choice(parameters)
         place = chance.randrange(one.numel())
-        hit = [chance.randrange(4)]  # the micro-batch in which it happens
-
-        def poison(grad, place=place, hit=hit):
-            hit[0] -= 1
-            if hit[0] == -1:
-                grad = grad.clone()
-                grad.view(-1)[place] = bad
-            return grad
-
-        hook = one.register_hook(poison)
-        state, row = train_step(learner, state, rows)
-        hook.remove()
+        with spoiled(one, place, bad, micro_batch=chance.randrange(4)):
+            state, row = train_step(learner, state, rows)
         assert row["fault"]
         assert all(torch.equal(a, b) for a, b in zip(before, everything(learner), strict=True))
     assert state.guard.rejected == 20

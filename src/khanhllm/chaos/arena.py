@@ -27,8 +27,8 @@ TRAIN = {"steps": 60, "micro_batch": 2, "accumulation": 2, "eval_every": 10, "ev
 Outcome = tuple[dict[str, str], list[dict[str, str]]]
 
 # importing torch takes longer than a whole training here; one process does it, and all others are forked from that
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["khanhllm.chaos.arena"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["khanhllm.chaos.arena"])
 
 
 class Arena:
@@ -75,7 +75,7 @@ class Arena:
 
     def start(self, config: Config, folder: Path, limit: int = 0) -> ForkServerProcess:
         """A training in a process of its own, resumed if there is something to resume. limit: see `_train`."""
-        process = _processes.Process(target=_train, args=(config, folder, limit))
+        process = processes.Process(target=_train, args=(config, folder, limit))
         process.start()
         return process
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf, nan
 
 import torch
@@ -23,21 +24,10 @@ def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
         parameter = chance.choice(list(learner.model.parameters()))
         place, bad = chance.randrange(parameter.numel()), chance.choice([nan, inf, -inf])
         micro_batch = chance.randrange(learner.config.train.accumulation)
-        seen = 0
-
-        def poison(grad: Tensor, micro_batch: int = micro_batch, place: int = place, bad: float = bad) -> Tensor:
-            nonlocal seen
-            seen += 1
-            if seen == micro_batch + 1:
-                grad = grad.clone()
-                grad.view(-1)[place] = bad
-            return grad
-
-        before = _everything(learner)
-        hook = parameter.register_hook(poison)
-        _, row = train_step(learner, state, random_rows(learner.config, learner.machine.device))
-        hook.remove()
-        same = all(torch.equal(old, new) for old, new in zip(before, _everything(learner), strict=True))
+        before = everything(learner)
+        with spoiled(parameter, place, bad, micro_batch):
+            _, row = train_step(learner, state, random_rows(learner.config, learner.machine.device))
+        same = all(torch.equal(old, new) for old, new in zip(before, everything(learner), strict=True))
         yield "" if row["fault"] and same else f"{bad} reached the state of {type(learner.optimizer).__name__}"
 
 
@@ -48,6 +38,27 @@ def _learner(arena: Arena, optimizer: str) -> tuple[Learner, State]:
     return learner, state
 
 
-def _everything(learner: Learner) -> list[Tensor]:
+@contextmanager
+def spoiled(parameter: Tensor, place: int, bad: float, micro_batch: int) -> Iterator[None]:
+    """Element `place` of the parameter's gradient is `bad` in micro-batch number `micro_batch` from now on."""
+    seen = 0
+
+    def spoil(grad: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == micro_batch + 1:
+            grad = grad.clone()
+            grad.view(-1)[place] = bad
+        return grad
+
+    hook = parameter.register_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def everything(learner: Learner) -> list[Tensor]:
+    """Copies of all weights and moments."""
     moments = [value for state in learner.optimizer.state.values() for value in state.values()]
     return [t.clone() for t in (*learner.model.state_dict().values(), *moments) if isinstance(t, Tensor)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from khanhllm import checkpoint
-from khanhllm.chaos.arena import Arena, _processes
+from khanhllm.chaos.arena import Arena, processes
 from khanhllm.config import Config
 from khanhllm.machine.runtime import open_machine
 from khanhllm.measure import random_rows
@@ -83,7 +83,7 @@ def cut_short(arena: Arena, chance: random.Random) -> Iterator[str]:
     for fault, call, number in boundaries:
         folder = arena.folder()
         folder.mkdir()
-        code = _traced_save(arena.config(), folder, f"--inject={call}:{fault}:when={number}")
+        code = traced_save(arena.config(), folder, f"--inject={call}:{fault}:when={number}")
         newest = checkpoint.newest(folder)
         where = f"{fault} at {call} number {number}"
         good = {0: BOTH[1:], 3: BOTH, -9: BOTH}.get(code or 0, [])
@@ -109,14 +109,14 @@ def _calls(arena: Arena) -> Counter[str]:
     folder = arena.folder()
     folder.mkdir()
     trace = folder / "trace.txt"
-    _traced_save(arena.config(), folder, f"--trace={','.join(CALLS)}", f"--output={trace}")
+    traced_save(arena.config(), folder, f"--trace={','.join(CALLS)}", f"--output={trace}")
     return Counter(re.findall(r"^(?:\d+ +)?(\w+)\(", trace.read_text(), re.MULTILINE))
 
 
-def _traced_save(config: Config, folder: Path, *options: str) -> int | None:
+def traced_save(config: Config, folder: Path, *options: str) -> int | None:
     """Save step 1 undisturbed, then step 2 under strace; the exit code of that process, 3 for an OSError."""
-    ours, theirs = _processes.Pipe()
-    process = _processes.Process(target=_save_twice, args=(config, folder, theirs))
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=_save_twice, args=(config, folder, theirs))
     process.start()
     ours.recv()
     tracer = subprocess.Popen(
