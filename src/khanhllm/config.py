@@ -118,8 +118,8 @@ class DataConfig(Section):
     validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
     """share of the documents held out for validation, chosen by a hash of the text"""
     clean: Name = ""
-    """steps that documents go through first, in order: c4, paragraphs, gopher, language:CODE, minhash (near-duplicates;
-    last); empty means none. As in "c4, language:en, gopher" """
+    """steps that documents go through first, in order: c4, paragraphs, gopher, language:CODE, spans (sentences
+    that come again), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
     tokens: Natural = 0
     """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
     shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24

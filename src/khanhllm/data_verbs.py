@@ -67,7 +67,7 @@ def prepare_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
     parser.add_argument(
-        "--clean", metavar="STEPS", default="", help='in order, as in "c4, language:en, gopher, minhash" (none)'
+        "--clean", metavar="STEPS", default="", help='in order, as in "c4, spans, language:en, gopher, minhash" (none)'
     )
     parser.add_argument("--executor", metavar="local|slurm|ray", default="local", help="where the tasks run (local)")
     parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")

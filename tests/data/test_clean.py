@@ -125,7 +125,6 @@ def test_other_languages_go():
         ("badwords", "no step named 'badwords'"),
         ("c4, c4", "named twice"),
         ("gopher, gopher-quality", "named twice"),
-        ("minhash, c4", "minhash must be the last"),
     ],
 )
 def test_wrong_steps_are_one_line(steps, told, tmp_path):
@@ -177,15 +176,54 @@ def test_minhash_removes_altered_copies_across_the_split_and_keeps_what_differs(
     assert said(manifest) == {"minhash": 45}
 
 
+def test_of_spans_that_come_again_one_stays_wherever_it_stands_and_nothing_else_goes(corpus, tmp_path):
+    span = "All rights are reserved here. Nothing may be copied at all. Ask the owner of the page first."
+    pages = [page(number) for number in range(200, 240)]
+    (corpus / "0.jsonl").write_text(lines([f"{span}\n{text}" for text in pages[:20]]), "utf-8")
+    (corpus / "1.jsonl").write_text(lines([f"{text}\n{span.upper()}" for text in pages[20:]]), "utf-8")
+    out = [tmp_path / str(workers) for workers in (1, 3)]
+    one, three = (
+        prepare(str(corpus), TOKENIZER, folder, validation=0.1, workers=int(folder.name), clean="spans")
+        for folder in out
+    )
+    assert one == three
+    texts = [text.strip() for split in ("train", "validation") for text in documents(out[0], split)]
+    assert len(texts) == one.cleaning.documents
+    assert len(set(pages) & set(texts)) == 39 and sum("reserved" in text.lower() for text in texts) == 1
+    (lost,) = one.cleaning.removed
+    assert (lost.step, lost.documents, lost.bytes) == ("spans", 0, 39 * len(f"{span}\n"))
+
+
+def test_a_copy_is_nothing_but_spans_that_come_again_and_two_sentences_are_none(tmp_path):
+    pair = "Only two sentences are here. They are on every page."
+    pages = [f"{page(number)}\n{pair}" for number in range(10)]
+    (tmp_path / "a.jsonl").write_text(lines([*pages, *pages[:4]]), "utf-8")
+    manifest = prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / "out", validation=0.2, clean="spans, minhash")
+    left = [text for split in ("train", "validation") for text in documents(tmp_path / "out", split)]
+    assert sorted(left) == sorted(pages) and said(manifest) == {"spans": 4, "minhash": 0}
+
+
+def test_spans_of_a_very_long_document_are_found_as_far_as_their_numbers_reach(tmp_path):
+    book = " ".join(f"Sentence {'abcdefghij'[n % 10]} {n:b} is one of many." for n in range(70_000))
+    book = book.replace("0", "o").replace("1", "i")  # numbers are all alike to datatrove
+    (tmp_path / "a.jsonl").write_text(lines([book, page(1), page(2)]), "utf-8")
+    prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / "out", validation=0.4, clean="spans")
+    left = [text for split in ("train", "validation") for text in documents(tmp_path / "out", split)]
+    assert book in left
+
+
 def test_an_interrupted_search_for_copies_goes_on(corpus, tmp_path, monkeypatch):
     bad = corpus / "3.jsonl"
     whole = bad.read_text("utf-8")
     bad.write_text(whole + "not json", "utf-8")
     with pytest.raises(UserError, match=r"3\.jsonl, line 31"):
-        prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1, clean="c4, minhash")
+        prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1, clean="c4, spans, minhash")
     bad.write_text(whole, "utf-8")
-    again = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1, clean="c4, minhash")
-    assert again == prepare(str(corpus), TOKENIZER, tmp_path / "other", validation=0.1, workers=1, clean="c4,minhash")
+    again, other = (
+        prepare(str(corpus), TOKENIZER, tmp_path / out, validation=0.1, workers=1, clean="c4, spans, minhash")
+        for out in ("out", "other")
+    )
+    assert again == other
 
 
 def test_on_slurm_the_search_for_copies_is_a_job_of_its_own(corpus, tmp_path, slurm):  # noqa: F811
@@ -290,9 +328,10 @@ def test_the_belt_knows_its_cleaning_and_an_old_one_keeps_its_identity(belt):
     assert Belt(plain.folder, 16, 1, 1, 1.0).sha256 == plain.sha256 == sha256(recipe.read_bytes()).hexdigest()
 
 
-def test_a_belt_refuses_minhash(belt):
-    with pytest.raises(UserError, match=r"minhash compares all documents .* khanhllm prepare --clean"):
-        belt("cache", clean="c4, minhash")
+@pytest.mark.parametrize("step", ["spans", "minhash"])
+def test_a_belt_refuses_what_compares_all_documents(belt, step):
+    with pytest.raises(UserError, match=rf"{step} compares all documents .* khanhllm prepare --clean"):
+        belt("cache", clean=f"c4, {step}")
 
 
 def test_data_show_tells_what_was_removed(corpus, belt, tmp_path, capsys):

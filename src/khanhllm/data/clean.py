@@ -5,20 +5,23 @@ they did. Words and sentences are found by a few lines here, where datatrove loa
 py3langid, where it downloads a model; and what each step takes is counted in documents and in bytes, since C4's rules
 shorten documents too.
 
-Left out: C4's list of bad words, which is a download, and its removal of repeated three-sentence spans, for which
-minhash stands (duplicates.py).
+Left out: C4's list of bad words, which is a download. What the steps take that compare all documents with each other
+is found before (duplicates.py).
 """
 
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 from datatrove.data import Document
+from datatrove.pipeline.dedup.sentence_dedup import SentDedupConfig, SentenceDedupFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.pipeline.filters.c4_filters import C4ParagraphFilter, C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
+from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from rich.table import Table
 
@@ -26,9 +29,13 @@ from khanhllm.config import UserError
 from khanhllm.data.shards import Cleaning, Removed
 from khanhllm.settings import did_you_mean
 
-KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "minhash")
+KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "spans", "minhash")
 """c4: lines and pages by the rules of Raffel et al. 2020, section 2.2. paragraphs: three of 200 characters, as in mC4
-(Xue et al. 2021). gopher: both of Rae et al. 2021, A1.1. language: of most of the text. minhash: near-duplicates"""
+(Xue et al. 2021). gopher: both of Rae et al. 2021, A1.1. language: of most of the text. spans: of three sentences that
+stand elsewhere too, the last of C4's rules. minhash: near-duplicates"""
+COMPARING = ("spans", "minhash")
+"""steps that compare all documents with each other"""
+SPANS = SentDedupConfig(hash_config=HashConfig(hash_fc="sha1"))  # the other hash needs one more dependency
 GOPHER = ("gopher-quality", "gopher-repetition")
 SURE = 0.65
 """least probability of the language asked for; datatrove's"""
@@ -37,6 +44,8 @@ GLANCE = 10_000
 
 Tally = tuple[tuple[int, int], ...]
 """documents and bytes: those read, then those that each step removed"""
+Found = Mapping[str, Mapping[int, Sequence[int]]]
+"""of a step of COMPARING the documents that it changes, by their number among those that come to it"""
 
 
 class Words(WordTokenizer):  # type: ignore[misc]
@@ -81,7 +90,7 @@ class Language(BaseFilter):  # type: ignore[misc]
 class Copies(BaseFilter):  # type: ignore[misc]
     """Removes the documents of given numbers, among those that it is asked about."""
 
-    def __init__(self, numbers: frozenset[int]) -> None:
+    def __init__(self, numbers: Collection[int]) -> None:
         super().__init__()
         self.numbers = numbers
         self.asked = 0
@@ -89,6 +98,28 @@ class Copies(BaseFilter):  # type: ignore[misc]
     def filter(self, document: Document) -> bool:
         self.asked += 1
         return self.asked - 1 not in self.numbers
+
+
+class Spans(BaseFilter):  # type: ignore[misc]
+    """Removes the spans of given numbers, and what they leave too little of (datatrove: 50 words, 3 sentences)."""
+
+    def __init__(self, numbers: Mapping[int, Sequence[int]]) -> None:
+        """numbers: of a document, among those that it is asked about, the sentences that its spans begin with."""
+        super().__init__()
+        self.numbers = numbers
+        self.asked = 0
+        self.remover = SentenceDedupFilter(".", SPANS, language=WORDS)
+
+    def filter(self, document: Document) -> bool:
+        begins = self.numbers.get(self.asked)
+        self.asked += 1
+        if begins is None:
+            return True
+        document.text, _ = self.remover.remove_dup_sentences(document, np.asarray(begins))
+        return (
+            len(WORDS.word_tokenize(document.text)) >= SPANS.min_doc_words
+            and len(WORDS.sent_tokenize(document.text)) >= SPANS.min_num_sentences
+        )
 
 
 def steps_of(clean: str) -> tuple[str, ...]:
@@ -101,17 +132,17 @@ def steps_of(clean: str) -> tuple[str, ...]:
     steps = tuple(step for word in words for step in (GOPHER if word == "gopher" else (word,)))
     if len(set(steps)) < len(steps):
         raise UserError(f"clean: a step is named twice in {clean!r}; each can be taken once")
-    if "minhash" in steps[:-1]:
-        raise UserError("clean: minhash must be the last step: it compares what the others leave")
     return steps
 
 
-def _filter(step: str, copies: frozenset[int]) -> BaseFilter:
+def _filter(step: str, found: Found) -> BaseFilter:
     name, _, value = step.partition(":")
     if name == "language":
         return Language(value)
+    if name == "spans":
+        return Spans(found.get(name, {}))
     if name == "minhash":
-        return Copies(copies)
+        return Copies(found.get(name, {}))
     if name == "paragraphs":
         return C4ParagraphFilter()
     kinds = {"c4": C4QualityFilter, "gopher-quality": GopherQualityFilter, "gopher-repetition": GopherRepetitionFilter}
@@ -121,12 +152,12 @@ def _filter(step: str, copies: frozenset[int]) -> BaseFilter:
 class Cleaner:
     """Takes documents through the steps and counts what they lose."""
 
-    def __init__(self, clean: str, tally: Tally = (), copies: frozenset[int] = frozenset()) -> None:
-        """tally: counts to go on from. copies: numbers of the documents, among those that come to it, minhash removes.
+    def __init__(self, clean: str, tally: Tally = (), found: Found = {}) -> None:  # noqa: B006, nobody writes to it
+        """tally: counts to go on from. found: for each step of COMPARING, what it removes of these documents.
 
         Raises UserError for a step that is unknown or not installed.
         """
-        self.filters = [_filter(step, copies) for step in steps_of(clean)]
+        self.filters = [_filter(step, found) for step in steps_of(clean)]
         self.tally = tally or ((0, 0),) * (len(self.filters) + 1 if self.filters else 0)
 
     def clean(self, text: str) -> str:

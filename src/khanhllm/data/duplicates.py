@@ -1,12 +1,17 @@
-"""Near-duplicates of a whole source, by MinHash (Broder 1997) as FineWeb does it: datatrove's, with its configuration.
+"""What is in a whole source more than once, found by datatrove before the documents are cleaned of it.
 
-14 buckets of 8 hashes over 5-word shingles: two documents that share 80 % of their shingles are found with probability
-0.92, 50 % with 0.05. The first pass, one task for each group of files, writes signatures; they are then merged in one
-process, and of each cluster of near-duplicates one document stays, on whichever side of the split it falls.
+spans: of three sentences, of which C4 keeps one (Raffel et al. 2020, section 2.2). minhash: near-duplicates (Broder
+1997) as FineWeb finds them, by 14 buckets of 8 hashes over 5-word shingles: two documents that share 80 % of their
+shingles are found with probability 0.92, 50 % with 0.05; of each cluster one document stays, on whichever side of the
+split it falls.
+
+For each of these steps, one task for each group of files reads what the steps before leave and writes signatures; they
+are then merged in one process.
 """
 
 import io
 import signal
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -20,14 +25,16 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupCluster,
     MinhashDedupSignature,
 )
-from datatrove.utils.hashing import HashConfig
+from datatrove.pipeline.dedup.sentence_dedup import SentenceDedupSignature, SentenceFindDedups
 
 from khanhllm.config import UserError
-from khanhllm.data.clean import WORDS, Cleaner
+from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Found, steps_of
 from khanhllm.data.documents import Reader
 from khanhllm.data.writer import report_path
 
-CONFIG = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # the other hash needs one more dependency
+MINHASH = MinhashConfig(hash_config=SPANS.hash_config)
+PLACE = np.dtype([("document", "<u4"), ("sentence", "<u2")])
+"""where a span begins, in datatrove's files"""
 
 
 class Signatures(PipelineStep):  # type: ignore[misc]
@@ -36,45 +43,78 @@ class Signatures(PipelineStep):  # type: ignore[misc]
     name = "KhanhLLM signatures"
     type = "dedup"
 
-    def __init__(self, reader: Reader, clean: str, folder: Path, reports: Path, in_child: bool) -> None:
-        """clean: the steps before. reports: gets a file for each group that is done."""
+    def __init__(self, step: str, reader: Reader, clean: str, aside: Path, in_child: bool) -> None:
+        """step: of COMPARING, and of `clean`. aside: gets the signatures, and a report for each group that is done."""
         super().__init__()
+        self.step = step
         self.reader = reader
         self.clean = clean
-        self.folder = folder
-        self.reports = reports
+        self.aside = aside
         self.in_child = in_child
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         if self.in_child:  # as in the writer
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        step = MinhashDedupSignature(str(self.folder / "signatures"), CONFIG, language=WORDS)
+        reports = reports_of(self.aside, self.step)
         try:
             for group in range(rank, len(self.reader.groups), world_size):
-                if not report_path(self.reports, group).exists():
-                    texts = (document.text for document in self.reader.run(rank=group))
-                    step.run((Document(text=text, id="") for text, _ in Cleaner(self.clean).run(texts)), group)
-                    report_path(self.reports, group).touch()
+                if not report_path(reports, group).exists():
+                    self._sign(self._documents(group), group)
+                    report_path(reports, group).touch()
         except OSError as error:
             raise UserError(f"cannot write the signatures: {error.strerror or error}") from None
 
+    def _documents(self, group: int) -> Iterator[Document]:
+        steps = steps_of(self.clean)
+        before = ", ".join(steps[: steps.index(self.step)])
+        texts = (document.text for document in self.reader.run(rank=group))
+        for text, _ in Cleaner(before, found=found(self.aside, self.clean, group)).run(texts):
+            yield Document(text=text, id="")
 
-def merge(folder: Path) -> None:
-    """Find the clusters in the signatures of all groups, and write down which documents go."""
-    found = folder / "remove"
-    if found.exists():
+    def _sign(self, documents: Iterator[Document], group: int) -> None:
+        folder = str(self.aside / self.step / "signatures")
+        if self.step == "minhash":
+            MinhashDedupSignature(folder, MINHASH, language=WORDS).run(documents, group)
+            return
+        signer = SentenceDedupSignature(folder, config=SPANS, language=WORDS)
+        kind = np.dtype([("hash", SPANS.hash_config.np_descr), ("doc", "<u4"), ("sent", "<u2")])
+        # as arrays, 14 bytes each: datatrove keeps a list of tuples and fails at sentence 65,536 of a document
+        parts = [np.array(signer.get_hashes(text, number)[: 2**16], kind) for number, text in enumerate(documents)]
+        signer.save_hashes(group, np.concatenate(parts or [np.empty(0, kind)]))
+
+
+def reports_of(aside: Path, step: str) -> Path:
+    return aside / step / "reports"
+
+
+def merge(aside: Path, step: str) -> None:
+    """Compare the signatures of all groups, and write down what goes."""
+    folder = aside / step
+    signatures, pairs, new = folder / "signatures", folder / "pairs", folder / "remove.part"
+    if (folder / "remove").exists():
         return
-    new = folder / "remove.part"
-    pairs = MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), config=CONFIG)
-    for bucket in range(CONFIG.num_buckets):
-        pairs.run(None, bucket, CONFIG.num_buckets)
     new.mkdir(exist_ok=True)
-    with redirect_stderr(io.StringIO()):  # a progress bar
-        MinhashDedupCluster(str(folder / "pairs"), str(new), CONFIG).run()
-    new.rename(found)
+    with redirect_stderr(io.StringIO()):  # progress bars
+        if step == "spans":
+            SentenceFindDedups(str(signatures), str(new), config=SPANS).run()
+        else:
+            for bucket in range(MINHASH.num_buckets):
+                MinhashDedupBuckets(str(signatures), str(pairs), config=MINHASH).run(None, bucket, MINHASH.num_buckets)
+            MinhashDedupCluster(str(pairs), str(new), MINHASH).run()
+    new.rename(folder / "remove")
 
 
-def copies(folder: Path, group: int) -> frozenset[int]:
-    """Numbers of the documents of a group that go, among those that the steps before leave."""
-    path = folder / "remove" / f"{group:06d}.remove"
-    return frozenset(np.fromfile(path, "<u4").tolist()) if path.exists() else frozenset()
+def found(aside: Path, clean: str, group: int) -> Found:
+    """What the steps of `clean` that compare remove of a group, as far as they were merged."""
+    return {step: _removed(aside / step / "remove", group) for step in COMPARING if step in steps_of(clean)}
+
+
+def _removed(folder: Path, group: int) -> dict[int, list[int]]:
+    documents, spans = folder / f"{group:06d}.remove", folder / f"0000/{group:05d}.c4_dup"
+    removed: dict[int, list[int]] = {}
+    if documents.exists():
+        removed = {document: [] for document in np.fromfile(documents, "<u4").tolist()}
+    if spans.exists():
+        for document, sentence in np.sort(np.fromfile(spans, PLACE)).tolist():
+            removed.setdefault(document, []).append(sentence)
+    return removed

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from khanhllm.config import UserError
-from khanhllm.data.clean import steps_of
+from khanhllm.data.clean import COMPARING, steps_of
 from khanhllm.data.documents import Reader
-from khanhllm.data.duplicates import Signatures, copies, merge
+from khanhllm.data.duplicates import Signatures, found, merge, reports_of
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.writer import HASHES, Report, ShardWriter, cores, report_path
@@ -86,7 +86,6 @@ class Job:
         self.workers = place.workers or cores()
         self.groups = source.groups()
         self.aside = aside
-        self.minhash = aside / "minhash"
         self.dtype = dtype_for(tokenizer.vocab_size)
 
     def split(self, validation: float) -> list[Report]:
@@ -94,8 +93,9 @@ class Job:
         amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
         limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
         say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
-        if "minhash" in steps_of(self.clean):
-            self._find_copies()
+        for step in steps_of(self.clean):
+            if step in COMPARING:
+                self._compare(step)
         reports = self.run(int(validation * HASHES))
         if not any(report.shards for report in reports):
             why = f"cleaning it by {self.clean} leaves nothing" if self.clean else "every file of it is empty"
@@ -109,19 +109,18 @@ class Job:
             return self.run(highest)
         return reports
 
-    def _find_copies(self) -> None:
+    def _compare(self, step: str) -> None:
         """Read the source once for signatures, wherever the tasks run, and merge these here."""
-        say("looking for near-duplicates, for which the text is read once more")
-        self.folder = self.minhash
-        self.reports = self.folder / "reports"
+        say(f"looking for what {step} removes, for which the text is read once more")
+        self.folder = self.aside / step
+        self.reports = reports_of(self.aside, step)
         self.reports.mkdir(parents=True, exist_ok=True)
         if self._done(0, len(self.groups)) < len(self.groups):
-            before = ", ".join(steps_of(self.clean)[:-1])
             reader = Reader(self.source, self.groups)
             self._execute(
-                lambda _, in_child: Signatures(reader, before, self.folder, self.reports, in_child), 0, len(self.groups)
+                lambda _, in_child: Signatures(step, reader, self.clean, self.aside, in_child), 0, len(self.groups)
             )
-        merge(self.folder)
+        merge(self.aside, step)
 
     def run(self, threshold: int) -> list[Report]:
         """Run tasks, in waves if not all are needed. Documents with a hash below `threshold` are held out."""
@@ -162,7 +161,7 @@ class Job:
 
     def _writer(self, threshold: int, threads: int, in_child: bool) -> ShardWriter:
         reader = Reader(self.source, self.groups)
-        removed = partial(copies, self.minhash)
+        removed = partial(found, self.aside, self.clean)
         return ShardWriter(
             reader, self.shards, self.reports, threshold, self.tokens, threads, in_child, self.clean, removed
         )

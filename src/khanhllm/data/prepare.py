@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from khanhllm.config import DataConfig, UserError
-from khanhllm.data.clean import Cleaner, counted, steps_of, table
+from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Job, Place, Unfinished, console, say
 from khanhllm.data.laying import KEPT, lay
@@ -72,8 +72,8 @@ def prepare(
     found = locate(source)
     steps = ", ".join(steps_of(clean))
     Cleaner(steps)  # what it needs is missing now, not in an hour
-    if "minhash" in steps and is_remote(source):
-        raise UserError(f"minhash reads the text twice; download {source} and prepare the files")
+    if (compares := _comparing(steps)) and is_remote(source):
+        raise UserError(f"{compares} reads the text twice; download {source} and prepare the files")
     started = time.monotonic()
     recipe: list[Any] = [VERSION, found.name, found.fingerprint, tokenizer.sha256, validation, tokens]
     with _resumable(out, json.dumps(recipe + [steps] * bool(steps))) as partial:
@@ -155,8 +155,9 @@ def train_on(
 ) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
-    Each component of a mixture gives its share. The documents are cleaned first, but for minhash. belt: folder of a
-    belt to be, for which what is downloaded is kept. patience: seconds without any answer from the network.
+    Each component of a mixture gives its share. The documents are cleaned first, but by
+    no step that compares all of them. belt: folder of a belt to be, for which what is downloaded is kept. patience:
+    seconds without any answer from the network.
 
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
@@ -218,9 +219,9 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
         recipe += [steps] if steps else []
         recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
-        if "minhash" in steps and not whole:
+        if (compares := _comparing(steps)) and not whole:
             raise UserError(
-                f"minhash compares all documents with each other, but {data.source} becomes shards while the model "
+                f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
                 "trains; download it, khanhllm prepare --clean it, and train on that"
             )
         folder = Path(data.cache) / _folder_name(data.source, recipe)
@@ -269,6 +270,11 @@ def _make(
             tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, new, patience, clean)
             lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, patience, clean)
             new.rename(folder)
+
+
+def _comparing(steps: str) -> str:
+    """The first of the steps that compares all documents, if there is one."""
+    return next((step for step in steps_of(steps) if step in COMPARING), "")
 
 
 def _check(folder: Path, tokenizer: str, vocab_size: int) -> None:

@@ -18,7 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
 from khanhllm.config import UserError
-from khanhllm.data.clean import Cleaner, Tally
+from khanhllm.data.clean import Cleaner, Found, Tally
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
 from khanhllm.tokenizer import Tokenizer
@@ -60,11 +60,11 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         threads: int,
         in_child: bool,
         clean: str = "",
-        copies: Callable[[int], frozenset[int]] | None = None,
+        found: Callable[[int], Found] | None = None,
     ) -> None:
         """threshold: hashes below it are held out. most: training tokens after which a group ends, 0 for none.
 
-        copies: the numbers of the documents of a group that minhash removes, if `clean` has that.
+        found: what the steps of `clean` that compare all documents remove of a group.
         """
         super().__init__()
         self.reader = reader
@@ -75,7 +75,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         self.threads = threads
         self.in_child = in_child
         self.clean = clean
-        self.copies = copies
+        self.found = found
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         if self.in_child:  # Ctrl-C reaches the whole group of processes; the parent answers it for all
@@ -90,7 +90,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
 
     def _group(self, group: int, tokenizer: Tokenizer) -> None:
         dtype = dtype_for(tokenizer.vocab_size)
-        cleaner = Cleaner(self.clean, copies=self.copies(group) if self.copies else frozenset())
+        cleaner = Cleaner(self.clean, found=self.found(group) if self.found else {})
         with (
             Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as kept,
             Growing(self.shards / f"validation-{group:05d}.bin.part", "validation", dtype) as held,
