@@ -14,7 +14,7 @@ from khanhllm import checkpoint, optim
 from khanhllm.config import OptimConfig, UserError
 
 
-@pytest.fixture(params=["adamw", "adamw8bit"])
+@pytest.fixture(params=["adamw", "adamw8bit", "muon", "muon8bit"])
 def trained(request):
     """A model and its optimizer after one step, so that there are moments to save."""
     return one_step(build(tiny()), request.param)
@@ -36,9 +36,7 @@ def test_what_comes_back_is_what_was_saved(trained, tmp_path):
     assert (state["step"], state["cursor"]) == (7, 14)
     other = build(tiny(), seed=1)
     checkpoint.load_model(path, other)
-    other_optimizer = optim.build(
-        other, OptimConfig(name="adamw8bit" if "8bit" in type(optimizer).__name__ else "adamw")
-    )
+    other_optimizer = optim.build(other, OptimConfig(name=type(optimizer).__name__.lower()))
     checkpoint.load_optimizer(path, other, other_optimizer, state["optimizer"])
     for m, o in ((model, optimizer), (other, other_optimizer)):
         ids = torch.arange(64).flip(0).view(2, 32)

@@ -14,7 +14,7 @@ FLOORS = """
     model.rope model.cache model.attention model.feedforward model.router model.experts model.moe model.block
     model.embedding model.head model.transformer model model.counts
     machine.cards machine.triton_grouped machine.roads machine.runtime machine.signals machine.weights machine.fit
-    rounding adamw adamw8bit muon optim checkpoint draw alarms terminal log saved evaluate generate
+    rounding adamw adamw8bit muon muon8bit optim checkpoint draw alarms terminal log saved evaluate generate
     step rehearsal budget
     train
     compare upcycle doctor look demo measure plan contenders bench

@@ -134,6 +134,20 @@ def test_the_state_is_one_number_a_weight():
         assert set(optimizer.state[parameter]) == keys, name
 
 
+def test_a_momentum_of_eight_bits_is_a_byte_a_weight_and_moves_nearly_the_same():
+    models = [build(tiny(dim=64, hidden=128)) for _ in range(2)]
+    start = {name: parameter.detach().clone() for name, parameter in models[0].named_parameters()}
+    optimizers = [optim.build(m, OptimConfig(name=n)) for m, n in zip(models, ("muon", "muon8bit"), strict=True)]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        stepped(optimizer, list(model.parameters()), steps=20)
+    rounded = dict(models[1].named_parameters())
+    for name, exact in models[0].named_parameters():
+        if muon.is_hidden_matrix(name, exact):
+            state = optimizers[1].state[rounded[name]]
+            assert state["momentum"].nbytes == exact.numel() and state["absmax"].numel() == -(-exact.numel() // 256)
+            assert 0 < (exact - rounded[name]).norm() < 0.05 * (exact - start[name]).norm(), name
+
+
 def test_the_schedule_scales_each_group_s_own_peak(machine):
     config = resolve(tiny().model_dump(), {"optim": {"name": "muon", "lr": 1e-3, "muon_lr": 0.05}})
     model = build(config)

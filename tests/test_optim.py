@@ -43,7 +43,7 @@ def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
     assert left["adamw8bit"] < 1.2 * left["adamw"] + 0.01
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
 def test_parts_with_a_learning_rate_of_their_own(name):
     model = build(tiny(value_embedding=True))
     optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, embedding_lr=0.1, head_lr=0.01))

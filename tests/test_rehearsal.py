@@ -19,12 +19,16 @@ KINDS = [
     {"optim": {"name": "adamw"}},
     {"optim": {"name": "adamw8bit"}, "model": {"dim": 64, "hidden": 128}},
     {"optim": {"name": "muon"}},
+    {"optim": {"name": "muon8bit"}, "model": {"dim": 64, "hidden": 128}},
     {"optim": {"name": "adamw8bit"}, "machine": {"weights": "bf16", "gradients": "bf16"}},
     {"machine": {"weights": "bf16"}, "train": {"accumulation": 2}},
 ]
 
 
-@pytest.mark.parametrize("settings", KINDS, ids=["adamw", "adamw8bit", "muon", "bf16", "bf16-fp32-gradients"])
+IDS = ["adamw", "adamw8bit", "muon", "muon8bit", "bf16", "bf16-fp32-gradients"]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=IDS)
 def test_weights_gradients_and_state_are_exact(settings):
     config = resolve(tiny().model_dump(), settings)
     precision = "bf16" if config.machine.weights == "bf16" else "fp32"

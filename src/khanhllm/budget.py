@@ -24,7 +24,6 @@ ENOUGH = {"cpu": 2**12, "cuda": 2**15}
 SWITCHES: dict[str, dict[str, Any]] = {
     "--machine.checkpointing selective": {"machine": {"checkpointing": "selective"}},
     "--machine.checkpointing full": {"machine": {"checkpointing": "full"}},
-    "--optim.name adamw8bit": {"optim": {"name": "adamw8bit"}},
     "--machine.weights bf16": {"machine": {"weights": "bf16", "precision": "auto"}},
     "--machine.weights bf16 --machine.gradients bf16": {
         "machine": {"weights": "bf16", "gradients": "bf16", "precision": "auto"}
@@ -115,7 +114,8 @@ def savings(config: Config, place: Place) -> dict[str, tuple[int, float]]:
     """For each switch that changes something: bytes that it saves at the peak, and arithmetic that it adds (share)."""
     plain = place.takes(config, update=False)
     found = {}
-    for switch, settings in SWITCHES.items():
+    smaller = config.optim.name.removesuffix("8bit") + "8bit"
+    for switch, settings in (SWITCHES | {f"--optim.name {smaller}": {"optim": {"name": smaller}}}).items():
         other = resolve(config.model_dump(), settings)
         if other != config:
             taken = place.takes(other, update=False)

@@ -175,9 +175,10 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "muon", "muon8bit"] = "adamw"
     """adamw keeps fp32 moments; adamw8bit keeps them in 8 bits (bitsandbytes), 75 % smaller; muon orthogonalises the
-    updates of hidden matrices, which learns more from each token, and leaves all else to adamw"""
+    updates of hidden matrices, which learns more from each token, and leaves all else to adamw; muon8bit does so with
+    a momentum of 8 bits and adamw8bit"""
     lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
     """peak learning rate"""
     beta1: Beta = 0.9

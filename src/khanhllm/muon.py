@@ -9,13 +9,18 @@ each on its own; matrices of one shape share their products.
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from khanhllm.adamw import AdamW
 from khanhllm.rounding import noise, store
+
+if TYPE_CHECKING:
+    Base = torch.optim.Optimizer
+else:
+    Base = object
 
 A, B, C = 3.4445, -4.7750, 2.0315
 """Jordan's polynomial: so steep at zero that even small singular values arrive; they end between 0.7 and 1.2"""
@@ -25,8 +30,8 @@ LARGEST = 2**26
 """numbers in one batch of products: more are no faster and would cost memory"""
 
 
-class Muon(AdamW):
-    """AdamW, but a group with the key "newton_schulz" (its steps) follows Muon, with its "momentum".
+class Turning(Base):
+    """Put before an AdamW, it makes a group with the key "newton_schulz" (its steps) follow Muon, with its "momentum".
 
     Each group has its own "lr". For Muon it is the spectral norm of an update of a matrix that is not taller than wide
     in (out, in); taller ones move sqrt(out / in) further, so that outputs change as much at any width (Jordan 2024;
@@ -49,6 +54,8 @@ class Muon(AdamW):
         momenta = [self._momentum(parameter) for parameter in alike]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        for parameter, momentum in zip(alike, momenta, strict=True):
+            self._keep(parameter, momentum)
         turned = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
         for parameter, update in zip(alike, turned.split([len(matrices(p)) for p in alike]), strict=True):
             exact = parameter.float()  # the parameter itself, unless it is kept in bf16
@@ -57,10 +64,16 @@ class Muon(AdamW):
             store(parameter, exact, bits)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-        return state["momentum"]
+        """In fp32, zero at first."""
+        kept = self.state[parameter].get("momentum")
+        return torch.zeros_like(parameter, dtype=torch.float32) if kept is None else kept
+
+    def _keep(self, parameter: Tensor, momentum: Tensor) -> None:
+        self.state[parameter]["momentum"] = momentum
+
+
+class Muon(Turning, AdamW):
+    """With fp32 momentum and moments."""
 
 
 def _taken(parameter: Tensor) -> Tensor:

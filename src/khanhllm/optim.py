@@ -5,6 +5,7 @@ The upside-down pyramid: AdamW keeps two numbers for each weight. In 8 bits, qua
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,8 +79,8 @@ def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.O
 
 
 def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    found = groups_for_muon(model, config) if config.name == "muon" else groups(model, config.weight_decay)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    found = groups_for_muon(model, config) if config.name.startswith("muon") else groups(model, config.weight_decay)
     found = with_own_rates(model, config, found)
     if config.name == "muon":
         return Muon(found, **settings, fused=True)  # type: ignore[arg-type]
@@ -88,10 +89,12 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs
     try:
         from khanhllm.adamw8bit import AdamW8bit
+        from khanhllm.muon8bit import Muon8bit
     except Exception as error:  # its import loads a shared library, and what that raises depends on the platform
         reason = str(error).splitlines()[0]
-        raise UserError(f"optim.name: adamw8bit needs bitsandbytes, which fails here ({reason}); use adamw") from None
-    return AdamW8bit(found, **settings)
+        name, plain = config.name, config.name.removesuffix("8bit")
+        raise UserError(f"optim.name: {name} needs bitsandbytes, which fails here ({reason}); use {plain}") from None
+    return AdamW8bit(found, **settings) if config.name == "adamw8bit" else Muon8bit(found, **settings)
 
 
 def layout(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -100,14 +103,18 @@ def layout(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tup
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             whole = (torch.float32, tuple(parameter.shape))
-            if "8bit" in type(optimizer).__name__:
+            scales = (torch.float32, (-(-parameter.numel() // 256),))
+            eight_bit = "8bit" in type(optimizer).__name__
+            if "newton_schulz" in group:
+                kept = {"momentum": whole}
+                if eight_bit:
+                    kept = {"momentum": (torch.uint8, tuple(parameter.shape)), "absmax": scales}
+            elif eight_bit:
                 kept = {"state1": whole, "state2": whole}
                 if parameter.numel() >= SMALL:
                     kept = dict.fromkeys(kept, (torch.uint8, tuple(parameter.shape)))
                     kept |= dict.fromkeys(("qmap1", "qmap2"), (torch.float32, (256,)))
-                    kept |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (-(-parameter.numel() // 256),)))
-            elif "newton_schulz" in group:
-                kept = {"momentum": whole}
+                    kept |= dict.fromkeys(("absmax1", "absmax2"), scales)
             else:
                 kept = {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
             found[parameter] = kept
@@ -129,10 +136,11 @@ def state_size(optimizer: torch.optim.Optimizer) -> int:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             count = parameter.numel()
-            if eight_bit and count >= SMALL:
-                size += 2 * count + 2 * 4 * -(-count // 256)
-            elif "newton_schulz" in group:
-                size += 4 * count
+            scales = 4 * -(-count // 256)
+            if "newton_schulz" in group:
+                size += count + scales if eight_bit else 4 * count
+            elif eight_bit and count >= SMALL:
+                size += 2 * (count + scales)
             else:
                 size += 8 * count + (0 if eight_bit else 4)  # AdamW counts its steps in a tensor
     return size

@@ -22,7 +22,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("shards")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_one_bad_number_in_any_gradient_changes_nothing(name, bad, monkeypatch):
     settings = {"train": {"micro_batch": 1, "accumulation": 4}, "optim": {"name": name, "clip": 0}}

@@ -13,7 +13,7 @@ from khanhllm.machine.runtime import open_machine
 from khanhllm.measure import random_rows
 from khanhllm.step import Learner, State, train_step
 
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon8bit")
 
 
 def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
