@@ -20,19 +20,23 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(("steps", "least"), [(1, 0.22), (2, 0.06), (3, 0.014), (4, 0.0032), (5, 0.0008)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_direction_counts_the_same(shape):
-    """Singular values from 0.1 to 1 all end near 1 (Jordan's polynomial: 0.68 to 1.14); the directions stay."""
-    left, _, right = torch.linalg.svd(random(3, *shape).double(), full_matrices=False)
-    x = left @ torch.diag_embed(torch.linspace(1, 0.1, left.shape[-1]).double().expand(3, -1)) @ right
-    turned = muon.orthogonalise(x.float(), steps=5).double()
-    values = torch.linalg.svdvals(turned)
-    assert values.min() > 0.65
-    assert values.max() < 1.2
+@pytest.mark.parametrize("many", [False, True])
+def test_every_direction_counts_the_same(shape, steps, least, many):
+    """Singular values from the largest down to what so many turns reach end between 0.8 and 1.2; directions stay."""
+    left, values, right = torch.linalg.svd(random(3, *shape).double(), full_matrices=False)
+    # one large value among small ones, or all but one large: the bound is tight, or as loose as it can be
+    values = torch.full_like(values, 1.0 if many else least)
+    values[:, 0], values[:, 1], values[:, -1] = 1, least, least
+    if many:
+        least = least * values.shape[-1] ** 0.25
+        values[:, 1] = values[:, -1] = least
+    turned = muon.orthogonalise((left @ torch.diag_embed(values) @ right).float(), steps).double()
     along = left.mT @ turned @ right.mT
     straight = along.diagonal(dim1=-2, dim2=-1)
-    assert (along - torch.diag_embed(straight)).abs().max() < 1e-4
-    assert straight.min() > 0.65
+    assert (along - torch.diag_embed(straight)).abs().max() < 1e-3
+    assert straight.min() > 0.79 and straight.max() < 1.21
 
 
 def test_size_does_not_matter_and_zero_stays_zero():
@@ -62,14 +66,14 @@ def ours(parameters: list[nn.Parameter]) -> muon.Muon:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_moves_as_under_torch_s_muon(shape):
-    """torch's works in bf16, so its updates are rough; here the momentum, decay, step length and signs must agree."""
+    """torch's ends between 0.68 and 1.14 where ours ends between 0.8 and 1.2; the rest of the update must agree."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     one, other = (nn.Parameter(random(*shape)) for _ in range(2))
     start = one.detach().clone()
     stepped(ours([one]), [one])
     stepped(torch.optim.Muon([other], lr=0.02, momentum=0.9, weight_decay=0.1), [other])
-    assert (one - other).norm() < 0.03 * (one - start).norm()
+    assert (one - other).norm() < 0.2 * (one - start).norm()
 
 
 def test_a_stack_of_experts_moves_as_its_matrices_alone():

@@ -9,6 +9,7 @@ import io
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 
 from khanhllm import data_verbs, verbs
@@ -26,6 +27,8 @@ EXAMPLES = """examples:
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    # torch's hint that it takes the plain form of a norm; it helps nobody who only trains
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse(unknown[0])

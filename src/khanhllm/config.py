@@ -199,8 +199,8 @@ class OptimConfig(Section):
     """peak learning rate of the embedding tables; 0 means lr"""
     head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the output matrix; 0 means lr"""
-    newton_schulz: Annotated[int, Field(ge=1, le=20)] = 5
-    """steps of the iteration that orthogonalises an update (muon only)"""
+    newton_schulz: Annotated[int, Field(ge=1, le=5)] = 4
+    """turns of the iteration that orthogonalises an update (muon only)"""
 
 
 class ScheduleConfig(Section):
