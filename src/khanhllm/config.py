@@ -61,6 +61,9 @@ class ModelConfig(Section):
     value_embedding: bool = False
     """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
     each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
+    pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
+    """each pair of neighbours adds to the second token's vector a learned one, out of so many, found by a hash (modern
+    only); costs as many x dim parameters, and next to no arithmetic"""
     router_bias: bool = False
     """the router's choice of experts, not their weights, is moved by a bias towards an even load; see loss.bias_rate"""
     zero_out: bool = False
@@ -82,8 +85,8 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.style == "classic" and (self.feedforward != "swiglu" or self.value_embedding):
-            raise ValueError("feedforward and value_embedding are choices of style modern")
+        if self.style == "classic" and (self.feedforward != "swiglu" or self.value_embedding or self.pair_embedding):
+            raise ValueError("feedforward, value_embedding and pair_embedding are choices of style modern")
         if self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self

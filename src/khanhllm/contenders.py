@@ -133,7 +133,13 @@ def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
     """Our shape in transformers' words. UserError if Qwen3-MoE has none for it."""
     from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
 
-    only = {"style": "modern", "feedforward": "swiglu", "value_embedding": False, "router_bias": False}
+    only = {
+        "style": "modern",
+        "feedforward": "swiglu",
+        "value_embedding": False,
+        "pair_embedding": 0,
+        "router_bias": False,
+    }
     for key, theirs in only.items():
         if getattr(model, key) != theirs:
             raise UserError(f"model.{key} {getattr(model, key)} is unknown to Qwen3-MoE, which has only {theirs}")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import build, tiny
+from khanhllm.model.embedding import TokenEmbedding
 from khanhllm.model.experts import GROUPED, LOOP, GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.rope import Rope
 from khanhllm.model.router import Choice, move_biases
@@ -137,6 +138,30 @@ def test_value_embeddings_begin_as_nothing_and_stand_in_every_other_layer():
     cache = with_tables.new_cache(2)
     stepwise = [with_tables.logits(ids[:, t : t + 1], cache) for t in range(10)]
     assert torch.allclose(torch.cat(stepwise, 1), with_tables.logits(ids), atol=1e-5)
+
+
+def test_a_pair_begins_as_nothing_and_gives_its_second_token_a_vector_of_its_own():
+    with_pairs, plain = build(tiny(pair_embedding=500)), build(tiny())
+    ids = torch.tensor([[5, 7, 9, 5, 7], [7, 5, 9, 7, 7]])
+    assert torch.equal(with_pairs(ids, ids)[0], plain(ids, ids)[0])
+    with torch.no_grad():
+        with_pairs.embedding.pair.weight.normal_(generator=G)
+    added = with_pairs.embedding(ids) - with_pairs.embedding.token(ids)
+    assert torch.allclose(added[0, 1], added[0, 4], atol=1e-6)  # 5 7 again
+    assert not torch.allclose(added[0, 1], added[1, 4], atol=1e-2)  # 7 7
+    cache = with_pairs.new_cache(2)
+    stepwise = [with_pairs.logits(ids[:, t : t + 1], cache) for t in range(5)]
+    assert torch.allclose(torch.cat(stepwise, 1), with_pairs.logits(ids), atol=1e-5)
+
+
+def test_pairs_are_spread_evenly_over_their_table():
+    embedding = TokenEmbedding(300, 1, 1000)
+    with torch.no_grad():
+        embedding.pair.weight.copy_(torch.arange(1000.0)[:, None])
+        embedding.token.weight.zero_()
+    every = torch.cartesian_prod(torch.arange(300), torch.arange(300))
+    places = embedding(every)[:, 1, 0].long().bincount(minlength=1000)
+    assert places.float().std() < 1.5 * 90**0.5  # 90 pairs a place, as chance would spread them
 
 
 def test_with_zero_out_every_layer_begins_as_nothing():

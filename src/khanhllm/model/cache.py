@@ -24,7 +24,9 @@ class LayerCache:
 
 
 class KVCache:
-    """One LayerCache per layer."""
+    """One LayerCache per layer, and the newest token."""
+
+    last_B1: Tensor | None = None
 
     def __init__(
         self, layers: int, rows: int, heads: int, head_dim: int, context: int, device: torch.device, dtype: torch.dtype

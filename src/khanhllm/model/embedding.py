@@ -3,15 +3,29 @@
 import torch
 from torch import Tensor, nn
 
+MIX = 0x9E3779B97F4A7C15 - 2**64
+"""2^64 divided by the golden ratio: products with it are spread evenly (Knuth, TAOCP 3, section 6.4)"""
+
 
 class TokenEmbedding(nn.Module):
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    """With `pairs`, a token's vector also depends on the token before it: of all pairs, those whose hashes agree share
+    one learned vector, which is added (Cheng et al. 2026, arXiv 2601.07372; pairs as in
+    https://github.com/KellerJordan/modded-nanogpt)."""
+
+    def __init__(self, vocab_size: int, dim: int, pairs: int) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab_size, dim)
+        self.pair = nn.Embedding(pairs, dim) if pairs else None
 
-    def forward(self, ids_BT: Tensor, start: int = 0) -> Tensor:
-        """ids_BT -> (B, T, D); `start` is the position of the first id."""
-        return self.token(ids_BT)
+    def forward(self, ids_BT: Tensor, start: int = 0, before_B1: Tensor | None = None) -> Tensor:
+        """ids_BT -> (B, T, D); `start` is the position of the first id, before_B1 the ids before it, if any."""
+        x_BTD = self.token(ids_BT)
+        if self.pair is None:
+            return x_BTD  # type: ignore[no-any-return]
+        first_B1 = torch.zeros_like(ids_BT[:, :1]) if before_B1 is None else before_B1
+        before_BT = torch.cat((first_B1, ids_BT[:, :-1]), dim=1)
+        hash_BT = ((before_BT << 24) + ids_BT) * MIX >> 16
+        return x_BTD + self.pair(hash_BT % self.pair.num_embeddings)  # type: ignore[no-any-return]
 
 
 class ValueEmbedding(nn.Module):
@@ -34,6 +48,6 @@ class TokenPositionEmbedding(nn.Module):
         self.token = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(context, dim)
 
-    def forward(self, ids_BT: Tensor, start: int = 0) -> Tensor:
+    def forward(self, ids_BT: Tensor, start: int = 0, before_B1: Tensor | None = None) -> Tensor:
         position_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
         return self.token(ids_BT) + self.position(position_T)

@@ -41,7 +41,9 @@ class Transformer(nn.Module):
 
     def trunk(self, ids_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Everything below the head: (B, T, D) and the routings. With a cache, ids continue what it holds."""
-        x_BTD = self.embedding(ids_BT, cache.length if cache else 0)
+        x_BTD = self.embedding(ids_BT, cache.length if cache else 0, cache.last_B1 if cache else None)
+        if cache:
+            cache.last_B1 = ids_BT[:, -1:]
         pasts = cache.layers if cache else [None] * len(self.blocks)
         routings: tuple[Routing, ...] = ()
         for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
@@ -66,8 +68,8 @@ class Transformer(nn.Module):
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """All initial weights, decided in one place: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
         (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
-        halved so that the first loss is close to ln(vocabulary), biases and value embeddings are zero and norms one.
-        With `zero_out`, what writes into the residual stream is zero too."""
+        halved so that the first loss is close to ln(vocabulary), biases and the vectors of pairs and values are
+        zero and norms one. With `zero_out`, what writes into the residual stream is zero too."""
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias_E"):
                 buffer.zero_()
@@ -75,7 +77,8 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             leaf = name.split(".")[-2:]
             writes = "out" in leaf or "down" in leaf
-            if "bias" in leaf[-1] or name.startswith("value_embedding") or (writes and self.config.zero_out):
+            added = name.startswith(("value_embedding.", "embedding.pair."))
+            if "bias" in leaf[-1] or added or (writes and self.config.zero_out):
                 parameter.zero_()
             elif "norm" in leaf[0]:
                 parameter.fill_(1)
@@ -100,7 +103,7 @@ def _modern(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
     swiglu = config.feedforward == "swiglu"
     dense, experts = (SwiGLUFeedForward, SwiGLUExperts) if swiglu else (Relu2FeedForward, Relu2Experts)
     blocks = _blocks(config, attention, dense, experts, norm)
-    return TokenEmbedding(config.vocab_size, config.dim), blocks, norm()
+    return TokenEmbedding(config.vocab_size, config.dim, config.pair_embedding), blocks, norm()
 
 
 def _blocks(
