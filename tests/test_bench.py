@@ -40,9 +40,16 @@ def test_a_step_is_compared_in_turns(monkeypatch, capsys, tmp_path):
     assert step["ours"]["parameters"] == step["hf eager"]["parameters"]  # the same model
 
 
-@pytest.mark.parametrize(
-    "own", [{"style": "classic"}, {"feedforward": "relu2"}, {"value_embedding": True}, {"pair_embedding": 9}]
-)
+OWN = [
+    {"style": "classic"},
+    {"feedforward": "relu2"},
+    {"value_embedding": True},
+    {"pair_embedding": 9},
+    {"embedding_skip": True},
+]
+
+
+@pytest.mark.parametrize("own", OWN)
 def test_what_hugging_face_has_no_word_for_is_refused(own):
     with pytest.raises(UserError, match=f"model.{next(iter(own))}"):
         as_qwen3_moe(tiny(**own).model, "eager")

@@ -53,3 +53,22 @@ def test_parts_with_a_learning_rate_of_their_own(name):
     assert rates["embedding.token.weight"] == rates["value_embedding.tables.1.weight"] == 0.1
     assert rates["head.weight"] == 0.01
     assert rates["head.norm.weight"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rates_carry_over_to_another_width(name):
+    """At four times the width, what AdamW does to a matrix is a quarter; Muon's steps fit every width already."""
+    rates = []
+    for dim in (32, 128):
+        model = build(tiny(dim=dim))
+        optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, head_lr=1e-2, embedding_lr=0.1, base_dim=32))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        rates.append({names[id(p)]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]})
+    same = {"embedding.token.weight", "head.norm.weight"}
+    same |= {"blocks.0.attention.out.weight", "blocks.1.feedforward.experts.up"} if name == "muon" else set()
+    for part in same:
+        assert rates[0][part] == rates[1][part], part
+    scaled = {"head.weight", "blocks.1.feedforward.router.weight"}
+    scaled |= set() if name == "muon" else {"blocks.0.attention.out.weight", "blocks.1.feedforward.experts.up"}
+    for part in scaled:
+        assert rates[0][part] == pytest.approx(4 * rates[1][part]), part

@@ -49,6 +49,13 @@ def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
         budget.fitted(CONFIG, place(1000))
 
 
+def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
+    assert cli.main(["plan", "card-8gb", "--card", "RTX 4060", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["seconds"] == 86_400
+    assert report["tokens"] == pytest.approx(report["tokens_per_s"] * 86_400, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("8GB", 8e9), ("600 mb", 6e8), ("1.5gb", 1.5e9), ("12G", 12e9), ("2GiB", 2**31)]
 )

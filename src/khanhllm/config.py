@@ -61,6 +61,8 @@ class ModelConfig(Section):
     value_embedding: bool = False
     """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
     each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
+    embedding_skip: bool = False
+    """each layer begins from a learned mixture of what the layer before made and the embedding (modern only)"""
     pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
     """each pair of neighbours adds to the second token's vector a learned one, out of so many, found by a hash (modern
     only); costs as many x dim parameters, and next to no arithmetic"""
@@ -85,8 +87,9 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.style == "classic" and (self.feedforward != "swiglu" or self.value_embedding or self.pair_embedding):
-            raise ValueError("feedforward, value_embedding and pair_embedding are choices of style modern")
+        modern = ("value_embedding", "pair_embedding", "embedding_skip")
+        if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
+            raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
         if self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self
@@ -202,6 +205,9 @@ class OptimConfig(Section):
     """peak learning rate of the embedding tables; 0 means lr"""
     head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the output matrix; 0 means lr"""
+    base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
+    """model.dim for which the rates were found. At another, those of matrices under adamw (all of them, or muon's head
+    and router) are multiplied by base_dim / dim, and all carry over from small to large (muP); 0 leaves them alone"""
     newton_schulz: Annotated[int, Field(ge=1, le=5)] = 4
     """turns of the iteration that orthogonalises an update (muon only)"""
 

@@ -138,6 +138,7 @@ def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
         "feedforward": "swiglu",
         "value_embedding": False,
         "pair_embedding": 0,
+        "embedding_skip": False,
         "router_bias": False,
     }
     for key, theirs in only.items():

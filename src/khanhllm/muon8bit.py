@@ -16,8 +16,14 @@ class Muon8bit(Turning, AdamW8bit):
         state = self.state[parameter]
         if not state:
             return torch.zeros_like(parameter, dtype=torch.float32)
-        return dequantize_blockwise(state["momentum"], absmax=state["absmax"], blocksize=BLOCK)
+        values = self._values(parameter)
+        return dequantize_blockwise(state["momentum"], absmax=state["absmax"], code=values, blocksize=BLOCK)
 
     def _keep(self, parameter: Tensor, momentum: Tensor) -> None:
-        kept, scales = quantize_blockwise(momentum, blocksize=BLOCK)
+        kept, scales = quantize_blockwise(momentum, self._values(parameter), blocksize=BLOCK)
         self.state[parameter] = {"momentum": kept, "absmax": scales.absmax}
+
+    def _values(self, parameter: Tensor) -> Tensor:
+        """The 256 that 8 bits stand for; AdamW8bit has them too."""
+        self.name2qmap["dynamic"] = self.name2qmap["dynamic"].to(parameter.device)
+        return self.name2qmap["dynamic"]  # type: ignore[no-any-return]

@@ -49,7 +49,10 @@ def groups_for_muon(model: nn.Module, config: OptimConfig) -> list[dict[str, obj
 def with_own_rates(model: nn.Module, config: OptimConfig, found: list[dict[str, object]]) -> list[dict[str, object]]:
     """Embedding tables and output matrix in groups of their own, where the config gives them a learning rate."""
     apart: list[dict[str, object]] = []
-    for prefixes, lr in ((TABLES, config.embedding_lr), (("head.weight",), config.head_lr)):
+    for prefixes, lr in (
+        (TABLES, config.embedding_lr),
+        (("head.weight",), config.head_lr * width_factor(model, config)),
+    ):
         theirs = {id(parameter) for name, parameter in model.named_parameters() if lr and name.startswith(prefixes)}
         for group in found:
             parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
@@ -59,6 +62,12 @@ def with_own_rates(model: nn.Module, config: OptimConfig, found: list[dict[str, 
                 apart.append({**group, "params": taken, "lr": lr})
     check(model, found + apart)
     return found + apart
+
+
+def width_factor(model: nn.Module, config: OptimConfig) -> float:
+    """How much smaller the steps of a matrix under AdamW must be than at the width where their rate was found. Each of
+    its numbers moves alike whatever the width, and outputs add them up (Yang et al. 2022, arXiv 2203.03466)."""
+    return config.base_dim / model.config.dim if config.base_dim else 1.0  # type: ignore[union-attr,operator,return-value]
 
 
 def check(model: nn.Module, found: list[dict[str, object]]) -> None:
@@ -81,6 +90,7 @@ def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.O
 def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     found = groups_for_muon(model, config) if config.name.startswith("muon") else groups(model, config.weight_decay)
+    found[-2]["lr"] = config.lr * width_factor(model, config)
     found = with_own_rates(model, config, found)
     if config.name == "muon":
         return Muon(found, **settings, fused=True)  # type: ignore[arg-type]

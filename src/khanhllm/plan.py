@@ -34,7 +34,7 @@ def show(config: Config, memory: str | None, card_name: str | None, measured: bo
         }
     if measured:
         with console.status("three real steps"):
-            report["measured"] = _beside(report, measure(chosen))
+            report["measured"] = _beside(chosen, report, measure(chosen))
     for name, value, note in _lines(report):
         console.print(f"{name:<14} {value:>22}  {note}", markup=False, soft_wrap=True)
     console.print("\nwhat another switch would change at the peak:", markup=False)
@@ -57,7 +57,6 @@ def plan(config: Config, place: Place) -> Report:
     flops = flops_per_token(model)
     rebuilt = taken.flops / (train.rows * config.model.context)
     rate = place.peak_flops * ASSUMED[place.device] / max(rebuilt, flops) if place.peak_flops else None
-    tokens = train.steps * config.tokens_per_step
     return {
         "place": place.name,
         "parameters": total_parameters(model),
@@ -76,19 +75,22 @@ def plan(config: Config, place: Place) -> Report:
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": flops,
         "flops_per_token_causal": flops - attention // 2,
-        "tokens": tokens,
         "rate_from": f"{ASSUMED[place.device]:.0%} of the peak rate, assumed; --measure replaces it",
-        **_time(tokens, rate),
+        **_time(config, rate),
     }
 
 
-def _time(tokens: int, rate: float | None) -> Report:
-    seconds = tokens / rate if rate else None
+def _time(config: Config, rate: float | None) -> Report:
+    train = config.train
+    tokens: int | None = train.steps * config.tokens_per_step
+    seconds = train.steps * config.tokens_per_step / rate if rate else None
+    if train.seconds:
+        seconds, tokens = train.seconds, round(rate * train.seconds) if rate else None
     try:
         done = f"{datetime.now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M}" if seconds else None
     except OverflowError:
         done = "not in this age"
-    return {"tokens_per_s": rate, "seconds": seconds, "done": done}
+    return {"tokens": tokens, "tokens_per_s": rate, "seconds": seconds, "done": done}
 
 
 def _switches(config: Config, place: Place) -> dict[str, tuple[int, float]]:
@@ -102,9 +104,9 @@ def _switches(config: Config, place: Place) -> dict[str, tuple[int, float]]:
     return found
 
 
-def _beside(report: Report, measured: Measurement) -> Report:
+def _beside(config: Config, report: Report, measured: Measurement) -> Report:
     """The measurement, next to what was foreseen; its rate replaces the assumed one."""
-    report |= _time(report["tokens"], measured["tokens_per_s"]) | {"rate_from": "three real steps"}
+    report |= _time(config, measured["tokens_per_s"]) | {"rate_from": "three real steps"}
     foreseen = report["total"] - report["process"]
     return {**measured, "foreseen_peak": foreseen, "peak_error": foreseen / measured["peak"] - 1}
 

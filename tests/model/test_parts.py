@@ -164,6 +164,17 @@ def test_pairs_are_spread_evenly_over_their_table():
     assert places.float().std() < 1.5 * 90**0.5  # 90 pairs a place, as chance would spread them
 
 
+def test_a_skip_begins_as_nothing_and_brings_the_embedding_to_each_layer():
+    with_skip, plain = build(tiny(embedding_skip=True)), build(tiny())
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(with_skip(ids, ids)[0], plain(ids, ids)[0])
+    with torch.no_grad():
+        with_skip.embedding_skip.stream_L.fill_(-1)
+        with_skip.embedding_skip.embedding_L.copy_(torch.tensor([0.0, 2.0]))
+    last = with_skip.blocks[-1](2 * with_skip.embedding(ids))[0]
+    assert torch.allclose(with_skip.trunk(ids)[0], last, atol=1e-6)
+
+
 def test_with_zero_out_every_layer_begins_as_nothing():
     model = build(tiny(zero_out=True))
     ids = torch.arange(20).view(2, 10)

@@ -42,6 +42,24 @@ class ValueEmbedding(nn.Module):
         return self.tables[str(layer)](ids_BT) if str(layer) in self.tables else None
 
 
+class EmbeddingSkip(nn.Module):
+    """What a layer begins from: (1 + a) x + b times the embedding, with two learned numbers a layer, at first zero
+    (https://github.com/KellerJordan/modded-nanogpt)."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.stream_L = nn.Parameter(torch.empty(layers))
+        self.embedding_L = nn.Parameter(torch.empty(layers))
+
+    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, layer: int) -> Tensor:
+        return (1 + self.stream_L[layer]) * x_BTD + self.embedding_L[layer] * embedding_BTD
+
+
+class NoSkip(nn.Module):
+    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, layer: int) -> Tensor:
+        return x_BTD
+
+
 class TokenPositionEmbedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int, context: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from khanhllm.config import ModelConfig
 from khanhllm.model.attention import Attention
 from khanhllm.model.block import Block
 from khanhllm.model.cache import KVCache
-from khanhllm.model.embedding import TokenEmbedding, TokenPositionEmbedding, ValueEmbedding
+from khanhllm.model.embedding import EmbeddingSkip, NoSkip, TokenEmbedding, TokenPositionEmbedding, ValueEmbedding
 from khanhllm.model.experts import GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLUFeedForward
 from khanhllm.model.head import Head
@@ -32,6 +32,7 @@ class Transformer(nn.Module):
         self.embedding, self.blocks, norm = build(config)
         tables = len(config.pattern) if config.value_embedding else 0
         self.value_embedding = ValueEmbedding(tables, config.vocab_size, config.key_value_heads * config.head_dim)
+        self.embedding_skip = EmbeddingSkip(len(config.pattern)) if config.embedding_skip else NoSkip()
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
@@ -41,12 +42,13 @@ class Transformer(nn.Module):
 
     def trunk(self, ids_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Everything below the head: (B, T, D) and the routings. With a cache, ids continue what it holds."""
-        x_BTD = self.embedding(ids_BT, cache.length if cache else 0, cache.last_B1 if cache else None)
+        x_BTD = embedding_BTD = self.embedding(ids_BT, cache.length if cache else 0, cache.last_B1 if cache else None)
         if cache:
             cache.last_B1 = ids_BT[:, -1:]
         pasts = cache.layers if cache else [None] * len(self.blocks)
         routings: tuple[Routing, ...] = ()
         for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
+            x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
             x_BTD, more = block(x_BTD, past, self.value_embedding(ids_BT, layer))
             routings += more
         return x_BTD, routings
@@ -68,8 +70,8 @@ class Transformer(nn.Module):
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """All initial weights, decided in one place: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
         (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
-        halved so that the first loss is close to ln(vocabulary), biases and the vectors of pairs and values are
-        zero and norms one. With `zero_out`, what writes into the residual stream is zero too."""
+        halved so that the first loss is close to ln(vocabulary), biases, skips and the vectors of pairs and values
+        are zero and norms one. With `zero_out`, what writes into the residual stream is zero too."""
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias_E"):
                 buffer.zero_()
@@ -77,7 +79,7 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             leaf = name.split(".")[-2:]
             writes = "out" in leaf or "down" in leaf
-            added = name.startswith(("value_embedding.", "embedding.pair."))
+            added = name.startswith(("value_embedding.", "embedding.pair.", "embedding_skip."))
             if "bias" in leaf[-1] or added or (writes and self.config.zero_out):
                 parameter.zero_()
             elif "norm" in leaf[0]:
