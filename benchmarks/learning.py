@@ -1,6 +1,9 @@
 """What learns most in the same time: each row a recipe, trained for so many seconds, scored on text it never saw.
 
-    python benchmarks/learning.py DATA [--seconds 480] [--seeds 1] [--rows NAME ...] [--score part|held-out]
+    python benchmarks/learning.py DATA [--seconds 480] [--steps N] [--seeds 1] [--rows NAME ...] [--score part|held-out]
+
+With --steps, all rows train for as many steps instead: what a change of equal cost is worth, on a machine that is not
+quiet.
 
 DATA holds C4-format c4-train*.json.gz and c4-validation*.json.gz. A recipe is chosen by the part of the training files
 that is held out of all trainings (--score part, the default) and reported on the validation files (--score held-out).
@@ -23,10 +26,24 @@ ROWS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "swiglu": {"model": {"feedforward": "swiglu", "hidden": 256, "expert_hidden": 128}},
     "no value embedding": {"model": {"value_embedding": False}},
+    "no pairs": {"model": {"pair_embedding": 0}},
+    "four times the pairs": {"model": {"pair_embedding": 65_536}},
+    "no skips": {"model": {"embedding_skip": False}},
+    "slow means": {"optim": {"beta1": 0.9}},
+    "less slow means": {"optim": {"beta1": 0.6}},
+    "slow momentum": {"optim": {"momentum": 0.95}},
+    "two turns of Newton-Schulz": {"optim": {"newton_schulz": 2}},
+    "Muon in 8 bits": {"optim": {"name": "muon8bit"}},
+    "less decay": {"optim": {"weight_decay": 0.02}},
+    "mixtures only": {"model": {"pattern": "MMMM"}},
+    "16 experts": {"model": {"experts": 16}},
+    "16 small experts, top 4": {"model": {"experts": 16, "experts_per_token": 4, "expert_hidden": 96}},
+    "twice the inner width": {"model": {"hidden": 768, "expert_hidden": 384}},
+    "two heads": {"model": {"heads": 2}},
     "one rate for tables and the rest": {"optim": {"embedding_lr": 0}},
     "balance by loss alone": {"model": {"router_bias": False}, "loss": {"balance": 0.01}},
     "zero out": {"model": {"zero_out": True}},
-    "half the rates": {"optim": {"muon_lr": 0.02, "lr": 0.015}},
+    "half the rates": {"optim": {"muon_lr": 0.02, "lr": 0.015, "embedding_lr": 0.05}},
     "head slower": {"optim": {"head_lr": 0.01}},
     "half the batch": {"train": {"micro_batch": 4}},
     "twice the batch": {"train": {"micro_batch": 16}},
@@ -44,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--steps", type=int, help="instead of seconds")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--score", choices=["part", "held-out"], default="part")
@@ -67,15 +85,17 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
                 "cache": str(folder / "shards"),
                 "validation": 0.02,
             },
-            "train": {"seconds": options.seconds, "seed": seed, "save_every": 0, "eval_every": 0, "sample_tokens": 0},
+            "train": {"seed": seed, "save_every": 0, "eval_every": 0, "sample_tokens": 0},
         }
+        given["train"] |= {"steps": options.steps} if options.steps else {"seconds": options.seconds}
         train.run(resolve(preset("micro"), given, ROWS[name]), run)
         told = read(run)
         data = f"{options.data}/c4-validation*.json.gz" if options.score == "held-out" else None
         bits = score_run(run, data, told.config.machine)["val_bpb"]
         runs.append({"val_bpb": bits, "steps": int(told.step[-1]), "tokens_per_s": told.tokens[-1] / told.seconds[-1]})
     bits_of_all = [one["val_bpb"] for one in runs]
-    row = {"row": name, "seconds": options.seconds, "runs": runs, "median": statistics.median(bits_of_all)}
+    budget = {"steps": options.steps} if options.steps else {"seconds": options.seconds}
+    row = {"row": name, **budget, "runs": runs, "median": statistics.median(bits_of_all)}
     print(json.dumps(row), flush=True)
     return row
 
