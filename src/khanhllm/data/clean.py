@@ -123,7 +123,7 @@ class Spans(BaseFilter):  # type: ignore[misc]
 
 
 def steps_of(clean: str) -> tuple[str, ...]:
-    """The names of the steps, in order. Raises UserError for one that is unknown or cannot stand where it does."""
+    """The names of the steps, in order. Raises UserError for one that is unknown or named twice."""
     words = [word for part in clean.split(",") if (word := "".join(part.split()).lower())]
     for word in words:
         if word not in KNOWN and not re.fullmatch(r"language:[a-z]{2,3}", word):
