@@ -76,6 +76,7 @@ def main() -> None:
 def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Bits per byte, tokens/s and steps of one row, for each seed."""
     runs = []
+    budget = {"steps": options.steps} if options.steps else {"seconds": options.seconds}
     for seed in range(options.seeds):
         run = folder / f"{name}-{seed}"
         given = {
@@ -85,16 +86,14 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
                 "cache": str(folder / "shards"),
                 "validation": 0.02,
             },
-            "train": {"seed": seed, "save_every": 0, "eval_every": 0, "sample_tokens": 0},
+            "train": {**budget, "seed": seed, "save_every": 0, "eval_every": 0, "sample_tokens": 0},
         }
-        given["train"] |= {"steps": options.steps} if options.steps else {"seconds": options.seconds}
         train.run(resolve(preset("micro"), given, ROWS[name]), run)
         told = read(run)
         data = f"{options.data}/c4-validation*.json.gz" if options.score == "held-out" else None
         bits = score_run(run, data, told.config.machine)["val_bpb"]
         runs.append({"val_bpb": bits, "steps": int(told.step[-1]), "tokens_per_s": told.tokens[-1] / told.seconds[-1]})
     bits_of_all = [one["val_bpb"] for one in runs]
-    budget = {"steps": options.steps} if options.steps else {"seconds": options.seconds}
     row = {"row": name, **budget, "runs": runs, "median": statistics.median(bits_of_all)}
     print(json.dumps(row), flush=True)
     return row

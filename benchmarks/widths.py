@@ -47,7 +47,7 @@ def measured(dim: int, factor: float, options: argparse.Namespace) -> float:
         "model": {"dim": dim, "heads": dim // 32, "hidden": 2 * dim, "expert_hidden": dim},
         "data": {"source": options.data, "tokenizer": options.tokenizer, "validation": 0.02},
         "train": TRAIN,
-        "optim": rates | ({"base_dim": 96} if options.rule == "base_dim" else {"base_dim": 0}),
+        "optim": rates | {"base_dim": 96 if options.rule == "base_dim" else 0},
         "machine": {"threads": options.threads},
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -65,15 +65,17 @@ def ours(parameters: list[nn.Parameter]) -> muon.Muon:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_matrix_moves_as_under_torch_s_muon(shape):
-    """torch's ends between 0.68 and 1.14 where ours ends between 0.8 and 1.2; the rest of the update must agree."""
+def test_a_matrix_moves_as_under_torch_s_muon(shape, monkeypatch):
+    """Its polynomial is another, so it is lent ours; momentum, decay, step length and signs must agree."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
+    ours_for_it = lambda gradient, *_: muon.orthogonalise(gradient[None], 5)[0]  # noqa: E731
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", ours_for_it)
     one, other = (nn.Parameter(random(*shape)) for _ in range(2))
     start = one.detach().clone()
     stepped(ours([one]), [one])
     stepped(torch.optim.Muon([other], lr=0.02, momentum=0.9, weight_decay=0.1), [other])
-    assert (one - other).norm() < 0.2 * (one - start).norm()
+    assert (one - other).norm() < 1e-4 * (one - start).norm()
 
 
 def test_a_stack_of_experts_moves_as_its_matrices_alone():
