@@ -22,6 +22,7 @@ def row(step: int, layers=2, experts=4, **more) -> dict:
     return {
         "step": step, "tokens": step * 2048, "loss": torch.tensor(10.0 / step), "lr": 1e-3,
         "balance": torch.tensor(1.0), "router_z": torch.tensor(0.25), "grad_norm": torch.tensor(1 / 3),
+        "max_violation": load.max() * experts - 1, "least_share": load.min(),
         "balance_per_layer": experts * (load**2).sum(-1), "load_per_layer": load,
         "tokens_per_s": 3210.44, "mfu": 0.314159, "waiting": 0.0, "memory_mb": 1204.3, "seconds": 0.5 * step,
     } | more  # fmt: skip
@@ -54,7 +55,8 @@ def write(run: Path, steps, start=0, **options) -> str:
 
 def test_columns_are_the_contract():
     assert ",".join(columns([1, 3])) == (
-        "step,tokens,loss,balance,router_z,lr,grad_norm,rejected,val_ce,val_bpb,balance_L1,balance_L3,"
+        "step,tokens,loss,balance,router_z,lr,grad_norm,rejected,val_ce,val_bpb,max_violation,least_share,"
+        "balance_L1,balance_L3,"
         "tokens_per_s,mfu,waiting,memory_mb,seconds"
     )
 
@@ -67,8 +69,9 @@ def test_a_row_is_written_one_step_late(tmp_path):
         log.flush()
         log.flush()
         assert [line.split(",")[0] for line in lines(tmp_path)] == ["step", "1", "2", "3"]
-    assert lines(tmp_path)[1] == ("1,2048,10,1,0.25,0.001,0.333333343,,,,1,1,3210.4,0.3142,0.0000,1204.3,0.50"), (
-        "empty cells where nothing was measured"
+    not_measured = ",,,"
+    assert lines(tmp_path)[1] == (
+        f"1,2048,10,1,0.25,0.001,0.333333343{not_measured},0,0.25,1,1,3210.4,0.3142,0.0000,1204.3,0.50"
     )
 
 

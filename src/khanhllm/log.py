@@ -36,7 +36,8 @@ TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".
 def columns(moe_layers: list[int]) -> list[str]:
     """What the CSV keeps of each row. The timing columns, which no two runs share, come last."""
     measured = ["step", "tokens", "loss", "balance", "router_z", "lr", "grad_norm", "rejected", "val_ce", "val_bpb"]
-    return [*measured, *(f"balance_L{layer}" for layer in moe_layers), *TIMING]
+    routed = ["max_violation", "least_share", *(f"balance_L{layer}" for layer in moe_layers)] if moe_layers else []
+    return [*measured, *routed, *TIMING]
 
 
 @dataclass

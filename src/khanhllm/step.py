@@ -116,6 +116,8 @@ def train_step(learner: Learner, state: State, rows: Iterator[Batch]) -> tuple[S
         row |= {
             "balance": balance_L.mean(),
             "router_z": routing_L.z.mean() / config.tokens_per_step,
+            "max_violation": share_LE.max() * share_LE.shape[1] - 1,
+            "least_share": share_LE.min(),
             "balance_per_layer": balance_L,
             "load_per_layer": share_LE,
         }

@@ -8,7 +8,9 @@ import torch
 from conftest import build, plain_machine, tiny
 from khanhllm import objectives, step
 from khanhllm.data.batches import Batch
+from khanhllm.measure import random_rows
 from khanhllm.settings import resolve
+from khanhllm.step import Learner
 
 ROWS, CONTEXT = 8, 32
 GENERATOR = torch.Generator().manual_seed(3)
@@ -61,3 +63,15 @@ def test_balance_reaches_the_router_and_the_load_matters():
     )
     assert (without - previous).abs().max() > 1e-4
     assert (previous - current).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_the_log_knows_the_uneven_load_of_the_whole_step(micro_batch):
+    """All tokens sent to the same 2 of 4 experts: they work twice as much as at an even load, the others not at all."""
+    settings = {"model": {"router_bias": True}, "train": {"micro_batch": micro_batch, "accumulation": 4 // micro_batch}}
+    learner = Learner.new(resolve(tiny().model_dump(), settings), plain_machine())
+    for name, buffer in learner.model.named_buffers():
+        if name.endswith("bias_E"):
+            buffer[:2] = 10.0
+    _, row = step.train_step(learner, learner.start(), random_rows(learner.config, learner.machine.device))
+    assert (row["max_violation"].item(), row["least_share"].item()) == (1.0, 0.0)
