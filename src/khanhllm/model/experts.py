@@ -92,7 +92,7 @@ class Activation(NamedTuple):
     value: Callable[..., Tensor]
     """(*inputs_NF) -> value_NF"""
     gradients: Callable[..., tuple[Tensor, ...]]
-    """(grad_NF, *inputs_NF) -> the gradient of each input"""
+    """(grad_NF, *inputs_NF) -> the gradient of each input; grad_NF may be used up"""
 
 
 def _swiglu_gradients(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def _gelu_gradients(grad_NF: Tensor, up_NF: Tensor) -> tuple[Tensor]:
 
 SWIGLU = Activation(lambda gate_NF, up_NF: F.silu(gate_NF) * up_NF, _swiglu_gradients)
 GELU = Activation(F.gelu, _gelu_gradients)
-RELU2 = Activation(lambda up_NF: F.relu(up_NF).square_(), lambda grad_NF, up_NF: (2 * grad_NF * F.relu(up_NF),))
+RELU2 = Activation(lambda up_NF: F.relu(up_NF).square_(), lambda grad_NF, up_NF: (grad_NF.mul_(F.relu(up_NF)).mul_(2),))
 
 
 class _Mixture(torch.autograd.Function):
