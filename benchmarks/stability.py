@@ -5,9 +5,9 @@
 Learning rate, optimizer, balance and depth are the preset's; a row is 256 tokens long. Matrices move faster as the
 width shrinks (`optim.base_dim`), so that a step changes outputs as much as it does at full width, except "at one rate".
 The preset's warm-up of 2,000 steps reaches a tenth of the full rate in 200: "as it begins". All other rows are harsher:
-they know the full rate after 20 steps. Told of each: the loss, rejected steps, the longest gradient, the least share of any
-expert in any layer and step (12.5 % is even), and the largest excess over an even load (max-violation), for both halves
-of the run. Results go to benchmarks/results/.
+they know the full rate after 20 steps. Told of each: the loss, rejected steps, the longest gradient, the least share of
+any expert in any layer and step (12.5 % is even), and the largest excess over an even load (max-violation), for both
+halves of the run. Results go to benchmarks/results/.
 """
 
 import argparse
