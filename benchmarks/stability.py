@@ -16,22 +16,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from khanhllm import train
 from khanhllm.draw import read_log
 from khanhllm.log import FILE
 from khanhllm.settings import preset, resolve
 
 SHAPE = {"dim": 64, "heads": 2, "hidden": 256, "context": 256, "vocab_size": 8192}
+BIAS = {"model": {"router_bias": True}, "loss": {"balance": 0.001}}
 ROWS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "as it begins": {"optim": {"lr": 3e-5}, "schedule": {"warmup": 200}},
     "load of this step": {"loss": {"load": "current"}},
-    "bias": {"model": {"router_bias": True}, "loss": {"balance": 0.001}},
+    "bias": BIAS,
     "bias alone": {"model": {"router_bias": True}, "loss": {"balance": 0.0}},
     "nothing": {"loss": {"balance": 0.0}},
     "one rate at any width": {"optim": {"base_dim": 0}},
     "as it begins at one rate": {"optim": {"lr": 3e-5, "base_dim": 0}, "schedule": {"warmup": 200}},
-    "bias at one rate": {"model": {"router_bias": True}, "loss": {"balance": 0.001}, "optim": {"base_dim": 0}},
+    "bias at one rate": BIAS | {"optim": {"base_dim": 0}},
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,26 +55,26 @@ def main() -> None:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one row through the very step, with its rows of the log at hand."""
+    """Train one row and sum up its log."""
+    recipe = preset("khanh-692m")
     given = {
         "model": SHAPE,
         "data": {"source": options.data, "tokenizer": options.tokenizer},
         "train": {"steps": options.steps, "eval_every": 0, "save_every": 0, "sample_tokens": 0},
-        "optim": {"base_dim": preset("khanh-692m")["model"]["dim"]},
+        "optim": {"base_dim": recipe["model"]["dim"]},
         "schedule": {"warmup": 20},
         "machine": {"threads": options.threads, "checkpointing": "none"},
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        train.run(resolve(preset("khanh-692m"), given, ROWS[name]), run)
+        train.run(resolve(recipe, given, ROWS[name]), run)
         log = read_log(run / FILE, ("loss", "rejected", "grad_norm", "least_share", "max_violation"))
-    half = options.steps // 2
     return {
         "loss_at_last": float(log["loss"][-20:].mean()),
         "rejected": int((log["rejected"] > 0).sum()),
         "longest_gradient": float(log["grad_norm"].max()),
-        "least_share": [float(log["least_share"][part].min()) for part in (slice(half), slice(half, None))],
-        "max_violation": [float(log["max_violation"][part].max()) for part in (slice(half), slice(half, None))],
+        "least_share": [float(half.min()) for half in np.array_split(log["least_share"], 2)],
+        "max_violation": [float(half.max()) for half in np.array_split(log["max_violation"], 2)],
         "least_share_of_each_step": log["least_share"].round(4).tolist(),
     }
 
