@@ -71,7 +71,9 @@ class Transformer(nn.Module):
         """All initial weights, decided in one place: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
         (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
         halved so that the first loss is close to ln(vocabulary), biases, skips and the vectors of pairs and values
-        are zero and norms one. With `zero_out`, what writes into the residual stream is zero too."""
+        are zero and norms one. With `zero_out`, what writes into the residual stream is zero too. The classic style's
+        tokens begin at 0.64 whatever the width: at 0.02 the first layer's answer outweighs the token itself, and all
+        tokens look alike to the routers for a hundred steps (benchmarks/stability.py)."""
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias_E"):
                 buffer.zero_()
@@ -84,6 +86,8 @@ class Transformer(nn.Module):
                 parameter.zero_()
             elif "norm" in leaf[0]:
                 parameter.fill_(1)
+            elif name == "embedding.token.weight" and self.config.style == "classic":
+                parameter.normal_(0, 0.64, generator=generator)
             else:
                 scale = (2 * len(self.blocks)) ** -0.5 if writes else 0.5 if name == "head.weight" else 1
                 parameter.normal_(0, sigma * scale, generator=generator)
