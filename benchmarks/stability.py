@@ -1,6 +1,6 @@
 """Is the recipe of `khanh-692m` stable? Its twin at a sixteenth of the width, one row a micro-batch, 64 accumulated.
 
-    python benchmarks/stability.py DATA [--steps 200] [--rows NAME ...] [--threads 1]
+    python benchmarks/stability.py DATA [--steps 200] [--seed 0] [--rows NAME ...] [--threads 1]
 
 Learning rate, warm-up, optimizer, balance and depth are the preset's; a row is 256 tokens long. The rate stays at its
 peak after the warm-up, as it does in the preset's first 200 of 100,000 steps. Matrices move faster as the width shrinks
@@ -39,14 +39,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="as for khanhllm train")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokenizer", default="", help="tokenizer.json of 8,192 tokens; trained if not given")
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps: at least 2, one for each half of the run")
     for name in options.rows:
-        told = {"row": name, "steps": options.steps, **measured(name, options)}
+        told = {"row": name, "seed": options.seed, "steps": options.steps, **measured(name, options)}
         print(json.dumps(told), flush=True)
-        path = RESULTS / f"stability-{name.replace(' ', '-')}.json"
+        path = RESULTS / f"stability-{name.replace(' ', '-')}-seed{options.seed}.json"
         path.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
 
@@ -56,7 +59,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     given = {
         "model": SHAPE,
         "data": {"source": options.data, "tokenizer": options.tokenizer},
-        "train": {"steps": options.steps, "eval_every": 0, "save_every": 0, "sample_tokens": 0},
+        "train": {"steps": options.steps, "seed": options.seed, "eval_every": 0, "save_every": 0, "sample_tokens": 0},
         "optim": {"base_dim": recipe["model"]["dim"]},
         "schedule": {"kind": "wsd", "decay": 0.0},
         "machine": {"threads": options.threads, "checkpointing": "none"},

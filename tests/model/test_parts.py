@@ -181,6 +181,21 @@ def test_with_zero_out_every_layer_begins_as_nothing():
     assert torch.equal(model.trunk(ids)[0], model.embedding(ids))
 
 
+def test_tokens_look_different_to_every_classic_router_from_the_start():
+    model = build(tiny("classic", pattern="DM" * 7, dim=64))
+    shares = []
+
+    def share_of_the_mean(module, inputs):
+        x = inputs[0].flatten(0, -2)
+        shares.append((x.mean(0).square().sum() / x.square().sum(-1).mean()).item())
+
+    for block in model.blocks[1::2]:
+        block.feedforward.router.register_forward_pre_hook(share_of_the_mean)
+    model.trunk(torch.randint(300, (8, 32), generator=G))
+    assert len(shares) == 7
+    assert max(shares) < 0.05
+
+
 def test_a_biased_router_chooses_otherwise_and_weighs_the_same():
     mixture = build(tiny(router_bias=True)).blocks[1].feedforward
     x = torch.randn(50, 32, generator=G)
