@@ -145,7 +145,7 @@ def text_file(path, data: bytes):
     [
         ("empty.txt", b"", "empty.txt"),
         ("latin.txt", "naïve\n".encode("latin-1") * 100, "not UTF-8"),
-        ("cut.json.gz", gzip.compress(b'{"text": "words and words"}\n' * 5000)[:-400], "cut short"),
+        ("cut.json.gz", gzip.compress(b'{"text": "words and words"}\n' * 5000, mtime=0)[:-400], "cut short"),
         ("notes.docx", b"PK", "known endings"),
         ("broken.jsonl", b'{"text": "fine"}\n{"text": "br', "line 2"),
         ("other.jsonl", b'{"words": "no text"}\n', "no text column"),
