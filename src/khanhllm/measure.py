@@ -18,9 +18,8 @@ import torch
 from khanhllm import optim
 from khanhllm.config import Config, UserError
 from khanhllm.data.batches import Batch
-from khanhllm.machine.fit import LARGE
+from khanhllm.machine.fit import is_small
 from khanhllm.machine.runtime import Machine, keep_freed_memory, open_machine
-from khanhllm.model.counts import total_parameters
 from khanhllm.settings import resolve
 from khanhllm.step import Learner, train_step
 
@@ -64,7 +63,7 @@ def three_steps(config: Config) -> Measurement:
     optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradient_bytes(model)))
     rates = [row["tokens_per_s"] for row in _steps(learner, STEPS)]
     peak = round(machine.peak_memory() * 1e6)
-    if total_parameters(model) < LARGE:
+    if is_small(model):
         keep_freed_memory(True)  # as a training does
         rates = [row["tokens_per_s"] for row in _steps(learner, STEPS)]
     return Measurement(

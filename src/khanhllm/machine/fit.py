@@ -31,9 +31,14 @@ LARGE = 100_000_000
 """parameters from which on memory is dearer than the time to get it"""
 
 
+def is_small(model: Transformer) -> bool:
+    """Whether a training of this model keeps freed memory, so as to be faster."""
+    return total_parameters(model) < LARGE
+
+
 def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
     """Change the model in place and return it. `checkpointing` is none, selective or full."""
-    keep_freed_memory(total_parameters(model) < LARGE)
+    keep_freed_memory(is_small(model))
     road = _road(machine.experts, model.config)
     for module in model.modules():
         if isinstance(module, MoE):
