@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 
-from khanhllm.config import DataConfig
 from khanhllm.data.belt import Belt
 from khanhllm.data.documents import Reader
 from khanhllm.data.prepare import ensure
 from khanhllm.data.sources import locate
+from khanhllm.schema import DataConfig
 
 FILE = 10**8
 """bytes of one source file"""

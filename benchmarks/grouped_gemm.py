@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from khanhllm.machine.roads import probe
+from khanhllm.machine.backends import probe
 
 REPEATS, WARM_UP, EXPERTS, DIM = 20, 3, 8, 1024
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from khanhllm import train
-from khanhllm.compare import read
-from khanhllm.evaluate import score_run
+from khanhllm.log.compare import read
+from khanhllm.runs.evaluate import score_run
 from khanhllm.settings import preset, resolve
+from khanhllm.training.run import train
 
 ROWS: dict[str, dict[str, Any]] = {
     "recipe": {},
@@ -92,7 +92,7 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
             },
             "train": {**budget, "seed": seed, "save_every": 0, "eval_every": 0, "sample_tokens": 0},
         }
-        train.run(resolve(preset("micro"), given, ROWS[name]), run)
+        train(resolve(preset("micro"), given, ROWS[name]), run)
         told = read(run)
         data = f"{options.data}/c4-validation*.json.gz" if options.score == "held-out" else None
         bits = score_run(run, data, told.config.machine)["val_bpb"]

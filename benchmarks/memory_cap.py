@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from khanhllm.machine.runtime import open_machine, out_of_memory
-from khanhllm.measure import three_steps
+from khanhllm.lab.measure import three_steps
+from khanhllm.machine.devices import open_machine, out_of_memory
 from khanhllm.settings import preset, resolve
 
 RESULTS = Path(__file__).parent / "results"

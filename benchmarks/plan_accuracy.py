@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from khanhllm import budget
-from khanhllm.machine.runtime import open_machine
-from khanhllm.measure import measure
+from khanhllm.lab.measure import measure
+from khanhllm.machine.devices import open_machine
+from khanhllm.planning import budget
 from khanhllm.settings import preset, resolve
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from khanhllm import rounding, train
-from khanhllm.config import Config, UserError
-from khanhllm.machine.runtime import open_machine
+from khanhllm.errors import UserError
+from khanhllm.machine.devices import open_machine
 from khanhllm.model.counts import on_paper, total_parameters
+from khanhllm.optim import rounding
+from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.training.run import train
 
 MODEL: dict[str, Any] = {
     "style": "modern",
@@ -80,7 +82,7 @@ def climb(config: Config, nearest: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         control = patch.object(rounding, "round_stochastically_", lambda x, bits: x) if nearest else nullcontext()
         with control:
-            train.run(config, Path(folder, "run"))
+            train(config, Path(folder, "run"))
         with Path(folder, "run", "training_log.csv").open() as file:
             rows = list(csv.DictReader(file))
     loss = statistics.fmean(float(row["loss"]) for row in rows[-LAST:])

@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from khanhllm.checkpoint import Saver
-from khanhllm.machine.runtime import open_machine
-from khanhllm.measure import random_rows
+from khanhllm.data.batches import random_batches
+from khanhllm.machine.devices import open_machine
 from khanhllm.settings import preset, resolve
-from khanhllm.step import Learner, train_step
+from khanhllm.training.checkpoint import Saver
+from khanhllm.training.step import Learner, train_step
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     config = resolve(preset(options.preset))
     learner = Learner.new(config, open_machine(config.machine))
-    rows = random_rows(config, learner.machine.device)
+    rows = random_batches(config, learner.machine.device)
     state, _ = train_step(learner, learner.start(), rows)
     seconds: dict[str, list[float]] = {"step": [], "stall": [], "step while saving": [], "write": []}
 

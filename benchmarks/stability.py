@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from khanhllm import train
-from khanhllm.draw import read_log
-from khanhllm.log import FILE
+from khanhllm.log.pictures import read_log
+from khanhllm.log.run_log import FILE
 from khanhllm.settings import preset, resolve
+from khanhllm.training.run import train
 
 SHAPE = {"dim": 64, "heads": 2, "hidden": 256, "context": 256, "vocab_size": 8192}
 ROWS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        train.run(resolve(recipe, given, ROWS[name]), run)
+        train(resolve(recipe, given, ROWS[name]), run)
         log = read_log(run / FILE, ("loss", "rejected", "grad_norm", "least_share", "max_violation"))
     return {
         "loss_at_last": float(log["loss"][-20:].mean()),

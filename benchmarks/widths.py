@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from khanhllm import train
-from khanhllm.compare import read
+from khanhllm.log.compare import read
 from khanhllm.settings import preset, resolve
+from khanhllm.training.run import train
 
 RESULTS = Path(__file__).parent / "results"
 TRAIN = {"steps": 300, "micro_batch": 4, "eval_every": 0, "save_every": 0, "sample_tokens": 0}
@@ -51,7 +51,7 @@ def measured(dim: int, factor: float, options: argparse.Namespace) -> float:
         "machine": {"threads": options.threads},
     }
     with tempfile.TemporaryDirectory() as folder:
-        train.run(resolve(recipe, given), Path(folder, "run"))
+        train(resolve(recipe, given), Path(folder, "run"))
         return float(read(Path(folder, "run")).bits[-1])
 
 

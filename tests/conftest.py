@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from khanhllm import checkpoint
-from khanhllm.config import Config
-from khanhllm.machine import runtime
-from khanhllm.machine.runtime import Machine
+from khanhllm.machine import devices
+from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
+from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
 
 torch.set_num_threads(1)
 
@@ -61,7 +61,7 @@ def machine() -> Machine:
 def one_thread():
     """Two test processes share the cores; threads that wait for each other's cores take minutes for nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "_cores", lambda: 1)
+        patch.setattr(devices, "_cores", lambda: 1)
         yield
 
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import tiny
-from khanhllm.config import Config, UserError
+from khanhllm.errors import UserError
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.schema import Config
 from khanhllm.settings import amount, preset, preset_names, resolve, seconds, to_toml
 
 

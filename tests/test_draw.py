@@ -7,19 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from khanhllm.draw import (
-    bars,
-    braille,
-    duration,
-    expert_table,
-    frame,
-    loss_curve_png,
-    loss_curve_text,
-    short,
-    smooth,
-    verdict,
-    visible,
-)
+from khanhllm.draw import bars, braille, duration, expert_table, short, verdict, visible
+from khanhllm.log.pictures import frame, loss_curve_png, loss_curve_text, smooth
 
 HEADER = "step,tokens,loss,val_ce,val_bpb\n"
 LOGS = {

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from khanhllm.data.tokenizer import Tokenizer
     from khanhllm.model import Transformer
-    from khanhllm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -15,8 +15,8 @@ def load(run: str | Path) -> "tuple[Transformer, Tokenizer]":
 
     Raises khanhllm.config.UserError if there is none. torch is imported only now.
     """
-    from khanhllm.config import MachineConfig
-    from khanhllm.saved import open_run
+    from khanhllm.runs.run import open_run
+    from khanhllm.schema import MachineConfig
 
     saved = open_run(Path(run), MachineConfig(precision="fp32"))
     return saved.model, saved.tokenizer

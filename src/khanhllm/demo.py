@@ -12,12 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from khanhllm import draw, train
-from khanhllm.config import Config, Sampling
-from khanhllm.evaluate import expert_load, held_out, score_windows
-from khanhllm.generate import write
-from khanhllm.saved import Saved, open_run
+from khanhllm import draw
+from khanhllm.inference.generate import write
+from khanhllm.inference.score import expert_load
+from khanhllm.log.pictures import loss_curve_png, loss_curve_text
+from khanhllm.runs.evaluate import held_out, score_windows
+from khanhllm.runs.run import Saved, open_run
+from khanhllm.schema import Config, Sampling
 from khanhllm.settings import preset, resolve
+from khanhllm.training.run import train
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
 
@@ -30,7 +33,7 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> None:
     started = time.perf_counter()
     console.rule("[bold]KhanhLLM builds a small castle")
     console.print(_plan(config), markup=False)
-    train.run(config, folder)
+    train(config, folder)
     saved = open_run(folder, config.machine)
     if saved.step < config.train.steps:
         return
@@ -38,7 +41,7 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> None:
     _curve(console, folder)
     windows = list(held_out(saved).windows())
     if config.model.moe_layers:
-        load_LE = expert_load(saved, windows[:64])
+        load_LE = expert_load(saved.model, windows[:64], saved.machine)
         console.print(draw.expert_table(load_LE, config.model.moe_layers))
     _verdict(console, saved, windows)
     console.rule("[bold]What it writes")
@@ -71,8 +74,8 @@ the Python that runs it.
 
 def _curve(console: Console, folder: Path) -> None:
     log, picture = folder / "training_log.csv", folder / "loss.png"
-    draw.loss_curve_png(log, picture, "KhanhLLM nano")
-    console.print(draw.loss_curve_text(log, min(console.width, 100), 14), markup=False, soft_wrap=True)
+    loss_curve_png(log, picture, "KhanhLLM nano")
+    console.print(loss_curve_text(log, min(console.width, 100), 14), markup=False, soft_wrap=True)
     console.print(f"\nThe same as a picture: {picture}\n", markup=False)
 
 

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from khanhllm.config import Config, Section, UserError
+from khanhllm.errors import UserError
 from khanhllm.files import read
+from khanhllm.schema import Config, Section
 
 PRESETS = Path(__file__).parent / "presets"
 LONGEST = 2**18
@@ -65,6 +66,14 @@ def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) 
         return layer
     rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
     return {**layer, "train": {**train, "accumulation": rows}}
+
+
+def read_config(run: Path) -> Config:
+    """The config of a run folder. UserError if it is none."""
+    kept = run / "config.toml"
+    if not kept.exists():
+        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
+    return resolve(read_toml(kept), where=str(kept))
 
 
 Kind = TypeVar("Kind", bound=Section)

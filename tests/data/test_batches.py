@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 import torch
 
-from khanhllm.config import UserError
 from khanhllm.data.batches import batches
 from khanhllm.data.shards import Shards
+from khanhllm.errors import UserError
 
 CPU = torch.device("cpu")
 

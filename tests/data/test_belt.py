@@ -14,14 +14,15 @@ import pytest
 from words import TOKENIZER, lines, text
 
 from khanhllm.chaos.server import FaultyServer
-from khanhllm.config import DataConfig, UserError
 from khanhllm.data import belt as module
-from khanhllm.data import documents, laying, prepare, pulse
+from khanhllm.data import belt_setup, documents, heartbeat, prepare
 from khanhllm.data.belt import Belt, Starved
-from khanhllm.data.maker import RECIPE, Maker, Recipe
+from khanhllm.data.belt_worker import RECIPE, Maker, Recipe
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import Shards
 from khanhllm.data.writer import text_hash
+from khanhllm.errors import UserError
+from khanhllm.schema import DataConfig
 
 CONTEXT = 16
 
@@ -124,7 +125,7 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
 
 @pytest.mark.parametrize("kept", [2**31, 0])
 def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(laying, "KEPT", kept)
+    monkeypatch.setattr(belt_setup, "KEPT", kept)
     monkeypatch.setattr(prepare, "KEPT", kept)
     patient, fetch = [], documents.fetch
     monkeypatch.setattr(documents, "fetch", lambda *a, **more: patient.append(more["patience"]) or fetch(*a, **more))
@@ -155,7 +156,7 @@ def test_a_source_that_changed_is_noticed(corpus, lay):
 
 def children():
     alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in alive if "khanhllm.data.maker" in " ".join(child.cmdline())]
+    return [child for child in alive if "khanhllm.data.belt_worker" in " ".join(child.cmdline())]
 
 
 def rows_under_kills(belt):
@@ -185,7 +186,7 @@ def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
 
 def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch):
     whole = rows(lay(), 150)
-    monkeypatch.setattr(pulse, "SILENT", 4.0)
+    monkeypatch.setattr(heartbeat, "SILENT", 4.0)
     belt, found, stopped = lay("stopped"), [], []
     stream = belt.rows_from(0, 0, threading.Event())
     for number in range(150):
@@ -204,26 +205,26 @@ def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch)
 
 def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
     belt = lay()
-    impatient = "import sys, time; from khanhllm.data import maker; maker.WORK = -4; "
+    impatient = "import sys, time; from khanhllm.data import belt_worker; belt_worker.WORK = -4; "
     impatient += "maker.Maker.make = lambda *_: time.sleep(1e6); sys.exit(maker.main(sys.argv[3:]))"
-    python = tmp_path / "python"  # called with -m khanhllm.data.maker; with a patience of 5 it hangs after 1 s
+    python = tmp_path / "python"  # called with -m khanhllm.data.belt_worker; with a patience of 5 it hangs after 1 s
     python.write_text(f'#!/bin/sh\nexec {module.sys.executable} -c "{impatient}" "$@"\n', "utf-8")
     python.chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(python))
     monkeypatch.setattr(module, "TRIES", 0)
-    monkeypatch.setattr(pulse, "SILENT", 4.0)
+    monkeypatch.setattr(heartbeat, "SILENT", 4.0)
     with pytest.raises(Starved, match="died or hung 1 times in a row"):
         rows(belt, 1)
 
 
 def test_slow_work_beats_and_work_that_shows_nothing_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(pulse, "BEAT", 0.01)
-    monkeypatch.setattr(pulse, "SILENT", 0.3)
-    seen = pulse.Pulse(tmp_path, 1)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.01)
+    monkeypatch.setattr(heartbeat, "SILENT", 0.3)
+    seen = heartbeat.Pulse(tmp_path, 1)
     work = iter(range(10**9))
     getting_on = threading.Event()
     getting_on.set()
-    pulse.beat(pulse.pulse_path(tmp_path, 1), lambda: next(work) if getting_on.is_set() else -1, 0.3)
+    heartbeat.beat(heartbeat.pulse_path(tmp_path, 1), lambda: next(work) if getting_on.is_set() else -1, 0.3)
     deadline = time.monotonic() + 1.2
     while time.monotonic() < deadline:
         assert not seen.silent()
@@ -328,7 +329,7 @@ def test_a_mixture_ends_with_the_tokens_that_are_asked_for(mixture, lay):
 def test_no_text_of_a_mixture_is_on_both_sides(mixture, tmp_path, lay, monkeypatch):
     (tmp_path / "small" / "copies.jsonl").write_text((tmp_path / "large" / "0.jsonl").read_text("utf-8"), "utf-8")
     for limit in (2**21, 20_000):
-        monkeypatch.setattr(laying, "HELD_OUT", limit)
+        monkeypatch.setattr(belt_setup, "HELD_OUT", limit)
         belt = lay(f"cache {limit}", source=mixture, tokens=20_000)
         all_rows(belt)
         held = texts_of(belt.folder / "validation-00000.bin")

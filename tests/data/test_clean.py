@@ -14,16 +14,17 @@ from test_executors import run_tasks, slurm  # noqa: F401
 from test_prepare import TOKENIZER, documents
 
 from khanhllm import cli
-from khanhllm.config import DataConfig, UserError
 from khanhllm.data import clean as module
 from khanhllm.data import prepare as preparation
 from khanhllm.data.belt import Belt
+from khanhllm.data.belt_worker import Made, Maker, note_path
 from khanhllm.data.clean import Cleaner, steps_of
 from khanhllm.data.executors import Place
-from khanhllm.data.maker import Made, Maker, note_path
 from khanhllm.data.prepare import ensure, prepare
 from khanhllm.data.shards import Manifest
 from khanhllm.data.sources import Source
+from khanhllm.errors import UserError
+from khanhllm.schema import DataConfig
 
 WORDS = """the of and to that have with be river mountain garden winter letter window silver morning engine doctor
 village harbour captain music paper bridge forest teacher market kitchen summer island carpenter painting journey

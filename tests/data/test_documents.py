@@ -15,10 +15,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.config import UserError
 from khanhllm.data import documents
 from khanhllm.data.documents import Reader
 from khanhllm.data.sources import locate
+from khanhllm.errors import UserError
 
 TEXTS = [f"Document {number}.\nIt has «two» lines and a number: {number * 7919}." for number in range(500)]
 JSON = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in TEXTS).encode()

@@ -9,12 +9,12 @@ import pytest
 from words import TOKENIZER, lines, text
 
 from khanhllm.cli import main
-from khanhllm.config import UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Place
 from khanhllm.data.prepare import prepare
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source
+from khanhllm.errors import UserError
 
 
 @pytest.fixture(autouse=True)

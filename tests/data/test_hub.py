@@ -131,7 +131,7 @@ def test_a_private_dataset_is_read_with_the_token_which_nobody_else_sees(hub, mo
 
 
 REFUSED = """
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 from khanhllm.data import fetch
 fetch.FIRST_WAIT = 0.01
 try:
@@ -160,7 +160,7 @@ def test_wrong_bytes_of_a_large_file_are_fetched_again_and_at_last_refused(hub):
 
 BELT = """
 from pathlib import Path
-from khanhllm.config import DataConfig
+from khanhllm.schema import DataConfig
 from khanhllm.data.maker import Maker
 from khanhllm.data.prepare import ensure
 folder = ensure(DataConfig(source="c4", cache={cache!r}, shard_tokens=2000, tokenizer_sample=2000), 300, 1000)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from words import TOKENIZER, lines, text
 
-from khanhllm.config import DataConfig, UserError
 from khanhllm.data import prepare as module
 from khanhllm.data.documents import Reader
 from khanhllm.data.prepare import ensure, prepare, train_on
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source, locate
-from khanhllm.tokenizer import train
+from khanhllm.data.tokenizer import train
+from khanhllm.errors import UserError
+from khanhllm.schema import DataConfig
 
 
 @pytest.fixture

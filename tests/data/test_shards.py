@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.config import UserError
 from khanhllm.data.shards import Shards, dtype_for, shuffled
+from khanhllm.errors import UserError
 
 CONTEXT = 7
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from khanhllm.config import UserError
 from khanhllm.data import sources
-from khanhllm.data.names import common_folder, expanded, of_split
+from khanhllm.data.source_syntax import common_folder, expanded, of_split
 from khanhllm.data.sources import Source, components, is_remote, locate
+from khanhllm.errors import UserError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import io
 import pytest
 from test_documents import complaint, read
 
-from khanhllm.config import UserError
 from khanhllm.data import warc as module
 from khanhllm.data.sources import locate
+from khanhllm.errors import UserError
 
 warcio = pytest.importorskip("warcio.warcwriter")
 pytest.importorskip("resiliparse")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from khanhllm.tokenizer import train
+from khanhllm.data.tokenizer import train
 
 WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
 TOKENIZER = train([" ".join(WORDS)] * 3, 300)

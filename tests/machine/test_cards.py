@@ -2,7 +2,7 @@
 
 import pytest
 
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 from khanhllm.machine.cards import card, known_peak
 
 

@@ -3,8 +3,8 @@ import contextlib
 import pytest
 import torch
 
-from khanhllm.machine import roads
-from khanhllm.machine.roads import Problem, by_grouped_mm, by_loop, choose, fault, probe
+from khanhllm.machine import backends
+from khanhllm.machine.backends import Problem, by_grouped_mm, by_loop, choose, fault, probe
 
 CPU = torch.device("cpu")
 
@@ -106,7 +106,7 @@ def test_the_ban_on_waiting_ends_whatever_happens(monkeypatch):
     mode = [1]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
-    with pytest.raises(RuntimeError, match="waits"), roads.host_must_not_wait():
+    with pytest.raises(RuntimeError, match="waits"), backends.host_must_not_wait():
         assert mode[-1] == "error"
         raise RuntimeError("waits")
     assert mode == [1, "error", 1]

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from khanhllm.machine import triton_grouped  # noqa: E402
-from khanhllm.machine.roads import Problem, by_triton, fault, host_must_not_wait  # noqa: E402
+from khanhllm.machine.backends import Problem, by_triton, fault, host_must_not_wait  # noqa: E402
 from khanhllm.machine.triton_grouped import TILES  # noqa: E402
 
 SHARED = 99 * 1024

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from conftest import build, plain_machine, tiny
-from khanhllm import objectives, step
-from khanhllm.data.batches import Batch
-from khanhllm.measure import random_rows
+from khanhllm.data.batches import Batch, random_batches
+from khanhllm.model import objectives
 from khanhllm.settings import resolve
-from khanhllm.step import Learner
+from khanhllm.training import step
+from khanhllm.training.step import Learner
 
 ROWS, CONTEXT = 8, 32
 GENERATOR = torch.Generator().manual_seed(3)
@@ -73,5 +73,5 @@ def test_the_log_knows_the_uneven_load_of_the_whole_step(micro_batch):
     for name, buffer in learner.model.named_buffers():
         if name.endswith("bias_E"):
             buffer[:2] = 10.0
-    _, row = step.train_step(learner, learner.start(), random_rows(learner.config, learner.machine.device))
+    _, row = step.train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))
     assert (row["max_violation"].item(), row["least_share"].item()) == (1.0, 0.0)

@@ -15,12 +15,13 @@ import pytest
 import zstandard
 
 from khanhllm import cli
-from khanhllm.config import DataConfig, UserError
 from khanhllm.data.documents import Reader
 from khanhllm.data.prepare import ensure, prepare
 from khanhllm.data.shards import Shards
 from khanhllm.data.sources import locate
-from khanhllm.tokenizer import Tokenizer, train
+from khanhllm.data.tokenizer import Tokenizer, train
+from khanhllm.errors import UserError
+from khanhllm.schema import DataConfig
 
 GOOD = b'{"text": "one fine text"}\n'
 FINE = ["one fine text"]

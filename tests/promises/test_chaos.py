@@ -8,10 +8,11 @@ from itertools import islice
 
 import pytest
 
-from khanhllm import checkpoint, cli
+from khanhllm import cli
 from khanhllm.chaos import belt, numbers, saves, trainers
 from khanhllm.chaos.arena import Arena
-from khanhllm.guard import Guard
+from khanhllm.training import checkpoint
+from khanhllm.training.guard import Guard
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
 

@@ -15,11 +15,14 @@ from typing import Any, get_args
 import pytest
 
 from conftest import tiny
-from khanhllm import cli, train
-from khanhllm.config import Config, UserError
+from khanhllm import cli
 from khanhllm.data.prepare import ensure
-from khanhllm.machine import runtime
+from khanhllm.errors import UserError
+from khanhllm.machine import devices
+from khanhllm.schema import Config
 from khanhllm.settings import read_toml, resolve, to_toml
+from khanhllm.training import run as training_run
+from khanhllm.training.run import train
 
 DRAWS = int(os.environ.get("KHANHLLM_FUZZ", "200"))
 KEYS = [(section, key) for section, values in Config() for key, _ in values]
@@ -119,7 +122,7 @@ def fuzz(count: int, seed: int, corpus: Any, folder: Any) -> Counter[str]:
             raise AssertionError(f"draw {nth} of seed {seed}: {settings!r:.2000}") from error
         try:
             assert resolve(toml(config, folder)) == config
-            train.run(cut_down(config, {"data": {"cache": here["cache"]}}), folder / f"run-{nth}")
+            train(cut_down(config, {"data": {"cache": here["cache"]}}), folder / f"run-{nth}")
             found["ran"] += 1
         except UserError as error:
             assert str(error).isprintable(), (settings, str(error))
@@ -160,7 +163,7 @@ def test_names_of_files_are_met_in_one_line(corpus, tmp_path, monkeypatch, capfd
 
 
 def test_any_configuration_runs_or_is_refused_in_one_line(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(devices, "matmul_rate", lambda *_: 1e9)
     monkeypatch.chdir(tmp_path)
     found = fuzz(DRAWS, 0, corpus, tmp_path)
     print(*(f"{number:5} {what}" for what, number in found.most_common()), sep="\n")
@@ -198,7 +201,7 @@ FILES = {
 def test_a_config_file_is_read_or_refused_in_one_line(tmp_path, capfd, monkeypatch, kind):
     data, said = FILES[kind]
     (tmp_path / "a.toml").write_bytes(data)
-    monkeypatch.setattr(train, "run", lambda config, *_, **__: print(config.train.steps))
+    monkeypatch.setattr(training_run, "train", lambda config, *_, **__: print(config.train.steps))
     code, out, error = typed_in(capfd, "train", "--config", str(tmp_path / "a.toml"))
     if said:
         assert code == 2 and not out and re.search(said, error) and error.count("\n") == 1 and len(error) < 600, error

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from khanhllm import train
-from khanhllm.draw import read_log
-from khanhllm.evaluate import score_run
-from khanhllm.saved import read_config
+from khanhllm.log.pictures import read_log
+from khanhllm.runs.evaluate import score_run
+from khanhllm.settings import read_config
+from khanhllm.training.run import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -29,7 +29,7 @@ def test_a_checkpoint_scores_as_it_did(run):
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one_did(run):
     expected = json.loads((run / "expected.json").read_text())["steps"]
-    train.run(read_config(run), run, resume=True)
+    train(read_config(run), run, resume=True)
     log = read_log(run / "training_log.csv", ("step", "loss", "grad_norm"))
     found = {f"{step:.0f}": [loss, norm] for step, loss, norm in zip(*log.values(), strict=True) if step > 5}
     assert found.keys() == expected.keys()

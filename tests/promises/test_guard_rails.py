@@ -8,13 +8,15 @@ import torch
 from test_resume import config, outcome
 
 from conftest import tiny
-from khanhllm import checkpoint, train
 from khanhllm.chaos.numbers import everything, spoiled
-from khanhllm.guard import Diverged
-from khanhllm.machine.runtime import open_machine
-from khanhllm.measure import random_rows
+from khanhllm.data.batches import random_batches
+from khanhllm.machine.devices import open_machine
 from khanhllm.settings import resolve
-from khanhllm.step import Learner, accumulate, train_step
+from khanhllm.training import checkpoint
+from khanhllm.training import run as training_run
+from khanhllm.training.guard import Diverged
+from khanhllm.training.run import train
+from khanhllm.training.step import Learner, accumulate, train_step
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def cache(tmp_path_factory):
 def test_one_bad_number_in_any_gradient_changes_nothing(name, bad, monkeypatch):
     settings = {"train": {"micro_batch": 1, "accumulation": 4}, "optim": {"name": name, "clip": 0}}
     learner = Learner.new(resolve(tiny(dim=64).model_dump(), settings), open_machine(tiny().machine))
-    rows = random_rows(learner.config, learner.machine.device)
+    rows = random_batches(learner.config, learner.machine.device)
     state, _ = train_step(learner, learner.start(), rows)
     before = everything(learner)
     chance = random.Random(0)
@@ -47,7 +49,7 @@ def test_one_bad_number_in_any_gradient_changes_nothing(name, bad, monkeypatch):
 
 def poisoned(monkeypatch, bad):
     """Losses become NaN where `bad(cursor)` says so of the rows trained on before."""
-    from khanhllm import step
+    from khanhllm.training import step
 
     honest = step.accumulate
 
@@ -60,7 +62,7 @@ def poisoned(monkeypatch, bad):
 
 def test_a_bad_step_is_passed_over(corpus, cache, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, lambda cursor: 20 < cursor <= 24)  # one step of four rows
-    train.run(config(corpus, cache), tmp_path / "run")
+    train(config(corpus, cache), tmp_path / "run")
     assert "step 6 is rejected: the loss is nan" in capsys.readouterr().out
     _, rows = outcome(tmp_path / "run")
     assert [row["rejected"] for row in rows] == ["0"] * 5 + ["1"] + ["0"] * 14
@@ -69,7 +71,7 @@ def test_a_bad_step_is_passed_over(corpus, cache, tmp_path, monkeypatch, capsys)
 
 def test_bad_steps_in_a_row_lead_back_and_beyond_the_rows(corpus, cache, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36)  # three steps
-    train.run(config(corpus, cache), tmp_path / "run")
+    train(config(corpus, cache), tmp_path / "run")
     assert "3 steps in a row were rejected; back to step 5, beyond the 16 rows since then" in capsys.readouterr().out
     _, rows = outcome(tmp_path / "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 21))
@@ -81,8 +83,8 @@ def test_bad_steps_in_a_row_lead_back_and_beyond_the_rows(corpus, cache, tmp_pat
 def test_a_return_survives_stops(corpus, cache, tmp_path, monkeypatch):
     """Killed at any step around the return, and resumed, it ends the same."""
     poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36)
-    train.run(config(corpus, cache), tmp_path / "whole")
-    honest = train.train_step
+    train(config(corpus, cache), tmp_path / "whole")
+    honest = training_run.train_step
 
     class Killed(BaseException):
         pass
@@ -95,28 +97,28 @@ def test_a_return_survives_stops(corpus, cache, tmp_path, monkeypatch):
                 raise Killed
             return honest(learner, state, rows)
 
-        monkeypatch.setattr(train, "train_step", dying)
+        monkeypatch.setattr(training_run, "train_step", dying)
         with pytest.raises(Killed):
-            train.run(config(corpus, cache), tmp_path / str(stop))
-        monkeypatch.setattr(train, "train_step", honest)
-        train.run(config(corpus, cache), tmp_path / str(stop), resume=True)
+            train(config(corpus, cache), tmp_path / str(stop))
+        monkeypatch.setattr(training_run, "train_step", honest)
+        train(config(corpus, cache), tmp_path / str(stop), resume=True)
         assert outcome(tmp_path / str(stop)) == outcome(tmp_path / "whole")
 
 
 def test_bad_from_the_first_step_it_stops_and_says_so(corpus, cache, tmp_path, monkeypatch):
     poisoned(monkeypatch, lambda cursor: True)
     with pytest.raises(Diverged, match=r"after 2 returns.*the beginning.*--optim\.lr") as caught:
-        train.run(config(corpus, cache), tmp_path / "run")
+        train(config(corpus, cache), tmp_path / "run")
     assert caught.value.exit_code == 76
 
 
 def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(corpus, cache, tmp_path, monkeypatch):
     poisoned(monkeypatch, lambda cursor: cursor > 30)
     with pytest.raises(Diverged, match=r"the last good state is that of step 5.*--resume"):
-        train.run(config(corpus, cache), tmp_path / "run")
+        train(config(corpus, cache), tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run").name == "step-0000005"
     monkeypatch.undo()
-    train.run(config(corpus, cache), tmp_path / "run", resume=True)
+    train(config(corpus, cache), tmp_path / "run", resume=True)
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
 
 

@@ -20,10 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import build, save, tiny
-from khanhllm import checkpoint, cli, optim, train
-from khanhllm.config import OptimConfig, UserError
-from khanhllm.machine import runtime
+from khanhllm import cli, optim
+from khanhllm.errors import UserError
+from khanhllm.machine import devices
+from khanhllm.schema import OptimConfig
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
+from khanhllm.training.run import train
 
 TB = 2**40
 MOST_MEMORY = 200e6
@@ -38,14 +41,14 @@ def world(tmp_path_factory, corpus):
     (world / "precious" / "letter.txt").write_text("do not touch")
     data = {"source": str(corpus), "cache": str(world / "shards"), "validation": 0.2, "workers": 1}
     length = {"steps": 4, "save_every": 2, "eval_every": 0, "eval_tokens": 64, "sample_tokens": 2}
-    train.run(resolve(tiny().model_dump(), {"data": data, "train": length}), world / "run")
+    train(resolve(tiny().model_dump(), {"data": data, "train": length}), world / "run")
     return world
 
 
 @pytest.fixture
 def run(world, tmp_path, monkeypatch):
     """A copy of the world to spoil: its run folder."""
-    monkeypatch.setattr(runtime, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(devices, "matmul_rate", lambda *_: 1e9)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world, tmp_path / "world")
     run = tmp_path / "world" / "run"

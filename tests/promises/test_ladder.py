@@ -8,13 +8,18 @@ from safetensors.torch import load_file
 
 import khanhllm
 from conftest import build, tiny
-from khanhllm import checkpoint, doctor, evaluate, optim, train
-from khanhllm.config import MachineConfig, OptimConfig, Sampling, UserError
-from khanhllm.generate import write
-from khanhllm.machine.runtime import open_machine
-from khanhllm.machine.weights import keep_in_bf16
-from khanhllm.saved import open_run
+from khanhllm import optim
+from khanhllm.errors import UserError
+from khanhllm.inference.generate import write
+from khanhllm.lab import doctor
+from khanhllm.machine.devices import open_machine
+from khanhllm.machine.precision import keep_in_bf16
+from khanhllm.runs import evaluate
+from khanhllm.runs.run import open_run
+from khanhllm.schema import MachineConfig, OptimConfig, Sampling
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
+from khanhllm.training.run import train
 
 HALVES = {"weights": "bf16"}
 RUNGS = {
@@ -80,7 +85,7 @@ def small(corpus, cache, **machine):
 
 def test_a_run_with_bf16_weights_opens_anywhere(corpus, tmp_path):
     config = small(corpus, tmp_path / "shards", **HALVES)
-    train.run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     kept = load_file(checkpoint.newest(tmp_path / "run") / "model.safetensors")
     assert kept["head.weight"].dtype == torch.bfloat16
     assert kept["head.norm.weight"].dtype == torch.float32
@@ -100,12 +105,12 @@ def test_a_run_with_bf16_weights_opens_anywhere(corpus, tmp_path):
 def test_a_run_changes_rungs_when_it_is_resumed(corpus, tmp_path):
     """Moments are the same on every rung, so a run may be finished in fp32, or made to fit a smaller machine."""
     whole = small(corpus, tmp_path / "shards")
-    train.run(whole, tmp_path / "run")
+    train(whole, tmp_path / "run")
     for steps, machine in ((6, HALVES), (8, {"precision": "fp32"})):
         longer = small(corpus, tmp_path / "shards", **machine).model_copy(
             update={"train": whole.train.model_copy(update={"steps": steps})}
         )
-        train.run(longer, tmp_path / "run", resume=True)
+        train(longer, tmp_path / "run", resume=True)
         kept = load_file(checkpoint.newest(tmp_path / "run") / "model.safetensors")
         assert kept["head.weight"].dtype == (torch.bfloat16 if machine is HALVES else torch.float32)
 
@@ -125,7 +130,7 @@ def test_rungs_that_do_not_exist_are_refused(machine, says):
 
 
 def test_the_doctor_examines_in_full_precision(corpus, tmp_path, capsys):
-    train.run(small(corpus, tmp_path / "shards", **HALVES), tmp_path / "run")
+    train(small(corpus, tmp_path / "shards", **HALVES), tmp_path / "run")
     capsys.readouterr()
     doctor.examine(str(tmp_path / "run"), MachineConfig(device="cpu", threads=1, **HALVES), as_json=True)
     laws = {finding["law"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}

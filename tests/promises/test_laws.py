@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import build, tiny
-from khanhllm import doctor
+from khanhllm.lab import doctor
 from khanhllm.machine import fit
 from khanhllm.model import attention, moe, router
 from khanhllm.model.experts import LOOP

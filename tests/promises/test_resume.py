@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from conftest import tiny
-from khanhllm import checkpoint, train
-from khanhllm.config import Config, UserError
+from khanhllm.errors import UserError
+from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
+from khanhllm.training import run as training_run
+from khanhllm.training.run import train
 
 TIMING = {"tokens_per_s", "mfu", "waiting", "memory_mb", "seconds"}
 
@@ -79,8 +82,8 @@ def cache(tmp_path_factory):
 )
 def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_path, monkeypatch):
     whole = config(corpus, cache, **settings)
-    train.run(whole, tmp_path / "whole")
-    honest = train.train_step
+    train(whole, tmp_path / "whole")
+    honest = training_run.train_step
 
     def stop_after(step):
         def stopping(parts, state, rows):
@@ -89,47 +92,47 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_p
                 os.kill(os.getpid(), signal.SIGTERM)
             return result
 
-        monkeypatch.setattr(train, "train_step", stopping)
+        monkeypatch.setattr(training_run, "train_step", stopping)
 
     for step in (7, 13, None):  # 7 and 13 lie between checkpoints, and 13 is a second resume
         stop_after(step)
-        train.run(whole, tmp_path / "pieces", resume=step != 7)
+        train(whole, tmp_path / "pieces", resume=step != 7)
     assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
     assert len(outcome(tmp_path / "whole")[1]) == 20
 
 
 def test_a_kill_between_checkpoints_repeats_only_what_was_not_saved(corpus, cache, tmp_path):
     """What a kill -9 leaves: a CSV that is ahead of the newest checkpoint."""
-    train.run(config(corpus, cache), tmp_path / "whole")
+    train(config(corpus, cache), tmp_path / "whole")
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path / "whole", killed)
     shutil.rmtree(killed / "checkpoints" / "step-0000020")
     with (killed / "training_log.csv").open("a") as file:
         file.write("21,13")  # half a line
-    train.run(config(corpus, cache), killed, resume=True)
+    train(config(corpus, cache), killed, resume=True)
     assert outcome(killed) == outcome(tmp_path / "whole")
 
 
 def test_a_broken_newest_checkpoint_falls_back(corpus, cache, tmp_path):
-    train.run(config(corpus, cache), tmp_path / "run")
+    train(config(corpus, cache), tmp_path / "run")
     before = outcome(tmp_path / "run")
     broken = tmp_path / "run" / "checkpoints" / "step-0000020" / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"?")
-    train.run(config(corpus, cache), tmp_path / "run", resume=True)
+    train(config(corpus, cache), tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == before
 
 
 def test_another_seed_is_another_run(corpus, cache, tmp_path):
     """Or the equalities above would hold for any two runs."""
     for seed in (0, 1):
-        train.run(config(corpus, cache, train={"seed": seed}), tmp_path / str(seed))
+        train(config(corpus, cache, train={"seed": seed}), tmp_path / str(seed))
     assert outcome(tmp_path / "0")[0]["model.safetensors"] != outcome(tmp_path / "1")[0]["model.safetensors"]
 
 
 def test_micro_batches_do_not_change_the_run_beyond_rounding(corpus, cache, tmp_path):
     for micro_batch, accumulation in ((4, 1), (1, 4)):
         shape = {"micro_batch": micro_batch, "accumulation": accumulation}
-        train.run(config(corpus, cache, train=shape), tmp_path / str(micro_batch))
+        train(config(corpus, cache, train=shape), tmp_path / str(micro_batch))
     losses = [[float(row["loss"]) for row in outcome(tmp_path / name)[1]] for name in ("1", "4")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
@@ -143,7 +146,7 @@ def test_a_full_disk_does_not_stop_the_run(corpus, cache, tmp_path, monkeypatch,
         return honest(run, whole)
 
     monkeypatch.setattr(checkpoint, "write", sometimes_full)
-    train.run(config(corpus, cache), tmp_path / "run")
+    train(config(corpus, cache), tmp_path / "run")
     assert "training goes on" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
 
@@ -153,13 +156,13 @@ def test_two_trainings_in_one_folder_are_refused(corpus, cache, tmp_path):
 
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="another training"):
-        train.run(config(corpus, cache), tmp_path / "run")
+        train(config(corpus, cache), tmp_path / "run")
 
 
 def test_a_run_is_not_overwritten(corpus, cache, tmp_path):
-    train.run(config(corpus, cache, train={"steps": 1}), tmp_path / "run")
+    train(config(corpus, cache, train={"steps": 1}), tmp_path / "run")
     with pytest.raises(UserError, match="--resume"):
-        train.run(config(corpus, cache), tmp_path / "run")
+        train(config(corpus, cache), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -172,36 +175,36 @@ def test_a_run_is_not_overwritten(corpus, cache, tmp_path):
     ],
 )
 def test_what_a_resumed_run_cannot_change(settings, says, corpus, cache, tmp_path):
-    train.run(config(corpus, cache, train={"steps": 2}), tmp_path / "run")
+    train(config(corpus, cache, train={"steps": 2}), tmp_path / "run")
     before = (tmp_path / "run" / "config.toml").read_bytes()
     longer = {"train": {"steps": 4}} | {key: {**value} for key, value in settings.items()}
     with pytest.raises(UserError, match=says):
-        train.run(config(corpus, cache, **longer), tmp_path / "run", resume=True)
+        train(config(corpus, cache, **longer), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
 
 
 def test_other_shards_are_refused(corpus, cache, tmp_path):
     """The folder that the run remembers was prepared again, from other text."""
     first = config(corpus, tmp_path / "own", train={"steps": 2})
-    train.run(first, tmp_path / "run")
+    train(first, tmp_path / "run")
     (shards,) = (path for path in (tmp_path / "own").iterdir() if path.is_dir())
     shutil.rmtree(shards)
     other = config(corpus, tmp_path / "own", train={"steps": 2}, data={"validation": 0.4})
-    train.run(other, tmp_path / "other")
+    train(other, tmp_path / "other")
     next(path for path in (tmp_path / "own").iterdir() if path.is_dir()).rename(shards)
     with pytest.raises(UserError, match="other shards"):
-        train.run(config(corpus, tmp_path / "own"), tmp_path / "run", resume=True)
+        train(config(corpus, tmp_path / "own"), tmp_path / "run", resume=True)
 
 
 def test_a_resumed_run_takes_the_shards_it_has(corpus, tmp_path, monkeypatch):
     """From another working folder, and though the source has changed since."""
     monkeypatch.chdir(tmp_path)
     texts = shutil.copytree(corpus, tmp_path / "texts")
-    train.run(config(texts, Path("shards"), train={"steps": 2}), tmp_path / "run")
+    train(config(texts, Path("shards"), train={"steps": 2}), tmp_path / "run")
     (texts / "more.txt").write_text("Something new.\n" * 100)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    train.run(config(texts, Path("shards"), train={"steps": 4}), tmp_path / "run", resume=True)
+    train(config(texts, Path("shards"), train={"steps": 4}), tmp_path / "run", resume=True)
     assert not (tmp_path / "elsewhere" / "shards").exists()
 
 
@@ -215,7 +218,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
 
     monkeypatch.setattr(checkpoint, "write", full_after_5)
     with pytest.raises(UserError, match=r"No space.*intact.*--resume"):
-        train.run(config(corpus, cache, train={"save_every": 2}), tmp_path / "run")
+        train(config(corpus, cache, train={"save_every": 2}), tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     with (tmp_path / "run" / "training_log.csv").open() as file:
         assert len(file.readlines()) - 1 < 20
@@ -224,7 +227,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
 def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch):
     """On a clock that each step moves by a second, and each look by a hair."""
     now = [0.0]
-    honest = train.train_step
+    honest = training_run.train_step
 
     def read():
         now[0] += 1e-6
@@ -234,12 +237,12 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
         now[0] += 1
         return honest(learner, state, rows)
 
-    monkeypatch.setattr(train, "train_step", ticking)
-    monkeypatch.setattr(train.time, "perf_counter", read)
+    monkeypatch.setattr(training_run, "train_step", ticking)
+    monkeypatch.setattr(training_run.time, "perf_counter", read)
     run = tmp_path / "run"
-    train.run(config(corpus, cache, train={"seconds": 8, "save_every": 0}), run)
+    train(config(corpus, cache, train={"seconds": 8, "save_every": 0}), run)
     assert checkpoint.newest(run).name == "step-0000007"  # an eighth would not have left time to save
-    train.run(config(corpus, cache, train={"seconds": 12, "save_every": 0}), run, resume=True)
+    train(config(corpus, cache, train={"seconds": 12, "save_every": 0}), run, resume=True)
     assert checkpoint.newest(run).name == "step-0000011"
     with pytest.raises(UserError, match="longer --for"):
-        train.run(config(corpus, cache, train={"seconds": 11}), run, resume=True)
+        train(config(corpus, cache, train={"seconds": 11}), run, resume=True)

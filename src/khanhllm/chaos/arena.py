@@ -14,10 +14,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from khanhllm import checkpoint, train
-from khanhllm.config import Config, UserError
-from khanhllm.log import FILE, TIMING
+from khanhllm.errors import UserError
+from khanhllm.log.run_log import FILE, TIMING
+from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
+from khanhllm.training.run import train
 
 PATIENCE = 120.0
 """seconds in which any of these trainings ends, or hangs"""
@@ -92,7 +94,7 @@ def _train(config: Config, folder: Path, limit: int) -> None:
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        train.run(config, folder, resume=(folder / "config.toml").exists())
+        train(config, folder, resume=(folder / "config.toml").exists())
     except UserError as error:
         with suppress(OSError):  # no room for it either
             os.write(written, f"{error}\n".encode())

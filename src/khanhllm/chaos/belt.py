@@ -15,14 +15,15 @@ import psutil
 from khanhllm.chaos.arena import PATIENCE, Arena, difference, end, outcome, output
 from khanhllm.chaos.server import KINDS, FaultyServer
 from khanhllm.chaos.trainers import TOGETHER
-from khanhllm.config import Config, UserError
 from khanhllm.data import fetch
+from khanhllm.data.belt_setup import lay
+from khanhllm.data.belt_worker import Maker
 from khanhllm.data.documents import Reader
-from khanhllm.data.laying import lay
-from khanhllm.data.maker import Maker
 from khanhllm.data.shards import MANIFEST
 from khanhllm.data.sources import locate
-from khanhllm.tokenizer import Tokenizer, train
+from khanhllm.data.tokenizer import Tokenizer, train
+from khanhllm.errors import UserError
+from khanhllm.schema import Config
 
 FILES = 12
 SHARDS = 12

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from khanhllm.chaos.arena import Arena
-from khanhllm.machine.runtime import open_machine
-from khanhllm.measure import random_rows
-from khanhllm.step import Learner, State, train_step
+from khanhllm.data.batches import random_batches
+from khanhllm.machine.devices import open_machine
+from khanhllm.training.step import Learner, State, train_step
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon8bit")
 
@@ -26,7 +26,7 @@ def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
         micro_batch = chance.randrange(learner.config.train.accumulation)
         before = everything(learner)
         with spoiled(parameter, place, bad, micro_batch):
-            _, row = train_step(learner, state, random_rows(learner.config, learner.machine.device))
+            _, row = train_step(learner, state, random_batches(learner.config, learner.machine.device))
         same = all(torch.equal(old, new) for old, new in zip(before, everything(learner), strict=True))
         yield "" if row["fault"] and same else f"{bad} reached the state of {type(learner.optimizer).__name__}"
 
@@ -34,7 +34,7 @@ def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
 def _learner(arena: Arena, optimizer: str) -> tuple[Learner, State]:
     config = arena.config(optim={"name": optimizer}, model={"dim": 64})  # 8 bits begin at 4,096 weights
     learner = Learner.new(config, open_machine(config.machine))
-    state, _ = train_step(learner, learner.start(), random_rows(config, learner.machine.device))
+    state, _ = train_step(learner, learner.start(), random_batches(config, learner.machine.device))
     return learner, state
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from khanhllm.chaos import belt, numbers, saves, trainers
 from khanhllm.chaos.arena import Arena
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 
 Kind = Callable[[Arena, random.Random], Iterator[str]]
 KINDS: dict[str, tuple[Kind, int]] = {

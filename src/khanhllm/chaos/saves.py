@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from khanhllm import checkpoint
 from khanhllm.chaos.arena import Arena, processes
-from khanhllm.config import Config
-from khanhllm.machine.runtime import open_machine
-from khanhllm.measure import random_rows
-from khanhllm.step import Learner, train_step
+from khanhllm.data.batches import random_batches
+from khanhllm.machine.devices import open_machine
+from khanhllm.schema import Config
+from khanhllm.training import checkpoint
+from khanhllm.training.step import Learner, train_step
 
 CALLS = ("openat", "write", "fsync", "rename", "renameat", "renameat2", "mkdir", "unlink", "unlinkat", "rmdir")
 """system calls by which a save changes the disk"""
@@ -149,5 +149,5 @@ def _save_twice(config: Config, folder: Path, connection: Connection) -> None:
 
 def _trained(config: Config) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     learner = Learner.new(config, open_machine(config.machine))
-    train_step(learner, learner.start(), random_rows(config, learner.machine.device))
+    train_step(learner, learner.start(), random_batches(config, learner.machine.device))
     return learner.model, learner.optimizer

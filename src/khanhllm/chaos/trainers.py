@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from khanhllm import checkpoint
 from khanhllm.chaos.arena import Arena, difference, end, kill, outcome, output, wait_until
-from khanhllm.log import FILE
+from khanhllm.log.run_log import FILE
+from khanhllm.training import checkpoint
 
 TOGETHER = 5
 """faults in one run"""

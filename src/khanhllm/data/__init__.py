@@ -1,0 +1,1 @@
+"""Text becomes token ids, ids become shards, shards become batches."""

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from khanhllm.schema import Config
+
 AHEAD = 4
 """batches prepared in advance"""
 
@@ -96,3 +98,12 @@ def _put(
             return queue.put(item, timeout=0.1)
         except Full:
             continue
+
+
+def random_batches(config: Config, device: torch.device) -> Iterator[Batch]:
+    """Micro-batches of random tokens, without end."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.train.rows, config.model.context + 1)
+    while True:
+        ids_BT = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+        yield Batch(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous(), 0)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from khanhllm.config import UserError
-from khanhllm.data.maker import GLANCE, RECIPE, Made, Recipe, note_path
-from khanhllm.data.pulse import Pulse
+from khanhllm.data.belt_worker import GLANCE, RECIPE, Made, Recipe, note_path
+from khanhllm.data.heartbeat import Pulse
 from khanhllm.data.shards import Manifest, shuffled
+from khanhllm.errors import UserError
 
 TRIES = 3
 """deaths of the child in a row, without a new shard, that are answered by a new child; one that hangs is killed"""
@@ -137,7 +137,7 @@ class _Child:
         self.pulse.forget()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "khanhllm.data.maker", str(self.folder), *self.settings]
+        command = [sys.executable, "-m", "khanhllm.data.belt_worker", str(self.folder), *self.settings]
         # a session of its own: Ctrl-C is for the training, which tells the child by closing the pipe
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True

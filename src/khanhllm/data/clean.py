@@ -25,8 +25,8 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from rich.table import Table
 
-from khanhllm.config import UserError
 from khanhllm.data.shards import Cleaning, Removed
+from khanhllm.errors import UserError
 from khanhllm.settings import did_you_mean
 
 KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "spans", "minhash")

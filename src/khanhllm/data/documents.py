@@ -30,11 +30,11 @@ from datatrove.utils.logging import logger
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 
-from khanhllm.config import UserError
 from khanhllm.data.fetch import Denied, fetch
-from khanhllm.data.names import text_column
+from khanhllm.data.source_syntax import text_column
 from khanhllm.data.sources import LOGIN, Source, is_remote, kind, told
 from khanhllm.data.warc import pages
+from khanhllm.errors import UserError
 
 BLOCK = 2**18
 """bytes read at once"""

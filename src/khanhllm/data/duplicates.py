@@ -27,10 +27,10 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from datatrove.pipeline.dedup.sentence_dedup import SentenceDedupSignature, SentenceFindDedups
 
-from khanhllm.config import UserError
 from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Found, steps_of
 from khanhllm.data.documents import Reader
 from khanhllm.data.writer import report_path
+from khanhllm.errors import UserError
 
 MINHASH = MinhashConfig(hash_config=SPANS.hash_config)
 PLACE = np.dtype([("document", "<u4"), ("sentence", "<u2")])

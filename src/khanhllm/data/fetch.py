@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 
 CONNECT, STALL = 10.0, 30.0
 """seconds until a server that does not answer, or stops in the middle, counts as gone"""

@@ -24,17 +24,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from khanhllm.config import DataConfig, UserError
+from khanhllm.data.belt_setup import KEPT, lay
+from khanhllm.data.belt_worker import spool
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Job, Place, Unfinished, console, say
-from khanhllm.data.laying import KEPT, lay
-from khanhllm.data.maker import spool
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
+from khanhllm.data.tokenizer import Tokenizer, train
 from khanhllm.data.writer import HASHES, Report, text_hash
+from khanhllm.errors import UserError
 from khanhllm.files import there
-from khanhllm.tokenizer import Tokenizer, train
+from khanhllm.schema import DataConfig
 
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 from khanhllm.files import read
 
 VERSION = 1

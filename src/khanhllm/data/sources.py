@@ -21,8 +21,8 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
-from khanhllm.config import UserError
-from khanhllm.data.names import common_folder, expanded, of_split, with_column, with_split
+from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_column, with_split
+from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.settings import did_you_mean
 

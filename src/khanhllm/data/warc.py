@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 
 HTML = ("text/html", "application/xhtml+xml")
 LEAST_CONTENT = 200

@@ -17,11 +17,11 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
-from khanhllm.config import UserError
 from khanhllm.data.clean import Cleaner, Found, Tally
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
-from khanhllm.tokenizer import Tokenizer
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
 
 BATCH = 2**20
 """characters tokenized at once"""

@@ -1,0 +1,1 @@
+"""Everything that knows the device: precision, expert backends, compile, memory, signals."""

@@ -6,7 +6,7 @@ Speed is dense bf16 throughput with fp32 accumulation (TFLOP/s); GeForce cards r
 import re
 from typing import NamedTuple
 
-from khanhllm.config import UserError
+from khanhllm.errors import UserError
 from khanhllm.settings import did_you_mean
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from khanhllm.config import ModelConfig
-from khanhllm.machine.runtime import Machine, keep_freed_memory
+from khanhllm.machine.devices import Machine, keep_freed_memory
 from khanhllm.model import Transformer
 from khanhllm.model.counts import total_parameters
 from khanhllm.model.experts import GROUPED, LOOP, Road
 from khanhllm.model.moe import MoE
+from khanhllm.schema import ModelConfig
 
 # What selective checkpointing keeps because it is dear to make again: matrix products and attention.
 KEPT = {

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from khanhllm.config import ModelConfig
 from khanhllm.model.cache import LayerCache
+from khanhllm.schema import ModelConfig
 
 
 class Attention(nn.Module):

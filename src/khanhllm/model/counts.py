@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from khanhllm.config import ModelConfig
 from khanhllm.model.moe import MoE
 from khanhllm.model.transformer import Transformer
+from khanhllm.schema import ModelConfig
 
 
 def on_paper(config: ModelConfig) -> Transformer:

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from khanhllm.objectives import token_nll
+from khanhllm.model.objectives import token_nll
 
 
 class Head(nn.Module):

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from khanhllm.config import ModelConfig
 from khanhllm.model.attention import Attention
 from khanhllm.model.block import Block
 from khanhllm.model.cache import KVCache
@@ -17,6 +16,7 @@ from khanhllm.model.head import Head
 from khanhllm.model.moe import MoE
 from khanhllm.model.rope import NoRope, Rope
 from khanhllm.model.router import Router, Routing
+from khanhllm.schema import ModelConfig
 
 
 class Transformer(nn.Module):

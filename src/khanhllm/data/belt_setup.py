@@ -1,0 +1,134 @@
+"""The laying of a belt: validation texts are held out, and the recipe is written by which `maker` makes the shards."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from khanhllm.data.belt_worker import RECIPE, Recipe, spool
+from khanhllm.data.clean import Cleaner, counted
+from khanhllm.data.documents import Reader
+from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
+from khanhllm.data.sources import Source
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.data.writer import HASHES, Growing, text_hash
+from khanhllm.errors import UserError
+
+HELD_OUT = 2**21
+"""text that is held out for validation (bytes), if the source has as much"""
+KEPT = 2**31
+"""downloads that are kept for the next one who reads the source from its beginning (bytes)"""
+
+
+def lay(
+    folder: Path,
+    name: str,
+    sources: list[tuple[Source, float]],
+    tokenizer: Tokenizer,
+    validation: float,
+    shard_tokens: int,
+    most: int,
+    patience: float,
+    clean: str = "",
+) -> None:
+    """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
+
+    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. patience: seconds
+    without any answer from the network. clean: steps of `clean.py`. Raises UserError if they have not at least two
+    different texts.
+    """
+    texts, threshold = _validation(folder, name, sources, validation, patience, clean)
+    tokenizer.save(folder / "tokenizer.json")
+    dtype = dtype_for(tokenizer.vocab_size)
+    with Growing(folder / "validation-00000.bin", "validation", dtype) as held:
+        for text in texts:
+            held.add(tokenizer.end_of_text, np.asarray(tokenizer.encode(text)), len(text.encode()))
+    shard = held.shard()
+    manifest = Manifest(
+        version=VERSION,
+        source=name,
+        tokenizer=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype,
+        validation=validation,
+        train_tokens=0,
+        validation_tokens=shard.tokens,
+        shards=(shard,),
+        cleaning=counted(clean, ()),
+    )
+    recipe = Recipe(
+        version=VERSION,
+        sources=tuple(asdict(source) for source, _ in sources),
+        weights=tuple(weight for _, weight in sources),
+        tokenizer=tokenizer.sha256,
+        dtype=dtype,
+        threshold=threshold,
+        held_out=tuple(sorted({text_hash(text.encode()) for text in texts})),
+        shard_tokens=shard_tokens,
+        most=most,
+        clean=manifest.cleaned_by,
+    )
+    (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
+
+
+class _Held(NamedTuple):
+    """What one component gives for validation."""
+
+    texts: list[str]
+    threshold: int
+    """hash below which no text is trained on"""
+    lowest: int
+    highest: int
+    """hashes of the texts that were read"""
+    lowest_text: str
+
+
+def _validation(
+    folder: Path, name: str, sources: list[tuple[Source, float]], validation: float, patience: float, clean: str
+) -> tuple[list[str], int]:
+    """The validation texts of all components and the hash below which no text is trained on.
+
+    A corpus too small for chance gives its lowest hash.
+    """
+    parts = [
+        # a validation split of its own is read once, all else is read again by the maker
+        _held_out(
+            Reader(source, [], None if source.validation else spool(folder, nth), patience, KEPT),
+            validation,
+            weight * HELD_OUT,
+            clean,
+        )
+        for nth, (source, weight) in enumerate(sources)
+    ]
+    least = min(parts, key=lambda part: part.lowest)
+    if least.lowest == max(part.highest for part in parts) and not any(source.validation for source, _ in sources):
+        raise UserError(f"{name} is a single document, but one must be held out; give more text")
+    texts = [text for part in parts for text in part.texts]
+    return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
+
+
+def _held_out(reader: Reader, validation: float, most: float, clean: str) -> _Held:
+    """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
+    source = reader.source
+    threshold = 0 if source.validation else int(validation * HASHES)
+    files = source.validation or source.files
+    texts: list[str] = []
+    size, lowest, highest, lowest_text = 0, HASHES, -1, ""
+    read = (document.text for name in files for document in reader.read_file(name))
+    for text, _ in Cleaner(clean).run(read):
+        raw = text.encode()
+        value = text_hash(raw)
+        highest = max(highest, value)
+        if value < lowest:
+            lowest, lowest_text = value, text
+        if source.validation or value < threshold:
+            texts.append(text)
+            size += len(raw)
+        if size >= most and lowest < highest:
+            break
+    if lowest == HASHES:
+        why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
+        raise UserError(f"{source.name} holds no text: {why}")
+    return _Held(texts, threshold, lowest, highest, lowest_text)

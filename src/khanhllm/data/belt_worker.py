@@ -1,0 +1,305 @@
+"""The making of a belt's shards; run as a program, the child process of `belt`.
+
+It reads the source in its fixed order and publishes one shard after the other, each by a rename, beside it a note of
+its sha256 and of the place where the next one begins. So any shard can be made again, byte for byte, from the note
+before it.
+
+A source may be a mixture. Then the next document always comes from the component that is furthest behind its share of
+the bytes so far, and a component that ends begins again.
+
+    belt.json   manifest.json   tokenizer.json   validation-00000.bin   train-00000.bin   train-00000.json   ...
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from hashlib import sha256
+from itertools import chain, count, islice
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from khanhllm.data.clean import Cleaner, Tally
+from khanhllm.data.documents import Reader
+from khanhllm.data.heartbeat import WORK, beat, pulse_path
+from khanhllm.data.shards import Dtype, Manifest, Shard
+from khanhllm.data.sources import Source
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.data.writer import Growing, batched, cores, text_hash
+from khanhllm.errors import UserError
+from khanhllm.files import read
+
+RECIPE = "belt.json"
+GLANCE = 0.02
+"""seconds between two looks for work"""
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def read(cls, path: Path) -> Any:
+        try:
+            return cls.model_validate_json(read(path))
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}); remove the folder {path.parent}"
+            ) from None
+
+
+class Recipe(_Kept):
+    """All that decides the bytes of the shards."""
+
+    version: int
+    sources: tuple[dict[str, Any], ...]
+    weights: tuple[float, ...]
+    """share of each source in the bytes trained on; they sum to 1"""
+    tokenizer: str
+    """sha256"""
+    dtype: Dtype
+    threshold: int
+    """texts with a hash below it are not trained on"""
+    held_out: tuple[int, ...]
+    """hashes of the validation texts"""
+    shard_tokens: int
+    most: int
+    """training tokens in one lap; 0 for all of the source, and no end if it is a mixture"""
+    clean: str = ""
+    """steps between documents and tokens"""
+
+    @property
+    def identity(self) -> str:
+        """Of all that will ever come off the belt; a recipe without a later key's default is the same one."""
+        return sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+
+
+class Position(_Kept):
+    """How far one component has been read."""
+
+    lap: int = 0
+    file: int = 0
+    document: int = 0
+    bytes: int = 0
+    """of text trained on so far, in all its laps"""
+    tally: Tally = ()
+    """what cleaning read and removed so far, in all its laps"""
+
+
+class Place(_Kept):
+    """Where the next shard begins."""
+
+    positions: tuple[Position, ...]
+    """one for each component"""
+    tokens: int = 0
+    """made so far in this lap"""
+
+
+class Made(_Kept):
+    """The note beside a published shard."""
+
+    shard: Shard
+    following: Place
+    last: bool
+    """the source ends with it; then it begins again"""
+
+
+def spool(folder: Path, nth: int) -> Path:
+    """Where the downloads of component `nth` of a belt lie; two components may read the same file at a time."""
+    return folder / "spool" / str(nth)
+
+
+def note_path(folder: Path, nth: int) -> Path:
+    return folder / f"train-{nth:05d}.json"
+
+
+class Maker:
+    """Makes the shards of one belt; the work of the child."""
+
+    def __init__(self, folder: Path, patience: float) -> None:
+        self.folder = folder
+        self.recipe: Recipe = Recipe.read(folder / RECIPE)
+        self.name = Manifest.read(folder).source
+        self.sources = [Source(**{**fields, **_tuples(fields)}) for fields in self.recipe.sources]
+        self.readers = [Reader(source, [], spool(folder, nth), patience) for nth, source in enumerate(self.sources)]
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        self.held_out = frozenset(self.recipe.held_out)
+        self.read = 0
+        """documents so far, also those only passed over; a sign of progress"""
+        self.nth = -1
+        self.stream: Iterator[tuple[np.ndarray, int, Place]] = iter(())
+
+    def make(self, nth: int) -> Made:
+        """Publish shard `nth`; the notes of all before it must be there. Raises UserError."""
+        before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
+        start = before.following if before else Place(positions=(Position(),) * len(self.sources))
+        if nth != self.nth + 1 or not nth:
+            self.stream = self._encoded(start)
+        self.nth = nth
+        name = f"train-{nth:05d}.bin"
+        aside = self.folder / f".{name}.{os.getpid()}"
+        following = start
+        last = True
+        with Growing(aside, "train", self.recipe.dtype) as growing:
+            for ids, size, after in self.stream:
+                growing.add(self.tokenizer.end_of_text, ids, size)
+                total = start.tokens + growing.tokens
+                following = after.model_copy(update={"tokens": total})
+                if 0 < self.recipe.most <= total:
+                    break
+                if growing.tokens >= self.recipe.shard_tokens:
+                    ahead = list(islice(self.stream, 1))
+                    self.stream = chain(ahead, self.stream)
+                    last = not ahead
+                    break
+        if not growing.tokens:
+            raise UserError(f"{self.name} has no text left to train on beyond shard {nth}; remove {self.folder}")
+        made = Made(shard=growing.shard(name), following=following, last=last)
+        self._publish(aside, made, nth)
+        return made
+
+    def _publish(self, aside: Path, made: Made, nth: int) -> None:
+        note = note_path(self.folder, nth)
+        if note.exists() and Made.read(note) != made:
+            aside.unlink()
+            raise UserError(
+                f"{self.name} has changed since {self.folder / made.shard.file} was made from it; "
+                f"the run cannot go on with other text. Begin a new one, with another --data.cache"
+            )
+        aside.replace(self.folder / made.shard.file)
+        if not note.exists():
+            other = self.folder / f".{note.name}.{os.getpid()}"
+            other.write_text(made.model_dump_json(), encoding="utf-8")
+            other.replace(note)
+
+    def _encoded(self, start: Place) -> Iterator[tuple[np.ndarray, int, Place]]:
+        """Documents to train on from a place on: ids, bytes, and the place after each."""
+        threads = cores()
+        for batch in batched(self._documents(start), size=lambda item: len(item[0])):
+            encoded = self.tokenizer.encode_batch([text for text, _ in batch], threads)
+            for (text, after), ids in zip(batch, encoded, strict=True):
+                yield ids, len(text.encode()), after
+
+    def _documents(self, start: Place) -> Iterator[tuple[str, Place]]:
+        """The texts of all components, the next one always from that which is furthest behind its share."""
+        weights = self.recipe.weights
+        positions = list(start.positions)
+        streams = [self._component(nth, position) for nth, position in enumerate(positions)]
+        while True:
+            nth = min(range(len(streams)), key=lambda nth: positions[nth].bytes / weights[nth])  # the first of equals
+            found = next(streams[nth], None)
+            if not found:
+                return
+            text, positions[nth] = found
+            yield text, Place(positions=tuple(positions))
+
+    def _component(self, nth: int, start: Position) -> Iterator[tuple[str, Position]]:
+        """The texts of one component, and the position after each: one lap if it is the only one, else no end."""
+        source = self.sources[nth]
+        taken = start.bytes
+        cleaner = Cleaner(self.recipe.clean, start.tally)
+        for lap in count(start.lap):
+            begin = start if lap == start.lap else Position()
+            before = taken
+            for file in range(begin.file, len(source.files)):
+                first = begin.document if file == begin.file else 0
+                documents = self.readers[nth].read_file(source.files[file])
+                for number, document in enumerate(documents):
+                    self.read += 1
+                    if number < first:
+                        continue
+                    text = cleaner.clean(document.text)
+                    raw = text.encode()
+                    value = text_hash(raw)
+                    if text and value >= self.recipe.threshold and value not in self.held_out:
+                        taken += len(raw)
+                        place = {"lap": lap, "file": file, "document": number + 1}
+                        yield text, Position(**place, bytes=taken, tally=cleaner.tally)
+            if len(self.sources) == 1:
+                return
+            if taken == before and (begin.file, begin.document) == (0, 0):
+                raise UserError(f"{source.name} has no text to train on besides what is held out; give more of it")
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+
+
+def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
+    """Keep shards ready: the one that is being used up and `ahead` after it; remove others beyond `disk` bytes."""
+    turns, maker = 0, None
+
+    def sign() -> tuple[int, ...]:
+        return turns, maker.read if maker else 0, *_sizes(folder / "spool")
+
+    beat(pulse_path(folder, os.getpid()), sign, patience + WORK)
+    maker = Maker(folder, patience)
+    notes: list[Made] = []
+    while True:
+        turns += 1
+        while note_path(folder, len(notes)).exists() and not (notes and notes[-1].last):
+            notes.append(Made.read(note_path(folder, len(notes))))
+        whole = bool(notes) and notes[-1].last
+        now = max(0, wanted())
+        window = [(now + more) % len(notes) if whole else now + more for more in range(ahead + 1)]
+        missing = [nth for nth in window if nth >= len(notes) or not _there(folder, notes[nth])]
+        if missing:
+            # a shard begins where the one before it ended, so notes come in order
+            maker.make(min(missing[0], len(notes)))
+            _clear(folder, notes, window, disk)
+        else:
+            time.sleep(GLANCE)
+
+
+def _sizes(downloads: Path) -> list[int]:
+    """Of the downloads that are under way (bytes)."""
+    found = []
+    for path in downloads.rglob("*.part"):
+        with suppress(FileNotFoundError):  # it is whole by now
+            found.append(path.stat().st_size)
+    return found
+
+
+def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> None:
+    sizes = {nth: (folder / note.shard.file).stat().st_size for nth, note in enumerate(notes) if _there(folder, note)}
+    spare = sorted((nth for nth in sizes if nth not in window), key=lambda nth: (nth > window[0], nth))
+    while spare and sum(sizes.values()) > disk:
+        nth = spare.pop(0)
+        (folder / notes[nth].shard.file).unlink(missing_ok=True)
+        del sizes[nth]
+
+
+def _there(folder: Path, note: Made) -> bool:
+    return (folder / note.shard.file).exists()
+
+
+def main(arguments: list[str]) -> int:
+    """The child: reads the number of the shard in use from its stdin, one a line, and ends with it."""
+    newest = [0]
+
+    def listen() -> None:
+        for line in sys.stdin:
+            newest[0] = int(line)
+        os._exit(0)  # the training has gone
+
+    folder, ahead, disk, patience = Path(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3])
+    Thread(target=listen, daemon=True).start()
+    for left_over in folder.glob(".train-*"):
+        if not psutil.pid_exists(int(left_over.suffix[1:])):
+            left_over.unlink(missing_ok=True)
+    try:
+        serve(folder, ahead, disk, patience, lambda: newest[0])
+    except UserError as error:
+        print(error)
+    except OSError as error:
+        print(f"cannot make shards in {folder}: {error.strerror or error}")
+    return 75
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,262 @@
+"""Look at text before it is learned from: what is in it, how it falls into tokens, what cannot be read.
+
+A source of text and a folder of prepared shards are both shown as documents that pass by: their numbers are kept, the
+beginning of the first few is printed, and no more than one document is ever in memory. `verify` reads every file of a
+folder of shards and compares it with the manifest.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from khanhllm.data.belt_worker import Made
+from khanhllm.data.clean import counted as cleaned
+from khanhllm.data.clean import table
+from khanhllm.data.documents import Reader
+from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
+from khanhllm.data.sources import KINDS, Source, locate
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.draw import counted, histogram, lying_bars, visible
+from khanhllm.errors import UserError
+
+BEGINNING = 600
+"""characters of a document that are printed"""
+MEASURED = 2**18
+"""characters of a document that are tokenized; the tokens behind them are estimated"""
+BLOCK = 2**20
+"""ids of a shard looked at together"""
+TOP = 10  # parts of a source that get a line of their own
+STYLES = ("black on #b8d8f0", "black on #f5dfa8")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One document that passed by."""
+
+    name: str
+    size: int
+    """of its text (bytes)"""
+    pieces: list[str]
+    """its beginning; token by token where tokens are known"""
+    tokens: int = 0
+    """0 if they are not known"""
+    exact: bool = True
+    whole: bool = True
+    """whether the beginning is all of it"""
+
+
+@dataclass
+class Sample:
+    """What is remembered of the documents that passed by."""
+
+    sizes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def watch(self, parts: Iterable[Iterable[Seen]]) -> Iterator[Seen]:
+        """The documents of all parts; a part that cannot be read is noted, and the next one follows."""
+        for part in parts:
+            try:
+                for seen in part:
+                    self.sizes.append(seen.size)
+                    self.tokens.append(seen.tokens)
+                    yield seen
+            except UserError as error:
+                self.faults.append(str(error))
+
+
+def show(source: str, tokenizer_file: str | None, documents: int, sample: int) -> None:
+    """Print what is in a source of text or a folder of shards. Raises UserError if nothing of it can be read."""
+    if documents < 0 or sample < 1:
+        raise UserError(f"--documents must be at least 0 and --sample at least 1, got {documents} and {sample}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    folder = Path(source).expanduser()
+    if not (folder / MANIFEST).is_file():
+        _show_text(console, locate(source), tokenizer_file, documents, sample)
+    elif tokenizer_file:
+        raise UserError(f"{folder} holds prepared shards, which have their own tokenizer; leave --tokenizer away")
+    else:
+        _show_shards(console, folder, documents, sample)
+
+
+def _show_text(console: Console, source: Source, tokenizer_file: str | None, documents: int, sample: int) -> None:
+    tokenizer = Tokenizer.load(Path(tokenizer_file)) if tokenizer_file else None
+    size = f"about {source.size:,} bytes of text" if source.size else "size unknown"
+    console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
+    reader = Reader(source, [])
+    parts = ((_seen(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
+    seen = _pass_by(console, parts, documents, sample)
+    _shares(console, source)
+    rejected = [counted(reader.blank, "blank document"), counted(len(seen.faults), "unreadable file")]
+    _end(console, source.name, seen, rejected)
+    if not tokenizer:
+        console.print("\nto see where tokens begin and end, add --tokenizer FILE (made by `khanhllm tokenizer`)")
+
+
+def _show_shards(console: Console, folder: Path, documents: int, sample: int) -> None:
+    manifest = Manifest.read(folder)
+    tokenizer = _own_tokenizer(folder, manifest)
+    size = np.dtype(manifest.dtype).itemsize * sum(shard.tokens for shard in manifest.shards)
+    shards = counted(len(manifest.shards), "shard")
+    console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
+    console.print(_splits(manifest))
+    if manifest.cleaning:
+        console.print(table(_so_far(folder, manifest) or manifest.cleaning))
+    parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
+    seen = _pass_by(console, parts, documents, sample)
+    _end(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
+
+
+def _pass_by(console: Console, parts: Iterable[Iterable[Seen]], documents: int, most: int) -> Sample:
+    sample = Sample()
+    for number, seen in enumerate(islice(sample.watch(parts), max(most, documents))):
+        if number < documents:
+            _print(console, number + 1, seen)
+    console.print(f"\nmeasured: {counted(len(sample.sizes), 'document')}")
+    if any(sample.tokens):
+        console.print(histogram("tokens of a document", sample.tokens), end="")
+        ratios = [size / tokens for size, tokens in zip(sample.sizes, sample.tokens, strict=True) if tokens]
+        console.print(histogram("bytes of a token, for each document", ratios, step=0.5, most=8.0), end="")
+    elif sample.sizes:
+        console.print(histogram("bytes of a document", sample.sizes), end="")
+    return sample
+
+
+def _end(console: Console, name: str, sample: Sample, rejected: list[str]) -> None:
+    console.print(f"\nrejected on the way: {', '.join(rejected)}")
+    for fault in sample.faults:
+        console.print(visible(f"  ✗ {' '.join(fault.split())}"))
+    if not sample.sizes:
+        raise UserError(": ".join([f"{name} has no document that can be read", *sample.faults[:1]]))
+
+
+def _seen(text: str, name: str, tokenizer: Tokenizer | None) -> Seen:
+    size = len(text.encode())
+    if not tokenizer:
+        return Seen(name, size, [text[:BEGINNING]], whole=len(text) <= BEGINNING)
+    measured = text[:MEASURED]
+    ids = tokenizer.encode_batch([measured])[0]
+    pieces = _pieces(ids, tokenizer)
+    tokens = len(ids) if len(measured) == len(text) else round(len(ids) * size / len(measured.encode()))
+    return Seen(name, size, pieces, tokens, len(measured) == len(text), len(pieces) == tokens)
+
+
+def _pieces(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The first tokens, each as text; a byte that is only a part of a character is written out."""
+    pieces = [tokenizer.decode_bytes([rank]).decode("utf-8", "backslashreplace") for rank in ids[:BEGINNING]]
+    lengths = accumulate(map(len, pieces), initial=0)
+    return [piece for piece, before in zip(pieces, lengths, strict=False) if before < BEGINNING]
+
+
+def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Seen]:
+    """The documents of a shard; what is in memory is a block of it."""
+    ids = mapped(folder, shard, manifest.dtype)
+    for number, (start, end) in enumerate(_spans(ids, tokenizer.end_of_text)):
+        blocks = (ids[at : min(at + BLOCK, end)] for at in range(start, end, BLOCK))
+        try:
+            size = sum(int(tokenizer.token_bytes[block].sum()) for block in blocks)
+        except IndexError:
+            raise UserError(f"{folder / shard.file} holds a token beyond the vocabulary; prepare again") from None
+        pieces = _pieces(ids[start:end], tokenizer)
+        yield Seen(f"{shard.file}/{number}", size, pieces, end - start, whole=len(pieces) == end - start)
+
+
+def _spans(ids: np.ndarray, end_of_text: int) -> Iterator[tuple[int, int]]:
+    """Where documents start and end; each follows an end-of-text."""
+    start = 0
+    for at in range(0, len(ids), BLOCK):
+        for found in np.flatnonzero(ids[at : at + BLOCK] == end_of_text):
+            if start < at + found:
+                yield start, at + int(found)
+            start = at + int(found) + 1
+    if start < len(ids):
+        yield start, len(ids)
+
+
+def _print(console: Console, number: int, seen: Seen) -> None:
+    facts = [f"document {number}", seen.name, f"{seen.size:,} bytes"]
+    if seen.tokens:
+        about = "" if seen.exact else "about "
+        facts += [f"{about}{seen.tokens:,} tokens", f"{seen.size / seen.tokens:.2f} bytes a token"]
+    console.print(visible(f"\n── {' · '.join(facts)}"), style="bold")
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
+    text = Text()
+    for nth, piece in enumerate(seen.pieces):
+        text.append("│" if nth and not coloured else "")
+        shown = visible(piece, console.encoding)
+        for line in (shown.replace("\n", "↵\n") if seen.tokens else shown).splitlines(keepends=True):
+            text.append(line.rstrip("\n"), STYLES[nth % 2] if coloured and seen.tokens else "")
+            text.append(line[len(line.rstrip("\n")) :])  # no colour behind the end of a line
+    console.print(text, end="\n" if seen.whole else " …\n")
+
+
+def _shares(console: Console, source: Source) -> None:
+    """What the source is made of: kinds of files, and the largest of its folders and files."""
+    weights = source.text_bytes if source.size else (1,) * len(source.files)
+    kinds, tops = Counter[str](), Counter[str]()
+    for name, weight in zip(source.files, weights, strict=True):
+        top, slash, _ = name.partition("/")
+        tops[top + slash] += weight
+        bare = name.lower().partition("?")[0]
+        kinds[next(ending for endings in KINDS.values() for ending in endings if bare.endswith(ending))] += weight
+    for title, parts in (("kinds of files", kinds), ("folders and files", tops)):
+        rows = parts.most_common(TOP)
+        rest = parts.total() - sum(weight for _, weight in rows)
+        rows += [(f"{len(parts) - TOP} more", rest)] if rest else []
+        bars = [(name[-40:], weight, f"{100 * weight / parts.total():.1f} %") for name, weight in rows]
+        console.print(lying_bars(title, bars), end="")
+
+
+def _splits(manifest: Manifest) -> Table:
+    table = Table("split", box=None, pad_edge=False, header_style="dim")
+    for header in ("shards", "tokens", "documents", "bytes per token"):
+        table.add_column(header, justify="right")
+    for split in ("train", "validation"):
+        shards = manifest.of(split)
+        tokens = sum(shard.tokens for shard in shards)
+        documents = sum(shard.documents for shard in shards)
+        ratio = sum(shard.bytes for shard in shards) / max(1, tokens)
+        table.add_row(split, f"{len(shards):,}", f"{tokens:,}", f"{documents:,}", f"{ratio:.2f}")
+    return table
+
+
+def _so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
+    """What the cleaning of a belt has read and removed by its newest shard; None before the first one."""
+    newest = max(folder.glob("train-?????.json"), default=None)
+    if not newest:
+        return None
+    return cleaned(manifest.cleaned_by, (place.tally for place in Made.read(newest).following.positions))
+
+
+def verify(folder: Path) -> None:
+    """Compare every file of a folder of shards with its manifest. Raises UserError after naming all that differ."""
+    manifest = Manifest.read(folder)
+    console = Console(stderr=True)
+    shards = track(manifest.shards, "reading", console=console, transient=True, disable=not console.is_terminal)
+    faults = [fault for shard in shards if (fault := damage(folder, shard))]
+    try:
+        _own_tokenizer(folder, manifest)
+    except UserError as error:
+        faults.append(str(error))
+    if faults:
+        print("\n".join(map(visible, faults)))
+        total = len(manifest.shards) + 1
+        raise UserError(f"{folder}: {len(faults):,} of {total:,} files damaged or missing; the first: {faults[0]}")
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    print(f"{counted(len(manifest.shards), 'shard')}, {tokens:,} tokens: every hash is right")
+
+
+def _own_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.sha256 != manifest.tokenizer:
+        raise UserError(f"{path} is damaged: its sha256 is not the manifest's; prepare again")
+    return tokenizer

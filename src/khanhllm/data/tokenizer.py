@@ -1,0 +1,226 @@
+"""Text to token ids and back: byte-level BPE, trained once, then spoken by everyone.
+
+Two libraries share the work. `tokenizers` learns the merges and defines the file format, so that tokenizer.json loads
+in transformers and whatever follows it. `tiktoken` encodes: the same ids several times faster. They agree because of
+two facts that loading checks: the pre-tokenizing pattern is GPT-2's, known by name to every runtime, and ids grow in
+the order in which merges were learned, so that "lowest id first" and "earliest merge first" are the same rule.
+
+Special tokens take the first ids. Text is always encoded as ordinary text: someone who writes <|endoftext|> into a
+document gets the letters, never the token. Every byte is itself a token, so nothing is unknown and any bytes survive
+the round trip.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from khanhllm.errors import UserError
+from khanhllm.files import read
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+LARGEST = 2**28
+"""no tokenizer.json is larger (bytes)"""
+SMALLEST = len(SPECIALS) + 256
+"""tokens in a vocabulary that has learned nothing yet"""
+
+# GPT-2's pattern with possessive quantifiers: the same pieces, without backtracking.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# The one branch that still backtracks, `\s+(?!\S)`, overflows the regex engine's stack on a run of about a million
+# blanks before a letter. Python also counts \x1c-\x1f as blank; the pattern does not.
+_LONG = 100_000
+_LONG_BLANK = re.compile(rf"[^\S\x1c-\x1f]{{{_LONG},}}(?=[\S\x1c-\x1f])")
+_LOST_BYTES = re.compile("([\udc80-\udcff]+)")
+
+
+def train(texts: Iterable[str], vocab_size: int, progress: bool = False) -> "Tokenizer":
+    """Learn a vocabulary of `vocab_size` tokens, special ones included, from texts; the same texts, the same result.
+
+    A text too small to need that many tokens gives fewer. `progress` draws a bar on stderr.
+    """
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST:
+        raise UserError(f"a byte-level vocabulary needs at least {SMALLEST} tokens, got vocab_size {vocab_size}")
+    learner = Trained(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    learner.train_from_iterator(chain.from_iterable(map(_slices, texts)), trainer)
+    return Tokenizer(learner.to_str())
+
+
+def _slices(text: str, longest: int = 10_000) -> Iterator[str]:
+    """Bounded slices, because the trainer's time grows with the square of the longest piece without a blank."""
+    for start in range(0, len(text), longest):
+        yield text[start : start + longest]
+
+
+class Tokenizer:
+    """Encodes and decodes. Made by `train` or `Tokenizer.load`."""
+
+    def __init__(self, source: str, where: str = "tokenizer") -> None:
+        """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is no byte-level BPE."""
+        try:
+            layout = json.loads(source)
+            self._check(layout)
+            vocab: dict[str, int] = layout["model"]["vocab"]
+            specials = {str(token["content"]): int(token["id"]) for token in layout["added_tokens"]}
+            ranks = {_raw(piece): rank for piece, rank in vocab.items() if piece not in specials}
+            self._check_order(layout["model"]["merges"], vocab, ranks, specials)
+            # one spelling for one content, so that its hash is the tokenizer's identity
+            self._canonical = json.dumps(layout, ensure_ascii=False)
+            self.sha256 = hashlib.sha256(self._canonical.encode()).hexdigest()
+            names = {rank: name.encode() for name, rank in specials.items()}
+            self._byte_ids = [ranks[bytes([byte])] for byte in range(256)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"{where} is not a byte-level BPE tokenizer.json as `khanhllm tokenizer` writes it: {reason}"
+            ) from None
+        self.engine = tiktoken.Encoding("khanhllm", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        by_rank = {rank: piece for piece, rank in ranks.items()} | names
+        self._pieces = [by_rank[rank] for rank in range(len(by_rank))]
+        self._special_ids = frozenset(names)
+        self.vocab_size = len(self._pieces)
+        self.end_of_text = specials[END_OF_TEXT]
+
+    @staticmethod
+    def _check(layout: dict[str, Any]) -> None:
+        pre = layout["pre_tokenizer"] or {}
+        if layout["model"]["type"] != "BPE" or pre.get("type") != "ByteLevel" or layout.get("normalizer"):
+            raise ValueError("it must be BPE, pre-tokenized by ByteLevel alone, without a normalizer")
+        if pre.get("add_prefix_space") or not pre.get("use_regex", True):
+            raise ValueError("ByteLevel must use GPT-2's pattern and add no prefix space")
+
+    @staticmethod
+    def _check_order(
+        merges: list[Any], vocab: dict[str, int], ranks: dict[bytes, int], specials: dict[str, int]
+    ) -> None:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+        learned = [vocab[left + right] for left, right in pairs]
+        if learned != sorted(set(learned)) or len(learned) + 256 != len(ranks):
+            raise ValueError("ids must grow in the order of the merges, on top of all 256 bytes")
+        if any(type(rank) is not int for rank in vocab.values()):
+            raise ValueError("ids must be whole numbers")
+        if sorted([*ranks.values(), *specials.values()]) != list(range(len(ranks) + len(specials))):
+            raise ValueError("ids must be 0, 1, 2 ... without gaps")
+        if END_OF_TEXT not in specials:
+            raise ValueError(f"{END_OF_TEXT} is missing")
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a tokenizer.json. Raises UserError if it is missing, damaged or not byte-level BPE."""
+        try:
+            return cls(read(path, LARGEST).decode(), str(path))
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a tokenizer.json (not UTF-8 text)") from None
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json to `path`, and beside it vocab.txt, one readable token a line."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, self._canonical)
+            _write(path.with_name("vocab.txt"), "".join(self._readable()))
+        except OSError as error:
+            raise UserError(f"cannot write the tokenizer {path}: {error.strerror}") from None
+
+    def _readable(self) -> Iterator[str]:
+        for rank, piece in enumerate(self._pieces):
+            shown = piece.decode("utf-8", "backslashreplace")
+            shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
+            yield f"{rank}\t{shown}\n" if rank in self._special_ids else f"{rank}\t'{shown}'\n"
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """Raw bytes of text that each token stands for, 0 for special tokens; int32, (vocab_size,)."""
+        sizes = [0 if rank in self._special_ids else len(piece) for rank, piece in enumerate(self._pieces)]
+        return np.array(sizes, dtype=np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Nothing in it becomes a special token; a lone surrogate becomes U+FFFD."""
+        return [rank for part in _digestible(text) for rank in self.engine.encode_ordinary(part)]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """The ids of each text, as uint32 arrays; same as `encode`, faster. Encoding does not hold the GIL."""
+        if threads == 1:
+            return [self._encode_array(text) for text in texts]
+        share = -(-len(texts) // (4 * threads)) or 1
+        groups = [texts[start : start + share] for start in range(0, len(texts), share)]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(chain.from_iterable(pool.map(self.encode_batch, groups)))
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        try:
+            parts = [self.engine.encode_to_numpy(part, disallowed_special=()) for part in _digestible(text)]
+        except UnicodeEncodeError:  # a lone surrogate, which only the other road mends
+            return np.array(self.encode(text), dtype=np.uint32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes; those that are not UTF-8 become one token each, and `decode_bytes` gives them back."""
+        ids: list[int] = []
+        for odd, part in enumerate(_LOST_BYTES.split(data.decode("utf-8", "surrogateescape"))):
+            raw = part.encode("utf-8", "surrogateescape")
+            ids += [self._byte_ids[byte] for byte in raw] if odd % 2 else self.encode(part)
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind ids; special tokens appear by name. Raises UserError for an id beyond the vocabulary."""
+        return b"".join(self._piece(int(rank)) for rank in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text behind ids; bytes that are no complete UTF-8 character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def _piece(self, rank: int) -> bytes:
+        if not 0 <= rank < self.vocab_size:
+            raise UserError(f"token {rank} is beyond the vocabulary of {self.vocab_size} tokens")
+        return self._pieces[rank]
+
+
+def _digestible(text: str) -> list[str]:
+    """Cut where the pattern cuts anyway, one short of the end of very long blanks; see _LONG_BLANK."""
+    if len(text) <= _LONG:
+        return [text]
+    cuts = [0, *(match.end() - 1 for match in _LONG_BLANK.finditer(text)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts)]
+
+
+def _raw(piece: str) -> bytes:
+    return bytes(_BYTE_OF[char] for char in piece)
+
+
+def _stand_ins() -> dict[str, int]:
+    """GPT-2's printable characters for the 256 bytes: printable Latin-1 stands for itself, the rest follow U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + nth): byte for nth, byte in enumerate(others)}
+
+
+_BYTE_OF = _stand_ins()
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8", newline="\n")
+    aside.replace(path)

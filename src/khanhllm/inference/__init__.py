@@ -1,0 +1,1 @@
+"""Writing with a model, and scoring text with it."""

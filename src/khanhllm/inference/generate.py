@@ -1,0 +1,68 @@
+"""A model that writes: prefill the prompt, then one token at a time from the cache, text as it comes."""
+
+import codecs
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
+from khanhllm.machine.devices import Machine
+from khanhllm.model import Transformer
+from khanhllm.schema import Sampling
+
+
+def write(model: Transformer, tokenizer: Tokenizer, machine: Machine, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece, up to `sampling.tokens` tokens or the end of the document."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    for token in continuation(model, ids, sampling, machine, tokenizer.vocab_size):
+        if token == tokenizer.end_of_text:
+            break
+        if piece := decoder.decode(tokenizer.decode_bytes([token])):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+@torch.inference_mode()
+def continuation(
+    model: Transformer, ids: list[int], sampling: Sampling, machine: Machine, vocab_size: int
+) -> Iterator[int]:
+    """Yield up to `sampling.tokens` ids that follow `ids`. Past the model's context the older half is forgotten.
+
+    vocab_size: ids at or above it are never written (the model may have more rows than the tokenizer has tokens).
+    """
+    context = model.config.context
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache = model.new_cache()
+    new = ids = ids[-(context - 1) :]
+    for _ in range(sampling.tokens):
+        if cache.length + len(new) > context:
+            new = ids = ids[-(context // 2) :]
+            cache = model.new_cache()
+        with machine.autocast():
+            logits_V = model.next_logits(torch.tensor([new], device=machine.device), cache)[0]
+        token = choose(logits_V[:vocab_size].cpu(), sampling, generator)
+        yield token
+        new = [token]
+        ids = [*ids, token]
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id, drawn from the distribution that the settings leave."""
+    if not torch.isfinite(logits_V).all():
+        raise UserError("the model answers with numbers that are not finite: its weights are no good; take another run")
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = (logits_V - logits_V.max()) / sampling.temperature
+    if 0 < sampling.top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf)
+    prob_V = logits_V.softmax(dim=-1)
+    if sampling.top_p < 1:
+        sorted_V, order_V = prob_V.sort(descending=True)
+        beyond_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p  # what came before already suffices
+        prob_V = prob_V.index_fill(0, order_V[beyond_V], 0.0)
+    prob_V = prob_V.masked_fill(prob_V < sampling.min_p * prob_V.max(), 0.0)
+    return int(torch.multinomial(prob_V, 1, generator=generator))

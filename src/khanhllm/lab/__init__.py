@@ -1,0 +1,1 @@
+"""A trained model examined, and this machine measured."""

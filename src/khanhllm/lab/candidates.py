@@ -1,0 +1,169 @@
+"""Who is compared: our trainer, our dense twin, and Hugging Face's Qwen3-MoE of the same shape.
+
+Each trains in a process of its own, with its own allocator, peak of memory and failures, and takes a step when it is
+told to, so that contenders can take turns and whatever else the machine does falls on all of them.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+import torch
+
+from khanhllm.data.batches import random_batches
+from khanhllm.errors import UserError
+from khanhllm.machine.devices import Machine, open_machine
+from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
+from khanhllm.model.twin import dense_twin
+from khanhllm.schema import Config, ModelConfig
+from khanhllm.training.step import Learner, train_step
+
+OURS, TWIN = ["ours", "ours compiled"], "dense twin"
+HUGGING_FACE = [f"hf {experts}{compiled}" for compiled in ("", " compiled") for experts in ("eager", "grouped_mm")]
+Step = Callable[[], object]
+
+
+@dataclass
+class Contender:
+    """A process that trains one model. `flops` are for one token; `first_step` (seconds) includes compiling."""
+
+    name: str
+    connection: Connection
+    process: Any
+    parameters: int = 0
+    flops: int = 0
+    first_step: float = 0.0
+    fault: str = ""
+    """why it cannot take part, in a line"""
+
+    @classmethod
+    def enter(cls, name: str, config: Config) -> Self:
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, name, config), daemon=True)
+        process.start()
+        there.close()
+        contender = cls(name, here, process)
+        try:
+            contender.parameters, contender.flops, contender.first_step, contender.fault = here.recv()
+        except EOFError:
+            contender.fault = "its process was ended by the system (too little memory?)"
+        return contender
+
+    def step(self) -> float:
+        """Seconds of one optimizer step."""
+        self.connection.send(True)
+        seconds: float = self.connection.recv()
+        return seconds
+
+    def leave(self) -> float:
+        """End the process; its peak memory (MB)."""
+        if self.fault:
+            return 0.0
+        self.connection.send(False)
+        peak: float = self.connection.recv()
+        self.process.join()
+        return peak
+
+
+def _work(connection: Connection, name: str, config: Config) -> None:
+    machine = open_machine(config.machine)
+    torch.manual_seed(0)
+    if name.startswith("hf"):
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    try:
+        step, parameters, flops = (_hugging_face if name.startswith("hf") else _ours)(name, config, machine)
+        first = _timed(step, machine)
+    except Exception as error:
+        connection.send((0, 0, 0.0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"))
+        return
+    connection.send((parameters, flops, first, ""))
+    while connection.recv():
+        connection.send(_timed(step, machine))
+    connection.send(machine.peak_memory())
+
+
+def _timed(step: Step, machine: Machine) -> float:
+    started = time.perf_counter()
+    step()
+    machine.wait()
+    return time.perf_counter() - started
+
+
+def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
+    """The very step that `khanhllm train` takes."""
+    if name.startswith(TWIN):
+        config = config.model_copy(update={"model": dense_twin(config.model)})
+    machine = replace(machine, compile=name.endswith("compiled"))
+    learner = Learner.new(config, machine)
+    rows = random_batches(config, machine.device)
+    state = learner.start()
+    return lambda: train_step(learner, state, rows), total_parameters(learner.model), learner.flops_per_token
+
+
+def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
+    """transformers' Qwen3-MoE with its own balancing loss and fused AdamW."""
+    from transformers import Qwen3MoeForCausalLM  # type: ignore[attr-defined]
+
+    _, experts, *compiled = name.split()
+    with torch.device(machine.device):
+        model: Any = Qwen3MoeForCausalLM(as_qwen3_moe(config.model, experts))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    rows = random_batches(config, machine.device)
+    if compiled:
+        model.compile(dynamic=False)
+
+    def step() -> None:
+        for _ in range(config.train.accumulation):
+            inputs_BT, targets_BT, _ = next(rows)
+            with machine.autocast():
+                out = model(input_ids=inputs_BT, labels=targets_BT, shift_labels=targets_BT)
+            (out.loss / config.train.accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, total_parameters(model), flops_per_token(on_paper(config.model))
+
+
+def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
+    """Our shape in transformers' words. UserError if Qwen3-MoE has none for it."""
+    from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
+
+    only = {
+        "style": "modern",
+        "feedforward": "swiglu",
+        "value_embedding": False,
+        "pair_embedding": 0,
+        "embedding_skip": False,
+        "router_bias": False,
+    }
+    for key, theirs in only.items():
+        if getattr(model, key) != theirs:
+            raise UserError(f"model.{key} {getattr(model, key)} is unknown to Qwen3-MoE, which has only {theirs}")
+
+    settings: dict[str, Any] = dict(
+        vocab_size=model.vocab_size,
+        hidden_size=model.dim,
+        intermediate_size=model.hidden,
+        moe_intermediate_size=model.expert_width,
+        num_hidden_layers=len(model.pattern),
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.key_value_heads,
+        head_dim=model.head_dim,
+        num_experts=model.experts,
+        num_experts_per_tok=model.experts_per_token,
+        mlp_only_layers=[layer for layer, letter in enumerate(model.pattern) if letter == "D"],
+        norm_topk_prob=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        max_position_embeddings=model.context,
+        tie_word_embeddings=False,
+        experts_implementation=experts,
+        attn_implementation="sdpa",
+    )
+    return Qwen3MoeConfig(**settings)

@@ -1,0 +1,285 @@
+"""The laws a healthy model obeys, as plain functions, and a doctor who checks them on your preset or run.
+
+Each law takes a model and returns a `Finding`: kept or broken, what was measured, and what to do about it. The tests
+call the same functions, so what the doctor promises is what the tests prove.
+"""
+
+import copy
+import importlib.metadata
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from khanhllm import optim
+from khanhllm.errors import UserError
+from khanhllm.machine.devices import Machine, open_machine
+from khanhllm.machine.fit import fit
+from khanhllm.model import Transformer
+from khanhllm.model.counts import on_paper, total_parameters
+from khanhllm.model.experts import GROUPED, LOOP
+from khanhllm.model.moe import MoE
+from khanhllm.model.objectives import even_load, load_balance, share_of_step
+from khanhllm.model.router import stack
+from khanhllm.runs.run import open_run
+from khanhllm.schema import Config, LossConfig, MachineConfig, OptimConfig
+from khanhllm.settings import preset, preset_names, resolve
+
+LARGEST = 60_000_000
+"""presets with more parameters are examined on a small copy of the same shape"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    law: str
+    kept: bool
+    measured: str
+    advice: str = ""
+
+
+def future_has_no_gradient(model: Transformer) -> Finding:
+    """No crystal ball: what is predicted at a position has exactly no gradient from later tokens."""
+    ids_BT = some_ids(model, rows=2, length=24)
+    inputs: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, output: Tensor) -> None:
+        output.retain_grad()
+        inputs.append(output)
+
+    handle = model.embedding.register_forward_hook(keep)
+    leak = 0.0
+    length = ids_BT.shape[1]
+    for position in range(0, length - 1, max(1, length // 3)):
+        inputs.clear()
+        model.logits(ids_BT)[:, position].square().sum().backward()
+        gradient_BTD = inputs[0].grad
+        assert gradient_BTD is not None
+        leak = max(leak, gradient_BTD[:, position + 1 :].abs().max().item())
+    handle.remove()
+    model.zero_grad(set_to_none=True)
+    advice = "the model sees the answer while it learns: check the attention mask (a loss near 0.13 is its sign)"
+    return Finding("no position sees the future", leak == 0, f"largest gradient from later tokens {leak:g}", advice)
+
+
+@torch.no_grad()
+def first_loss_is_chance(model: Transformer) -> Finding:
+    """A model that knows nothing gives every token the same chance: loss ln(vocabulary), within 0.3."""
+    ids_BT = some_ids(model, rows=4, length=64)
+    nll_BT, _ = model(ids_BT[:, :-1], ids_BT[:, 1:])
+    loss, chance = nll_BT.mean().item(), math.log(model.config.vocab_size)
+    advice = "initial weights are too large, or the head is not what it should be: see Transformer.initialise"
+    return Finding("the first loss is chance", abs(loss - chance) < 0.3, f"{loss:.3f}, ln V = {chance:.3f}", advice)
+
+
+@torch.no_grad()
+def cache_changes_nothing(model: Transformer) -> Finding:
+    """Reading in pieces (7, then 4, then one by one) gives the logits of reading at once."""
+    ids_BT = some_ids(model, rows=2, length=16)
+    whole = model.logits(ids_BT)
+    cache = model.new_cache(rows=2)
+    sizes = [7, 4, *[1] * (ids_BT.shape[1] - 11)] if ids_BT.shape[1] > 11 else [1] * ids_BT.shape[1]
+    pieces = [model.logits(piece, cache) for piece in ids_BT.split(sizes, dim=1)]
+    gap = (torch.cat(pieces, dim=1) - whole).abs().max().item()
+    return Finding("the cache changes nothing", gap < 1e-3, f"largest difference {gap:.1e}", "generation would drift")
+
+
+@torch.no_grad()
+def roads_agree(model: Transformer) -> Finding:
+    """The loop over experts, which defines what is right, and grouped_mm give the same logits."""
+    ids_BT = some_ids(model, rows=2, length=32)
+    stacks: list[Any] = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    before = [experts.road for experts in stacks]
+    logits = []
+    for road in (LOOP, GROUPED):
+        for experts in stacks:
+            experts.road = road
+        logits.append(model.logits(ids_BT))
+    for experts, road in zip(stacks, before, strict=True):
+        experts.road = road
+    gap = (logits[0] - logits[1]).abs().max().item()
+    return Finding(
+        "grouped experts equal the loop", gap < 1e-3, f"largest difference {gap:.1e}", "use --machine.experts loop"
+    )
+
+
+def rebuilt_activations_change_nothing(model: Transformer) -> Finding:
+    """Loss, gradients and routing are the same with activation checkpointing, selective and full."""
+    machine = Machine(torch.device("cpu"), "fp32", compile=False, experts="loop", peak_flops=None)
+    plain_gradients, plain_load = _gradients(model)
+    gap, same_routing = 0.0, True
+    for kind in ("selective", "full"):
+        gradients, load = _gradients(fit(copy.deepcopy(model), machine, kind))
+        same_routing &= torch.equal(load, plain_load)
+        gap = max(gap, *((a - b).abs().max().item() for a, b in zip(gradients, plain_gradients, strict=True)))
+    measured = f"largest gradient difference {gap:.1e}, routing {'the same' if same_routing else 'differs'}"
+    return Finding("rebuilt activations change nothing", gap < 1e-6 and same_routing, measured, "train without them")
+
+
+def learns_one_batch(model: Transformer, steps: int = 60) -> Finding:
+    """A copy of the model learns one small batch by heart, and each of its parameters takes part."""
+    pupil = copy.deepcopy(model)
+    before = [parameter.detach().clone() for parameter in pupil.parameters()]
+    optimizer = optim.build(pupil, OptimConfig(lr=2e-3, weight_decay=0))
+    ids_BT = some_ids(pupil, rows=2, length=32)
+    losses = []
+    for _ in range(steps):
+        loss = _loss(pupil, ids_BT)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    names = [name for name, _ in pupil.named_parameters()]
+    still = [n for n, old, new in zip(names, before, pupil.parameters(), strict=True) if torch.equal(old, new)]
+    measured = f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {steps} steps, {len(still)} parameters stood still"
+    advice = f"no gradient reaches {still[0]}" if still else "the optimizer or the gradient is broken"
+    return Finding("one batch is learned by heart", losses[-1] < 0.3 * losses[0] and not still, measured, advice)
+
+
+@torch.no_grad()
+def experts_share_the_work(model: Transformer, ids_BT: Tensor | None = None) -> Finding:
+    """No expert starves: each receives at least a fiftieth of an even share."""
+    routings = model.trunk(some_ids(model, 8, 64) if ids_BT is None else ids_BT)[1]
+    load_LE = torch.stack([routing.load_E / routing.load_E.sum() for routing in routings])
+    prob_LE = torch.stack([routing.prob_E for routing in routings])
+    even = 1 / load_LE.shape[1]
+    least, most = load_LE.min().item() / even, load_LE.max().item() / even
+    balance = load_balance(load_LE, prob_LE).mean().item()
+    measured = f"least {least:.2f}, most {most:.2f} of an even share; balance {balance:.2f} (1 is even)"
+    return Finding("experts share the work", least >= 0.02, measured, "raise loss.balance, or train longer")
+
+
+def some_ids(model: Transformer, rows: int, length: int) -> Tensor:
+    """Random ids, the same every time, as long as the context allows."""
+    shape = (rows, min(length, model.config.context))
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(model.config.vocab_size, shape, generator=generator).to(model.head.weight.device)
+
+
+def _loss(model: Transformer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    weights, config = LossConfig(), model.config
+    inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+    nll_BT, routings = model(inputs_BT, targets_BT)
+    load_LE = even_load(len(config.moe_layers), config.experts).to(ids_BT.device)
+    routing = stack(routings, like=load_LE)
+    tokens = targets_BT.numel()
+    loss = share_of_step(nll_BT, routing.prob_E, routing.z, load_LE, tokens, weights.balance, weights.router_z)
+    return loss, routing.load_E
+
+
+def _gradients(model: Transformer) -> tuple[list[Tensor], Tensor]:
+    loss, load_LE = _loss(model, some_ids(model, rows=2, length=32))
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return gradients, load_LE
+
+
+LAWS: list[Callable[[Transformer], Finding]] = [
+    future_has_no_gradient,
+    cache_changes_nothing,
+    rebuilt_activations_change_nothing,
+    learns_one_batch,
+]
+MIXTURE_LAWS: list[Callable[[Transformer], Finding]] = [roads_agree, experts_share_the_work]
+
+
+def small_copy(config: Config) -> Config:
+    """The same style, pattern and routing, small enough to examine in seconds."""
+    small = {"dim": 64, "heads": 4, "kv_heads": 0, "hidden": 128, "expert_hidden": 64, "context": 64, "vocab_size": 512}
+    return resolve(config.model_dump(), {"model": small})
+
+
+def examine(patient: str, machine_config: MachineConfig, as_json: bool) -> int:
+    """Print one line for each law; 0 if all are kept, 1 otherwise."""
+    console = Console(highlight=False, quiet=as_json)
+    findings = []
+    for finding in _examination(patient, machine_config, console):
+        findings.append(finding)
+        mark = "[green]✓[/]" if finding.kept else "[red]✗[/]"
+        console.print(f"{mark} {finding.law:<34}", end=" ")
+        console.print(finding.measured, markup=False, soft_wrap=True)
+        if not finding.kept:
+            console.print(f"    → {finding.advice}", markup=False, soft_wrap=True)
+    healthy = all(finding.kept for finding in findings)
+    console.print(f"\n{'healthy' if healthy else 'needs attention'}: {patient}", markup=False)
+    if as_json:
+        print(json.dumps({"patient": patient, "healthy": healthy, "findings": [asdict(f) for f in findings]}))
+    return 0 if healthy else 1
+
+
+def _examination(patient: str, wanted: MachineConfig, console: Console) -> Iterator[Finding]:
+    # the laws are exact statements, so they are put to the model in full precision and without a compiler
+    exact = {"precision": "fp32", "weights": "fp32", "gradients": "fp32", "compile": "off", "experts": "loop"}
+    machine_config = wanted.model_copy(update=exact)
+    if patient in preset_names():
+        yield from _surroundings(open_machine(wanted))
+        machine = open_machine(machine_config)
+        config = resolve(preset(patient))
+        size = total_parameters(on_paper(config.model))
+        yield _memory(size, config)
+        if size > LARGEST:
+            console.print(f"  ({size:,} parameters; the laws are checked on a small copy of the same shape)")
+            config = small_copy(config)
+        model = Transformer(config.model)
+        model.initialise(torch.Generator().manual_seed(0))
+        model = fit(model.to(machine.device), machine, "none")
+        yield first_loss_is_chance(model)
+    elif (Path(patient) / "config.toml").exists():
+        yield from _surroundings(open_machine(wanted))
+        model = open_run(Path(patient), machine_config).model
+    else:
+        raise UserError(f"{patient} is neither a run folder nor a preset; presets: {', '.join(preset_names())}")
+    for law in LAWS + (MIXTURE_LAWS if model.config.moe_layers else []):
+        yield law(model)
+
+
+def _surroundings(machine: Machine) -> Iterator[Finding]:
+    yield Finding("device", True, machine.describe())
+    names = ("torch", "tokenizers", "tiktoken", "datatrove", "bitsandbytes", "safetensors")
+    yield Finding("libraries", True, ", ".join(f"{name} {_version(name)}" for name in names))
+    yield _eight_bit()
+    compiler = next((found for name in ("c++", "g++", "clang++", "cl") if (found := shutil.which(name))), None)
+    needed = machine.compile and machine.device.type == "cpu"
+    measured = f"C++ compiler {compiler or 'not found'}, compile is {'on' if machine.compile else 'off'}"
+    yield Finding("torch.compile", bool(compiler) or not needed, measured, "install g++, or use --machine.compile off")
+    free = shutil.disk_usage(".").free / 1e9
+    yield Finding("disk", free > 1, f"{free:.1f} GB free here", "checkpoints need room: use --run on another disk")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _eight_bit() -> Finding:
+    """Take one step with it: that is the only test that counts."""
+    layer = torch.nn.Linear(128, 128)
+    try:
+        optimizer = optim.build(layer, OptimConfig(name="adamw8bit"))
+        layer(torch.ones(1, 128)).sum().backward()
+        optimizer.step()
+    except Exception as error:
+        return Finding("8-bit AdamW", False, str(error).splitlines()[0], "use --optim.name adamw")
+    return Finding("8-bit AdamW", True, "takes a step here")
+
+
+def _memory(size: int, config: Config) -> Finding:
+    """Weights, gradients and moments, which no switch but the optimizer changes; activations come on top."""
+    moments = 8 if config.optim.name == "adamw" else 2.04
+    kept = sum(2 if kind == "bf16" else 4 for kind in (config.machine.weights, config.machine.gradients))
+    needed, have = size * (kept + moments) / 1e9, psutil.virtual_memory().available / 1e9
+    if torch.cuda.is_available():
+        have = torch.cuda.mem_get_info()[1] / 1e9
+    measured = f"{size:,} parameters; weights, gradients and moments take {needed:.1f} GB of {have:.1f} GB"
+    return Finding("memory", needed < 0.95 * have, measured, "use --optim.name adamw8bit or a smaller preset")

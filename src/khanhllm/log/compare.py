@@ -1,0 +1,139 @@
+"""Runs side by side: one picture of their losses against steps, tokens, arithmetic and time, and a table."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from khanhllm.draw import Floats, duration, short, visible
+from khanhllm.errors import UserError
+from khanhllm.log.pictures import frame, read_log, smooth
+from khanhllm.log.run_log import FILE
+from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
+from khanhllm.schema import Config
+from khanhllm.settings import read_config
+
+WIDTH = 120
+"""of the table where it goes to a file (characters)"""
+COLOURS = ("#3b6fb5", "#d9622b", "#3f9b5b", "#8a5bb5", "#b59a3b", "#555555")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run folder tells."""
+
+    name: str
+    config: Config
+    step: Floats
+    tokens: Floats
+    loss: Floats
+    """nats per token"""
+    seconds: Floats
+    """since the beginning, over all the times that it was resumed"""
+    bits: Floats
+    """per byte of the validation text; nan where it was not measured"""
+    parameters: int
+    active: int
+    flops_per_token: int
+
+
+def read(run: Path) -> Told:
+    """UserError if the folder holds no run, or one without a step."""
+    config = read_config(run)
+    found = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb"))
+    if not len(found["loss"]):
+        raise UserError(f"{run / FILE} has no step yet; train the run further")
+    model = on_paper(config.model)
+    return Told(
+        name=visible(run.resolve().name),
+        config=config,
+        step=found["step"],
+        tokens=found["tokens"],
+        loss=found["loss"],
+        seconds=_summed(found["seconds"]),
+        bits=found["val_bpb"],
+        parameters=total_parameters(model),
+        active=active_parameters(model),
+        flops_per_token=flops_per_token(model),
+    )
+
+
+def _summed(clock: Floats) -> Floats:
+    """A clock that began again at zero with each resume, as one that did not."""
+    again = np.maximum(0.0, -np.diff(clock, prepend=0.0))
+    resumed = again > 0
+    before = np.where(resumed, np.concatenate([[0.0], clock[:-1]]), 0.0)
+    total: Floats = clock + np.cumsum(before)
+    return total
+
+
+def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
+    """Print the table and write the picture. Raises UserError."""
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    told = [read(run) for run in runs]
+    console.print(_table(told))
+    try:
+        draw(told, png)
+    except OSError as error:
+        raise UserError(f"cannot write {png}: {error.strerror}") from None
+    console.print(f"drawn: {png}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(told: list[Told]) -> Table:
+    table = Table()
+    for heading in ("run", "parameters", "active", "steps", "tokens", "FLOP", "time", "tokens/s", "loss", "bits/byte"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for run in told:
+        bits = run.bits[np.isfinite(run.bits)]
+        table.add_row(
+            run.name,
+            short(run.parameters),
+            short(run.active),
+            f"{run.step[-1]:,.0f}",
+            short(run.tokens[-1]),
+            f"{run.tokens[-1] * run.flops_per_token:.2e}",
+            duration(run.seconds[-1]),
+            f"{run.tokens[-1] / run.seconds[-1]:,.0f}",
+            f"{smooth(run.loss)[-1]:.3f}",
+            f"{bits[-1]:.4f}" if len(bits) else "–",
+        )
+    return table
+
+
+def draw(told: list[Told], png: Path) -> None:
+    """The loss, smoothed, against the four things that it may be counted in; the legend says what validation gave."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
+    low, high = frame(np.concatenate([smooth(run.loss) for run in told]))
+    room = 0.05 * (high - low)
+    for axes, (label, form) in zip(figure.subplots(2, 2).flat, _axes(), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set(xlabel=label, ylabel="training loss (nats per token)", ylim=(low - room, high + room))
+        axes.xaxis.set_major_formatter(FuncFormatter(form))
+        for nth, run in enumerate(told):
+            against = {
+                "steps": run.step,
+                "tokens": run.tokens,
+                "FLOP": run.tokens * run.flops_per_token,
+                "time": run.seconds,
+            }[label]
+            bits = run.bits[np.isfinite(run.bits)]
+            name = run.name + (f": {bits[-1]:.3f} bits per byte" if len(bits) else "")
+            axes.plot(against, smooth(run.loss), color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=name)
+        if label == "steps":
+            axes.legend(frameon=False, loc="upper right")
+    figure.savefig(png)
+
+
+def _axes() -> Iterator[tuple[str, Callable[[float, int], str]]]:
+    yield "steps", lambda value, _: short(value)
+    yield "tokens", lambda value, _: short(value)
+    yield "FLOP", lambda value, _: f"{value:.1e}" if value else "0"
+    yield "time", lambda value, _: duration(value)

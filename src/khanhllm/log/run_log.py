@@ -1,0 +1,227 @@
+"""One dict per step goes to three places: a CSV, the terminal, and TensorBoard for those who like it.
+
+A row holds plain numbers and tensors that may still be on their way through a device. Asking a device for a number
+waits for all that it was given, so `add` only sends copies towards the host and writes the row *before*, whose copies
+have long arrived. The log is one step late and the device never waits for it. `flush` catches up: before a checkpoint,
+so that no checkpoint is ahead of its log.
+
+The CSV is the memory of a run: the same text for the same number, one line per step, cut back only when a run returns
+to a checkpoint. The terminal shows a panel to a person and plain lines to a file. A new measurement is one key in the
+row: TensorBoard takes every number it is given, the CSV those that `columns` names.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from khanhllm.errors import UserError
+from khanhllm.files import read
+from khanhllm.log.alarms import Alarms
+from khanhllm.log.terminal import Row, Story, Terminal
+from khanhllm.schema import Config
+
+FILE = "training_log.csv"
+MESSAGES = "messages.txt"
+TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".1f", "seconds": ".2f"}
+
+
+def columns(moe_layers: list[int]) -> list[str]:
+    """What the CSV keeps of each row. The timing columns, which no two runs share, come last."""
+    measured = ["step", "tokens", "loss", "balance", "router_z", "lr", "grad_norm", "rejected", "val_ce", "val_bpb"]
+    routed = ["max_violation", "least_share", *(f"balance_L{layer}" for layer in moe_layers)] if moe_layers else []
+    return [*measured, *routed, *TIMING]
+
+
+@dataclass
+class Log:
+    """Where a run tells what happens. A context manager: whatever ends the run, the terminal is given back."""
+
+    moe_layers: list[int]
+    csv: "Csv"
+    terminal: Terminal
+    board: Any
+    """a SummaryWriter, or None"""
+    alarms: Alarms
+    waiting: tuple[Row, torch.cuda.Event | None] | None = None
+    stuck: bool = False
+
+    @classmethod
+    def open(
+        cls, run: Path, config: Config, start_step: int = 0, parameters: int = 0, console: Console | None = None
+    ) -> Self:
+        """Begin the log of the run, or continue it after `start_step`: rows beyond that are dropped.
+
+        Raises UserError when the log on disk has other columns, or TensorBoard is asked for but not installed.
+        """
+        layers = config.model.moe_layers
+        board = _open_board(run, start_step) if config.log.tensorboard else None
+        csv, earlier = Csv.open(run / FILE, columns(layers), start_step)
+        story = Story(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
+        return cls(layers, csv, Terminal(story, config.log.every, console), board, Alarms(layers, config.model))
+
+    def add(self, row: Row) -> None:
+        """Take the row of this step and write that of the step before."""
+        sent = _send(row)
+        self._write_waiting()
+        self.waiting = sent
+
+    def flush(self) -> None:
+        """Write the row that is waiting, and force the file to disk."""
+        self._write_waiting()
+        self._try(self.csv.sync)
+
+    def expect(self, steps: int) -> None:
+        """The run is now thought to end with step number `steps`."""
+        self.terminal.story.steps = steps
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows beyond `step`: the run goes on from there."""
+        self.flush()
+        self._try(self.csv.file.close)
+        self.csv, earlier = Csv.open(Path(self.csv.file.name), self.csv.columns, step)
+        self.terminal.story = self.terminal.story.cut(step, earlier)
+
+    def say(self, text: str) -> None:
+        """Show a message, after the steps that it follows, and keep it in messages.txt. The text is shown, never
+        obeyed: no markup, no escapes."""
+        self._write_waiting()
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        self.terminal.say(text)
+        self._try(self._keep, text)
+
+    def _keep(self, text: str) -> None:
+        with Path(self.csv.file.name).with_name(MESSAGES).open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{datetime.now().isoformat(' ', 'seconds')}  {text}\n")
+
+    def _write_waiting(self) -> None:
+        if self.waiting is None:
+            return
+        row, self.waiting = _receive(*self.waiting), None
+        layers = dict(zip(self.moe_layers, row["balance_per_layer"], strict=True)) if "balance_per_layer" in row else {}
+        numbers = row | {f"balance_L{layer}": balance for layer, balance in layers.items()}
+        self._try(self.csv.write, numbers)
+        if self.board:
+            self._try(_write_board, self.board, numbers)
+        self.terminal.show(row)
+        for text in self.alarms.hear(row):
+            self._tell(text)
+
+    def _try(self, write: Any, *what: Any) -> None:
+        """A full disk must not end the training: it is said once, and rows wait in memory for better times."""
+        try:
+            write(*what)
+            self.stuck = False
+        except OSError as error:
+            if not self.stuck:
+                self.terminal.say(f"the log cannot be written: {error.strerror or error}; training goes on")
+            self.stuck = True
+
+    def __enter__(self) -> Self:
+        self.terminal.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            with suppress(RuntimeError) if error else nullcontext():  # a device that failed will not answer either
+                self.flush()
+        finally:
+            self.terminal.close()
+            self._try(self.csv.file.close)
+            if self.board:
+                self._try(self.board.close)
+
+
+def _send(row: Row) -> tuple[Row, torch.cuda.Event | None]:
+    """Copies of the row's tensors, on their way to the host, and what will tell of their arrival.
+
+    Only CUDA's copies may travel while the device works on: elsewhere nothing tells when they have arrived.
+    """
+    tensors = [value for value in row.values() if isinstance(value, Tensor)]
+    sent = {
+        name: value.detach().to("cpu", non_blocking=value.is_cuda, copy=True) if isinstance(value, Tensor) else value
+        for name, value in row.items()
+    }
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    return sent, torch.cuda.current_stream(device).record_event() if device else None
+
+
+def _receive(row: Row, arrival: torch.cuda.Event | None) -> Row:
+    if arrival:
+        arrival.synchronize()
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in row.items()}
+
+
+@dataclass
+class Csv:
+    """A file that only grows. What a full disk refuses stays in the buffer and is written with the next row."""
+
+    file: BinaryIO
+    columns: list[str]
+
+    @classmethod
+    def open(cls, path: Path, names: list[str], step: int) -> tuple[Self, list[Row]]:
+        """The file, cut back to `step` (0: begun anew) in one rename, and the rows that it keeps."""
+        aside = path.with_suffix(".tmp")
+        try:
+            kept = list(_rows_up_to(path, names, step)) if step and path.exists() else []
+            with aside.open("wb") as file:
+                file.write("".join(f"{line}\n" for line in [",".join(names), *(line for line, _ in kept)]).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            return cls(path.open("ab", buffering=1 << 20), names), [row for _, row in kept]
+        except OSError as error:
+            raise UserError(f"cannot use {path}: {error.strerror}") from None
+
+    def write(self, row: Row) -> None:
+        self.file.write((",".join(_cell(name, row.get(name)) for name in self.columns) + "\n").encode())
+        self.file.flush()
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def _cell(name: str, value: int | float | None) -> str:
+    """Nine digits tell any two fp32 numbers apart, and equal numbers always look equal."""
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    return format(value, TIMING.get(name, ".9g"))
+
+
+def _rows_up_to(path: Path, names: list[str], step: int) -> Iterator[tuple[str, Row]]:
+    """Each line up to `step`, as it stands and as numbers. A line that a crash left in pieces is no row."""
+    header, *lines = read(path, 2**30).decode(errors="replace").split("\n")
+    if lines and header != ",".join(names):
+        raise UserError(f"{path} has other columns than this run; choose another folder (--run) or move the file away")
+    for line in lines[:-1]:  # what follows the last line feed was cut off
+        cells = line.split(",")
+        with suppress(ValueError):
+            row = {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
+            if int(cells[0]) <= step:
+                yield line, row
+
+
+def _open_board(run: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("log.tensorboard needs TensorBoard: pip install 'khanhllm[tensorboard]'") from None
+    return SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)  # type: ignore[no-untyped-call]
+
+
+def _write_board(board: Any, row: Row) -> None:
+    for name, value in row.items():
+        if isinstance(value, int | float) and name != "step":
+            board.add_scalar(name, value, row["step"])

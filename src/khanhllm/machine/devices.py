@@ -1,0 +1,170 @@
+"""The machine, asked once: device, precision, threads, memory, peak speed. Others get what they need as arguments."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import psutil
+import torch
+
+from khanhllm.errors import UserError
+from khanhllm.machine.backends import RoadName, probe
+from khanhllm.machine.cards import known_peak
+from khanhllm.schema import MachineConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    precision: str
+    """fp32, tf32 or bf16"""
+    compile: bool
+    experts: RoadName
+    """loop, grouped or triton: see roads"""
+    peak_flops: float | None
+    """matrix throughput that 100 % MFU means: the maker's figure on CUDA, measured on a CPU (FLOP/s); None unknown"""
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Around every forward: bf16 products with fp32 weights, or nothing."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def peak_memory(self) -> float:
+        """Most memory that this process has used (MB)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        return _peak_resident() / 1e6
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        _wait(self.device)
+
+    def give_back_memory(self) -> None:
+        """What no tensor uses any more, so that larger ones find room."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            name = f"{torch.cuda.get_device_name(self.device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        else:
+            memory = psutil.virtual_memory()
+            name = (
+                f"{torch.get_num_threads()} threads, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+            )
+        return f"{self.device} ({name}), {self.precision}, compile {'on' if self.compile else 'off'}"
+
+
+def open_machine(config: MachineConfig) -> Machine:
+    """Find the device and switch on what the config asks for. UserError where the hardware cannot do it."""
+    device = _device(config.device)
+    precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
+    torch.set_num_threads(config.threads or _cores())
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")  # bf16: the router stays fp32
+    cuda = device.type == "cuda"
+    return Machine(
+        device=device,
+        precision=precision,
+        compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
+        experts=_road(config.experts, device, precision),
+        peak_flops=_peak(device),
+    )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """A CPU says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if wanted.startswith("cuda"):
+        found = torch.cuda.device_count()
+        device = torch.device("cuda", int(wanted.partition(":")[2] or 0))
+        if device.index >= found:
+            raise UserError(f"machine.device: {wanted} asked for, but {found} CUDA devices found; use auto or cpu")
+        return device
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError("machine.device: mps asked for, but this torch finds no Apple GPU; use auto or cpu")
+    return torch.device(wanted)
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if wanted == "auto":
+        return "bf16" if tensor_cores else "fp32"
+    if wanted == "tf32" and not tensor_cores:
+        raise UserError(f"machine.precision: tf32 needs an NVIDIA GPU of 2020 or later, this is {device}; use fp32")
+    return wanted
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _road(wanted: str, device: torch.device, precision: str) -> RoadName:
+    if wanted == "auto":
+        return probe(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if wanted == "triton" and device.type != "cuda":
+        raise UserError(f"machine.experts: triton needs an NVIDIA GPU, this is {device}; use auto, loop or grouped")
+    return wanted  # type: ignore[return-value]
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether this process's memory, once freed, waits for the next tensor or goes back to the system.
+
+    By default glibc gives back blocks of megabytes at once, and a small model's step spends up to a third of its time
+    on fresh pages; while what it keeps lies between what is in use and costs a large model a gigabyte. Other C
+    libraries have no such switch.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20 if keep else 1 << 20)  # M_MMAP_THRESHOLD: larger blocks go back by themselves
+        mallopt(-1, 2**31 - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return known_peak(torch.cuda.get_device_name(device))
+    return matmul_rate(device, 1024) if device.type == "cpu" else None
+
+
+def matmul_rate(device: torch.device, size: int, dtype: torch.dtype = torch.float32) -> float:
+    """Matrix throughput of this machine, the best of a few products of `size` cubed (FLOP/s)."""
+    left, right, out = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(3))
+    seconds = []
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_resident() -> int:
+    """Peak resident memory of this process (bytes). Windows keeps it in psutil, the others in the kernel's usage."""
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):
+        return int(info.peak_wset)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

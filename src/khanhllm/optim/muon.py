@@ -1,0 +1,153 @@
+"""Muon: the hidden matrices move by the orthogonal part of their momentum, all else by AdamW (Jordan 2024,
+https://kellerjordan.github.io/posts/muon).
+
+A few directions dominate a gradient. Its momentum M = U S V' is replaced by U V', in which every direction counts the
+same. A few turns of a Newton-Schulz iteration come near enough: each is an odd polynomial a s + b s^3 + c s^5 of all
+singular values s, made of matrix products only, and brings as many of them as it can near 1. A stack of experts
+(E, in, out) is E matrices, each on its own; matrices of one shape share their products.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from khanhllm.optim.adamw import AdamW
+from khanhllm.optim.rounding import noise, store
+
+if TYPE_CHECKING:
+    Base = torch.optim.Optimizer
+else:
+    Base = object
+
+TURNS = (
+    (1.000, 8.4829, -25.1574, 18.6682),
+    (1.994, 4.2044, -3.1238, 0.5824),
+    (1.975, 4.0435, -3.0116, 0.5696),
+    (1.898, 3.5059, -2.6270, 0.5258),
+    (1.647, 2.4906, -1.8347, 0.4369),
+)
+"""Largest s that may come, a, b, c. Each polynomial is the one that deviates least from 1 over what the turns before
+leave (Amsel et al. 2025, arXiv 2505.16932), such that the last leaves 0.8 to 1.2. Fewer turns are the last of these:
+5 reach what is 0.0007 of the largest or more, 4 0.003, 3 0.013, 2 0.05, 1 0.2"""
+ROOM = 1.02
+"""for the rounding of bf16, since the first polynomial is steep at its end"""
+LEAST_NORM = 1e-7
+"""a gradient of zero stays zero"""
+LARGEST = 2**26
+"""numbers in one batch of products: more are no faster and would cost memory"""
+
+
+class Turning(Base):
+    """Put before an AdamW, it makes a group with the key "newton_schulz" (its steps) follow Muon, with its "momentum".
+
+    Each group has its own "lr". For Muon it is the spectral norm of an update of a matrix that is not taller than wide
+    in (out, in); taller ones move sqrt(out / in) further, so that outputs change as much at any width (Jordan 2024;
+    Bernstein and Newhouse 2024, arXiv 2410.21265) and a learning rate carries over.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update from the gradients. Those of Muon's matrices are used up: AdamW skips a parameter without one."""
+        for group in self.param_groups:
+            if "newton_schulz" in group:
+                bits = noise(group) if any(p.dtype == torch.bfloat16 for p in group["params"]) else None
+                for alike in batches([parameter for parameter in group["params"] if parameter.grad is not None]):
+                    self._move(alike, group, bits)
+        return super().step(closure)
+
+    def _move(self, alike: list[Tensor], group: dict[str, Any], bits: torch.Generator | None) -> None:
+        """Momentum with Nesterov's look ahead, orthogonalised, after decoupled weight decay."""
+        gradients = [_taken(parameter) for parameter in alike]
+        momenta = [self._momentum(parameter) for parameter in alike]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        for parameter, momentum in zip(alike, momenta, strict=True):
+            self._keep(parameter, momentum)
+        turned = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
+        for parameter, update in zip(alike, turned.split([len(matrices(p)) for p in alike]), strict=True):
+            exact = parameter.float()  # the parameter itself, unless it is kept in bf16
+            exact.mul_(1 - group["lr"] * group["weight_decay"])
+            exact.add_(update.view_as(parameter), alpha=-group["lr"] * reach(parameter))
+            store(parameter, exact, bits)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """In fp32, zero at first."""
+        kept = self.state[parameter].get("momentum")
+        return torch.zeros_like(parameter, dtype=torch.float32) if kept is None else kept
+
+    def _keep(self, parameter: Tensor, momentum: Tensor) -> None:
+        self.state[parameter]["momentum"] = momentum
+
+
+class Muon(Turning, AdamW):
+    """With fp32 momentum and moments."""
+
+
+def _taken(parameter: Tensor) -> Tensor:
+    """The gradient in fp32, which the parameter no longer has."""
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    return gradient.float()
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Attention, feed-forward, experts. Not the router, the embedding and the head, whose rows are things apart: a
+    token or an expert each; nor the biases of stacked experts, which are vectors."""
+    outside = ("embedding.", "value_embedding.", "head.")
+    return parameter.dim() >= 2 and not name.startswith(outside) and "router" not in name and "bias" not in name
+
+
+def batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters whose matrices have one shape, together as long as they are not too LARGEST."""
+    for _, alike in groupby(sorted(parameters, key=_shape), key=_shape):
+        batch: list[Tensor] = []
+        for parameter in alike:
+            if batch and sum(p.numel() for p in batch) + parameter.numel() > LARGEST:
+                yield batch
+                batch = []
+            batch.append(parameter)
+        yield batch
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(parameter.shape[-2:])
+
+
+def matrices(tensor: Tensor) -> Tensor:
+    """(out, in) -> (1, out, in); a stack (E, in, out) as it is."""
+    return tensor.unflatten(0, (1, -1)) if tensor.dim() == 2 else tensor
+
+
+def reach(parameter: Tensor) -> float:
+    """sqrt(max(1, out / in)); a single matrix is (out, in), those in a stack (E, in, out)."""
+    rows, columns = parameter.shape[-2:]
+    return max(1.0, rows / columns if parameter.dim() == 2 else columns / rows) ** 0.5
+
+
+def orthogonalise(x_NIO: Tensor, steps: int) -> Tensor:
+    """U V' for each matrix U S V' of a batch, nearly, in so many TURNS: of bf16 on CUDA, else of fp32.
+
+    The root of the Gram matrix's norm bounds the largest singular value up to R^(1/4) times closer than the norm of the
+    matrix itself, and a closer bound saves a turn.
+    """
+    tall = x_NIO.shape[-2] > x_NIO.shape[-1]
+    x_NRC = x_NIO.mT if tall else x_NIO  # the Gram matrix is the smaller one
+    x_NRC = x_NRC / norm(x_NRC)
+    if x_NRC.is_cuda:
+        x_NRC = x_NRC.bfloat16()
+    for turn, (largest, a, b, c) in enumerate(TURNS[-steps:]):
+        gram_NRR = x_NRC @ x_NRC.mT
+        if turn == 0:
+            scale = largest / (ROOM * norm(gram_NRR).sqrt())
+            x_NRC, gram_NRR = x_NRC * scale, gram_NRR * scale.square()
+        bent_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+        x_NRC = torch.baddbmm(x_NRC, bent_NRR, x_NRC, beta=a)
+    return (x_NRC.mT if tall else x_NRC).to(x_NIO.dtype)
+
+
+def norm(x_NRC: Tensor) -> Tensor:
+    """Frobenius norm of each matrix of a batch, (N, 1, 1)."""
+    return torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp(min=LEAST_NORM)

@@ -1,0 +1,38 @@
+"""How the learning rate moves: step -> factor of its peak. Pure functions, so a resumed run cannot be one step off."""
+
+import math
+
+from khanhllm.schema import ScheduleConfig
+
+WARM = 0.05
+"""share of a time budget that a warm-up takes at most"""
+
+
+def factor_at(share: float, step: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak learning rate for optimizer step `step` of a run that has used up `share` of its time."""
+    warm = max((step + 1) / max(1, schedule.warmup), share / WARM)
+    if schedule.kind == "cosine":
+        height = 0.5 + 0.5 * math.cos(math.pi * share)
+    else:
+        height = min(1.0, (1 - share) / max(schedule.decay, 1e-9))
+    return min(1.0, warm, _between(schedule.floor, height))
+
+
+def factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak learning rate for optimizer step `step` (the first is 0) of `steps`."""
+    warmup = min(schedule.warmup, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.kind == "cosine":
+        return _between(schedule.floor, 0.5 + 0.5 * math.cos(math.pi * _share(step, warmup, steps)))
+    down = max(warmup, steps - round(schedule.decay * steps))
+    return _between(schedule.floor, 1 - _share(step, down, steps))
+
+
+def _share(step: int, start: int, end: int) -> float:
+    """How far step is on the way from start to the last step before end, 0 to 1."""
+    return min(1.0, max(0, step - start + 1) / max(1, end - start))
+
+
+def _between(floor: float, height: float) -> float:
+    return floor + (1 - floor) * height

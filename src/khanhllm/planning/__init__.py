@@ -1,0 +1,1 @@
+"""Whether a run fits and how long it takes, before it begins."""

@@ -1,0 +1,157 @@
+"""Will it fit, and how long will it take: asked before training, answered from a rehearsal of the very step."""
+
+import dataclasses
+import json
+from datetime import datetime, timedelta
+from typing import Any
+
+from rich.console import Console
+
+from khanhllm.draw import duration
+from khanhllm.lab.measure import Measurement, measure
+from khanhllm.machine.cards import card
+from khanhllm.machine.devices import open_machine
+from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
+from khanhllm.planning import budget
+from khanhllm.planning.budget import Place
+from khanhllm.schema import Config
+
+ASSUMED = {"cuda": 0.4, "cpu": 0.6}
+"""share of the peak rate that training is taken to reach where nothing was measured"""
+Report = dict[str, Any]
+
+
+def show(config: Config, memory: str | None, card_name: str | None, measured: bool, as_json: bool) -> None:
+    """Print the plan. `memory` ("8GB") and `card_name` stand for a machine that need not be here."""
+    place = _place(config, memory, card_name)
+    console = Console(highlight=False, stderr=as_json)
+    with console.status("rehearsing the step on paper"):
+        chosen = budget.fitted(config, place)
+        report = plan(chosen, place)
+        report["switches"] = {
+            switch: {"saves_mb": round(saved / 1e6, 1), "adds_arithmetic": round(added, 4)}
+            for switch, (saved, added) in _switches(chosen, place).items()
+        }
+    if measured:
+        with console.status("three real steps"):
+            report["measured"] = _beside(chosen, report, measure(chosen))
+    for name, value, note in _lines(report):
+        console.print(f"{name:<14} {value:>22}  {note}", markup=False, soft_wrap=True)
+    console.print("\nwhat another switch would change at the peak:", markup=False)
+    for switch, change in report["switches"].items():
+        console.print(f"  {switch:<48} {_change(change)}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(report))
+
+
+def _place(config: Config, memory: str | None, card_name: str | None) -> Place:
+    place = budget.on(*card(card_name)) if card_name else budget.here(open_machine(config.machine))
+    return dataclasses.replace(place, memory=budget.read_size(memory)) if memory else place
+
+
+def plan(config: Config, place: Place) -> Report:
+    """What a run of `config` takes and how long: numbers in bytes, seconds and tokens."""
+    model, train = on_paper(config.model), config.train
+    taken = place.takes(config)
+    attention = 12 * len(config.model.pattern) * config.model.dim * config.model.context
+    flops = flops_per_token(model)
+    rebuilt = taken.flops / (train.rows * config.model.context)
+    rate = place.peak_flops * ASSUMED[place.device] / max(rebuilt, flops) if place.peak_flops else None
+    return {
+        "place": place.name,
+        "parameters": total_parameters(model),
+        "active_parameters": active_parameters(model),
+        "memory": place.memory,
+        "process": place.process,
+        "at_peak": taken.at_peak,
+        "total": place.process + taken.peak,
+        "weights": taken.weights,
+        "gradients": taken.gradients,
+        "optimizer": taken.optimizer,
+        "micro_batch": train.micro_batch,
+        "accumulation": train.accumulation,
+        "checkpointing": config.machine.checkpointing,
+        "precision": "bf16 weights" if config.machine.weights == "bf16" else place.precision,
+        "tokens_per_step": config.tokens_per_step,
+        "flops_per_token": flops,
+        "flops_per_token_causal": flops - attention // 2,
+        "rate_from": f"{ASSUMED[place.device]:.0%} of the peak rate, assumed; --measure replaces it",
+        **_time(config, rate),
+    }
+
+
+def _time(config: Config, rate: float | None) -> Report:
+    train = config.train
+    tokens: int | None = train.steps * config.tokens_per_step
+    seconds = train.steps * config.tokens_per_step / rate if rate else None
+    if train.seconds:
+        seconds, tokens = train.seconds, round(rate * train.seconds) if rate else None
+    try:
+        done = f"{datetime.now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M}" if seconds else None
+    except OverflowError:
+        done = "not in this age"
+    return {"tokens": tokens, "tokens_per_s": rate, "seconds": seconds, "done": done}
+
+
+def _switches(config: Config, place: Place) -> dict[str, tuple[int, float]]:
+    """What each other choice would save (or cost, below zero) at the peak, and the arithmetic that it adds."""
+    found = budget.savings(config, place)
+    plain = place.takes(config, update=False)
+    for rows in (config.train.rows * 2, config.train.rows // 2):
+        if rows and config.train.rows_per_step % rows == 0:
+            taken = place.takes(budget.with_cut(config, rows), update=False)
+            found[f"--train.micro_batch {rows}"] = (plain.peak - taken.peak, 0.0)
+    return found
+
+
+def _beside(config: Config, report: Report, measured: Measurement) -> Report:
+    """The measurement, next to what was foreseen; its rate replaces the assumed one."""
+    report |= _time(config, measured["tokens_per_s"]) | {"rate_from": "three real steps"}
+    foreseen = report["total"] - report["process"]
+    return {**measured, "foreseen_peak": foreseen, "peak_error": foreseen / measured["peak"] - 1}
+
+
+def _lines(report: Report) -> "list[tuple[str, str, str]]":
+    def gb(size: float) -> str:
+        return f"{size / 1e9:,.2f} GB"
+
+    peak = report["at_peak"]
+    lines = [
+        ("parameters", f"{report['parameters']:,}", f"{report['active_parameters']:,} at work on each token"),
+        *((part, gb(size), "") for part, size in peak.items()),
+        ("process", gb(report["process"]), "before the model is there"),
+        ("at the peak", gb(report["total"]), f"of {gb(report['memory'])} that may be filled"),
+        ("micro-batch", f"{report['micro_batch']} rows", f"accumulated {report['accumulation']} times"),
+        ("a step", f"{report['tokens_per_step']:,} tokens", ""),
+        ("checkpointing", report["checkpointing"], ""),
+        ("precision", report["precision"], ""),
+        (
+            "arithmetic",
+            f"{report['flops_per_token'] / 1e9:.3f} GFLOP a token",
+            f"{report['flops_per_token_causal'] / 1e9:.3f} if attention counts only what it sees",
+        ),
+    ]
+    if report["tokens_per_s"]:
+        lines += [
+            ("speed", f"{report['tokens_per_s']:,.0f} tokens/s", report["rate_from"]),
+            ("time", duration(report["seconds"]), f"for {report['tokens']:,} tokens; done {report['done']}"),
+        ]
+    if "measured" in report:
+        lines += _measured_lines(report)
+    return lines
+
+
+def _change(change: dict[str, float]) -> str:
+    verb = "saves" if change["saves_mb"] >= 0 else "costs"
+    extra = f", {change['adds_arithmetic']:+.0%} arithmetic" if abs(change["adds_arithmetic"]) > 0.005 else ""
+    return f"{verb} {abs(change['saves_mb']):,.0f} MB{extra}"
+
+
+def _measured_lines(report: Report) -> "list[tuple[str, str, str]]":
+    measured = report["measured"]
+    exact = [
+        (f"{part}, real", f"{measured[part] / 1e9:,.3f} GB", f"foreseen {report[part] / 1e9:,.3f}")
+        for part in ("weights", "gradients", "optimizer")
+    ]
+    peak = f"foreseen {measured['foreseen_peak'] / 1e9:,.3f} ({measured['peak_error']:+.1%})"
+    return [*exact, ("peak, real", f"{measured['peak'] / 1e9:,.3f} GB", peak)]

@@ -1,0 +1,197 @@
+"""A dress rehearsal of one optimizer step, on paper: how much memory it takes is read off, not guessed.
+
+The real model, the real backward pass and the real optimizer run on fake tensors, which have shapes and no memory
+(torch's FakeTensorMode), while a `Tape` notes when each storage is born and when it dies. So chunked logits, rebuilt
+activations, custom gradients, autocast's copies and whatever else the code does are counted because they happen; a
+change of the model needs no change here. What it cannot see is inside a kernel: packing buffers and the like.
+
+A step as in `step.py`: micro-batch forward and backward, clip, update. Moments exist already, and so do gradients
+where micro-batches are accumulated: it is the second step, not the first.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from khanhllm import optim
+from khanhllm.machine.backends import RoadName
+from khanhllm.machine.devices import Machine
+from khanhllm.machine.fit import fit
+from khanhllm.machine.precision import keep_in_bf16
+from khanhllm.model import Transformer, objectives
+from khanhllm.model.router import stack
+from khanhllm.schema import Config
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "work space")
+aten = torch.ops.aten
+
+
+def _attention_flops(query: Tensor, key: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    """As if every position saw all others (PaLM's convention)."""
+    return 4 * query.numel() * key.shape[-2]
+
+
+def _attention_backward_flops(_grad: Tensor, query: Tensor, key: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    return 10 * query.numel() * key.shape[-2]
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """All in bytes, but for `flops`."""
+
+    weights: int
+    """parameters and buffers, exact"""
+    gradients: int
+    """one for each parameter, exact once the last backward pass is done"""
+    optimizer: int
+    """the optimizer's state, exact"""
+    at_peak: dict[str, int]
+    """what is alive at the fullest moment of a step, by PARTS"""
+    flops: int
+    """multiplications and additions carried out for one micro-batch, rebuilt activations included"""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+
+class Tape(TorchDispatchMode):
+    """Births and deaths of storages (bytes), and floating-point operations, of all that runs under it."""
+
+    def __init__(self, vocab_size: int, cpu: bool) -> None:
+        super().__init__()
+        self.vocab_size, self.cpu = vocab_size, cpu
+        self.names: dict[int, int] = {}
+        """address of each living storage -> its number"""
+        self.sizes: list[int] = []
+        self.part: list[str] = []
+        self.events: list[int] = []
+        """the number of each storage that was born, or -1 - number where one died"""
+        self.flops = 0
+        self.forward = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.cpu and func.name() == "bitsandbytes::optimizer_update_8bit_blockwise":
+            with self:  # a CPU has no kernel for it but a Python function that makes large temporaries: they count
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.prim.device.default:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self.number(leaf)
+            count = FLOPS.get(func._overloadpacket)
+            self.flops += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of the tensor's storage, which is a new one where it has not been seen."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self.names:
+            number = self.names[address] = len(self.sizes)
+            self.sizes.append(storage.nbytes())
+            self.part.append(self._part(tensor))
+            self.events.append(number)
+            weakref.finalize(storage, self._died, address).atexit = False
+        return self.names[address]
+
+    def _died(self, address: int) -> None:
+        self.events.append(-1 - self.names.pop(address))
+
+    def _part(self, tensor: Tensor) -> str:
+        if tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size:
+            return "logits"
+        return "activations" if self.forward or torch.is_grad_enabled() else "work space"
+
+    def name(self, part: str, tensors: list[Tensor]) -> int:
+        """These are `part`; returns their bytes, each storage once."""
+        numbers = {self.number(tensor) for tensor in tensors}
+        for number in numbers:
+            self.part[number] = part
+        return sum(self.sizes[number] for number in numbers)
+
+    def fullest(self, start: int, end: int) -> dict[str, int]:
+        """What was alive at the fullest moment from event `start` to `end`, by part."""
+        alive, most, moment = 0, -1, 0
+        for index, number in enumerate(self.events[:end]):
+            alive += self.sizes[number] if number >= 0 else -self.sizes[-1 - number]
+            if index >= start - 1 and alive > most:
+                most, moment = alive, index
+        living = Counter(number if number >= 0 else -1 - number for number in self.events[: moment + 1])
+        found: Counter[str] = Counter()
+        for number, times in living.items():
+            found[self.part[number]] += self.sizes[number] if times == 1 else 0
+        return {part: found[part] for part in PARTS}
+
+
+@lru_cache(maxsize=256)
+def rehearse(config: Config, precision: str, device: str, update: bool = True) -> Rehearsal:
+    """One step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`.
+
+    Without `update` only forward and backward, which is several times quicker; the optimizer's state is there anyhow.
+    """
+    shape, train = config.model, config.train
+    tape = Tape(shape.vocab_size, cpu=device == "cpu")
+    road: RoadName = "grouped" if precision == "bf16" and device == "cuda" else "loop"
+    machine = Machine(torch.device("cpu"), precision, compile=False, experts=road, peak_flops=None)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        model = Transformer(shape, config.loss.chunk)
+        if config.machine.weights == "bf16":
+            keep_in_bf16(model, config.machine.gradients)
+        model = fit(model, machine, config.machine.checkpointing)
+        ids_BT = torch.zeros(train.rows, shape.context + 1, dtype=torch.int64)
+        load_LE = torch.zeros(len(shape.moe_layers), shape.experts)
+    optimizer = optim.build(model, config.optim)
+    parameters = list(model.parameters())
+    with fake, tape:
+        weights = tape.name("weights", [*parameters, *model.buffers()])
+        if train.accumulation > 1:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
+            tape.name("gradients", [parameter.grad for parameter in parameters if parameter.grad is not None])
+        start = len(tape.events)
+        _gradient(model, config, machine, tape, ids_BT, load_LE)
+        gradients = tape.name("gradients", [p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
+        backward_done = len(tape.events)
+        if update:
+            optimizer.step()
+            moments = [value for state in optimizer.state.values() for value in state.values()]
+            tape.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
+    state = optim.state_size(optimizer)
+    fullest = tape.fullest(start, backward_done)  # in a second step, when the state is there already
+    fullest["optimizer"] = state
+    if update:
+        fullest = max(fullest, tape.fullest(backward_done, len(tape.events)), key=lambda parts: sum(parts.values()))
+    return Rehearsal(weights, gradients, state, fullest, tape.flops)
+
+
+def _gradient(
+    model: Transformer, config: Config, machine: Machine, tape: Tape, ids_BT: Tensor, load_LE: Tensor
+) -> None:
+    """One micro-batch of `step.accumulate`."""
+    tape.forward = True
+    with machine.autocast():
+        nll_BT, routings = model(ids_BT[:, :-1], ids_BT[:, 1:])
+    routing_L = stack(routings, like=load_LE)
+    loss = objectives.share_of_step(nll_BT, routing_L.prob_E, routing_L.z, load_LE, config.tokens_per_step, 1.0, 1.0)
+    tape.forward = False
+    loss.backward()

@@ -1,0 +1,1 @@
+"""A finished (or stopped) run, opened again."""

@@ -1,0 +1,306 @@
+"""Every knob on one page.
+
+A run is decided by one frozen `Config`; `settings` says where its values come from. Nothing here imports torch, so
+`--help` answers at once.
+
+Wrong input raises `UserError`: one line that names what, where and what to do. The command line prints it and exits
+with code 2.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1, le=2**40)]
+Natural = Annotated[int, Field(ge=0, le=2**40)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+Text = Annotated[str, Field(max_length=4000)]
+Name = Annotated[Text, Field(pattern=r"^[^\x00]*$")]  # of a file; none has a NUL
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    style: Literal["classic", "modern"] = "modern"
+    """classic: LayerNorm, learned positions, GELU, biases. modern: RMSNorm, RoPE, QK-norm, SwiGLU, no biases"""
+    pattern: Annotated[str, Field(pattern=r"^[DM]{1,256}$")] = "DMDM"
+    """one letter per layer: D dense, M mixture of experts"""
+    dim: Annotated[int, Field(ge=8, le=65536)] = 256
+    """width of the residual stream (features)"""
+    heads: Annotated[int, Field(ge=1, le=1024)] = 4
+    """query heads; dim / heads features each"""
+    kv_heads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """key and value heads shared by groups of query heads; 0 means as many as heads"""
+    hidden: Annotated[int, Field(ge=8, le=2**20)] = 1024
+    """inner width of a dense feed-forward (features)"""
+    expert_hidden: Annotated[int, Field(ge=0, le=2**20)] = 0
+    """inner width of one expert (features); 0 means the same as hidden"""
+    experts: Annotated[int, Field(ge=1, le=512)] = 8
+    """experts in each mixture layer"""
+    experts_per_token: Annotated[int, Field(ge=1, le=512)] = 2
+    """experts that each token is sent to (top k)"""
+    feedforward: Literal["swiglu", "relu2"] = "swiglu"
+    """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
+    three: cheaper, and no tool for Qwen3-MoE can read it"""
+    value_embedding: bool = False
+    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
+    each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
+    embedding_skip: bool = False
+    """each layer begins from a learned mixture of what the layer before made and the embedding (modern only)"""
+    pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
+    """each pair of neighbours adds to the second token's vector a learned one, out of so many, found by a hash (modern
+    only); costs as many x dim parameters, and next to no arithmetic"""
+    router_bias: bool = False
+    """the router's choice of experts, not their weights, is moved by a bias towards an even load; see loss.bias_rate"""
+    zero_out: bool = False
+    """matrices that write into the residual stream begin at zero, so that every layer begins as nothing"""
+    context: Annotated[int, Field(ge=2, le=2**20)] = 256
+    """longest text the model sees at once (tokens)"""
+    vocab_size: Annotated[int, Field(ge=264, le=2**24)] = 50_000
+    """size of the vocabulary, special tokens included (tokens)"""
+    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10_000.0
+    """base of the rotary position frequencies (modern only)"""
+    norm_eps: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    """added under the square root of every norm"""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads: {self.dim} % {self.heads} = {self.dim % self.heads}")
+        if self.style == "modern" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        modern = ("value_embedding", "pair_embedding", "embedding_skip")
+        if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
+            raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def expert_width(self) -> int:
+        return self.expert_hidden or self.hidden
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer, letter in enumerate(self.pattern) if letter == "M"]
+
+
+class DataConfig(Section):
+    source: Name = "c4"
+    """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv
+    .warc.gz), c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or
+    {a,b}.txt), or a folder written by `khanhllm prepare`; of json lines and tables the column "text", else content,
+    document, body or article, or the one named behind a '#': my.csv#title"""
+    tokenizer: Name = ""
+    """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
+    tokenizer_sample: Count = 1_000_000_000
+    """most text the tokenizer is trained on (bytes)"""
+    validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
+    """share of the documents held out for validation, chosen by a hash of the text"""
+    clean: Name = ""
+    """steps that documents go through first, in order: c4, paragraphs, gopher, language:CODE, spans (sentences
+    that come again), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
+    tokens: Natural = 0
+    """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
+    shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24
+    """length of a shard that is made while the model trains (tokens); rows are shuffled within it"""
+    ahead: Annotated[int, Field(ge=1, le=1000)] = 2
+    """shards kept ready ahead of the training (shards)"""
+    disk: Count = 20_000_000_000
+    """shards that were trained on are removed, oldest first, beyond this much disk (bytes)"""
+    patience: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """time without any answer from the network until the run saves and stops (seconds)"""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """processes that prepare the data; 0 means one for each core"""
+    cache: Name = "shards"
+    """folder that keeps prepared shards, so that the next run on the same source starts at once"""
+
+
+class TrainConfig(Section):
+    steps: Count = 1000
+    """optimizer steps in the whole run"""
+    seconds: Rate = 0.0
+    """time to train for instead of a number of steps, validation and saving included (seconds); the schedule follows
+    the share of it that is used up; 0 means that the steps decide"""
+    micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
+    """rows of `context` tokens in one forward and backward pass; auto means as many as the memory holds, by
+    `khanhllm plan`, while a step keeps its rows: those it had before auto was said"""
+    accumulation: Annotated[int, Field(ge=1, le=2**20)] = 1
+    """micro-batches collected before one optimizer step (gradient accumulation); beside micro_batch auto: rows"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """decides the initial weights, the order of the data and the samples"""
+    eval_every: Natural = 100
+    """steps between validations; 0 means only at the end"""
+    eval_tokens: Count = 100_000
+    """validation tokens read each time during training (tokens)"""
+    save_every: Natural = 500
+    """steps between checkpoints; 0 means only at the end"""
+    keep: Annotated[int, Field(ge=1, le=10_000)] = 2
+    """newest checkpoints kept (folders)"""
+    sample_every: Natural = 500
+    """steps between samples of generated text; 0 means only at the end"""
+    sample_tokens: Annotated[int, Field(ge=0, le=100_000)] = 64
+    """length of each sample (tokens)"""
+    sample_prompt: Text = ""
+    """text that each sample continues; empty means a fresh document"""
+
+    @property
+    def rows(self) -> int:
+        """rows in one micro-batch; where auto is still undecided, one"""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows * self.accumulation
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adamw8bit", "muon", "muon8bit"] = "adamw"
+    """adamw keeps fp32 moments; adamw8bit keeps them in 8 bits (bitsandbytes), 75 % smaller; muon orthogonalises the
+    updates of hidden matrices, which learns more from each token, and leaves all else to adamw; muon8bit does so with
+    a momentum of 8 bits and adamw8bit"""
+    lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
+    """peak learning rate"""
+    beta1: Beta = 0.9
+    """decay of the gradient's running mean"""
+    beta2: Beta = 0.95
+    """decay of the squared gradient's running mean"""
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """added to the denominator of the update"""
+    weight_decay: Rate = 0.1
+    """decoupled weight decay of matrices (per step, times the learning rate)"""
+    clip: Rate = 1.0
+    """longest gradient (L2 norm over all parameters); 0 means no clipping"""
+    muon_lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 0.02
+    """peak learning rate of the hidden matrices (muon only; lr is that of embedding, head, router, norms and biases)"""
+    momentum: Beta = 0.95
+    """decay of the gradient's running mean in the hidden matrices (muon only)"""
+    embedding_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """peak learning rate of the embedding tables; 0 means lr"""
+    head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """peak learning rate of the output matrix; 0 means lr"""
+    base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
+    """model.dim for which the rates were found. At another, those of matrices under adamw (all of them, or muon's head
+    and router) are multiplied by base_dim / dim, and all carry over from small to large (muP); 0 leaves them alone"""
+    newton_schulz: Annotated[int, Field(ge=1, le=5)] = 4
+    """turns of the iteration that orthogonalises an update (muon only)"""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """cosine: one long bend down. wsd: warm up, hold, then a straight line down"""
+    warmup: Natural = 100
+    """steps of linear warm-up"""
+    decay: Fraction = 0.2
+    """share of the run spent going down at its end (wsd only)"""
+    floor: Fraction = 0.1
+    """learning rate at the end, as a share of the peak"""
+
+
+class LossConfig(Section):
+    balance: Rate = 0.01
+    """weight of the load-balancing loss, summed over mixture layers (Switch Transformer)"""
+    load: Literal["previous", "current"] = "previous"
+    """expert load that weighs the balancing loss. previous: the step before, free. current: this very step, which
+    costs one more forward pass. Both cover all micro-batches of the step"""
+    bias_rate: Rate = 0.001
+    """how far the bias of model.router_bias moves in each step (probability)"""
+    router_z: Rate = 0.001
+    """weight of the router z-loss, summed over mixture layers (ST-MoE)"""
+    chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
+    """rows of logits that exist at one time (tokens)"""
+
+
+class GuardConfig(Section):
+    spike: Rate = 10.0
+    """a step is rejected if its loss is above the median of the last 128 by more than so many robust standard
+    deviations, and by a nat; 0 rejects only what is not finite"""
+    patience: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """steps rejected in a row until the run goes back to its last good checkpoint"""
+    returns: Annotated[int, Field(ge=0, le=10_000)] = 2
+    """times it goes back until it stops (exit code 76)"""
+
+
+class MachineConfig(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """what matrices are kept in. bf16 takes half the memory, for weights and for what passes from layer to layer;
+    updates are then rounded stochastically (needs precision bf16, which auto becomes)"""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """what gradients are summed in over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for each block; auto means on for CUDA, off elsewhere"""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """activations rebuilt in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
+    experts: Literal["auto", "loop", "grouped", "triton"] = "auto"
+    """how experts are multiplied: a plain loop, torch's grouped_mm, or Triton kernels of our own for cards on which
+    grouped_mm waits for the host; auto tries a tiny problem and takes the best that works"""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 means one for each core"""
+
+    @model_validator(mode="after")
+    def _rungs_fit(self) -> Self:
+        if self.weights == "bf16" and self.precision not in ("auto", "bf16"):
+            raise ValueError(f"weights = bf16 needs precision = bf16 (got {self.precision})")
+        if self.gradients == "bf16" and self.weights != "bf16":
+            raise ValueError("gradients = bf16 needs weights = bf16 too")
+        return self
+
+
+class LogConfig(Section):
+    every: Count = 10
+    """steps between plain lines when the output is not a terminal"""
+    tensorboard: bool = False
+    """also write TensorBoard files into the run folder (needs the extra: pip install 'khanhllm[tensorboard]')"""
+
+
+class Sampling(Section):
+    """How `generate` draws tokens; not part of a run."""
+
+    tokens: Annotated[int, Field(ge=0, le=10_000_000)] = 200
+    """longest continuation (tokens)"""
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.8
+    """0 takes the likeliest token, 2 is wild"""
+    top_k: Natural = 0
+    """only the k likeliest tokens; 0 means all"""
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    """only the likeliest tokens that together have this probability"""
+    min_p: Fraction = 0.05
+    """only tokens at least this likely, relative to the likeliest"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """the same seed writes the same text"""
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    guard: GuardConfig = GuardConfig()
+    machine: MachineConfig = MachineConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.rows_per_step * self.model.context

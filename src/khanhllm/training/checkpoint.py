@@ -1,0 +1,390 @@
+"""A checkpoint is a directory that appears whole or not at all.
+
+It is written aside as `step-N.tmp`, every file is forced to disk and read back, `manifest.json` with sizes and sha256
+comes last, and one rename publishes it. A reader takes the newest one whose every byte agrees with its manifest.
+Tensors are in safetensors and all else in JSON: nothing that is loaded can run code.
+
+The training waits only for a copy of its tensors in memory; a thread writes that while it goes on.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from khanhllm import optim
+from khanhllm.errors import UserError
+from khanhllm.files import SMALL, foreign, read
+from khanhllm.schema import Natural
+from khanhllm.training.guard import Guard
+
+FORMAT = 2
+LONGEST_HEADER = 2**24
+"""no model of ours needs a longer list of its tensors (bytes)"""
+Say = Callable[[str], None]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Numbers(BaseModel):
+    """What JSON holds of the optimizer's state, by parameter."""
+
+    kind: str = Field(alias="class")
+    state: dict[str, dict[str, int | float]]
+
+
+class Noted(BaseModel):
+    """What state.json must hold. It may have been written by a stranger, who also made the sha256 agree."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    format: int
+    step: Natural
+    optimizer: Numbers
+    cursor: Annotated[int, Field(ge=0, le=2**62)] = 0
+    load: list[list[Share]] = []
+    guard: Guard = Guard()
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    data: str = ""
+    folder: Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")] = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint will hold."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    """for JSON"""
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
+
+    def copied(self) -> "Snapshot":
+        """The same in the host's memory, untouched by what the training does next."""
+        model, optimizer = (
+            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.model, self.optimizer)
+        )
+        return replace(self, model=model, optimizer=optimizer)
+
+
+class Saver:
+    """Saves on a thread of its own, one checkpoint at a time, and keeps the newest `keep` of a run."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.run, self.keep = run, keep
+        self.failures = 0
+        """in a row"""
+        self.seconds = 0.0
+        """that the last one took to write"""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def begin(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Take what is to be saved, now. Where there is no memory for a copy, this waits until it is written."""
+        whole = snapshot(step, model, optimizer, state)
+        copy = psutil.virtual_memory().available > 1.5 * whole.bytes
+        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole)
+        if not copy:
+            wait([self._writing])
+
+    def outcome(self, patient: bool = False) -> Path | None:
+        """The checkpoint that was written since the last call, if any. Waits for it if `patient`.
+
+        Raises OSError if it could not be written.
+        """
+        if self._writing is None or not (patient or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        self.failures += 1
+        path = writing.result()
+        self.failures = 0
+        return path
+
+    def _write(self, whole: Snapshot) -> Path:
+        started = time.perf_counter()
+        path = write(self.run, whole)
+        if not whole.state.get("guard", {}).get("rejected"):  # else the last good one may be among those
+            prune(self.run, self.keep)
+        self.seconds = time.perf_counter() - started
+        return path
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """The tensors themselves, not copies."""
+    tensors, numbers = _flatten(model, optimizer)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
+
+
+def write(run: Path, whole: Snapshot) -> Path:
+    """Write `run/checkpoints/step-N` and return it. Raises OSError (disk full, read-only, ...) and leaves nothing
+    half-written behind; checkpoints that were there stay as they are."""
+    final = _folder(run, whole.step)
+    aside = final.with_suffix(".tmp")
+    try:
+        for left_over in final.parent.glob("step-*.tmp"):
+            shutil.rmtree(left_over)
+        _make_room(run, whole.bytes)
+        aside.mkdir(parents=True)
+        _save_tensors(whole.model, aside / "model.safetensors")
+        _save_tensors(whole.optimizer, aside / "optimizer.safetensors")
+        _write_json(aside / "state.json", whole.state)
+        _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
+        _sync(aside)
+        aside.replace(final)
+        _sync(final.parent)
+        _sync(run)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch says the last where it cannot map a file
+        shutil.rmtree(aside, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+    return final
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints. Each was read back before it was published."""
+    for old in _steps(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
+    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again.
+
+    paper: see `newest`; with it, a file that claims more than there can be is not read to its end.
+    """
+    for path in _steps(run):
+        if int(path.name[5:]) > step:
+            fault = verify(path, paper) or f"the run went back to step {step}"
+            aside = path.with_suffix(".rejected")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            (aside / "reason.txt").write_text(f"{fault}\n", encoding="utf-8")
+
+
+def to_stderr(text: str) -> None:
+    print(UserError(text), file=sys.stderr)
+
+
+def newest(
+    run: Path,
+    say: Say = to_stderr,
+    paper: nn.Module | None = None,
+    suits: Callable[[dict[str, Any]], bool] = lambda _state: True,
+) -> Path | None:
+    """The newest checkpoint that verifies and whose state `suits`; `say` hears of each one that does not verify. None
+    if there is none.
+
+    paper: the run's model, of which only the shapes are read; a checkpoint of other shapes is then none of its own.
+    Raises UserError if there are checkpoints but each of them is broken.
+    """
+    found = _steps(run)
+    whole = 0
+    for path in found:
+        fault = verify(path, paper)
+        if fault:
+            say(f"checkpoint {path.name} rejected: {fault}")
+        elif suits(read_state(path)):
+            return path
+        else:
+            whole += 1
+    if found and not whole:
+        raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder (--run)")
+    return None
+
+
+def verify(path: Path, paper: nn.Module | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads every byte (about 1 GB/s), but first looks at what is claimed:
+    a file may be a link, a pipe without end, or of terabytes without content."""
+    if path.is_symlink() or (fault := foreign(path)):
+        return "it is a link" if path.is_symlink() else fault
+    # weights and two moments in fp32 are 12 bytes a number
+    most = 2**63 if paper is None else 16 * sum(t.numel() for t in paper.state_dict().values()) + LONGEST_HEADER
+    try:
+        manifest = json.loads(read(path / "manifest.json"))
+        missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(manifest)
+        if missing:
+            return f"the manifest lacks {', '.join(sorted(missing))}"
+        for name, expected in manifest.items():
+            if name != Path(name).name or name in ("", ".."):
+                return f"the manifest names a file elsewhere: {name[:60]!r}"
+            if (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
+            if (path / name).stat().st_size > (most if name.endswith(".safetensors") else SMALL):
+                return f"{name} has {(path / name).stat().st_size:,} bytes, more than there is to keep"
+        if paper is not None:
+            _compare(path, paper)
+        for name, expected in manifest.items():
+            if _fingerprint(path / name) != expected:
+                return f"{name} does not match its sha256"
+        read_state(path)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            _layout(path / name)
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except UserError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "manifest.json is not a manifest"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Where the run stood. UserError if that is not what `save` writes."""
+    try:
+        noted = Noted.model_validate_json(read(path / "state.json"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part)[:60] for part in first["loc"])
+        raise UserError(f"{path / 'state.json'} is not the state of a run ({key}: {first['msg'][:200]})") from None
+    if noted.format != FORMAT:
+        raise UserError(f"{path} has checkpoint format {noted.format}, this version reads {FORMAT}")
+    if noted.step != int(path.name[5:]):
+        raise UserError(f"{path / 'state.json'} is of another step, {noted.step}")
+    return noted.model_dump(by_alias=True)
+
+
+def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in a file, from its header alone. UserError if it is not a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise UserError(f"{path} is no safetensors file of ours: it claims a header of {length:,} bytes")
+        with safe_open(path, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, RuntimeError) as error:  # the latter if there is no room to map it
+        raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from None
+
+
+def _compare(path: Path, model: nn.Module) -> None:
+    """UserError if the tensors of a checkpoint are not those of the model, by name, shape and kind of number."""
+    saved, wanted = _layout(path / "model.safetensors"), model.state_dict()
+    for name in sorted(saved.keys() | wanted.keys()):
+        ours, theirs = wanted.get(name), saved.get(name)
+        if ours is None or theirs is None or tuple(ours.shape) != theirs[1]:
+            has, needs = theirs and theirs[1], ours if ours is None else tuple(ours.shape)
+            raise UserError(
+                f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; check model.* keys"
+            )
+        if theirs[0] not in ("F32", "BF16"):
+            raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Copy the weights into `model`. UserError if its shapes are not those of the checkpoint."""
+    _compare(path, model)
+    model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+    """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
+
+    UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
+    """
+    kind = type(optimizer).__name__
+    if numbers["class"] != kind:
+        raise UserError(f"{path} was written by {numbers['class']}, but optim.name now asks for {kind}")
+    tensors = load_file(path / "optimizer.safetensors")
+    if not tensors:  # saved before the first update
+        return
+    wanted = optim.layout(optimizer)
+    for name, parameter in model.named_parameters():
+        kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
+        if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
+            raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")
+        here = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
+        optimizer.state[parameter] = numbers["state"].get(name, {}) | here
+    if tensors:
+        raise UserError(f"{path}: {min(tensors)[:100]} in optimizer.safetensors belongs to no parameter")
+
+
+def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state by parameter name: as tensors, and as what JSON can hold."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        numbers[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                shared = value.data_ptr() in seen  # tables that all parameters use; safetensors wants one owner each
+                tensors[f"{name}/{key}"] = value.clone() if shared else value.contiguous()
+                seen.add(value.data_ptr())
+    return tensors, {"class": type(optimizer).__name__, "state": numbers}
+
+
+def _make_room(run: Path, needed: int) -> None:
+    """Raise OSError now rather than after minutes of writing."""
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise OSError(f"the disk of {run} has {free / 1e6:,.0f} MB free, a checkpoint takes {needed / 1e6:,.0f} MB")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    _sync(path)
+    with safe_open(path, framework="pt") as there:
+        for name, tensor in tensors.items():
+            if not torch.equal(_bytes(there.get_tensor(name)), _bytes(tensor.cpu())):
+                raise OSError(f"{path} reads back differently from what was written ({name}); is the disk sound?")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    _sync(path)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows has no handle for this and orders renames itself
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def _steps(run: Path) -> list[Path]:
+    """Published checkpoints, newest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

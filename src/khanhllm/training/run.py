@@ -1,0 +1,355 @@
+"""The training run: the only file that assembles everything.
+
+    for each step:  train (step.py) -> validate -> log -> save -> write a sample
+
+A run lives in one folder: config.toml, tokenizer.json, training_log.csv, messages.txt, samples.txt, checkpoints/.
+Everything that the future depends on is the weights, the optimizer's moments and a `State`, so a resumed run is the
+uninterrupted one, bit for bit (same machine, same torch).
+"""
+
+import gc
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from khanhllm import optim
+from khanhllm.data.batches import Batch, batches
+from khanhllm.data.belt import Belt, Starved
+from khanhllm.data.belt_worker import RECIPE
+from khanhllm.data.prepare import ensure
+from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
+from khanhllm.files import foreign, there
+from khanhllm.inference.generate import write
+from khanhllm.inference.score import Score, score
+from khanhllm.log.run_log import Log
+from khanhllm.machine.devices import open_machine, out_of_memory
+from khanhllm.machine.signals import Stop, stop_signals
+from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.planning import budget
+from khanhllm.schema import Config, Sampling
+from khanhllm.settings import read_toml, resolve, to_toml
+from khanhllm.training import checkpoint
+from khanhllm.training.checkpoint import Saver
+from khanhllm.training.guard import Diverged, Guard
+from khanhllm.training.step import Learner, NoRows, State, train_step
+
+A_SECOND = 20_000
+"""tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
+FAILURES = 3
+"""saves that fail in a row until the run stops"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, once everything is open."""
+
+    run: Path
+    learner: Learner
+    tokenizer: Tokenizer
+    train: Shards | Belt
+    validation: Shards
+
+    @property
+    def config(self) -> Config:
+        return self.learner.config
+
+
+def train(config: Config, folder: Path, resume: bool = False) -> None:
+    """Train until `config.train.steps`, or until a signal asks to stop.
+
+    Raises UserError for what the user can put right, before any long work where that is possible.
+    """
+    refuse_to_overwrite(folder, resume)
+    if config.train.micro_batch == "auto":
+        config = budget.fitted(config, budget.here(open_machine(config.machine)))
+    with _locked(folder):
+        paper = on_paper(config.model)
+        last = checkpoint.newest(folder, paper=paper) if resume else None
+        saved = checkpoint.read_state(last) if last else {}
+        if last:
+            _check_continuable(config, folder, saved)
+        parts = assemble(config, folder, saved)
+        state = _continue(parts, last) if last else parts.learner.start()
+        parameters = total_parameters(parts.learner.model)
+        with (
+            stop_signals() as stop,
+            Log.open(folder, config, state.step, parameters) as log,
+            Saver(folder, config.train.keep) as saver,
+        ):
+            parts.tokenizer.save(folder / "tokenizer.json")
+            write_config(config, folder)
+            checkpoint.reject_after(folder, state.step, paper)
+            for line in _introduction(parts, state):
+                log.say(line)
+            _loop(parts, state, log, saver, stop)
+
+
+def _loop(parts: Parts, state: State, log: Log, saver: Saver, stop: Stop) -> None:
+    train = parts.config.train
+    rows = _rows(parts, state, stop)
+    started = time.perf_counter() - (state.share or 0) * train.seconds
+    first, last, whole = state.step + 1, False, False
+    while not last:
+        try:
+            state, row = train_step(parts.learner, state, rows)
+        except (NoRows, Starved) as error:
+            if state.step >= first:
+                _save(parts, state, log, saver, must=True)
+            if isinstance(error, Starved):
+                raise Starved(f"{error} (at step {state.step}; to go on: --resume --run {parts.run})") from None
+            break
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            parts = _with_smaller_micro_batches(parts, state, error, log)
+            rows = _rows(parts, state, stop)
+            continue
+        if state.step == first:
+            gc.freeze()  # what is alive now lives as long as the run: the garbage collector may pass it by
+        if row["fault"]:
+            log.say(f"step {state.step} is rejected: {row['fault']}; weights and moments stay as they were")
+        if state.guard.rejected >= parts.config.guard.patience:
+            state = _go_back(parts, state, log, saver)
+            continue
+        seconds = time.perf_counter() - started
+        if state.share is None:
+            whole = state.step == train.steps
+        else:
+            # the budget is used up when it has no room for another step and for saving
+            share, before = seconds / train.seconds, state.share
+            state = replace(state, share=share)
+            whole = share + (share - before) + saver.seconds / train.seconds >= 1
+            log.expect(state.step if whole else max(state.step + 1, round(state.step / share)))
+        last = whole or bool(stop.asked)
+        if due(state.step, train.eval_every) or whole:
+            row |= validate(parts, train.eval_tokens)
+        log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
+        _hear(saver, log)
+        if due(state.step, train.save_every) or last:
+            _save(parts, state, log, saver, must=last)
+        if (due(state.step, train.sample_every) or whole) and train.sample_tokens:
+            _write_sample(parts, state.step, log)
+    if not whole:
+        log.say(f"stopped by {stop.asked}; to go on: khanhllm train --resume --run {parts.run}")
+
+
+def _rows(parts: Parts, state: State, stop: Stop) -> Iterator[Batch]:
+    train = parts.config.train
+    return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
+
+
+def _go_back(parts: Parts, state: State, log: Log, saver: Saver) -> State:
+    """After steps rejected in a row: weights and moments of the last good checkpoint, but the rows go on from here.
+
+    Raises Diverged if that has been tried often enough.
+    """
+    learner, guard = parts.learner, state.guard
+    _hear(saver, log, patient=True)
+    good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
+    where = f"step {int(good.name[5:])}" if good else "the beginning"
+    told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
+    if guard.returns >= learner.config.guard.returns:
+        again = "--resume goes on from there" if good else "nothing was saved yet"
+        raise Diverged(
+            f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
+            f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike for unusual text"
+        )
+    if good:
+        restored = _continue(parts, good)
+    else:
+        learner.model.initialise(torch.Generator().manual_seed(learner.config.train.seed))
+        learner.optimizer.state.clear()
+        restored = learner.start()
+    for group in learner.optimizer.param_groups:
+        group["step"] = -1
+    checkpoint.reject_after(parts.run, restored.step)
+    log.rewind(restored.step)
+    log.say(f"{told}; back to {where}, beyond the {state.cursor - restored.cursor:,} rows since then")
+    # time that was used up stays so, as do rows
+    guard = replace(restored.guard, accepted=0, returns=guard.returns + 1)
+    return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
+
+
+def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
+    """The answer to an error in a step: if memory ran out, the same step can be taken again in smaller pieces.
+
+    Raises the error if it is another one, and UserError if there is nothing to cut or the update had begun.
+    """
+    if not out_of_memory(error):
+        raise error
+    config, rows = parts.config, parts.config.train.rows
+    optimizer, machine = parts.learner.optimizer, parts.learner.machine
+    updating = optimizer.param_groups[0]["step"] == state.step
+    optimizer.zero_grad(set_to_none=True)
+    traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
+    machine.give_back_memory()
+    if rows == 1 or updating:
+        told = budget.advice(config, budget.here(machine))
+        raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None
+    smaller = budget.with_cut(config, max(cut for cut in budget.cuts(config, 2**62) if cut <= rows // 2))
+    write_config(smaller, parts.run)
+    log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
+    return replace(parts, learner=replace(parts.learner, config=smaller))
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def validate(parts: Parts, tokens: int) -> Score:
+    """Score the first `tokens` tokens of the validation documents, always the same ones."""
+    windows = islice(parts.validation.windows(), -(-tokens // parts.config.model.context))
+    rows = parts.config.train.rows
+    learner = parts.learner
+    return score(learner.model, windows, parts.tokenizer.token_bytes, learner.machine, rows)
+
+
+def _write_sample(parts: Parts, step: int, log: Log) -> None:
+    train = parts.config.train
+    sampling = Sampling(tokens=train.sample_tokens, seed=train.seed + step)
+    learner = parts.learner
+    pieces = write(learner.model, parts.tokenizer, learner.machine, train.sample_prompt, sampling)
+    text = train.sample_prompt + "".join(pieces)
+    log.say(f"step {step} writes: {' '.join(text.split())[:300]}")
+    try:
+        with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"--- step {step}\n{text}\n")
+    except OSError as error:
+        log.say(f"the sample could not be kept: {error}; training goes on")
+
+
+def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
+    """Begin to save. `must` is the last chance: it is waited for, and then a failure is the user's."""
+    _hear(saver, log, patient=True)
+    log.flush()
+    extra = {
+        "cursor": state.cursor,
+        "load": state.load_LE.tolist(),
+        "data": parts.train.sha256,
+        "folder": str(parts.train.folder.resolve()),
+        "guard": asdict(state.guard),
+        "seconds": (state.share or 0) * parts.config.train.seconds,
+    }
+    saver.begin(state.step, parts.learner.model, parts.learner.optimizer, extra)
+    if must:
+        _hear(saver, log, patient=True, must=True)
+
+
+def _hear(saver: Saver, log: Log, patient: bool = False, must: bool = False) -> None:
+    """What became of the last save. The run goes on without it for a while, but not if it `must` have been saved."""
+    try:
+        path = saver.outcome(patient)
+    except OSError as error:
+        fault = f"a checkpoint could not be saved: {error}"
+        if must or saver.failures == FAILURES:
+            raise UserError(f"{fault}; the checkpoints before it are intact, and --resume goes on from them") from None
+        log.say(f"{fault}; training goes on, the checkpoints before it are intact")
+        return
+    if path:
+        log.say(f"saved {path}")
+
+
+def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
+    """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
+    machine = open_machine(config.machine)
+    data = Path(saved.get("folder", ""))
+    own = {"source": str(data), "tokenizer": ""} if saved and there(data / MANIFEST) else {}
+    needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
+    data = ensure(config.data.model_copy(update=own), config.model.vocab_size, round(needed))
+    tokenizer = Tokenizer.load(data / "tokenizer.json")
+    train: Shards | Belt = (
+        Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
+        if (data / RECIPE).exists()
+        else Shards.open(data, "train", config.model.context)
+    )
+    validation = Shards.open(data, "validation", config.model.context)
+    return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
+
+
+def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> None:
+    """What a resumed run cannot change, refused before anything is opened."""
+    kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
+    if not config.train.seconds and config.train.steps <= saved["step"]:
+        raise UserError(f"{folder} has {saved['step']} steps already; to train on, give a larger --steps")
+    if 0 < config.train.seconds <= saved["seconds"]:
+        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to train on, give a longer --for")
+    fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
+    changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
+    changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
+    changed += ["train.seed"] if config.train.seed != kept.train.seed else []
+    if changed:
+        raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
+
+
+def _continue(parts: Parts, path: Path) -> State:
+    """Bring weights, moments and state back from a checkpoint."""
+    saved, learner = checkpoint.read_state(path), parts.learner
+    if saved["data"] != parts.train.sha256:
+        raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
+    checkpoint.load_model(path, learner.model)
+    checkpoint.load_optimizer(path, learner.model, learner.optimizer, saved["optimizer"])
+    start = learner.start()
+    load_LE = torch.tensor([share for layer in saved["load"] for share in layer], device=learner.machine.device)
+    if len(load_LE) != start.load_LE.numel():
+        raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
+    budget_s = learner.config.train.seconds
+    share = saved["seconds"] / budget_s if budget_s else None
+    return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), Guard(**saved["guard"]), share)
+
+
+def _introduction(parts: Parts, state: State) -> Iterator[str]:
+    config, learner = parts.config, parts.learner
+    model = learner.model
+    yield f"model: {total_parameters(model):,} parameters, {active_parameters(model):,} at work on each token"
+    yield f"machine: {learner.machine.describe()}; optimizer: {optim.describe(learner.optimizer)}"
+    yield (
+        f"data: {parts.train.describe()}; "
+        f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
+    )
+    epochs = 0 if config.train.seconds else parts.train.laps(config.train.steps * config.tokens_per_step)
+    if epochs > 1:
+        yield f"the run reads its text {epochs:.1f} times"
+    if state.step:
+        yield f"resumed after step {state.step}"
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Replace the run's config.toml in one rename: half of one would be worse than an old one."""
+    aside = folder / "config.tmp"
+    try:
+        aside.write_text(to_toml(config), encoding="utf-8")
+        aside.replace(folder / "config.toml")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / 'config.toml'}: {error.strerror}") from None
+
+
+def refuse_to_overwrite(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "config.toml").exists():
+        raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
+    if fault := foreign(folder):
+        raise UserError(f"{fault}; a run folder must hold its own files")
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another training is at work in {folder}; choose another folder with --run") from None
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as a run folder: {error.strerror}; choose another with --run") from None
+    try:
+        yield
+    finally:
+        lock.release()

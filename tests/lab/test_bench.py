@@ -1,0 +1,67 @@
+"""What is compared is comparable, and the command says what scripts rely on; how fast it is, no test asks."""
+
+import json
+
+import pytest
+
+from conftest import tiny
+from khanhllm import cli
+from khanhllm.errors import UserError
+from khanhllm.lab import bench
+from khanhllm.lab.candidates import Contender, as_qwen3_moe
+from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
+from khanhllm.model.twin import dense_twin
+
+
+@pytest.mark.parametrize(("pattern", "expert_hidden"), [("DM", 48), ("DDM", 44), ("MMMM", 48)])
+def test_the_dense_twin_has_the_same_arithmetic(pattern, expert_hidden):
+    model = tiny(pattern=pattern, expert_hidden=expert_hidden).model
+    ours, twin = on_paper(model), on_paper(dense_twin(model))
+    router = 6 * pattern.count("M") * model.experts * model.dim
+    assert flops_per_token(twin) == flops_per_token(ours) - router
+    assert active_parameters(twin) < active_parameters(ours)
+    large = on_paper(dense_twin(model, "total"))
+    router = pattern.count("M") * model.experts * model.dim
+    assert abs(total_parameters(large) - (total_parameters(ours) - router)) <= 3 * 4 * model.dim * len(pattern)
+
+
+def test_a_step_is_compared_in_turns(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "SMALL", {"model": tiny().model.model_dump(), "train": {"micro_batch": 2}})
+    monkeypatch.setattr(bench, "HUGGING_FACE", ["hf eager", "hf nonsense"])
+    monkeypatch.setattr(bench, "OURS", ["ours"])
+    words = ["step", "--steps", "2", "--json", "--out", str(tmp_path / "bench.json"), "--machine.threads", "1"]
+    assert cli.main(["bench", *words, "--machine.device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "bench.json").read_text())
+    for ratio in ("ratio_huggingface", "ratio_dense_twin", "share_of_matmul_rate"):
+        assert 0 < report[ratio]["least"] <= report[ratio]["median"] <= report[ratio]["most"]
+    (step,) = report["step"].values()
+    assert step["huggingface_mode"] == "hf eager"
+    assert "nonsense" in step["modes"]["hf nonsense"]
+    assert step["ours"]["parameters"] == step["hf eager"]["parameters"]  # the same model
+
+
+OWN = [
+    {"style": "classic"},
+    {"feedforward": "relu2"},
+    {"value_embedding": True},
+    {"pair_embedding": 9},
+    {"embedding_skip": True},
+]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_what_hugging_face_has_no_word_for_is_refused(own):
+    with pytest.raises(UserError, match=f"model.{next(iter(own))}"):
+        as_qwen3_moe(tiny(**own).model, "eager")
+
+
+def test_a_contender_that_cannot_run_says_why():
+    contender = Contender.enter("hf nonsense", tiny())
+    assert contender.fault
+    assert contender.leave() == 0
+
+
+def test_an_unknown_part_is_one_line(capsys):
+    assert cli.main(["bench", "everything"]) == 2
+    assert "parts: step, moe, decode, tokenizer, data" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+import pytest
+
+from conftest import tiny
+from khanhllm import cli
+from khanhllm.errors import UserError
+from khanhllm.log import compare
+from khanhllm.model.twin import dense_twin
+from khanhllm.settings import to_toml
+
+
+def run_folder(path, losses, seconds, model=None):
+    path.mkdir()
+    config = tiny() if model is None else tiny().model_copy(update={"model": model})
+    (path / "config.toml").write_text(to_toml(config), "utf-8")
+    lines = [f"{n},{64 * n},{loss},{clock},{1.5 if n == len(losses) else ''}" for n, (loss, clock) in
+             enumerate(zip(losses, seconds, strict=True), 1)]  # fmt: skip
+    (path / "training_log.csv").write_text("step,tokens,loss,seconds,val_bpb\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def test_a_table_and_a_picture(tmp_path, capsys):
+    run_folder(tmp_path / "mixture", [5, 4, 3], [1, 2, 3])
+    run_folder(tmp_path / "twin", [5, 4.5, 4], [1, 2, 3], dense_twin(tiny().model))
+    png = tmp_path / "out.png"
+    assert cli.main(["compare", str(tmp_path / "mixture"), str(tmp_path / "twin"), "--out", str(png)]) == 0
+    printed = capsys.readouterr().out
+    assert "mixture" in printed and "twin" in printed and "1.5000" in printed
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_clock_of_a_resumed_run_goes_on(tmp_path):
+    told = compare.read(run_folder(tmp_path / "run", [5, 4, 3, 2], [10, 20, 5, 15]))
+    assert list(told.seconds) == [10, 20, 25, 35]
+
+
+@pytest.mark.parametrize("losses", [[], ["nan"]])
+def test_what_is_no_run_or_has_no_step(losses, tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        compare.read(tmp_path)
+    with pytest.raises(UserError, match="no step yet"):
+        compare.read(run_folder(tmp_path / "run", losses, [1] * len(losses)))
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run = run_folder(tmp_path / "run", [5, 4, 3], [1, 2, 3])
+    assert cli.main(["compare", str(run), "--out", str(tmp_path / "none" / "x.png")]) == 2
+    assert "cannot write" in capsys.readouterr().err

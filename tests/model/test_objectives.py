@@ -1,0 +1,71 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from khanhllm.model import objectives
+
+G = torch.Generator().manual_seed(2)
+
+
+def test_chunked_loss_and_gradients_equal_the_whole():
+    x, weight = (torch.randn(n, 16, generator=G, dtype=torch.float64, requires_grad=True) for n in (37, 50))
+    targets = torch.randint(50, (37,), generator=G)
+    upstream = torch.randn(37, generator=G)
+    whole = F.cross_entropy(x @ weight.T, targets, reduction="none")
+    theirs = torch.autograd.grad((whole * upstream).sum(), (x, weight))
+    for chunk in (1, 10, 37, 100):
+        nll = objectives.token_nll(x, weight, targets, chunk)
+        ours = torch.autograd.grad((nll * upstream).sum(), (x, weight))
+        assert torch.allclose(nll.double(), whole, atol=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("upstream", "times"),
+    [(torch.ones(()).expand(100), 1), (torch.rand(100, generator=G), 2)],
+    ids=["one number for all", "a number for each"],
+)
+def test_rows_of_logits_exist_by_the_chunk_and_are_made_once(upstream, times, monkeypatch):
+    rows = []
+    honest = objectives._nll
+    monkeypatch.setattr(objectives, "_nll", lambda x, *rest: rows.append(len(x)) or honest(x, *rest))
+    x = torch.randn(100, 8, requires_grad=True)
+    objectives.token_nll(x, torch.randn(20, 8), torch.zeros(100, dtype=torch.long), 16).backward(upstream)
+    assert max(rows) == 16
+    assert sum(rows) == 100 * times
+
+
+def test_the_gradient_of_a_step_asks_for_one_number():
+    """The road through `share_of_step` and the head's view must reach the cheap backward pass."""
+    nll, prob, z = torch.rand(4, 8, generator=G), torch.rand(2, 3), torch.rand(2)
+    seen = []
+    flat = nll.flatten().requires_grad_()
+    flat.register_hook(lambda grad: seen.append(grad.stride()))
+    objectives.share_of_step(flat.view(4, 8), prob, z, torch.rand(2, 3), 32, 0.1, 0.1).backward()
+    assert seen == [(0,)]
+
+
+def test_the_gradient_can_be_asked_for_twice():
+    x, weight = (torch.randn(n, 8, generator=G, requires_grad=True) for n in (10, 20))
+    total = objectives.token_nll(x, weight, torch.arange(10), 4).sum()
+    first, second = (torch.autograd.grad(3 * total, (x, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
+
+
+def test_even_routing_scores_one_and_collapse_scores_experts():
+    even, collapsed = torch.ones(1, 8), torch.eye(8)[:1]
+    assert objectives.load_balance(even, even).item() == 1
+    assert objectives.load_balance(collapsed, collapsed).item() == 8
+
+
+def test_balance_is_per_layer():
+    """Opposite collapses in two layers must not cancel."""
+    assert objectives.load_balance(torch.eye(2), torch.eye(2)).tolist() == [2, 2]
+
+
+def test_shares_add_up():
+    nll, prob, z = (torch.rand(*shape, generator=G) for shape in ((8, 4), (2, 3), (2,)))
+    load = torch.rand(2, 3, generator=G).softmax(-1)
+    whole = objectives.share_of_step(nll, prob, z, load, 32, 0.1, 0.01)
+    half = [objectives.share_of_step(part, prob / 2, z / 2, load, 32, 0.1, 0.01) for part in nll.split(4)]
+    assert torch.allclose(sum(half), whole)

@@ -1,0 +1,167 @@
+"""Muon against its references: the exact polar factor (SVD in fp64), one matrix at a time, torch.optim.Muon, AdamW."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import build, tiny
+from khanhllm import optim
+from khanhllm.data.batches import Batch
+from khanhllm.optim import muon
+from khanhllm.schema import OptimConfig
+from khanhllm.settings import resolve
+from khanhllm.training.step import State, train_step
+
+SHAPES = [(32, 32), (16, 48), (48, 16)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("steps", "least"), [(1, 0.22), (2, 0.06), (3, 0.014), (4, 0.0032), (5, 0.0008)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("many", [False, True])
+def test_every_direction_counts_the_same(shape, steps, least, many):
+    """Singular values from the largest down to what so many turns reach end between 0.8 and 1.2; directions stay."""
+    left, values, right = torch.linalg.svd(random(3, *shape).double(), full_matrices=False)
+    # one large value among small ones, or all but one large: the bound is tight, or as loose as it can be
+    values = torch.full_like(values, 1.0 if many else least)
+    values[:, 0], values[:, 1], values[:, -1] = 1, least, least
+    if many:
+        least = least * values.shape[-1] ** 0.25
+        values[:, 1] = values[:, -1] = least
+    turned = muon.orthogonalise((left @ torch.diag_embed(values) @ right).float(), steps).double()
+    along = left.mT @ turned @ right.mT
+    straight = along.diagonal(dim1=-2, dim2=-1)
+    assert (along - torch.diag_embed(straight)).abs().max() < 1e-3
+    assert straight.min() > 0.79 and straight.max() < 1.21
+
+
+def test_size_does_not_matter_and_zero_stays_zero():
+    x = random(2, 16, 24)
+    assert torch.allclose(muon.orthogonalise(1e6 * x, 5), muon.orthogonalise(1e-6 * x, 5), atol=1e-4)
+    assert muon.orthogonalise(torch.zeros(1, 8, 8), 5).eq(0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_equals_one_by_one(shape):
+    x = random(5, *shape)
+    alone = torch.cat([muon.orthogonalise(one[None], 5) for one in x])
+    assert torch.allclose(muon.orthogonalise(x, 5), alone, atol=1e-5)
+
+
+def stepped(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: int = 4) -> None:
+    for step in range(steps):
+        for nth, parameter in enumerate(parameters):
+            parameter.grad = random(*parameter.shape, seed=100 * step + nth)
+        optimizer.step()
+
+
+def ours(parameters: list[nn.Parameter]) -> muon.Muon:
+    group = {"params": parameters, "lr": 0.02, "momentum": 0.9, "newton_schulz": 5, "weight_decay": 0.1}
+    return muon.Muon([group], fused=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_moves_as_under_torch_s_muon(shape, monkeypatch):
+    """Its polynomial is another, so it is lent ours; momentum, decay, step length and signs must agree."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    ours_for_it = lambda gradient, *_: muon.orthogonalise(gradient[None], 5)[0]  # noqa: E731
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", ours_for_it)
+    one, other = (nn.Parameter(random(*shape)) for _ in range(2))
+    start = one.detach().clone()
+    stepped(ours([one]), [one])
+    stepped(torch.optim.Muon([other], lr=0.02, momentum=0.9, weight_decay=0.1), [other])
+    assert (one - other).norm() < 1e-4 * (one - start).norm()
+
+
+def test_a_stack_of_experts_moves_as_its_matrices_alone():
+    """Each expert is a matrix of its own, (in, out), and its shape decides how far it moves."""
+    for shape in SHAPES:
+        stack = nn.Parameter(random(3, *shape))
+        singles = [nn.Parameter(matrix.T.clone()) for matrix in stack.detach()]
+        optimizers = ours([stack]), ours(singles)
+        for step in range(3):
+            stack.grad = random(3, *shape, seed=step)
+            for single, gradient in zip(singles, stack.grad, strict=True):
+                single.grad = gradient.T.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(stack, torch.stack([single.T for single in singles]), atol=1e-5)
+
+
+def test_small_batches_change_nothing(monkeypatch):
+    """How many matrices share a product is a matter of memory only."""
+    shapes = [(16, 24), (16, 24), (4, 16, 24), (2, 24, 16), (24, 16)]
+    whole, small = ([nn.Parameter(random(*shape, seed=7)) for shape in shapes] for _ in range(2))
+    stepped(ours(whole), whole)
+    monkeypatch.setattr(muon, "LARGEST", 800)
+    assert len(list(muon.batches(small))) == 4  # of two, one, one and one; a stack is never cut
+    stepped(ours(small), small)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, small, strict=True))
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_hidden_matrices_follow_muon_and_all_else_adamw(style):
+    model = build(tiny(style))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optim.build(model, OptimConfig(name="muon", lr=1e-3, muon_lr=0.05)).param_groups
+    hidden = {names[id(parameter)] for parameter in groups[0]["params"]}
+    assert {name.split(".")[3] for name in hidden} == {"query", "key", "value", "out", "up", "down", "experts"} | (
+        {"gate"} if style == "modern" else set()
+    )
+    assert not any("bias" in name or "norm" in name for name in hidden)
+    assert [group["peak_lr"] for group in groups] == [0.05, 1e-3, 1e-3]
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
+    decaying = {names[id(parameter)] for parameter in groups[1]["params"]}
+    assert decaying == {"head.weight", "blocks.1.feedforward.router.weight"}
+
+
+def test_what_is_not_muon_s_moves_as_under_adamw():
+    model, twin = build(tiny()), build(tiny())
+    settings = {"lr": 1e-2, "weight_decay": 0.3}
+    pair = [optim.build(m, OptimConfig(name=n, **settings)) for m, n in ((model, "muon"), (twin, "adamw"))]
+    for optimizer, one in zip(pair, (model, twin), strict=True):
+        stepped(optimizer, list(one.parameters()))
+    twins = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, twins[name]) != muon.is_hidden_matrix(name, parameter), name
+
+
+def test_the_state_is_one_number_a_weight():
+    model = build(tiny())
+    optimizer = optim.build(model, OptimConfig(name="muon"))
+    stepped(optimizer, list(model.parameters()), steps=1)
+    for name, parameter in model.named_parameters():
+        keys = {"momentum"} if muon.is_hidden_matrix(name, parameter) else {"step", "exp_avg", "exp_avg_sq"}
+        assert set(optimizer.state[parameter]) == keys, name
+
+
+def test_a_momentum_of_eight_bits_is_a_byte_a_weight_and_moves_nearly_the_same():
+    models = [build(tiny(dim=64, hidden=128)) for _ in range(2)]
+    start = {name: parameter.detach().clone() for name, parameter in models[0].named_parameters()}
+    optimizers = [optim.build(m, OptimConfig(name=n)) for m, n in zip(models, ("muon", "muon8bit"), strict=True)]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        stepped(optimizer, list(model.parameters()), steps=20)
+    rounded = dict(models[1].named_parameters())
+    for name, exact in models[0].named_parameters():
+        if muon.is_hidden_matrix(name, exact):
+            state = optimizers[1].state[rounded[name]]
+            assert state["momentum"].nbytes == exact.numel() and state["absmax"].numel() == -(-exact.numel() // 256)
+            assert 0 < (exact - rounded[name]).norm() < 0.05 * (exact - start[name]).norm(), name
+
+
+def test_the_schedule_scales_each_group_s_own_peak(machine):
+    config = resolve(tiny().model_dump(), {"optim": {"name": "muon", "lr": 1e-3, "muon_lr": 0.05}})
+    model = build(config)
+    optimizer = optim.build(model, config.optim)
+    parts = SimpleNamespace(config=config, model=model, machine=machine, optimizer=optimizer, flops_per_token=1)
+    ids_BT = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
+    rows = iter([Batch(ids_BT[:, :-1], ids_BT[:, 1:], 2)])
+    _, row = train_step(parts, State(9, 0, torch.full((1, 4), 0.25)), rows)
+    assert row["lr"] == pytest.approx(1e-3 * 10 / config.schedule.warmup)
+    assert [group["lr"] / row["lr"] for group in optimizer.param_groups] == pytest.approx([50, 1, 1])

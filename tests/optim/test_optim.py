@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from conftest import build, tiny
+from khanhllm import optim
+from khanhllm.schema import OptimConfig
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_every_parameter_is_in_exactly_one_group(style):
+    model = build(tiny(style))
+    decay, rest = (group["params"] for group in optim.groups(model, 0.1))
+    assert len(decay) + len(rest) == len(list(model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {"head.weight", "blocks.1.feedforward.experts.up"} <= {names[id(p)] for p in decay}
+    assert all("norm" in names[id(p)] or "bias" in names[id(p)] or "embedding" in names[id(p)] for p in rest)
+
+
+def test_one_left_out_or_taken_twice_raises():
+    model = build(tiny())
+    found = optim.groups(model, 0.1)
+    for wrong in ([found[0]], [*found, found[1]]):
+        with pytest.raises(ValueError, match="exactly one"):
+            optim.check(model, wrong)
+
+
+def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
+    torch.manual_seed(0)
+    size, left = {}, {}
+    x = torch.randn(256, 128)
+    y = torch.tanh(x @ torch.randn(128, 64))
+    for name in ("adamw", "adamw8bit"):
+        torch.manual_seed(1)
+        layer = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
+        optimizer = optim.build(layer, OptimConfig(name=name, lr=3e-3, weight_decay=0))
+        for _ in range(100):
+            loss = (layer(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        size[name], left[name] = optim.state_bytes(optimizer), loss.item()
+    assert size["adamw8bit"] < 0.3 * size["adamw"]  # the small biases stay in fp32
+    assert left["adamw8bit"] < 1.2 * left["adamw"] + 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
+def test_parts_with_a_learning_rate_of_their_own(name):
+    model = build(tiny(value_embedding=True))
+    optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, embedding_lr=0.1, head_lr=0.01))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(names.values())
+    assert rates["embedding.token.weight"] == rates["value_embedding.tables.1.weight"] == 0.1
+    assert rates["head.weight"] == 0.01
+    assert rates["head.norm.weight"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rates_carry_over_to_another_width(name):
+    """At four times the width, what AdamW does to a matrix is a quarter; Muon's steps fit every width already."""
+    rates = []
+    for dim in (32, 128):
+        model = build(tiny(dim=dim))
+        optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, head_lr=1e-2, embedding_lr=0.1, base_dim=32))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        rates.append({names[id(p)]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]})
+    same = {"embedding.token.weight", "head.norm.weight"}
+    same |= {"blocks.0.attention.out.weight", "blocks.1.feedforward.experts.up"} if name == "muon" else set()
+    for part in same:
+        assert rates[0][part] == rates[1][part], part
+    scaled = {"head.weight", "blocks.1.feedforward.router.weight"}
+    scaled |= set() if name == "muon" else {"blocks.0.attention.out.weight", "blocks.1.feedforward.experts.up"}
+    for part in scaled:
+        assert rates[0][part] == pytest.approx(4 * rates[1][part]), part

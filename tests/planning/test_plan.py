@@ -1,0 +1,193 @@
+"""A plan before training, the choice of a micro-batch, and a step that runs out of memory."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from conftest import tiny
+from khanhllm import cli
+from khanhllm.errors import UserError
+from khanhllm.machine.cards import CARDS
+from khanhllm.planning import budget
+from khanhllm.settings import read_toml, resolve
+from khanhllm.training import run as training_run
+from khanhllm.training import step as step_module
+from khanhllm.training.run import train
+
+BIG = budget.Place("a test", "cpu", "fp32", memory=10**12, process=0, peak_flops=1e12)
+
+
+def place(memory: float) -> budget.Place:
+    return dataclasses.replace(BIG, memory=int(memory))
+
+
+def rows_per_step(config) -> int:
+    return config.train.micro_batch * config.train.accumulation
+
+
+CONFIG = resolve(tiny().model_dump(), {"train": {"micro_batch": 4, "accumulation": 6}})
+
+
+def test_the_rows_of_a_step_stay_and_less_memory_means_smaller_pieces():
+    none = BIG.total(budget.with_cut(CONFIG, 24, "none"))
+    chosen = [budget.fitted(CONFIG, place(none * share)) for share in (1, 0.9, 0.6)]
+    assert [rows_per_step(config) for config in chosen] == [24, 24, 24]
+    sizes = [config.train.micro_batch for config in chosen]
+    assert sizes[0] == 24 and sizes == sorted(sizes, reverse=True) and sizes[1] < 24
+    assert all(BIG.total(config) <= none * share for config, share in zip(chosen, (1, 0.9, 0.6), strict=True))
+
+
+def test_rebuilding_comes_only_when_nothing_else_fits():
+    one_row = BIG.total(budget.with_cut(CONFIG, 1, "none"))
+    assert budget.fitted(CONFIG, place(one_row)).machine.checkpointing == "none"
+    assert budget.fitted(CONFIG, place(one_row - 1)).machine.checkpointing != "none"
+
+
+def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
+    with pytest.raises(
+        UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; most is saved by --optim.name adamw8bit"
+    ):
+        budget.fitted(CONFIG, place(1000))
+
+
+def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
+    assert cli.main(["plan", "card-8gb", "--card", "RTX 4060", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["seconds"] == 86_400
+    assert report["tokens"] == pytest.approx(report["tokens_per_s"] * 86_400, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8e9), ("600 mb", 6e8), ("1.5gb", 1.5e9), ("12G", 12e9), ("2GiB", 2**31)]
+)
+def test_sizes(text, size):
+    assert budget.read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "0", "-3GB", "8 apples"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="--memory"):
+        budget.read_size(text)
+
+
+def test_every_card_holds_nano():
+    config = resolve(tiny().model_dump())
+    for name, card in CARDS.items():
+        assert budget.fitted(config, budget.on(name, card)).train.micro_batch == 2
+
+
+def test_the_plan_as_json(capsys):
+    assert cli.main(["plan", "nano", "--memory", "2GB", "--json", "--machine.device", "cpu"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == 698_176
+    assert plan["weights"] == plan["at_peak"]["weights"]
+    assert plan["total"] == plan["process"] + sum(plan["at_peak"].values()) <= plan["memory"] == 2e9
+    assert plan["micro_batch"] * plan["accumulation"] * 512 == plan["tokens_per_step"] == 1024
+    assert plan["flops_per_token_causal"] < plan["flops_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nono"], "no preset"),
+        (["nano", "--card", "RTX 4099"], "did you mean"),
+        (["nano", "--memory", "1MB"], "nothing fits"),
+        (["nano", "--card", "4090", "--measure"], "--measure"),
+    ],
+)
+def test_bad_input_is_one_line(words, says, capsys):
+    assert cli.main(["plan", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert says in error[-1]
+
+
+def settings(corpus, cache, **more):
+    data = {"source": str(corpus), "cache": str(cache), "validation": 0.2, "workers": 1}
+    steps = {"steps": 4, "micro_batch": 4, "accumulation": 1, "sample_tokens": 0, "eval_tokens": 100}
+    return resolve(tiny().model_dump(), {"data": data, "train": steps}, more)
+
+
+def losses(run):
+    rows = (run / "training_log.csv").read_text().splitlines()
+    return [float(row.split(",")[2]) for row in rows[1:]]
+
+
+def out_of_memory_at(step, kind, monkeypatch, times=1):
+    """Memory runs out at the end of the first backward pass of a step, with half of the gradient already there."""
+    honest, left = step_module.accumulate, [times]
+
+    def accumulate(parts, micro_batches, load_LE):
+        result = honest(parts, micro_batches, load_LE)
+        if parts.optimizer.param_groups[0]["step"] == step - 2 and left[0]:
+            left[0] -= 1
+            raise kind
+        return result
+
+    monkeypatch.setattr(step_module, "accumulate", accumulate)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_a_step_that_ran_out_of_memory_is_taken_again_in_halves(kind, corpus, tmp_path, monkeypatch, capsys):
+    config = settings(corpus, tmp_path / "cache")
+    train(config, tmp_path / "whole")
+    out_of_memory_at(3, kind, monkeypatch)
+    train(config, tmp_path / "cut")
+    assert "step 3: out of memory; again with micro-batches of 2 instead of 4" in capsys.readouterr().out
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "cut")[:2] == losses(tmp_path / "whole")[:2]
+    kept = read_toml(tmp_path / "cut" / "config.toml")["train"]
+    assert (kept["micro_batch"], kept["accumulation"]) == (2, 2)
+
+
+def test_with_one_row_left_it_stops_and_says_what_saves_most(corpus, tmp_path, monkeypatch):
+    config = settings(corpus, tmp_path / "cache")
+    out_of_memory_at(2, torch.OutOfMemoryError("CUDA out of memory"), monkeypatch, times=9)
+    with pytest.raises(UserError, match=r"step 2: out of memory with a micro-batch of 1; most is saved by --"):
+        train(config, tmp_path / "run")
+
+
+def test_another_error_is_not_taken_for_it(corpus, tmp_path, monkeypatch):
+    out_of_memory_at(2, RuntimeError("shapes do not match"), monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train(settings(corpus, tmp_path / "cache"), tmp_path / "run")
+
+
+def test_an_update_that_had_begun_is_not_taken_again(corpus, tmp_path, monkeypatch):
+    config = settings(corpus, tmp_path / "cache")
+    honest = training_run.optim.build
+
+    def failing(*arguments):
+        optimizer = honest(*arguments)
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("in the update")
+
+        optimizer.register_step_post_hook(fail)
+        return optimizer
+
+    monkeypatch.setattr(training_run.optim, "build", failing)
+    with pytest.raises(UserError, match="out of memory"):
+        train(config, tmp_path / "run")
+
+
+def test_auto_settles_on_numbers_that_keep_the_rows(corpus, tmp_path):
+    config = resolve(
+        settings(corpus, tmp_path / "cache", train={"accumulation": 3}).model_dump(), {"train": {"micro_batch": "auto"}}
+    )
+    train(config, tmp_path / "run")
+    kept = read_toml(tmp_path / "run" / "config.toml")["train"]
+    assert kept["micro_batch"] * kept["accumulation"] == 12
+
+
+def test_a_micro_batch_that_is_neither_a_number_nor_auto():
+    with pytest.raises(UserError, match=r"train.micro_batch: .*integer.*, or .*'auto' \(got 'banana'\)"):
+        resolve({"train": {"micro_batch": "banana"}})

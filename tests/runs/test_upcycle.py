@@ -1,0 +1,49 @@
+"""A mixture made from a dense run computes the same at first, and learns on from there."""
+
+import pytest
+import torch
+
+from conftest import tiny
+from khanhllm import cli
+from khanhllm.runs.run import open_run
+from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
+from khanhllm.training.run import train
+
+
+@pytest.fixture
+def dense(corpus, tmp_path, request):
+    style = getattr(request, "param", {})
+    run = {"data": {"source": str(corpus), "cache": str(tmp_path / "shards"), "workers": 1}, "train": {"steps": 3}}
+    train(resolve(tiny(pattern="DDD", **style).model_dump(), run), tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize("dense", [{"style": "classic"}, {}, {"feedforward": "relu2"}], indirect=True)
+def test_it_computes_what_the_dense_model_did(dense, tmp_path):
+    assert cli.main(["upcycle", str(dense), "--out", str(tmp_path / "mixture"), "--experts", "4"]) == 0
+    before, after = open_run(dense), open_run(tmp_path / "mixture")
+    assert after.config.model.pattern == "DMD"
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        assert torch.allclose(before.model.logits(ids), after.model.logits(ids), atol=1e-5)
+
+
+def test_it_goes_on_with_new_rows(dense, tmp_path):
+    mixture = tmp_path / "mixture"
+    assert cli.main(["upcycle", str(dense), "--out", str(mixture), "--pattern", "MMM"]) == 0
+    assert cli.main(["train", "--resume", "--run", str(mixture), "--steps", "2", "--machine.threads", "1"]) == 0
+    cursors = [checkpoint.read_state(checkpoint.newest(run))["cursor"] for run in (dense, mixture)]
+    assert cursors[1] == cursors[0] + 2 * 2
+
+
+def test_what_cannot_be_upcycled(dense, tmp_path, capsys):
+    mixture = tmp_path / "mixture"
+    words = ["upcycle", str(dense), "--out", str(mixture)]
+    for wrong in (["--pattern", "DM"], ["--pattern", "DDD"], ["--experts", "0"], ["--experts-per-token", "9"]):
+        assert cli.main([*words, *wrong]) == 2
+        assert not mixture.exists()
+    assert cli.main(words) == 0
+    assert cli.main(words) == 2
+    assert cli.main(["upcycle", str(mixture), "--out", str(tmp_path / "twice")]) == 2
+    assert "mixture layers already" in capsys.readouterr().err

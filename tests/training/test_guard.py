@@ -1,0 +1,89 @@
+import random
+from math import inf, nan
+
+import pytest
+
+from khanhllm.log.alarms import STEPS, Alarms
+from khanhllm.schema import GuardConfig, ModelConfig
+from khanhllm.training.guard import LEAST, WINDOW, Guard
+
+CONFIG = GuardConfig()
+
+
+def after(losses, guard=None):
+    guard = guard or Guard()
+    for loss in losses:
+        assert not guard.fault(loss, 1.0, CONFIG), loss
+        guard = guard.accept(loss)
+    return guard
+
+
+def falling(steps, seed=0):
+    """A loss as trainings have it: a fall like a power law, with noise."""
+    chance = random.Random(seed)
+    return [2 + 8 * (step + 1) ** -0.3 + chance.gauss(0, 0.1) for step in range(steps)]
+
+
+def test_ten_thousand_clean_steps_are_all_accepted():
+    after(falling(10_000))
+
+
+def test_a_single_loss_far_above_is_rejected():
+    guard = after(falling(500))
+    assert "far above" in guard.fault(guard.losses[-1] * 10, 1.0, CONFIG)
+    assert not guard.fault(guard.losses[-1] * 10, 1.0, GuardConfig(spike=0))
+
+
+def test_steady_losses_do_not_make_it_touchy():
+    assert not after([3.0] * WINDOW).fault(3.9, 1.0, CONFIG)
+    assert after([3.0] * WINDOW).fault(4.1, 1.0, CONFIG)
+
+
+def test_nothing_is_a_spike_before_enough_losses_are_known():
+    assert not after(falling(LEAST - 1)).fault(1e4, 1.0, CONFIG)
+
+
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+def test_what_is_not_finite_is_always_rejected(bad):
+    for guard in (Guard(), after(falling(200))):
+        assert "loss" in guard.fault(bad, 1.0, CONFIG)
+        assert "gradient" in guard.fault(3.0, bad, CONFIG)
+        assert guard.fault(bad, bad, GuardConfig(spike=0))
+
+
+def test_rejected_losses_never_enter_the_window():
+    guard = after(falling(200))
+    for _ in range(50):
+        guard = guard.reject()
+    assert (guard.rejected, guard.losses) == (50, after(falling(200)).losses)
+    assert guard.fault(1e4, 1.0, CONFIG)
+
+
+def test_returns_are_forgotten_after_a_calm_stretch():
+    guard = after(falling(WINDOW - 1), Guard(returns=2))
+    assert guard.returns == 2
+    assert guard.accept(3.0).returns == 0
+
+
+def rows(shares, balance):
+    return {"load_per_layer": [shares], "balance_per_layer": [balance]}
+
+
+def test_an_idle_expert_is_said_once_until_it_has_been_at_work_again():
+    alarms = Alarms([1], ModelConfig(experts=4))
+    idle, busy = rows([0.5, 0.3, 0.19, 0.01], 1.2), rows([0.25] * 4, 1.0)
+    heard = [text for _ in range(3 * STEPS) for text in alarms.hear(idle)]
+    assert len(heard) == 1
+    assert "layer 1: expert 3" in heard[0]
+    assert "--loss.balance" in heard[0]
+    assert not list(alarms.hear(busy))
+    assert len([text for _ in range(STEPS) for text in alarms.hear(idle)]) == 1
+
+
+def test_a_collapse_is_said_and_an_even_layer_is_not():
+    alarms = Alarms([3], ModelConfig(experts=8))
+    heard = [text for _ in range(STEPS) for text in alarms.hear(rows([0.5, 0.5, *[0.0] * 6], 4.0))]
+    assert any("collapsed" in text for text in heard)
+    assert not [text for _ in range(2 * STEPS) for text in Alarms([3], ModelConfig()).hear(rows([0.125] * 8, 1.0))]
+    one = Alarms([3], ModelConfig(experts=2, experts_per_token=2))
+    assert not [text for _ in range(2 * STEPS) for text in one.hear(rows([0.5, 0.5], 1.0000001))]
