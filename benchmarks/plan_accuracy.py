@@ -31,13 +31,13 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    place = budget.here(open_machine(resolve().machine))
+    hardware = budget.here(open_machine(resolve().machine))
     rows: dict[str, Any] = {}
     for name, (base, settings) in CASES.items():
         if base == "khanh-692m" and "--without-largest" in sys.argv:
             continue
         config = resolve(preset(base), *settings)
-        foreseen, real = place.takes(config), measure(config)
+        foreseen, real = hardware.takes(config), measure(config)
         exact = (foreseen.weights, foreseen.gradients, foreseen.optimizer) == (
             real["weights"],
             real["gradients"],
@@ -50,9 +50,9 @@ def main() -> None:
             f"weights, gradients, optimizer {'exact' if exact else 'DIFFER'}",
             flush=True,
         )
-    facts = {"device": place.device, "platform": platform.platform(), "torch": version("torch")}
+    facts = {"device": hardware.device, "platform": platform.platform(), "torch": version("torch")}
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"plan-accuracy-{place.device}.json"
+    path = RESULTS / f"plan-accuracy-{hardware.device}.json"
     path.write_text(json.dumps({"machine": facts, "cases": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 

@@ -4,7 +4,7 @@
 
 Learning rate, warm-up, optimizer, balance and depth are the preset's; a row is 256 tokens long. The rate stays at its
 peak after the warm-up, as it does in the preset's first 200 of 100,000 steps. Matrices move faster as the width shrinks
-(`optim.base_dim`), so that a step changes outputs as much as it does at full width. Told of each: the loss, rejected
+(`optim.base_dim`), so that a step changes outputs as much as it does at full width. RunLog of each: the loss, rejected
 steps, the longest gradient, the least share of any expert in any layer and step (12.5 % is even), the step from which
 all stay above 2 %, and the largest excess over an even load (max-violation), for both halves of the run. Results go to
 benchmarks/results/.

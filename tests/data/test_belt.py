@@ -17,7 +17,7 @@ from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import belt as module
 from khanhllm.data import belt_setup, documents, heartbeat, prepare
 from khanhllm.data.belt import Belt, Starved
-from khanhllm.data.belt_worker import RECIPE, Maker, Recipe
+from khanhllm.data.belt_worker import RECIPE, BeltWorker, Recipe
 from khanhllm.data.prepare import ensure
 from khanhllm.data.shards import Shards
 from khanhllm.data.writer import text_hash
@@ -61,7 +61,7 @@ def rows(belt, number, cursor=0, seed=0):
 
 def all_rows(belt):
     """Every row of one lap, in order of the shards."""
-    maker, found = Maker(belt.folder, 5.0), []
+    maker, found = BeltWorker(belt.folder, 5.0), []
     for nth in range(1000):
         made = maker.make(nth)
         ids = np.fromfile(belt.folder / made.shard.file, dtype="<u2").astype(np.int64)
@@ -119,7 +119,7 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
     before = {path.name: path.read_bytes() for path in belt.folder.glob("train-*")}
     for nth in (3, 1, 2, 0):
         (belt.folder / f"train-{nth:05d}.bin").unlink()
-        Maker(belt.folder, 5.0).make(nth)
+        BeltWorker(belt.folder, 5.0).make(nth)
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
 
 
@@ -206,7 +206,7 @@ def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch)
 def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
     belt = lay()
     impatient = "import sys, time; from khanhllm.data import belt_worker; belt_worker.WORK = -4; "
-    impatient += "maker.Maker.make = lambda *_: time.sleep(1e6); sys.exit(maker.main(sys.argv[3:]))"
+    impatient += "maker.BeltWorker.make = lambda *_: time.sleep(1e6); sys.exit(maker.main(sys.argv[3:]))"
     python = tmp_path / "python"  # called with -m khanhllm.data.belt_worker; with a patience of 5 it hangs after 1 s
     python.write_text(f'#!/bin/sh\nexec {module.sys.executable} -c "{impatient}" "$@"\n', "utf-8")
     python.chmod(0o755)
@@ -220,11 +220,11 @@ def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path
 def test_slow_work_beats_and_work_that_shows_nothing_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT", 0.01)
     monkeypatch.setattr(heartbeat, "SILENT", 0.3)
-    seen = heartbeat.Pulse(tmp_path, 1)
+    seen = heartbeat.Heartbeat(tmp_path, 1)
     work = iter(range(10**9))
     getting_on = threading.Event()
     getting_on.set()
-    heartbeat.beat(heartbeat.pulse_path(tmp_path, 1), lambda: next(work) if getting_on.is_set() else -1, 0.3)
+    heartbeat.beat(heartbeat.heartbeat_path(tmp_path, 1), lambda: next(work) if getting_on.is_set() else -1, 0.3)
     deadline = time.monotonic() + 1.2
     while time.monotonic() < deadline:
         assert not seen.silent()
@@ -294,7 +294,7 @@ def mixture(tmp_path):
 
 def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
     belt = lay(source=mixture)
-    maker = Maker(belt.folder, 5.0)
+    maker = BeltWorker(belt.folder, 5.0)
     tokens, sizes, nth = 0, dict.fromkeys("lms", 0), 0
     while tokens < 20_000:
         made = maker.make(nth)
@@ -310,7 +310,7 @@ def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
     before = {path.name: path.read_bytes() for path in belt.folder.glob("train-*")}
     for again in (3, 1, 2, 0, nth - 1):
         (belt.folder / f"train-{again:05d}.bin").unlink()
-        Maker(belt.folder, 5.0).make(again)
+        BeltWorker(belt.folder, 5.0).make(again)
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
     assert mixture in belt.describe()
 

@@ -17,9 +17,9 @@ from khanhllm import cli
 from khanhllm.data import clean as module
 from khanhllm.data import prepare as preparation
 from khanhllm.data.belt import Belt
-from khanhllm.data.belt_worker import Made, Maker, note_path
+from khanhllm.data.belt_worker import BeltWorker, Made, note_path
 from khanhllm.data.clean import Cleaner, steps_of
-from khanhllm.data.executors import Place
+from khanhllm.data.executors import Execution
 from khanhllm.data.prepare import ensure, prepare
 from khanhllm.data.shards import Manifest
 from khanhllm.data.sources import Source
@@ -230,14 +230,15 @@ def test_an_interrupted_search_for_copies_goes_on(corpus, tmp_path, monkeypatch)
 def test_on_slurm_the_search_for_copies_is_a_job_of_its_own(corpus, tmp_path, slurm):  # noqa: F811
     (corpus / "copies.jsonl").write_text(lines([page(number) for number in range(9)]), "utf-8")
     expected = prepare(str(corpus), TOKENIZER, tmp_path / "expected", validation=0.1, workers=1, clean="c4, minhash")
-    place = Place("slurm", tasks=2, partition="cpu")
+    place = Execution("slurm", tasks=2, partition="cpu")
     for _ in range(2):
         assert (
-            prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=place, clean="c4, minhash") is None
+            prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, execution=place, clean="c4, minhash")
+            is None
         )
         run_tasks(slurm, [0, 1])
         (slurm / "gone").touch()
-    made = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=place, clean="c4, minhash")
+    made = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, execution=place, clean="c4, minhash")
     assert made == expected and said(made) == {
         "c4": 60,
         "minhash": 6,
@@ -285,13 +286,13 @@ def belt(corpus, tmp_path, monkeypatch):
 
 def test_a_cleaned_belt_goes_on_in_the_middle_of_a_file_the_same(belt):
     whole, stopped = belt("whole"), belt("stopped")
-    maker = Maker(whole.folder, 5.0)
+    maker = BeltWorker(whole.folder, 5.0)
     made = [maker.make(0)]
     while not made[-1].last:
         made.append(maker.make(len(made)))
     assert len(made) > 4 and any(note.following.positions[0].document % 30 for note in made)
     for nth, note in enumerate(made):  # each shard by a new process
-        assert Maker(stopped.folder, 5.0).make(nth) == note
+        assert BeltWorker(stopped.folder, 5.0).make(nth) == note
     (read, size), (removed, _) = made[-1].following.positions[0].tally
     assert (removed, size) > (50, 0) and 150 < read <= 180
 
@@ -309,7 +310,7 @@ def test_rows_of_a_cleaned_belt_come_from_any_place(belt):
 
 def test_both_sides_of_a_belt_are_cleaned_and_apart(belt, corpus):
     found = belt("cache")
-    made = Maker(found.folder, 5.0).make(0)
+    made = BeltWorker(found.folder, 5.0).make(0)
     texts = [
         set(TOKENIZER.decode(np.fromfile(found.folder / name, "<u2")).split("<|endoftext|>")[1:])
         for name in (made.shard.file, "validation-00000.bin")
@@ -348,7 +349,7 @@ def test_data_show_tells_what_was_removed(corpus, belt, tmp_path, capsys):
             ["kept", "120"],
         ]
     found = belt("cache")
-    Maker(found.folder, 5.0).make(0)
+    BeltWorker(found.folder, 5.0).make(0)
     read = Made.read(note_path(found.folder, 0)).following.positions[0].tally[0][0]
     assert cli.main(["data", "show", str(found.folder), "--documents", "0"]) in (0, 2)  # no document is looked at
     assert ["read", f"{read}"] in [line.split()[:2] for line in capsys.readouterr().out.splitlines()]

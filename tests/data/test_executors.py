@@ -10,7 +10,7 @@ from words import TOKENIZER, lines, text
 
 from khanhllm.cli import main
 from khanhllm.data.documents import Reader
-from khanhllm.data.executors import Place
+from khanhllm.data.executors import Execution
 from khanhllm.data.prepare import prepare
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source
@@ -41,8 +41,8 @@ def expected(corpus, tmp_path):
 
 @pytest.mark.parametrize(("tasks", "workers"), [(1, 1), (2, 2), (3, 1), (50, 1)])
 def test_the_number_of_tasks_does_not_show(corpus, tmp_path, expected, tasks, workers):
-    place = Place(tasks=tasks, workers=workers)
-    assert prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=place) == expected
+    place = Execution(tasks=tasks, workers=workers)
+    assert prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, execution=place) == expected
     Shards.open(tmp_path / "out", "train", 8).verify()
     assert {path.name for path in (tmp_path / "out").glob("*.bin*")} == {shard.file for shard in expected.shards}
 
@@ -130,18 +130,18 @@ def test_slurm_gets_an_array_and_the_same_command_publishes(corpus, tmp_path, ex
 def test_what_cannot_work_is_said_at_once(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     for place, tokens, said in (
-        (Place("slurm", partition="cpu"), 9, "--tokens needs --executor local"),
-        (Place("slurm"), 0, "needs a --partition"),
-        (Place("slurm", partition="cpu"), 0, "needs the command sbatch"),
-        (Place("cloud"), 0, "must be local, slurm or ray"),
-        (Place(tasks=-1), 0, "tasks must be 0 or more"),
-        (Place(cpus=0), 0, "cpus and mem-per-cpu must be 1 or more"),
+        (Execution("slurm", partition="cpu"), 9, "--tokens needs --executor local"),
+        (Execution("slurm"), 0, "needs a --partition"),
+        (Execution("slurm", partition="cpu"), 0, "needs the command sbatch"),
+        (Execution("cloud"), 0, "must be local, slurm or ray"),
+        (Execution(tasks=-1), 0, "tasks must be 0 or more"),
+        (Execution(cpus=0), 0, "cpus and mem-per-cpu must be 1 or more"),
     ):
         with pytest.raises(UserError, match=said):
-            prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, tokens=tokens, place=place)
+            prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, tokens=tokens, execution=place)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'khanhllm\[ray\]'"):
-        prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=Place("ray"))
+        prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, execution=Execution("ray"))
     assert not (tmp_path / ".out.partial").exists()
 
 
@@ -149,7 +149,7 @@ def test_ray_makes_the_same_shards(corpus, tmp_path, expected):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, log_to_driver=False)
     try:
-        place = Place("ray", tasks=2, workers=2)
-        assert prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, place=place) == expected
+        place = Execution("ray", tasks=2, workers=2)
+        assert prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, execution=place) == expected
     finally:
         ray.shutdown()

@@ -14,7 +14,7 @@ from rich.console import Console
 from khanhllm import cli
 from khanhllm.data import inspect
 from khanhllm.data.prepare import prepare
-from khanhllm.data.tokenizer import Tokenizer, train
+from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. Con cáo nâu nhảy qua con chó lười.\n"
 
@@ -31,7 +31,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(texts):
-    train([SENTENCE * 20], 330).save(texts.parent / "tokenizer.json")
+    train_tokenizer([SENTENCE * 20], 330).save(texts.parent / "tokenizer.json")
     return texts.parent / "tokenizer.json"
 
 
@@ -84,7 +84,7 @@ def test_without_a_tokenizer_the_way_to_boundaries_is_told(texts, capsys):
 def test_a_terminal_gets_colours_instead_of_bars(tokenizer):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="truecolor", no_color=False, soft_wrap=True)
-    inspect._print(console, 1, inspect._seen(SENTENCE, "here", Tokenizer.load(tokenizer)))
+    inspect._print(console, 1, inspect._sample_doc(SENTENCE, "here", Tokenizer.load(tokenizer)))
     assert "\x1b[" in screen.getvalue()
     assert "│" not in screen.getvalue()
 

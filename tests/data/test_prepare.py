@@ -14,7 +14,7 @@ from khanhllm.data.documents import Reader
 from khanhllm.data.prepare import ensure, prepare, train_on
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source, locate
-from khanhllm.data.tokenizer import train
+from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.errors import UserError
 from khanhllm.schema import DataConfig
 
@@ -191,7 +191,7 @@ def test_ensure_takes_prepared_shards_as_they_are_and_checks_the_tokenizer(corpu
     with pytest.raises(UserError, match=r"more than model\.vocab_size"):
         ensure(settings(out, tmp_path), TOKENIZER.vocab_size - 1, 1)
     other = tmp_path / "other.json"
-    train(["something else entirely"], 270).save(other)
+    train_tokenizer(["something else entirely"], 270).save(other)
     with pytest.raises(UserError, match="does not match the shards"):
         ensure(settings(out, tmp_path, tokenizer=str(other)), 300, 1)
     (out / "tokenizer.json").write_bytes(other.read_bytes())

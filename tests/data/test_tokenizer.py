@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 
 from khanhllm.data import tokenizer as module
-from khanhllm.data.tokenizer import END_OF_TEXT, SMALLEST, SPECIALS, Tokenizer, train
+from khanhllm.data.tokenizer import END_OF_TEXT, SMALLEST, SPECIALS, Tokenizer, train_tokenizer
 from khanhllm.errors import UserError
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -23,7 +23,7 @@ UNSEEN = [(STDLIB / name).read_text(encoding="utf-8") for name in ("typing.py", 
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return train(TEXTS, 1500)
+    return train_tokenizer(TEXTS, 1500)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_huge_pieces_neither_crash_nor_crawl(trained, text):
 
 
 def test_huge_pieces_do_not_stop_the_training():
-    assert train(["ab" * 500_000, " " * 500_000], 300).vocab_size > SMALLEST
+    assert train_tokenizer(["ab" * 500_000, " " * 500_000], 300).vocab_size > SMALLEST
 
 
 def test_special_tokens_come_first_and_text_never_becomes_one(trained):
@@ -108,14 +108,14 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(trained):
 
 def test_training_is_deterministic_and_full(trained):
     assert trained.vocab_size == 1500
-    assert train(TEXTS, 1500).sha256 == trained.sha256
-    assert train(TEXTS, 1499).sha256 != trained.sha256
+    assert train_tokenizer(TEXTS, 1500).sha256 == trained.sha256
+    assert train_tokenizer(TEXTS, 1499).sha256 != trained.sha256
 
 
 def test_a_small_text_gives_fewer_tokens():
-    assert train(["abcd"], 5000).vocab_size < SMALLEST + 5
+    assert train_tokenizer(["abcd"], 5000).vocab_size < SMALLEST + 5
     with pytest.raises(UserError, match="at least 261"):
-        train(["abcd"], 260)
+        train_tokenizer(["abcd"], 260)
 
 
 def test_saved_and_loaded_it_is_the_same(trained, tmp_path):

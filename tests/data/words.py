@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from khanhllm.data.tokenizer import train
+from khanhllm.data.tokenizer import train_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog and then some more words follow it".split()
-TOKENIZER = train([" ".join(WORDS)] * 3, 300)
+TOKENIZER = train_tokenizer([" ".join(WORDS)] * 3, 300)
 
 
 def text(number, length=40):

@@ -8,7 +8,7 @@ from conftest import tiny
 from khanhllm import cli
 from khanhllm.errors import UserError
 from khanhllm.lab import bench
-from khanhllm.lab.candidates import Contender, as_qwen3_moe
+from khanhllm.lab.candidates import Candidate, as_qwen3_moe
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.model.twin import dense_twin
 
@@ -57,9 +57,9 @@ def test_what_hugging_face_has_no_word_for_is_refused(own):
 
 
 def test_a_contender_that_cannot_run_says_why():
-    contender = Contender.enter("hf nonsense", tiny())
-    assert contender.fault
-    assert contender.leave() == 0
+    candidate = Candidate.enter("hf nonsense", tiny())
+    assert candidate.fault
+    assert candidate.leave() == 0
 
 
 def test_an_unknown_part_is_one_line(capsys):

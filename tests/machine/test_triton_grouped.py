@@ -67,9 +67,9 @@ def compiled(tuner, tile, capability: int, unit_strides: set[str]):
 @pytest.mark.parametrize(
     ("tuner", "unit_strides"),
     [
-        (triton_grouped._rows, {"x_i", "weight_o"}),
-        (triton_grouped._rows, {"x_i", "weight_i"}),
-        (triton_grouped._outer, {"x_i", "grad_o"}),
+        (triton_grouped._grouped_mm, {"x_i", "weight_o"}),
+        (triton_grouped._grouped_mm, {"x_i", "weight_i"}),
+        (triton_grouped._grouped_mm_wgrad, {"x_i", "grad_o"}),
     ],
     ids=["rows", "rows of a transposed weight", "outer"],
 )
@@ -99,16 +99,16 @@ def tried(tuner, precision: str = "tf32", **size: int) -> list:
 
 
 def test_the_tuner_tries_no_tile_that_stands_mostly_empty():
-    assert tried(triton_grouped._rows, inputs=1024, outputs=4096, share=1024) == TILES
-    assert tried(triton_grouped._rows, inputs=32, outputs=48, share=16) == TILES[:1]
-    low = tried(triton_grouped._rows, inputs=1024, outputs=4096, share=64)
+    assert tried(triton_grouped._grouped_mm, inputs=1024, outputs=4096, share=1024) == TILES
+    assert tried(triton_grouped._grouped_mm, inputs=32, outputs=48, share=16) == TILES[:1]
+    low = tried(triton_grouped._grouped_mm, inputs=1024, outputs=4096, share=64)
     assert low and all(tile.kwargs["HEIGHT"] < 128 for tile in low)
-    assert tried(triton_grouped._outer, inputs=1024, outputs=4096, share=1024) == TILES
-    assert len(tried(triton_grouped._rows, "ieee", inputs=1024, outputs=4096, share=1024)) < len(TILES)
+    assert tried(triton_grouped._grouped_mm_wgrad, inputs=1024, outputs=4096, share=1024) == TILES
+    assert len(tried(triton_grouped._grouped_mm, "ieee", inputs=1024, outputs=4096, share=1024)) < len(TILES)
 
 
 def test_the_tuner_cannot_see_the_load():
-    for tuner in (triton_grouped._rows, triton_grouped._outer):
+    for tuner in (triton_grouped._grouped_mm, triton_grouped._grouped_mm_wgrad):
         assert not {"n", "end_E"} & set(tuner.keys)
     assert triton_grouped._share(4096, 8) == triton_grouped._share(8000, 8) < triton_grouped._share(8192, 8)
 

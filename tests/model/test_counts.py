@@ -11,7 +11,7 @@ from khanhllm.model.experts import GROUPED, LOOP
 def test_the_flops_of_a_token_are_those_that_torch_counts(road):
     """Below the head, without attention, whose kernel on a CPU torch does not count, and norms, which are vectors."""
     model = build(tiny())
-    model.blocks[1].feedforward.experts.road = road
+    model.blocks[1].feedforward.experts.backend = road
     with FlopCounterMode(display=False) as counter:
         x, (routing,) = model.trunk(torch.randint(300, (2, 32)))
         (x.square().sum() + routing.z).backward()

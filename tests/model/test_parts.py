@@ -25,14 +25,14 @@ def one_expert(experts, index, x):
 
 
 @pytest.mark.parametrize("style", [{"style": "classic"}, {"style": "modern"}, {"feedforward": "relu2"}])
-@pytest.mark.parametrize("road", [LOOP, GROUPED])
-def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
-    dtype = torch.float64 if road is LOOP else torch.float32  # grouped_mm knows no fp64
+@pytest.mark.parametrize("backend", [LOOP, GROUPED])
+def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, backend):
+    dtype = torch.float64 if backend is LOOP else torch.float32  # grouped_mm knows no fp64
     mixture = build(tiny(**style)).blocks[1].feedforward.to(dtype)
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.normal_(0, 0.5, generator=G)  # biases too
-    mixture.experts.road = road
+    mixture.experts.backend = backend
     x = torch.randn(2, 9, 32, generator=G, dtype=dtype, requires_grad=True)
     y, (routing,) = mixture(x)
     flat = x.flatten(0, 1)
@@ -53,14 +53,14 @@ def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, road):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("road", [LOOP, GROUPED])
+@pytest.mark.parametrize("backend", [LOOP, GROUPED])
 @pytest.mark.parametrize("counts", [[0, 0, 0, 12], [12, 0, 0, 0], [3, 0, 9, 0], [3, 3, 3, 3]])
-def test_experts_without_rows(road, counts):
+def test_experts_without_rows(backend, counts):
     experts = SwiGLUExperts(4, 8, 16)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(0, 1, generator=G)
-    experts.road = road
+    experts.backend = backend
     x = torch.randn(12, 8, generator=G)
     owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))[torch.randperm(12, generator=G)]
     plain = torch.stack([one_expert(experts, owner[row], x[row]) for row in range(12)])
@@ -106,10 +106,10 @@ def test_bf16_autocast_leaves_the_router_in_fp32():
     assert {choice.weight_TK.dtype, routing.prob_E.dtype, routing.z.dtype} == {torch.float32}
 
 
-@pytest.mark.parametrize("road", [LOOP, GROUPED])
-def test_bf16_autocast_is_near_fp32_on_both_roads(road):
+@pytest.mark.parametrize("backend", [LOOP, GROUPED])
+def test_bf16_autocast_is_near_fp32_on_both_roads(backend):
     model = build(tiny("classic"))
-    model.blocks[1].feedforward.experts.road = road
+    model.blocks[1].feedforward.experts.backend = backend
     ids = torch.randint(300, (2, 33), generator=G)
     exact = model(ids[:, :-1], ids[:, 1:])[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):

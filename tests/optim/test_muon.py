@@ -9,6 +9,7 @@ from torch import nn
 from conftest import build, tiny
 from khanhllm import optim
 from khanhllm.data.batches import Batch
+from khanhllm.model.roles import HIDDEN, role
 from khanhllm.optim import muon
 from khanhllm.schema import OptimConfig
 from khanhllm.settings import resolve
@@ -129,7 +130,7 @@ def test_what_is_not_muon_s_moves_as_under_adamw():
         stepped(optimizer, list(one.parameters()))
     twins = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, twins[name]) != muon.is_hidden_matrix(name, parameter), name
+        assert torch.equal(parameter, twins[name]) != (role(name) in HIDDEN), name
 
 
 def test_the_state_is_one_number_a_weight():
@@ -137,7 +138,7 @@ def test_the_state_is_one_number_a_weight():
     optimizer = optim.build(model, OptimConfig(name="muon"))
     stepped(optimizer, list(model.parameters()), steps=1)
     for name, parameter in model.named_parameters():
-        keys = {"momentum"} if muon.is_hidden_matrix(name, parameter) else {"step", "exp_avg", "exp_avg_sq"}
+        keys = {"momentum"} if role(name) in HIDDEN else {"step", "exp_avg", "exp_avg_sq"}
         assert set(optimizer.state[parameter]) == keys, name
 
 
@@ -149,7 +150,7 @@ def test_a_momentum_of_eight_bits_is_a_byte_a_weight_and_moves_nearly_the_same()
         stepped(optimizer, list(model.parameters()), steps=20)
     rounded = dict(models[1].named_parameters())
     for name, exact in models[0].named_parameters():
-        if muon.is_hidden_matrix(name, exact):
+        if role(name) in HIDDEN:
             state = optimizers[1].state[rounded[name]]
             assert state["momentum"].nbytes == exact.numel() and state["absmax"].numel() == -(-exact.numel() // 256)
             assert 0 < (exact - rounded[name]).norm() < 0.05 * (exact - start[name]).norm(), name

@@ -9,19 +9,20 @@ from khanhllm.schema import OptimConfig
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_every_parameter_is_in_exactly_one_group(style):
     model = build(tiny(style))
-    decay, rest = (group["params"] for group in optim.groups(model, 0.1))
+    decay, rest = (group["params"] for group in optim.groups(model, OptimConfig()))
     assert len(decay) + len(rest) == len(list(model.parameters()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {"head.weight", "blocks.1.feedforward.experts.up"} <= {names[id(p)] for p in decay}
     assert all("norm" in names[id(p)] or "bias" in names[id(p)] or "embedding" in names[id(p)] for p in rest)
 
 
-def test_one_left_out_or_taken_twice_raises():
+def test_a_parameter_without_a_role_fails_loudly():
     model = build(tiny())
-    found = optim.groups(model, 0.1)
-    for wrong in ([found[0]], [*found, found[1]]):
-        with pytest.raises(ValueError, match="exactly one"):
-            optim.check(model, wrong)
+    model.blocks[0].convolution = torch.nn.Conv1d(32, 32, 3)
+    with pytest.raises(ValueError, match=r"blocks\.0\.convolution\.weight has no role.*model/roles\.py"):
+        optim.build(model, OptimConfig())
+    with pytest.raises(ValueError, match="has no role"):
+        model.initialise()
 
 
 def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
@@ -31,10 +32,10 @@ def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
     y = torch.tanh(x @ torch.randn(128, 64))
     for name in ("adamw", "adamw8bit"):
         torch.manual_seed(1)
-        layer = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
+        layer = torch.nn.ModuleDict({"up": torch.nn.Linear(128, 256), "down": torch.nn.Linear(256, 64)})
         optimizer = optim.build(layer, OptimConfig(name=name, lr=3e-3, weight_decay=0))
         for _ in range(100):
-            loss = (layer(x) - y).square().mean()
+            loss = (layer["down"](layer["up"](x).tanh()) - y).square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -60,7 +60,7 @@ def test_an_update_too_small_for_bf16_counts_on_average(name, monkeypatch):
 
     def after(steps):
         weight = torch.nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
-        layer = torch.nn.ParameterDict({"weight": weight})
+        layer = torch.nn.ParameterDict({"up": weight})
         optimizer = optim.build(layer, OptimConfig(name=name, lr=1e-3, weight_decay=0))
         for step in range(steps):
             optimizer.param_groups[0]["step"] = step
@@ -78,7 +78,7 @@ def layer_of(dtype, gradients=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(67, 129, generator=generator).bfloat16().to(dtype))
     weight.grad_dtype = gradients
-    layer = torch.nn.ParameterDict({"weight": weight, "bias": torch.randn(67, generator=generator)})
+    layer = torch.nn.ParameterDict({"up": weight, "up_bias": torch.randn(67, generator=generator)})
     return layer, torch.randn(67, 129, generator=generator).bfloat16().to(gradients)
 
 
@@ -90,24 +90,24 @@ def test_the_rounded_update_is_a_neighbour_of_the_exact_one(name, gradients, mon
 
     reference = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[name]
     (theirs, gradient), (ours, _) = layer_of(torch.float32), layer_of(torch.bfloat16, gradients)
-    exact = reference([theirs["weight"]], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    exact = reference([theirs["up"]], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     rough = optim.build(ours, OptimConfig(name=name, lr=1e-2, weight_decay=0.1))
     monkeypatch.setattr(rounding, "SLICE", 512)
     for step in range(3):
         with torch.no_grad():
-            theirs["weight"].copy_(ours["weight"])
-        theirs["weight"].grad, ours["weight"].grad = gradient.clone(), gradient.clone().to(gradients)
-        ours["bias"].grad = torch.ones(67)
+            theirs["up"].copy_(ours["up"])
+        theirs["up"].grad, ours["up"].grad = gradient.clone(), gradient.clone().to(gradients)
+        ours["up_bias"].grad = torch.ones(67)
         exact.step()
         for group in rough.param_groups:
             group["step"] = step
         rough.step()
-        near, far = neighbours(theirs["weight"].detach())
-        found = ours["weight"].detach().float().numpy()
+        near, far = neighbours(theirs["up"].detach())
+        found = ours["up"].detach().float().numpy()
         assert ((found == near) | (found == far)).all()
         assert (found != near).any()
-        for key, value in exact.state[theirs["weight"]].items():
-            kept = rough.state[ours["weight"]][key]
+        for key, value in exact.state[theirs["up"]].items():
+            kept = rough.state[ours["up"]][key]
             torch.testing.assert_close(kept, value, rtol=1e-6, atol=0)
 
 
@@ -115,14 +115,14 @@ def test_slices_change_nothing_for_fp32_weights(monkeypatch):
     from bitsandbytes.optim import AdamW8bit
 
     (theirs, gradient), (ours, _) = layer_of(torch.float32), layer_of(torch.float32)
-    whole = AdamW8bit([theirs["weight"]], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    whole = AdamW8bit([theirs["up"]], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     sliced = optim.build(ours, OptimConfig(name="adamw8bit", lr=1e-2, weight_decay=0.1))
     monkeypatch.setattr(rounding, "SLICE", 512)
     for step in range(1, 4):
-        theirs["weight"].grad, ours["weight"].grad = gradient * step, gradient * step
+        theirs["up"].grad, ours["up"].grad = gradient * step, gradient * step
         whole.step()
         sliced.step()
-    assert torch.equal(theirs["weight"], ours["weight"])
+    assert torch.equal(theirs["up"], ours["up"])
 
 
 class Largest(TorchDispatchMode):
@@ -146,7 +146,7 @@ def test_no_copy_of_a_whole_parameter_is_made(name, monkeypatch):
     optimizer = optim.build(layer, OptimConfig(name=name))
     monkeypatch.setattr(rounding, "SLICE", 512)
     for _ in range(2):  # the first step makes the moments
-        layer["weight"].grad = gradient.clone()
+        layer["up"].grad = gradient.clone()
         with Largest() as watch:
             optimizer.step()
     assert 0 < watch.made <= 4 * 512

@@ -16,10 +16,10 @@ from khanhllm.training import run as training_run
 from khanhllm.training import step as step_module
 from khanhllm.training.run import train
 
-BIG = budget.Place("a test", "cpu", "fp32", memory=10**12, process=0, peak_flops=1e12)
+BIG = budget.Hardware("a test", "cpu", "fp32", memory=10**12, process=0, peak_flops=1e12)
 
 
-def place(memory: float) -> budget.Place:
+def hardware(memory: float) -> budget.Hardware:
     return dataclasses.replace(BIG, memory=int(memory))
 
 
@@ -31,8 +31,8 @@ CONFIG = resolve(tiny().model_dump(), {"train": {"micro_batch": 4, "accumulation
 
 
 def test_the_rows_of_a_step_stay_and_less_memory_means_smaller_pieces():
-    none = BIG.total(budget.with_cut(CONFIG, 24, "none"))
-    chosen = [budget.fitted(CONFIG, place(none * share)) for share in (1, 0.9, 0.6)]
+    none = BIG.total(budget.with_micro_batch(CONFIG, 24, "none"))
+    chosen = [budget.fit_micro_batch(CONFIG, hardware(none * share)) for share in (1, 0.9, 0.6)]
     assert [rows_per_step(config) for config in chosen] == [24, 24, 24]
     sizes = [config.train.micro_batch for config in chosen]
     assert sizes[0] == 24 and sizes == sorted(sizes, reverse=True) and sizes[1] < 24
@@ -40,16 +40,16 @@ def test_the_rows_of_a_step_stay_and_less_memory_means_smaller_pieces():
 
 
 def test_rebuilding_comes_only_when_nothing_else_fits():
-    one_row = BIG.total(budget.with_cut(CONFIG, 1, "none"))
-    assert budget.fitted(CONFIG, place(one_row)).machine.checkpointing == "none"
-    assert budget.fitted(CONFIG, place(one_row - 1)).machine.checkpointing != "none"
+    one_row = BIG.total(budget.with_micro_batch(CONFIG, 1, "none"))
+    assert budget.fit_micro_batch(CONFIG, hardware(one_row)).machine.checkpointing == "none"
+    assert budget.fit_micro_batch(CONFIG, hardware(one_row - 1)).machine.checkpointing != "none"
 
 
 def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
     with pytest.raises(
         UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; most is saved by --optim.name adamw8bit"
     ):
-        budget.fitted(CONFIG, place(1000))
+        budget.fit_micro_batch(CONFIG, hardware(1000))
 
 
 def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
@@ -75,7 +75,7 @@ def test_what_is_no_size(text):
 def test_every_card_holds_nano():
     config = resolve(tiny().model_dump())
     for name, card in CARDS.items():
-        assert budget.fitted(config, budget.on(name, card)).train.micro_batch == 2
+        assert budget.fit_micro_batch(config, budget.on(name, card)).train.micro_batch == 2
 
 
 def test_the_plan_as_json(capsys):

@@ -1,4 +1,4 @@
-"""The step on paper against the step itself: what must be exact is exact, and the tape reads what really lived."""
+"""The step on paper against the step itself: what must be exact is exact, and the trace reads what really lived."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from khanhllm.data.batches import random_batches
 from khanhllm.lab import measure
 from khanhllm.model.counts import flops_per_token
 from khanhllm.model.objectives import token_nll
-from khanhllm.planning.simulation import Tape, rehearse
+from khanhllm.planning.simulation import MemoryTrace, simulate_step
 from khanhllm.schema import LossConfig
 from khanhllm.settings import resolve
 from khanhllm.training import step
@@ -35,7 +35,7 @@ IDS = ["adamw", "adamw8bit", "muon", "muon8bit", "bf16", "bf16-fp32-gradients"]
 def test_weights_gradients_and_state_are_exact(settings):
     config = resolve(tiny().model_dump(), settings)
     precision = "bf16" if config.machine.weights == "bf16" else "fp32"
-    foreseen = rehearse(config, precision, "cpu")
+    foreseen = simulate_step(config, precision, "cpu")
     machine = dataclasses.replace(plain_machine(), precision=precision)
     learner = Learner.new(config, machine)
     seen = []
@@ -50,23 +50,23 @@ def test_weights_gradients_and_state_are_exact(settings):
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_the_peak_of_a_backward_pass_is_that_of_real_tensors(style, checkpointing):
-    """The same tape over a real micro-batch: the code that trains, not the copy in the rehearsal."""
+    """The same trace over a real micro-batch: the code that trains, not the copy in the rehearsal."""
     config = resolve(tiny(style).model_dump(), {"machine": {"checkpointing": checkpointing}})
-    foreseen = rehearse(config, "fp32", "cpu", update=False)
+    foreseen = simulate_step(config, "fp32", "cpu", update=False)
     learner = Learner.new(config, plain_machine())
     batch = next(random_batches(config, learner.machine.device))
-    tape = Tape(config.model.vocab_size, cpu=True)
-    with tape:
-        tape.name("weights", [*learner.model.parameters(), *learner.model.buffers()])
-        start = len(tape.events)
+    trace = MemoryTrace(config.model.vocab_size, cpu=True)
+    with trace:
+        trace.name("weights", [*learner.model.parameters(), *learner.model.buffers()])
+        start = len(trace.events)
         step.accumulate(learner, [batch], learner.start().load_LE)
-    real = sum(tape.fullest(start, len(tape.events)).values())
+    real = sum(trace.fullest(start, len(trace.events)).values())
     assert abs((foreseen.peak - foreseen.optimizer) / real - 1) < 0.02
 
 
 def test_rebuilding_saves_memory_and_costs_arithmetic():
     kinds = [resolve(tiny(context=256).model_dump(), {"machine": {"checkpointing": k}}) for k in ("none", "full")]
-    none, full = (rehearse(config, "fp32", "cpu", update=False) for config in kinds)
+    none, full = (simulate_step(config, "fp32", "cpu", update=False) for config in kinds)
     assert full.peak < none.peak
     assert full.flops > none.flops
 
@@ -80,18 +80,18 @@ def test_the_arithmetic_is_that_of_the_formula():
     again = 2 * len(model.blocks) * config.model.dim * config.model.context
     exact = flops_per_token(model) - 6 * norms + again
     head = 2 * config.model.vocab_size * config.model.dim  # its gradient is summed in place, which torch does not count
-    assert rehearse(config, "fp32", "cpu", update=False).flops / tokens == exact - head
+    assert simulate_step(config, "fp32", "cpu", update=False).flops / tokens == exact - head
 
 
 def test_the_head_never_takes_as_much_as_its_logits():
     """8 rows of 2,048 tokens, a vocabulary of 50,000, width 1,024: below 0.4 GB, where all logits would be 3.3 GB."""
-    fake, tape = FakeTensorMode(), Tape(50_000, cpu=True)
+    fake, trace = FakeTensorMode(), MemoryTrace(50_000, cpu=True)
     with fake:
         x, weight = (torch.empty(size, 1024, requires_grad=True) for size in (16_384, 50_000))
         targets = torch.zeros(16_384, dtype=torch.int64)
-    with fake, tape:
-        tape.name("weights", [x, weight, targets])
-        start = len(tape.events)
+    with fake, trace:
+        trace.name("weights", [x, weight, targets])
+        start = len(trace.events)
         token_nll(x, weight, targets, LossConfig().chunk).sum().backward()
-    peak = tape.fullest(start, len(tape.events))
+    peak = trace.fullest(start, len(trace.events))
     assert sum(peak.values()) - peak["weights"] < 400_000_000

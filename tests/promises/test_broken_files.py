@@ -19,7 +19,7 @@ from khanhllm.data.documents import Reader
 from khanhllm.data.prepare import ensure, prepare
 from khanhllm.data.shards import Shards
 from khanhllm.data.sources import locate
-from khanhllm.data.tokenizer import Tokenizer, train
+from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
 from khanhllm.errors import UserError
 from khanhllm.schema import DataConfig
 
@@ -243,8 +243,8 @@ def test_a_file_made_to_fill_the_memory_does_not(tmp_path, ending):
     assert peak < 45_000_000  # of the 60 MB
 
 
-TOKENIZER = train(["the quick brown fox jumps over the lazy dog"] * 3, 280)
-OTHER = train(["sphinx of black quartz, judge my vow"] * 3, 270)
+TOKENIZER = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 3, 280)
+OTHER = train_tokenizer(["sphinx of black quartz, judge my vow"] * 3, 270)
 
 
 @pytest.fixture(scope="module")

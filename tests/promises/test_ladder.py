@@ -72,7 +72,7 @@ def test_every_rung_learns_as_well_as_fp32(style, rung, name):
 def test_gradients_of_bf16_weights_add_up_in_fp32():
     """256 + 1 and again + 1: bf16 has no 257 and would stay at 256."""
     layer = torch.nn.Linear(8, 8, bias=False)
-    keep_in_bf16(layer)
+    keep_in_bf16(torch.nn.ModuleDict({"up": layer}))
     for size in (256, 1, 1):
         (layer(torch.ones(1, 8, dtype=torch.bfloat16)) * size).sum().backward()
     assert (layer.weight.grad == 258).all()

@@ -53,7 +53,7 @@ def test_a_road_that_forgets_the_order_of_experts_is_caught(monkeypatch):
         return LOOP.rows(x_NI, weight_EIO.flip(0), end_E)
 
     monkeypatch.setattr(doctor, "GROUPED", LOOP._replace(rows=backwards))
-    assert not doctor.roads_agree(build(tiny())).kept
+    assert not doctor.backends_agree(build(tiny())).kept
 
 
 def test_a_router_asked_twice_is_caught(monkeypatch):

@@ -16,12 +16,12 @@ from khanhllm.chaos.arena import PATIENCE, Arena, difference, end, outcome, outp
 from khanhllm.chaos.server import KINDS, FaultyServer
 from khanhllm.chaos.trainers import TOGETHER
 from khanhllm.data import fetch
-from khanhllm.data.belt_setup import lay
-from khanhllm.data.belt_worker import Maker
+from khanhllm.data.belt_setup import create_belt
+from khanhllm.data.belt_worker import BeltWorker
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST
 from khanhllm.data.sources import locate
-from khanhllm.data.tokenizer import Tokenizer, train
+from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
 
@@ -50,7 +50,7 @@ class Web:
             lines = "".join(json.dumps({"text": piece, "url": ""}) + "\n" for piece in pieces[nth::FILES])
             path = self.folder / f"c4-train.{nth:05d}-of-{FILES:05d}.json.gz"
             path.write_bytes(gzip.compress(lines.encode(), mtime=0))
-        train(pieces, 400).save(self.tokenizer)
+        train_tokenizer(pieces, 400).save(self.tokenizer)
 
     def source(self, server: FaultyServer) -> str:
         return f"{server.url}/c4-train.{{00000..{FILES - 1:05d}}}-of-{FILES:05d}.json.gz"
@@ -106,11 +106,11 @@ def _made(folder: Path, source: str, tokenizer: Tokenizer) -> list[str]:
     folder.mkdir()
     while not (folder / MANIFEST).exists():
         with contextlib.suppress(UserError):
-            lay(folder, source, [(locate(source), 1.0)], tokenizer, 0.05, 1000, 0, 60)
+            create_belt(folder, source, [(locate(source), 1.0)], tokenizer, 0.05, 1000, 0, 60)
     hashes: list[str] = []
     while len(hashes) < SHARDS:
         with contextlib.suppress(UserError):
-            maker = Maker(folder, 60)
+            maker = BeltWorker(folder, 60)
             while len(hashes) < SHARDS:
                 hashes.append(maker.make(len(hashes)).shard.sha256)
     return hashes

@@ -31,7 +31,7 @@ def prepare(options: argparse.Namespace) -> None:
 
     The shards are the same wherever they are made. What was interrupted goes on when the same command is typed again.
     """
-    from khanhllm.data.executors import Place
+    from khanhllm.data.executors import Execution
     from khanhllm.data.prepare import prepare
     from khanhllm.data.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ def prepare(options: argparse.Namespace) -> None:
         validation=config.validation,
         tokens=config.tokens,
         clean=options.clean,
-        place=Place(
+        execution=Execution(
             options.executor,
             options.tasks,
             config.workers,

@@ -210,7 +210,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default all)")
-    parser.add_argument("--steps", metavar="N", default="20", help="turns that each contender takes (20)")
+    parser.add_argument("--steps", metavar="N", default="20", help="turns that each candidate takes (20)")
     parser.add_argument("--out", metavar="FILE", help="where the JSON goes (default bench/DATE-DEVICE.json)")
     parser.add_argument("--json", action="store_true", help="print it too")
     knobs(parser, ["machine"])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from khanhllm.data.belt_worker import GLANCE, RECIPE, Made, Recipe, note_path
-from khanhllm.data.heartbeat import Pulse
+from khanhllm.data.heartbeat import Heartbeat
 from khanhllm.data.shards import Manifest, shuffled
 from khanhllm.errors import UserError
 
@@ -134,7 +134,7 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
-        self.pulse.forget()
+        self.heartbeat.forget()
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "khanhllm.data.belt_worker", str(self.folder), *self.settings]
@@ -142,7 +142,7 @@ class _Child:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        self.pulse = Pulse(self.folder, self.process.pid)
+        self.heartbeat = Heartbeat(self.folder, self.process.pid)
         if self.wanted >= 0:
             self._send(self.wanted)
 
@@ -164,7 +164,7 @@ class _Child:
             self.want(nth)
             if self.process.poll() is not None:
                 self._bury()
-            elif self.pulse.silent():
+            elif self.heartbeat.silent():
                 self.process.kill()  # also ends one that is stopped; the next turn finds it dead
             stopped.wait(GLANCE)
         self.deaths = 0
@@ -175,7 +175,7 @@ class _Child:
     def _bury(self) -> None:
         """Tell why the child ended, or begin another one if it fell without a word."""
         words = self.process.communicate()[0].decode("utf-8", "replace").strip()
-        self.pulse.forget()
+        self.heartbeat.forget()
         self.deaths += 1
         if words or self.deaths > TRIES:
             fate = f"died or hung {self.deaths} times in a row"

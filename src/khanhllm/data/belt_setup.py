@@ -21,7 +21,7 @@ KEPT = 2**31
 """downloads that are kept for the next one who reads the source from its beginning (bytes)"""
 
 
-def lay(
+def create_belt(
     folder: Path,
     name: str,
     sources: list[tuple[Source, float]],

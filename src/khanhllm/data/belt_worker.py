@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from khanhllm.data.clean import Cleaner, Tally
 from khanhllm.data.documents import Reader
-from khanhllm.data.heartbeat import WORK, beat, pulse_path
+from khanhllm.data.heartbeat import WORK, beat, heartbeat_path
 from khanhllm.data.shards import Dtype, Manifest, Shard
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ class Position(_Kept):
     """what cleaning read and removed so far, in all its laps"""
 
 
-class Place(_Kept):
+class ShardStart(_Kept):
     """Where the next shard begins."""
 
     positions: tuple[Position, ...]
@@ -104,7 +104,7 @@ class Made(_Kept):
     """The note beside a published shard."""
 
     shard: Shard
-    following: Place
+    following: ShardStart
     last: bool
     """the source ends with it; then it begins again"""
 
@@ -118,7 +118,7 @@ def note_path(folder: Path, nth: int) -> Path:
     return folder / f"train-{nth:05d}.json"
 
 
-class Maker:
+class BeltWorker:
     """Makes the shards of one belt; the work of the child."""
 
     def __init__(self, folder: Path, patience: float) -> None:
@@ -132,12 +132,12 @@ class Maker:
         self.read = 0
         """documents so far, also those only passed over; a sign of progress"""
         self.nth = -1
-        self.stream: Iterator[tuple[np.ndarray, int, Place]] = iter(())
+        self.stream: Iterator[tuple[np.ndarray, int, ShardStart]] = iter(())
 
     def make(self, nth: int) -> Made:
         """Publish shard `nth`; the notes of all before it must be there. Raises UserError."""
         before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
-        start = before.following if before else Place(positions=(Position(),) * len(self.sources))
+        start = before.following if before else ShardStart(positions=(Position(),) * len(self.sources))
         if nth != self.nth + 1 or not nth:
             self.stream = self._encoded(start)
         self.nth = nth
@@ -177,7 +177,7 @@ class Maker:
             other.write_text(made.model_dump_json(), encoding="utf-8")
             other.replace(note)
 
-    def _encoded(self, start: Place) -> Iterator[tuple[np.ndarray, int, Place]]:
+    def _encoded(self, start: ShardStart) -> Iterator[tuple[np.ndarray, int, ShardStart]]:
         """Documents to train on from a place on: ids, bytes, and the place after each."""
         threads = cores()
         for batch in batched(self._documents(start), size=lambda item: len(item[0])):
@@ -185,7 +185,7 @@ class Maker:
             for (text, after), ids in zip(batch, encoded, strict=True):
                 yield ids, len(text.encode()), after
 
-    def _documents(self, start: Place) -> Iterator[tuple[str, Place]]:
+    def _documents(self, start: ShardStart) -> Iterator[tuple[str, ShardStart]]:
         """The texts of all components, the next one always from that which is furthest behind its share."""
         weights = self.recipe.weights
         positions = list(start.positions)
@@ -196,7 +196,7 @@ class Maker:
             if not found:
                 return
             text, positions[nth] = found
-            yield text, Place(positions=tuple(positions))
+            yield text, ShardStart(positions=tuple(positions))
 
     def _component(self, nth: int, start: Position) -> Iterator[tuple[str, Position]]:
         """The texts of one component, and the position after each: one lap if it is the only one, else no end."""
@@ -237,8 +237,8 @@ def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable
     def sign() -> tuple[int, ...]:
         return turns, maker.read if maker else 0, *_sizes(folder / "spool")
 
-    beat(pulse_path(folder, os.getpid()), sign, patience + WORK)
-    maker = Maker(folder, patience)
+    beat(heartbeat_path(folder, os.getpid()), sign, patience + WORK)
+    maker = BeltWorker(folder, patience)
     notes: list[Made] = []
     while True:
         turns += 1

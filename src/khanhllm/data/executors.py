@@ -38,7 +38,7 @@ class Unfinished(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class Execution:
     """Where the tasks of a preparation run."""
 
     executor: str = "local"
@@ -76,14 +76,14 @@ class Job:
     """One preparation: the pipeline, run as often as it takes."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, place: Place, clean: str = ""
+        self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, execution: Execution, clean: str = ""
     ) -> None:
         self.source = source
         self.clean = clean
         self.tokenizer = tokenizer
         self.tokens = tokens
-        self.place = place
-        self.workers = place.workers or cores()
+        self.execution = execution
+        self.workers = execution.workers or cores()
         self.groups = source.groups()
         self.aside = aside
         self.dtype = dtype_for(tokenizer.vocab_size)
@@ -168,18 +168,18 @@ class Job:
 
     def _execute(self, step: Callable[[int, bool], PipelineStep], first: int, wave: int) -> None:
         """step: makes the step of the pipeline, from its threads and whether it runs in a child process."""
-        if self.place.executor == "slurm":
-            self._submit(step(self.place.cpus, False))
+        if self.execution.executor == "slurm":
+            self._submit(step(self.execution.cpus, False))
         log = self.folder / "log"
         shutil.rmtree(log, ignore_errors=True)
         # of waves, each task is one group; otherwise a task takes every N-th
         tasks = len(self.groups) if self.tokens else self._tasks()
         wave = wave if self.tokens else tasks
-        if self.place.executor == "ray":
+        if self.execution.executor == "ray":
             ray = importlib.import_module("ray")
             if not ray.is_initialized():
                 ray.init(log_to_driver=False)
-            workers = self.place.workers or -1
+            workers = self.execution.workers or -1
             RayPipelineExecutor([step(1, False)], tasks, workers, skip_completed=False, logging_dir=str(log)).run()
             if self._done(0, len(self.groups)) < len(self.groups):
                 raise UserError(f"{self._progress()}; why the others failed is in {log / 'logs'}")
@@ -206,11 +206,11 @@ class Job:
         executor = _Slurm(
             [step],
             self._tasks(),
-            self.place.time,
-            self.place.partition,
-            cpus_per_task=self.place.cpus,
-            mem_per_cpu_gb=self.place.mem_per_cpu,
-            workers=self.place.workers or -1,
+            self.execution.time,
+            self.execution.partition,
+            cpus_per_task=self.execution.cpus,
+            mem_per_cpu_gb=self.execution.mem_per_cpu,
+            workers=self.execution.workers or -1,
             job_name="khanhllm-prepare",
             qos="",
             env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
@@ -228,7 +228,7 @@ class Job:
         )
 
     def _tasks(self) -> int:
-        return min(self.place.tasks or len(self.groups), len(self.groups))
+        return min(self.execution.tasks or len(self.groups), len(self.groups))
 
     def _progress(self) -> str:
         return f"{self._done(0, len(self.groups)):,} of {len(self.groups):,} groups are done"

@@ -20,9 +20,9 @@ WORK = 600.0
 """longest honest work without a sign (seconds), besides waiting for the network: checking a large packed file"""
 
 
-def pulse_path(folder: Path, process: int) -> Path:
+def heartbeat_path(folder: Path, process: int) -> Path:
     """Named so that it is swept up with the unfinished shards of a process that died."""
-    return folder / f".train-pulse.{process}"
+    return folder / f".train-heartbeat.{process}"
 
 
 def beat(path: Path, sign: Callable[[], Any], longest: float) -> None:
@@ -40,11 +40,11 @@ def beat(path: Path, sign: Callable[[], Any], longest: float) -> None:
     Thread(target=go_on, daemon=True).start()
 
 
-class Pulse:
+class Heartbeat:
     """The parent's view of one child. Only changes count, so that clocks need not agree."""
 
     def __init__(self, folder: Path, process: int) -> None:
-        self.path = pulse_path(folder, process)
+        self.path = heartbeat_path(folder, process)
         self.last, self.since = 0, time.monotonic()
 
     def silent(self) -> bool:

@@ -38,7 +38,7 @@ STYLES = ("black on #b8d8f0", "black on #f5dfa8")
 
 
 @dataclass(frozen=True)
-class Seen:
+class SampleDoc:
     """One document that passed by."""
 
     name: str
@@ -61,7 +61,7 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def watch(self, parts: Iterable[Iterable[Seen]]) -> Iterator[Seen]:
+    def watch(self, parts: Iterable[Iterable[SampleDoc]]) -> Iterator[SampleDoc]:
         """The documents of all parts; a part that cannot be read is noted, and the next one follows."""
         for part in parts:
             try:
@@ -92,7 +92,7 @@ def _show_text(console: Console, source: Source, tokenizer_file: str | None, doc
     size = f"about {source.size:,} bytes of text" if source.size else "size unknown"
     console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
     reader = Reader(source, [])
-    parts = ((_seen(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
+    parts = ((_sample_doc(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
     seen = _pass_by(console, parts, documents, sample)
     _shares(console, source)
     rejected = [counted(reader.blank, "blank document"), counted(len(seen.faults), "unreadable file")]
@@ -115,7 +115,7 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     _end(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
 
 
-def _pass_by(console: Console, parts: Iterable[Iterable[Seen]], documents: int, most: int) -> Sample:
+def _pass_by(console: Console, parts: Iterable[Iterable[SampleDoc]], documents: int, most: int) -> Sample:
     sample = Sample()
     for number, seen in enumerate(islice(sample.watch(parts), max(most, documents))):
         if number < documents:
@@ -138,15 +138,15 @@ def _end(console: Console, name: str, sample: Sample, rejected: list[str]) -> No
         raise UserError(": ".join([f"{name} has no document that can be read", *sample.faults[:1]]))
 
 
-def _seen(text: str, name: str, tokenizer: Tokenizer | None) -> Seen:
+def _sample_doc(text: str, name: str, tokenizer: Tokenizer | None) -> SampleDoc:
     size = len(text.encode())
     if not tokenizer:
-        return Seen(name, size, [text[:BEGINNING]], whole=len(text) <= BEGINNING)
+        return SampleDoc(name, size, [text[:BEGINNING]], whole=len(text) <= BEGINNING)
     measured = text[:MEASURED]
     ids = tokenizer.encode_batch([measured])[0]
     pieces = _pieces(ids, tokenizer)
     tokens = len(ids) if len(measured) == len(text) else round(len(ids) * size / len(measured.encode()))
-    return Seen(name, size, pieces, tokens, len(measured) == len(text), len(pieces) == tokens)
+    return SampleDoc(name, size, pieces, tokens, len(measured) == len(text), len(pieces) == tokens)
 
 
 def _pieces(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
@@ -156,7 +156,7 @@ def _pieces(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     return [piece for piece, before in zip(pieces, lengths, strict=False) if before < BEGINNING]
 
 
-def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Seen]:
+def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[SampleDoc]:
     """The documents of a shard; what is in memory is a block of it."""
     ids = mapped(folder, shard, manifest.dtype)
     for number, (start, end) in enumerate(_spans(ids, tokenizer.end_of_text)):
@@ -166,7 +166,7 @@ def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokeni
         except IndexError:
             raise UserError(f"{folder / shard.file} holds a token beyond the vocabulary; prepare again") from None
         pieces = _pieces(ids[start:end], tokenizer)
-        yield Seen(f"{shard.file}/{number}", size, pieces, end - start, whole=len(pieces) == end - start)
+        yield SampleDoc(f"{shard.file}/{number}", size, pieces, end - start, whole=len(pieces) == end - start)
 
 
 def _spans(ids: np.ndarray, end_of_text: int) -> Iterator[tuple[int, int]]:
@@ -181,7 +181,7 @@ def _spans(ids: np.ndarray, end_of_text: int) -> Iterator[tuple[int, int]]:
         yield start, len(ids)
 
 
-def _print(console: Console, number: int, seen: Seen) -> None:
+def _print(console: Console, number: int, seen: SampleDoc) -> None:
     facts = [f"document {number}", seen.name, f"{seen.size:,} bytes"]
     if seen.tokens:
         about = "" if seen.exact else "about "

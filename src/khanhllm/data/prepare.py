@@ -24,14 +24,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from khanhllm.data.belt_setup import KEPT, lay
+from khanhllm.data.belt_setup import KEPT, create_belt
 from khanhllm.data.belt_worker import spool
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.documents import Reader
-from khanhllm.data.executors import Job, Place, Unfinished, console, say
+from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
-from khanhllm.data.tokenizer import Tokenizer, train
+from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import there
@@ -53,19 +53,19 @@ def prepare(
     validation: float,
     tokens: int = 0,
     workers: int = 0,
-    place: Place | None = None,
+    execution: Execution | None = None,
     clean: str = "",
 ) -> Manifest | None:
     """Write the shards of a source into the new folder `out`.
 
     validation: share of documents held out, in (0, 1). tokens: read no further once there are as many training tokens,
-    0 reads all. workers: processes, 0 means one for each core. place: where the tasks run, instead of `workers`
+    0 reads all. workers: processes, 0 means one for each core. execution: where the tasks run, instead of `workers`
     processes here. clean: steps between reading and tokens (clean.py). Nothing is returned while a cluster is still at
     it. Raises UserError for anything wrong with the source, and if `out` exists or cannot be written; then, as after an
     interruption, the finished groups are kept aside, and the same call goes on from there.
     """
-    place = place or Place(workers=workers)
-    place.check(tokens)
+    execution = execution or Execution(workers=workers)
+    execution.check(tokens)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another folder")
     if len(components(source)) > 1:
@@ -78,7 +78,7 @@ def prepare(
     started = time.monotonic()
     recipe: list[Any] = [VERSION, found.name, found.fingerprint, tokenizer.sha256, validation, tokens]
     with _resumable(out, json.dumps(recipe + [steps] * bool(steps))) as partial:
-        job = Job(found, tokenizer, partial, tokens, place, steps)
+        job = Job(found, tokenizer, partial, tokens, execution, steps)
         try:
             manifest = _manifest(found, tokenizer, validation, job.split(validation), steps)
         except Unfinished as so_far:
@@ -170,7 +170,7 @@ def train_on(
         _sample(Reader(found, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation, clean)
         for nth, (found, share) in enumerate(shares)
     )
-    tokenizer = train(samples, vocab_size, progress=console().is_terminal)
+    tokenizer = train_tokenizer(samples, vocab_size, progress=console().is_terminal)
     say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
     return tokenizer
 
@@ -269,7 +269,9 @@ def _make(
         with aside(folder) as new:
             patience = data.patience
             tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, new, patience, clean)
-            lay(new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, patience, clean)
+            create_belt(
+                new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, patience, clean
+            )
             new.rename(folder)
 
 

@@ -44,7 +44,7 @@ _LONG_BLANK = re.compile(rf"[^\S\x1c-\x1f]{{{_LONG},}}(?=[\S\x1c-\x1f])")
 _LOST_BYTES = re.compile("([\udc80-\udcff]+)")
 
 
-def train(texts: Iterable[str], vocab_size: int, progress: bool = False) -> "Tokenizer":
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> "Tokenizer":
     """Learn a vocabulary of `vocab_size` tokens, special ones included, from texts; the same texts, the same result.
 
     A text too small to need that many tokens gives fewer. `progress` draws a bar on stderr.
@@ -74,7 +74,7 @@ def _slices(text: str, longest: int = 10_000) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Encodes and decodes. Made by `train` or `Tokenizer.load`."""
+    """Encodes and decodes. Made by `train_tokenizer` or `Tokenizer.load`."""
 
     def __init__(self, source: str, where: str = "tokenizer") -> None:
         """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is no byte-level BPE."""

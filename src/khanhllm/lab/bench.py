@@ -21,7 +21,7 @@ from rich.console import Console
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Contender, as_qwen3_moe
+from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
 from khanhllm.machine.devices import Machine, matmul_rate, open_machine
 from khanhllm.machine.fit import fit
 from khanhllm.model import Transformer
@@ -102,20 +102,20 @@ def _compare(name: str, config: Config, machine: Machine, steps: int, console: C
         raise UserError(f"bench: our own step cannot run here: {modes[OURS[0]]}")
     theirs, more = _fastest(HUGGING_FACE, config, console) if model.style == "modern" else (None, {})
     names = [mode, mode.replace("ours", TWIN), *([theirs] if theirs else [])]
-    contenders = [Contender.enter(contender, config) for contender in names]
+    candidates = [Candidate.enter(candidate, config) for candidate in names]
     product = (8192, torch.bfloat16) if machine.precision == "bf16" else (2048, torch.float32)
     rates: list[float] = []
     turns: list[list[float]] = []
     for turn in range(steps + 2):
-        seconds = [contender.step() for contender in contenders]
+        seconds = [candidate.step() for candidate in candidates]
         rate = matmul_rate(machine.device, *product)
         if turn >= 2:  # the first two warm up
             turns.append(seconds)
             rates.append(rate)
     report: Report = {"shape": model.model_dump(), "tokens": config.tokens_per_step, "matmul_rate": _spread(rates)}
-    for contender, its in zip(contenders, zip(*turns, strict=True), strict=True):
-        report[contender.name] = _result(contender, list(its), rates, config.tokens_per_step, machine)
-        _tell(console, contender.name, report[contender.name])
+    for candidate, its in zip(candidates, zip(*turns, strict=True), strict=True):
+        report[candidate.name] = _result(candidate, list(its), rates, config.tokens_per_step, machine)
+        _tell(console, candidate.name, report[candidate.name])
     ours, twin, *hugging_face = zip(*turns, strict=True)
     report |= {
         "ratio_dense_twin": _spread([b / a for a, b in zip(ours, twin, strict=True)]),
@@ -135,28 +135,28 @@ def _fastest(names: list[str], config: Config, console: Console) -> tuple[str | 
     found: dict[str, float | str] = {}
     rates: dict[str, float] = {}
     for name in names:
-        contender = Contender.enter(name, config)
-        if contender.fault:
-            found[name] = contender.fault
-            console.print(f"{name}: {contender.fault}", markup=False)
+        candidate = Candidate.enter(name, config)
+        if candidate.fault:
+            found[name] = candidate.fault
+            console.print(f"{name}: {candidate.fault}", markup=False)
             continue
-        found[name] = rates[name] = config.tokens_per_step / min(contender.step() for _ in range(3))
-        contender.leave()
+        found[name] = rates[name] = config.tokens_per_step / min(candidate.step() for _ in range(3))
+        candidate.leave()
         console.print(f"{name}: {rates[name]:,.0f} tokens/s", markup=False)
     return max(rates, key=lambda name: rates[name], default=None), found
 
 
-def _result(contender: Contender, seconds: list[float], rates: list[float], tokens: int, machine: Machine) -> Report:
-    flops = contender.flops * tokens
+def _result(candidate: Candidate, seconds: list[float], rates: list[float], tokens: int, machine: Machine) -> Report:
+    flops = candidate.flops * tokens
     return {
-        "parameters": contender.parameters,
-        "flops_per_token": contender.flops,
+        "parameters": candidate.parameters,
+        "flops_per_token": candidate.flops,
         "step_ms": _spread([1000 * one for one in seconds]),
         "tokens_per_s": _spread([tokens / one for one in seconds]),
         "share_of_matmul_rate": _spread([flops / one / rate for one, rate in zip(seconds, rates, strict=True)]),
         "mfu": flops / median(seconds) / machine.peak_flops if machine.peak_flops else None,
-        "first_step_s": contender.first_step,
-        "memory_mb": contender.leave(),
+        "first_step_s": candidate.first_step,
+        "memory_mb": candidate.leave(),
     }
 
 
@@ -238,8 +238,8 @@ def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Con
     cores = torch.get_num_threads()
     if [ids.tolist() for ids in ours.encode_batch(texts, cores)] != [one.ids for one in theirs.encode_batch(texts)]:
         raise UserError("bench: the two encoders disagree; please report it")
-    theirs_roads = [partial(theirs.encode_batch, texts), partial(theirs.encode_batch_fast, texts)]
-    mine, plain, fast = _turns([partial(ours.encode_batch, texts, cores), *theirs_roads], min(steps, 7), machine)
+    others = [partial(theirs.encode_batch, texts), partial(theirs.encode_batch_fast, texts)]
+    mine, plain, fast = _turns([partial(ours.encode_batch, texts, cores), *others], min(steps, 7), machine)
     rate = _spread([size / 1e6 / one for one in mine])
     ratios = [_spread([b / a for a, b in zip(mine, other, strict=True)]) for other in (plain, fast)]
     console.print(f"encode: {_shown(rate, '.1f')} MB/s, x {_shown(ratios[0], '.2f')} of tokenizers'")

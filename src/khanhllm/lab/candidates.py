@@ -1,7 +1,7 @@
 """Who is compared: our trainer, our dense twin, and Hugging Face's Qwen3-MoE of the same shape.
 
 Each trains in a process of its own, with its own allocator, peak of memory and failures, and takes a step when it is
-told to, so that contenders can take turns and whatever else the machine does falls on all of them.
+told to, so that candidates can take turns and whatever else the machine does falls on all of them.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ Step = Callable[[], object]
 
 
 @dataclass
-class Contender:
+class Candidate:
     """A process that trains one model. `flops` are for one token; `first_step` (seconds) includes compiling."""
 
     name: str
@@ -47,12 +47,12 @@ class Contender:
         process = context.Process(target=_work, args=(there, name, config), daemon=True)
         process.start()
         there.close()
-        contender = cls(name, here, process)
+        candidate = cls(name, here, process)
         try:
-            contender.parameters, contender.flops, contender.first_step, contender.fault = here.recv()
+            candidate.parameters, candidate.flops, candidate.first_step, candidate.fault = here.recv()
         except EOFError:
-            contender.fault = "its process was ended by the system (too little memory?)"
-        return contender
+            candidate.fault = "its process was ended by the system (too little memory?)"
+        return candidate
 
     def step(self) -> float:
         """Seconds of one optimizer step."""

@@ -92,18 +92,18 @@ def cache_changes_nothing(model: Transformer) -> Finding:
 
 
 @torch.no_grad()
-def roads_agree(model: Transformer) -> Finding:
+def backends_agree(model: Transformer) -> Finding:
     """The loop over experts, which defines what is right, and grouped_mm give the same logits."""
     ids_BT = some_ids(model, rows=2, length=32)
     stacks: list[Any] = [module.experts for module in model.modules() if isinstance(module, MoE)]
-    before = [experts.road for experts in stacks]
+    before = [experts.backend for experts in stacks]
     logits = []
-    for road in (LOOP, GROUPED):
+    for backend in (LOOP, GROUPED):
         for experts in stacks:
-            experts.road = road
+            experts.backend = backend
         logits.append(model.logits(ids_BT))
-    for experts, road in zip(stacks, before, strict=True):
-        experts.road = road
+    for experts, backend in zip(stacks, before, strict=True):
+        experts.backend = backend
     gap = (logits[0] - logits[1]).abs().max().item()
     return Finding(
         "grouped experts equal the loop", gap < 1e-3, f"largest difference {gap:.1e}", "use --machine.experts loop"
@@ -189,7 +189,7 @@ LAWS: list[Callable[[Transformer], Finding]] = [
     rebuilt_activations_change_nothing,
     learns_one_batch,
 ]
-MIXTURE_LAWS: list[Callable[[Transformer], Finding]] = [roads_agree, experts_share_the_work]
+MIXTURE_LAWS: list[Callable[[Transformer], Finding]] = [backends_agree, experts_share_the_work]
 
 
 def small_copy(config: Config) -> Config:
@@ -264,10 +264,10 @@ def _version(name: str) -> str:
 
 def _eight_bit() -> Finding:
     """Take one step with it: that is the only test that counts."""
-    layer = torch.nn.Linear(128, 128)
+    layer = torch.nn.ModuleDict({"up": torch.nn.Linear(128, 128)})
     try:
         optimizer = optim.build(layer, OptimConfig(name="adamw8bit"))
-        layer(torch.ones(1, 128)).sum().backward()
+        layer["up"](torch.ones(1, 128)).sum().backward()
         optimizer.step()
     except Exception as error:
         return Finding("8-bit AdamW", False, str(error).splitlines()[0], "use --optim.name adamw")

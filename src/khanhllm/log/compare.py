@@ -23,7 +23,7 @@ COLOURS = ("#3b6fb5", "#d9622b", "#3f9b5b", "#8a5bb5", "#b59a3b", "#555555")
 
 
 @dataclass(frozen=True)
-class Told:
+class RunLog:
     """What a run folder tells."""
 
     name: str
@@ -41,14 +41,14 @@ class Told:
     flops_per_token: int
 
 
-def read(run: Path) -> Told:
+def read(run: Path) -> RunLog:
     """UserError if the folder holds no run, or one without a step."""
     config = read_config(run)
     found = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb"))
     if not len(found["loss"]):
         raise UserError(f"{run / FILE} has no step yet; train the run further")
     model = on_paper(config.model)
-    return Told(
+    return RunLog(
         name=visible(run.resolve().name),
         config=config,
         step=found["step"],
@@ -83,7 +83,7 @@ def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     console.print(f"drawn: {png}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(told: list[Told]) -> Table:
+def _table(told: list[RunLog]) -> Table:
     table = Table()
     for heading in ("run", "parameters", "active", "steps", "tokens", "FLOP", "time", "tokens/s", "loss", "bits/byte"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
@@ -104,7 +104,7 @@ def _table(told: list[Told]) -> Table:
     return table
 
 
-def draw(told: list[Told], png: Path) -> None:
+def draw(told: list[RunLog], png: Path) -> None:
     """The loss, smoothed, against the four things that it may be counted in; the legend says what validation gave."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter

@@ -26,7 +26,7 @@ from torch import Tensor
 from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.log.alarms import Alarms
-from khanhllm.log.terminal import Row, Story, Terminal
+from khanhllm.log.terminal import Row, RunView, Terminal
 from khanhllm.schema import Config
 
 FILE = "training_log.csv"
@@ -65,7 +65,7 @@ class Log:
         layers = config.model.moe_layers
         board = _open_board(run, start_step) if config.log.tensorboard else None
         csv, earlier = Csv.open(run / FILE, columns(layers), start_step)
-        story = Story(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
+        story = RunView(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
         return cls(layers, csv, Terminal(story, config.log.every, console), board, Alarms(layers, config.model))
 
     def add(self, row: Row) -> None:

@@ -27,7 +27,7 @@ REDRAW = 0.25
 
 
 @dataclass
-class Story:
+class RunView:
     """What the terminal tells of a run."""
 
     name: str
@@ -53,9 +53,9 @@ class Story:
             self.checked = row
             self.best_ce = min(self.best_ce, row["val_ce"])
 
-    def cut(self, step: int, rows: list[Row]) -> "Story":
+    def cut(self, step: int, rows: list[Row]) -> "RunView":
         """The same story up to `step`, whose rows are given."""
-        story = Story(self.name, self.parameters, self.moe_layers, self.steps, step)
+        story = RunView(self.name, self.parameters, self.moe_layers, self.steps, step)
         for row in rows:
             story.hear(row)
         story.clock.clear()  # it is this process's time that says how long the rest takes
@@ -79,7 +79,7 @@ class _Console(Console):
 class Terminal:
     """A live panel for a person, plain lines for a file or a pipe."""
 
-    def __init__(self, story: Story, every: int, console: Console | None) -> None:
+    def __init__(self, story: RunView, every: int, console: Console | None) -> None:
         self.console = console or _Console(force_terminal=sys.stdout.isatty())
         self.story, self.every = story, every
         person = self.console.is_interactive and not self.console.is_jupyter and "utf" in self.console.encoding
@@ -125,7 +125,7 @@ class Terminal:
         self.drawn = time.monotonic()
 
 
-def _line(story: Story) -> Iterator[str]:
+def _line(story: RunView) -> Iterator[str]:
     row = story.row
     yield f"step {story.step}/{story.steps}"
     yield f"loss {_text(row, 'loss', '.4f')}"
@@ -153,7 +153,7 @@ def _text(row: Row, name: str, spec: str) -> str:
     return "–" if row.get(name) is None else format(row[name], spec)
 
 
-def panel(story: Story, width: int, height: int) -> Panel:
+def panel(story: RunView, width: int, height: int) -> Panel:
     """The whole run at a glance, at most `height` - 2 lines, so that a message above it stays in sight."""
     inner = min(width, 110) - 4
     numbers = list(_numbers(story))
@@ -166,7 +166,7 @@ def panel(story: Story, width: int, height: int) -> Panel:
     return Panel(Group(*lines), title=Text(name, "bold"), title_align="left", border_style="blue", width=inner + 4)
 
 
-def _progress(story: Story) -> RenderableType:
+def _progress(story: RunView) -> RenderableType:
     line = Table.grid(padding=(0, 2), expand=True)
     for ratio in (None, 1, None):
         line.add_column(ratio=ratio, no_wrap=True)
@@ -176,7 +176,7 @@ def _progress(story: Story) -> RenderableType:
     return line
 
 
-def _curve(story: Story, width: int, height: int) -> list[Text]:
+def _curve(story: RunView, width: int, height: int) -> list[Text]:
     """The loss of all steps so far."""
     low, high = frame(story.losses)
     lines = braille(story.losses, width - 8, height, low, high) if story.losses else [""] * height
@@ -184,7 +184,7 @@ def _curve(story: Story, width: int, height: int) -> list[Text]:
     return [Text.assemble((f"{ends.get(y, ''):>6}  ", "dim"), (line, "cyan")) for y, line in enumerate(lines)]
 
 
-def _numbers(story: Story) -> Iterator[Text]:
+def _numbers(story: RunView) -> Iterator[Text]:
     row, checked = story.row, story.checked
     recent = f"{fmean(story.losses[-20:]):.4f}" if story.losses else "–"
     yield _fact("loss", recent, f"last {_text(row, 'loss', '.4f')}")
@@ -199,7 +199,7 @@ def _fact(label: str, value: str, more: str) -> Text:
     return Text.assemble((f"{label:<12}", "dim"), (value, "bold"), f"   {more}", no_wrap=True, overflow="ellipsis")
 
 
-def _experts(story: Story, width: int, room: int) -> list[Text]:
+def _experts(story: RunView, width: int, room: int) -> list[Text]:
     """The experts of each mixture layer; two layers a line if there are many, the least even ones if too many."""
     row = story.row
     if "load_per_layer" not in row:

@@ -1,4 +1,4 @@
-"""Which road leads through the experts on this device: found by trying a tiny problem, not by a version or a name.
+"""Choose the fastest expert backend that works on this device, by trying each on a tiny problem.
 
 grouped   torch's grouped_mm, where it gives the right numbers and never waits for the host
 triton    our own kernels, where grouped_mm waits or fails
@@ -17,7 +17,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-RoadName = Literal["grouped", "triton", "loop"]
+BackendName = Literal["grouped", "triton", "loop"]
 Answers = tuple[Tensor, Tensor, Tensor]
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
         return cls(x, weight, grad, torch.tensor([9, 9, 33, 40], dtype=torch.int32).to(device))
 
 
-Candidate = Callable[[Problem], Answers]
+Attempt = Callable[[Problem], Answers]
 
 
 def by_grouped_mm(problem: Problem) -> Answers:
@@ -49,10 +49,14 @@ def by_grouped_mm(problem: Problem) -> Answers:
 
 
 def by_triton(problem: Problem) -> Answers:
-    from khanhllm.machine.triton_grouped import outer, rows  # only here, for triton may be missing
+    from khanhllm.machine.triton_grouped import grouped_mm, grouped_mm_wgrad  # only here, for triton may be missing
 
     x_NI, weight_EIO, grad_NO, end_E = problem
-    return rows(x_NI, weight_EIO, end_E), rows(grad_NO, weight_EIO.mT, end_E), outer(x_NI, grad_NO, end_E)
+    return (
+        grouped_mm(x_NI, weight_EIO, end_E),
+        grouped_mm(grad_NO, weight_EIO.mT, end_E),
+        grouped_mm_wgrad(x_NI, grad_NO, end_E),
+    )
 
 
 def by_loop(problem: Problem) -> Answers:
@@ -78,20 +82,20 @@ def host_must_not_wait() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def fault(candidate: Candidate, problem: Problem, guard: Guard = nullcontext) -> str | None:
-    """What is wrong with a road, in a few words, or None. bf16 is right to 1 % of the largest number."""
+def fault(attempt: Attempt, problem: Problem, guard: Guard = nullcontext) -> str | None:
+    """What is wrong with a backend, in a few words, or None. bf16 is right to 1 % of the largest number."""
     try:
         with guard():
-            answers = candidate(problem)
+            answers = attempt(problem)
         pairs = zip(answers, by_loop(problem), strict=True)
         right = all(bool((found.float() - want).abs().max() <= 0.01 * want.abs().max()) for found, want in pairs)
-    except Exception as error:  # a kernel has a hundred ways to fail, and all of them close the road
+    except Exception as error:  # a kernel has a hundred ways to fail, and each of them rules the backend out
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return None if right else "wrong numbers"
 
 
-def choose(problem: Problem, grouped: Candidate, triton: Candidate, guard: Guard) -> RoadName:
-    """The best of the roads that work. Under `guard` a candidate that makes the host wait raises."""
+def choose(problem: Problem, grouped: Attempt, triton: Attempt, guard: Guard) -> BackendName:
+    """The best of the backends that work. Under `guard` a attempt that makes the host wait raises."""
     wrong = fault(grouped, problem)  # unguarded first: a device that starts up may wait once
     if wrong is None and fault(grouped, problem, guard) is None:
         return "grouped"
@@ -107,8 +111,8 @@ def choose(problem: Problem, grouped: Candidate, triton: Candidate, guard: Guard
     return "loop"
 
 
-def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> RoadName:
-    """The road for products in `dtype` on `device`; off CUDA there is nothing to try. Takes seconds the first time."""
+def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> BackendName:
+    """The backend for `dtype` on `device`: off CUDA always the loop. Takes seconds the first time."""
     if device.type != "cuda":
         return "loop"
     return choose(Problem.tiny(device, dtype), by_grouped_mm, by_triton, host_must_not_wait)

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from khanhllm.errors import UserError
-from khanhllm.machine.backends import RoadName, probe
+from khanhllm.machine.backends import BackendName, probe
 from khanhllm.machine.cards import known_peak
 from khanhllm.schema import MachineConfig
 
@@ -23,8 +23,8 @@ class Machine:
     precision: str
     """fp32, tf32 or bf16"""
     compile: bool
-    experts: RoadName
-    """loop, grouped or triton: see roads"""
+    experts: BackendName
+    """loop, grouped or triton: see backends"""
     peak_flops: float | None
     """matrix throughput that 100 % MFU means: the maker's figure on CUDA, measured on a CPU (FLOP/s); None unknown"""
 
@@ -73,7 +73,7 @@ def open_machine(config: MachineConfig) -> Machine:
         device=device,
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
-        experts=_road(config.experts, device, precision),
+        experts=_backend(config.experts, device, precision),
         peak_flops=_peak(device),
     )
 
@@ -113,7 +113,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _road(wanted: str, device: torch.device, precision: str) -> RoadName:
+def _backend(wanted: str, device: torch.device, precision: str) -> BackendName:
     if wanted == "auto":
         return probe(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     if wanted == "triton" and device.type != "cuda":

@@ -1,4 +1,4 @@
-"""A model made to fit the machine, from outside and in a stated order: experts' road, activation checkpointing,
+"""A model made to fit the machine, from outside and in a stated order: experts' backend, activation checkpointing,
 compile. The model's own code and the names of its parameters stay as they are."""
 
 import logging
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from khanhllm.machine.devices import Machine, keep_freed_memory
 from khanhllm.model import Transformer
 from khanhllm.model.counts import total_parameters
-from khanhllm.model.experts import GROUPED, LOOP, Road
+from khanhllm.model.experts import GROUPED, LOOP, Backend
 from khanhllm.model.moe import MoE
 from khanhllm.schema import ModelConfig
 
@@ -39,10 +39,10 @@ def is_small(model: Transformer) -> bool:
 def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
     """Change the model in place and return it. `checkpointing` is none, selective or full."""
     keep_freed_memory(is_small(model))
-    road = _road(machine.experts, model.config)
+    backend = _backend(machine.experts, model.config)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.road = road  # type: ignore[assignment]
+            module.experts.backend = backend  # type: ignore[assignment]
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:
@@ -54,11 +54,11 @@ def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer
     return model
 
 
-def _road(name: str, shape: ModelConfig) -> Road:
+def _backend(name: str, shape: ModelConfig) -> Backend:
     if name == "triton":
         from khanhllm.machine import triton_grouped  # only here, for triton may be missing
 
-        return triton_grouped.ROAD
+        return triton_grouped.BACKEND
     aligned = shape.dim % 8 == shape.expert_width % 8 == 0  # grouped_mm wants rows of 16 bytes
     return GROUPED if name == "grouped" and aligned else LOOP
 
@@ -85,11 +85,11 @@ def _rebuild(module: torch.nn.Module, method: str, selective: bool) -> None:
     setattr(module, method, _only_with_gradients(run, getattr(module, method)))
 
 
-def _only_with_gradients(fitted: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _only_with_gradients(fit_micro_batch: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """Training has one shape; generation and validation have many, and nothing to rebuild."""
 
     def method(*inputs: Any) -> Any:
-        return fitted(*inputs) if torch.is_grad_enabled() else plain(*inputs)
+        return fit_micro_batch(*inputs) if torch.is_grad_enabled() else plain(*inputs)
 
     return method
 

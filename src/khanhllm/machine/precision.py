@@ -6,17 +6,16 @@ of them are a thousandth of the memory.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from khanhllm.model.roles import HIDDEN, TABLES, Role, role
+
+ROUNDED = HIDDEN | TABLES | {Role.HEAD}
 
 
 def keep_in_bf16(model: nn.Module, gradients: str = "fp32") -> None:
     """Round the matrices to bf16, one after the other, in place. `gradients`: fp32 or bf16, what `.grad` sums up in."""
     for name, parameter in model.named_parameters():
-        if is_matrix(name, parameter):
+        if role(name) in ROUNDED:
             parameter.data = parameter.data.bfloat16()
             parameter.grad_dtype = torch.float32 if gradients == "fp32" else torch.bfloat16  # type: ignore[attr-defined]
-
-
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Experts' biases are stacked, one row each, and yet vectors."""
-    return parameter.dim() >= 2 and "bias" not in name.rpartition(".")[2] and "router" not in name

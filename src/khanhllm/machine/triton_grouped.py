@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from khanhllm.model.counts import product_flops
-from khanhllm.model.experts import Road
+from khanhllm.model.experts import Backend
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 GROUP = tl.constexpr(8)
@@ -91,7 +91,7 @@ def _add_product(total: tl.tensor, left: tl.tensor, right: tl.tensor, PRECISION:
     }
 )
 @triton.jit(do_not_specialize=["n", "experts", "share"])
-def _rows(
+def _grouped_mm(
     x_NI: tl.tensor,
     weight_EIO: tl.tensor,
     end_E: tl.tensor,
@@ -156,7 +156,7 @@ def _rows(
     }
 )
 @triton.jit(do_not_specialize=["share"])
-def _outer(
+def _grouped_mm_wgrad(
     x_NI: tl.tensor,
     grad_NO: tl.tensor,
     end_E: tl.tensor,
@@ -213,13 +213,13 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-@torch.library.custom_op("khanhllm::grouped_rows", mutates_args=())
-def rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+@torch.library.custom_op("khanhllm::triton_grouped_mm", mutates_args=())
+def grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     """Each row times its expert's matrix -> (N, O), in the dtype that both inputs share; any strides."""
     n, (experts, inputs, outputs) = len(x_NI), weight_EIO.shape
     out_NO = x_NI.new_empty(n, outputs)
     with torch.cuda.device_of(x_NI):
-        _rows[lambda tile: ((n // tile["HEIGHT"] + experts) * triton.cdiv(outputs, tile["WIDTH"]),)](
+        _grouped_mm[lambda tile: ((n // tile["HEIGHT"] + experts) * triton.cdiv(outputs, tile["WIDTH"]),)](
             x_NI,
             weight_EIO,
             end_E,
@@ -237,13 +237,15 @@ def rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return out_NO
 
 
-@torch.library.custom_op("khanhllm::grouped_outer", mutates_args=())
-def outer(x_NI: Tensor, grad_NO: Tensor, end_E: Tensor) -> Tensor:
+@torch.library.custom_op("khanhllm::triton_grouped_mm_wgrad", mutates_args=())
+def grouped_mm_wgrad(x_NI: Tensor, grad_NO: Tensor, end_E: Tensor) -> Tensor:
     """For each expert the transposed rows of x times the rows of grad -> (E, I, O); zeros where it has no rows."""
     experts, inputs, outputs = len(end_E), x_NI.shape[1], grad_NO.shape[1]
     out_EIO = x_NI.new_empty(experts, inputs, outputs)
     with torch.cuda.device_of(x_NI):
-        _outer[lambda tile: (experts * triton.cdiv(inputs, tile["HEIGHT"]) * triton.cdiv(outputs, tile["WIDTH"]),)](
+        _grouped_mm_wgrad[
+            lambda tile: (experts * triton.cdiv(inputs, tile["HEIGHT"]) * triton.cdiv(outputs, tile["WIDTH"]),)
+        ](
             x_NI,
             grad_NO,
             end_E,
@@ -258,15 +260,15 @@ def outer(x_NI: Tensor, grad_NO: Tensor, end_E: Tensor) -> Tensor:
     return out_EIO
 
 
-@rows.register_fake
+@grouped_mm.register_fake
 def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
 
 
-@outer.register_fake
+@grouped_mm_wgrad.register_fake
 def _(x_NI: Tensor, grad_NO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(end_E), x_NI.shape[1], grad_NO.shape[1])
 
 
-ROAD = Road(torch.ops.khanhllm.grouped_rows.default, torch.ops.khanhllm.grouped_outer.default)
+BACKEND = Backend(torch.ops.khanhllm.grouped_rows.default, torch.ops.khanhllm.grouped_outer.default)
 register_flop_formula([torch.ops.khanhllm.grouped_rows, torch.ops.khanhllm.grouped_outer])(product_flops)

@@ -41,10 +41,10 @@ def flops_per_token(model: Transformer) -> int:
 
 
 def product_flops(x_shape: torch.Size, y_shape: torch.Size, *_args: Any, **_kwargs: Any) -> int:
-    """Each number of x meets a row of y: true of every product in `experts`, whichever road computes it."""
+    """Each number of x meets a row of y: true of every product in `experts`, whichever backend computes it."""
     return 2 * x_shape.numel() * y_shape[-1]
 
 
 # So that torch's FlopCounterMode counts experts, which it otherwise takes for nothing.
-ROADS = [torch.ops.aten._grouped_mm, torch.ops.khanhllm.loop_rows, torch.ops.khanhllm.loop_outer]
-register_flop_formula([op for op in ROADS if op not in flop_registry])(product_flops)  # type: ignore[no-untyped-call]
+PRODUCTS = [torch.ops.aten._grouped_mm, torch.ops.khanhllm.loop_grouped_mm, torch.ops.khanhllm.loop_grouped_mm_wgrad]
+register_flop_formula([op for op in PRODUCTS if op not in flop_registry])(product_flops)  # type: ignore[no-untyped-call]

@@ -1,10 +1,10 @@
 """Who works: all experts of a layer as stacked matrices (E, in, out), applied to rows that are sorted by expert.
 
-Everything that is done with such a stack, forward and backward, is one of two products: each row times the matrix of
-its expert (`rows`), or each expert's rows transposed times other rows of the same (`outer`, the gradient of a matrix).
-A `Road` is one way to compute both. The loop over experts defines what is right and is fastest on a CPU; grouped_mm has
-shapes that never depend on the routing, which is what a GPU and a compiler want. `machine/` picks; the laws demand that
-all roads agree.
+Forward and backward need two products only: each row times the matrix of its expert (`grouped_mm`), and for each
+expert the transpose of its rows times other rows of the same expert (`grouped_mm_wgrad`, the gradient of a matrix). A
+`Backend` computes both. The loop over experts defines what is right and is the fastest on a CPU; torch's grouped_mm has
+shapes that never depend on the routing, as a GPU and a compiler want. `machine/` chooses, and the tests demand that all
+backends agree.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,24 @@ from khanhllm.model.router import Choice
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Road(NamedTuple):
-    rows: Product
+class Backend(NamedTuple):
+    grouped_mm: Product
     """(x_NI, weight_EIO, end_E) -> (N, O). Rows are sorted by expert, `end_E` says where each one's end (int32)."""
-    outer: Product
+    grouped_mm_wgrad: Product
     """(x_NI, y_NO, end_E) -> (E, I, O), zeros for an expert without rows."""
 
 
 # As operators of their own, the compiler sees two boxes of known shape and not the loop, which reads the load.
-@torch.library.custom_op("khanhllm::loop_rows", mutates_args=())
-def _loop_rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+@torch.library.custom_op("khanhllm::loop_grouped_mm", mutates_args=())
+def _loop_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
     for expert, rows in enumerate(_slices(end_E)):
         torch.mm(x_NI[rows], weight_EIO[expert], out=out_NO[rows])
     return out_NO
 
 
-@torch.library.custom_op("khanhllm::loop_outer", mutates_args=())
-def _loop_outer(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
+@torch.library.custom_op("khanhllm::loop_grouped_mm_wgrad", mutates_args=())
+def _loop_grouped_mm_wgrad(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     out_EIO = x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
     for expert, rows in enumerate(_slices(end_E)):
         torch.mm(x_NI[rows].T, y_NO[rows], out=out_EIO[expert])
@@ -48,44 +48,44 @@ def _slices(end_E: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-@_loop_rows.register_fake
+@_loop_grouped_mm.register_fake
 def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
 
 
-@_loop_outer.register_fake
+@_loop_grouped_mm_wgrad.register_fake
 def _(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
 
 
-def _grouped_rows(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+def _torch_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return F.grouped_mm(x_NI, weight_EIO, offs=end_E)
 
 
-def _grouped_outer(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
+def _torch_grouped_mm_wgrad(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     return F.grouped_mm(x_NI.T, y_NO, offs=end_E)
 
 
-LOOP = Road(torch.ops.khanhllm.loop_rows.default, torch.ops.khanhllm.loop_outer.default)
-GROUPED = Road(_grouped_rows, _grouped_outer)
+LOOP = Backend(torch.ops.khanhllm.loop_grouped_mm.default, torch.ops.khanhllm.loop_grouped_mm_wgrad.default)
+GROUPED = Backend(_torch_grouped_mm, _torch_grouped_mm_wgrad)
 
 
-class Layout(NamedTuple):
+class Dispatch(NamedTuple):
     """Where the N = T x K token-expert pairs stand once they are sorted by expert."""
 
     token_N: Tensor
     """the token of each sorted pair"""
-    home_TK: Tensor
+    inverse_TK: Tensor
     """the sorted place of each token's k-th pair"""
     end_E: Tensor
     """where each expert's pairs end (int32)"""
 
 
-def layout(expert_TK: Tensor, load_E: Tensor) -> Layout:
+def dispatch(expert_TK: Tensor, load_E: Tensor) -> Dispatch:
     order_N = expert_TK.flatten().argsort(stable=True)
     place_N = torch.arange(len(order_N), device=order_N.device)
-    home_N = torch.empty_like(order_N).scatter_(0, order_N, place_N)
-    return Layout(order_N // expert_TK.shape[1], home_N.view_as(expert_TK), load_E.cumsum(0).to(torch.int32))
+    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, place_N)
+    return Dispatch(order_N // expert_TK.shape[1], inverse_N.view_as(expert_TK), load_E.cumsum(0).to(torch.int32))
 
 
 class Activation(NamedTuple):
@@ -111,67 +111,72 @@ RELU2 = Activation(lambda up_NF: F.relu(up_NF).square_(), lambda grad_NF, up_NF:
 class _Mixture(torch.autograd.Function):
     """y_TD = sum over a token's K experts of  weight x down(activation(x @ up + bias, ...)).
 
-    Bringing tokens to experts and answers home are gathers in both directions, so nothing is added in an order left to
-    chance. The weight is applied before the last matrix, so the answers need not be kept for its gradient; nor are the
-    gathered x and the activation's value, which are cheap to make again (Guo et al. 2025, arXiv 2512.14080).
+    Permuting tokens to their experts and un-permuting the answers are gathers in both directions, so no sum
+    depends on the order in which threads finish. The weight is applied before the last matrix; for one pair, with
+    h = activation(x @ up),
+
+        y = (weight h) @ down      d h = weight (d y @ down')      d weight = <d y @ down', h>
+
+    so neither the answer nor the gathered x nor h is kept for the backward pass; x and h are cheap to compute again
+    (Guo et al. 2025, arXiv 2512.14080). In `backward`, slope_NF is d y @ down'.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        road: Road,
+        backend: Backend,
         activation: Activation,
         x_TD: Tensor,
         weight_TK: Tensor,
         token_N: Tensor,
-        home_TK: Tensor,
+        inverse_TK: Tensor,
         end_E: Tensor,
         down: Tensor,
         bias_EF: Tensor | None,
         *ups: Tensor,
     ) -> Tensor:
-        weight_N = _sorted(weight_TK, home_TK).unsqueeze(1)
+        weight_N = _sorted(weight_TK, inverse_TK).unsqueeze(1)
         x_ND = x_TD.index_select(0, token_N)
-        inputs = [road.rows(x_ND, up, end_E) for up in ups]
+        inputs = [backend.grouped_mm(x_ND, up, end_E) for up in ups]
         if bias_EF is not None:
             inputs[0] = torch.addmm(inputs[0], _one_hot(end_E, x_ND), bias_EF)
-        answer_ND = road.rows(activation.value(*inputs).mul_(weight_N), down, end_E)
-        ctx.road, ctx.activation, ctx.has_bias = road, activation, bias_EF is not None
-        ctx.save_for_backward(x_TD, weight_N, token_N, home_TK, end_E, down, *ups, *inputs)
-        return _gathered_sum(answer_ND, home_TK)
+        answer_ND = backend.grouped_mm(activation.value(*inputs).mul_(weight_N), down, end_E)
+        ctx.backend, ctx.activation, ctx.has_bias = backend, activation, bias_EF is not None
+        ctx.save_for_backward(x_TD, weight_N, token_N, inverse_TK, end_E, down, *ups, *inputs)
+        return _gathered_sum(answer_ND, inverse_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TD, weight_N, token_N, home_TK, end_E, down, *rest = ctx.saved_tensors
+        x_TD, weight_N, token_N, inverse_TK, end_E, down, *rest = ctx.saved_tensors
         ups, inputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         del rest
         grad_ND = grad_TD.index_select(0, token_N)
         hidden_NF = ctx.activation.value(*inputs)
-        slope_NF = ctx.road.rows(grad_ND, down.mT, end_E)
-        weight_grad_TK = (slope_NF * hidden_NF).sum(-1, dtype=weight_N.dtype)[home_TK]
-        down_grad = ctx.road.outer(hidden_NF.mul_(weight_N), grad_ND, end_E)
+        slope_NF = ctx.backend.grouped_mm(grad_ND, down.mT, end_E)
+        weight_grad_TK = (slope_NF * hidden_NF).sum(-1, dtype=weight_N.dtype)[inverse_TK]
+        down_grad = ctx.backend.grouped_mm_wgrad(hidden_NF.mul_(weight_N), grad_ND, end_E)
         del hidden_NF, grad_ND
         slopes = ctx.activation.gradients(slope_NF.mul_(weight_N), *inputs)
         del slope_NF, inputs  # none of these is small
         x_ND = x_TD.index_select(0, token_N)
-        up_grads = [ctx.road.outer(x_ND, slope, end_E) for slope in slopes]
+        up_grads = [ctx.backend.grouped_mm_wgrad(x_ND, slope, end_E) for slope in slopes]
         bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if ctx.has_bias else None
-        x_grad_ND, *more = (ctx.road.rows(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
+        x_grad_ND, *more = (ctx.backend.grouped_mm(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
         for part in more:
             x_grad_ND.add_(part)
-        x_grad_TD = _gathered_sum(x_grad_ND, home_TK)
+        x_grad_TD = _gathered_sum(x_grad_ND, inverse_TK)
         return None, None, x_grad_TD, weight_grad_TK, None, None, None, down_grad, bias_grad, *up_grads
 
 
-def _sorted(weight_TK: Tensor, home_TK: Tensor) -> Tensor:
+def _sorted(weight_TK: Tensor, inverse_TK: Tensor) -> Tensor:
     """The weight of each pair, in sorted order: (N,)."""
     weight_N = weight_TK.flatten()
-    return torch.empty_like(weight_N).scatter_(0, home_TK.flatten(), weight_N)
+    return torch.empty_like(weight_N).scatter_(0, inverse_TK.flatten(), weight_N)
 
 
-def _gathered_sum(x_ND: Tensor, home_TK: Tensor) -> Tensor:
-    """Row t is the sum of the rows home_TK[t]."""
-    return F.embedding_bag(home_TK, x_ND, mode="sum")
+def _gathered_sum(x_ND: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Row t is the sum of the rows inverse_TK[t]."""
+    return F.embedding_bag(inverse_TK, x_ND, mode="sum")
 
 
 def _one_hot(end_E: Tensor, like_ND: Tensor) -> Tensor:
@@ -189,12 +194,12 @@ class GeluExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(experts, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
         self.down_bias = nn.Parameter(torch.empty(experts, dim))
-        self.road = LOOP
+        self.backend = LOOP
 
     def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
         x_TD, up, up_bias, down, down_bias = _in_one_type(x_TD, self.up, self.up_bias, self.down, self.down_bias)
-        where = layout(choice.expert_TK, load_E)
-        y_TD = _Mixture.apply(self.road, GELU, x_TD, choice.weight_TK, *where, down, up_bias, up)
+        where = dispatch(choice.expert_TK, load_E)
+        y_TD = _Mixture.apply(self.backend, GELU, x_TD, choice.weight_TK, *where, down, up_bias, up)
         none_TE = x_TD.new_zeros(len(x_TD), len(load_E))
         weight_TE = none_TE.scatter(1, choice.expert_TK, choice.weight_TK.to(x_TD.dtype))
         return y_TD + weight_TE @ down_bias
@@ -207,12 +212,12 @@ class Relu2Experts(nn.Module):
         super().__init__()
         self.up = nn.Parameter(torch.empty(experts, dim, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
-        self.road = LOOP
+        self.backend = LOOP
 
     def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
         x_TD, up, down = _in_one_type(x_TD, self.up, self.down)
-        where = layout(choice.expert_TK, load_E)
-        return _Mixture.apply(self.road, RELU2, x_TD, choice.weight_TK, *where, down, None, up)  # type: ignore[no-any-return]
+        where = dispatch(choice.expert_TK, load_E)
+        return _Mixture.apply(self.backend, RELU2, x_TD, choice.weight_TK, *where, down, None, up)  # type: ignore[no-any-return]
 
 
 class SwiGLUExperts(nn.Module):
@@ -223,12 +228,12 @@ class SwiGLUExperts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, dim, hidden))
         self.up = nn.Parameter(torch.empty(experts, dim, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, dim))
-        self.road = LOOP
+        self.backend = LOOP
 
     def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
         x_TD, gate, up, down = _in_one_type(x_TD, self.gate, self.up, self.down)
-        where = layout(choice.expert_TK, load_E)
-        return _Mixture.apply(self.road, SWIGLU, x_TD, choice.weight_TK, *where, down, None, gate, up)  # type: ignore[no-any-return]
+        where = dispatch(choice.expert_TK, load_E)
+        return _Mixture.apply(self.backend, SWIGLU, x_TD, choice.weight_TK, *where, down, None, gate, up)  # type: ignore[no-any-return]
 
 
 def _in_one_type(*tensors: Tensor) -> list[Tensor]:

@@ -14,6 +14,7 @@ from khanhllm.model.experts import GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLUFeedForward
 from khanhllm.model.head import Head
 from khanhllm.model.moe import MoE
+from khanhllm.model.roles import Role, role
 from khanhllm.model.rope import NoRope, Rope
 from khanhllm.model.router import Router, Routing
 from khanhllm.schema import ModelConfig
@@ -78,19 +79,18 @@ class Transformer(nn.Module):
             if name.endswith("router.bias_E"):
                 buffer.zero_()
         sigma = 0.64 / self.config.dim**0.5
+        scale = {Role.OUTPUT: (2 * len(self.blocks)) ** -0.5, Role.HEAD: 0.5}
+        zero = {Role.BIAS, Role.ADDED, Role.SKIP} | ({Role.OUTPUT} if self.config.zero_out else set())
         for name, parameter in self.named_parameters():
-            leaf = name.split(".")[-2:]
-            writes = "out" in leaf or "down" in leaf
-            added = name.startswith(("value_embedding.", "embedding.pair.", "embedding_skip."))
-            if "bias" in leaf[-1] or added or (writes and self.config.zero_out):
+            kind = role(name)
+            if kind in zero:
                 parameter.zero_()
-            elif "norm" in leaf[0]:
+            elif kind is Role.NORM:
                 parameter.fill_(1)
-            elif name == "embedding.token.weight" and self.config.style == "classic":
+            elif kind is Role.TOKEN and self.config.style == "classic":
                 parameter.normal_(0, 0.64, generator=generator)
             else:
-                scale = (2 * len(self.blocks)) ** -0.5 if writes else 0.5 if name == "head.weight" else 1
-                parameter.normal_(0, sigma * scale, generator=generator)
+                parameter.normal_(0, sigma * scale.get(kind, 1), generator=generator)
 
 
 def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:

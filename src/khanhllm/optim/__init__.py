@@ -11,71 +11,51 @@ import torch
 from torch import nn
 
 from khanhllm.errors import UserError
+from khanhllm.model.roles import HIDDEN, TABLES, Role, role
 from khanhllm.optim.adamw import AdamW
-from khanhllm.optim.muon import Muon, is_hidden_matrix
+from khanhllm.optim.muon import Muon
 from khanhllm.schema import OptimConfig
-
-TABLES = ("embedding.", "value_embedding.")
-"""names of the parameters that are looked up"""
 
 SMALL = 4096
 """numbers in a parameter below which bitsandbytes keeps fp32 moments"""
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+Group = dict[str, Any]
+
+
+def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
+    """Each parameter in exactly one group, by its role: the hidden matrices if Muon moves them, all other matrices,
+    which decay, then all that does not; and tables and head apart if they have a learning rate of their own."""
+    decayed = {"lr": config.lr * width_factor(model, config), "weight_decay": config.weight_decay}
+    plain = {"lr": config.lr, "weight_decay": 0.0}
+    found: dict[str, Group] = {}
+    if config.name.startswith("muon"):
+        by_muon = {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
+        found["hidden"] = {"params": [], **decayed, **by_muon}
+    found |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}
+    if config.embedding_lr:
+        found["tables"] = {"params": [], **plain, "lr": config.embedding_lr}
+    if config.head_lr:
+        found["head"] = {"params": [], **decayed, "lr": config.head_lr * width_factor(model, config)}
     for name, parameter in model.named_parameters():
-        plain = parameter.dim() < 2 or "bias" in name.rpartition(".")[2] or name.startswith(TABLES)
-        (rest if plain else decay).append(parameter)
-    found = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    check(model, found)
-    return found
+        wanted = HOMES.get(role(name), ("plain",))
+        found[next(home for home in wanted if home in found)]["params"].append(parameter)
+    return list(found.values())
 
 
-def groups_for_muon(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """The hidden matrices, with a learning rate of their own, before the two groups that AdamW keeps."""
-    hidden = [parameter for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)]
-    taken = {id(parameter) for parameter in hidden}
-    found = groups(model, config.weight_decay)
-    for group in found:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]  # type: ignore[attr-defined]
-    ours = {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
-    found.insert(0, {"params": hidden, "weight_decay": config.weight_decay, **ours})
-    check(model, found)
-    return found
-
-
-def with_own_rates(model: nn.Module, config: OptimConfig, found: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Embedding tables and output matrix in groups of their own, where the config gives them a learning rate."""
-    apart: list[dict[str, object]] = []
-    for prefixes, lr in (
-        (TABLES, config.embedding_lr),
-        (("head.weight",), config.head_lr * width_factor(model, config)),
-    ):
-        theirs = {id(parameter) for name, parameter in model.named_parameters() if lr and name.startswith(prefixes)}
-        for group in found:
-            parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
-            taken = [parameter for parameter in parameters if id(parameter) in theirs]
-            if taken:
-                group["params"] = [parameter for parameter in parameters if id(parameter) not in theirs]
-                apart.append({**group, "params": taken, "lr": lr})
-    check(model, found + apart)
-    return found + apart
+HOMES = {
+    **dict.fromkeys(HIDDEN, ("hidden", "decayed")),
+    **dict.fromkeys(TABLES, ("tables", "plain")),
+    Role.HEAD: ("head", "decayed"),
+    Role.ROUTER: ("decayed",),
+}
+"""the group of each role, the first that there is"""
 
 
 def width_factor(model: nn.Module, config: OptimConfig) -> float:
     """How much smaller the steps of a matrix under AdamW must be than at the width where their rate was found. Each of
     its numbers moves alike whatever the width, and outputs add them up (Yang et al. 2022, arXiv 2203.03466)."""
     return config.base_dim / model.config.dim if config.base_dim else 1.0  # type: ignore[union-attr,operator,return-value]
-
-
-def check(model: nn.Module, found: list[dict[str, object]]) -> None:
-    """Raise ValueError if a parameter is in no group or in two."""
-    grouped = [id(parameter) for group in found for parameter in group["params"]]  # type: ignore[attr-defined]
-    if sorted(grouped) != sorted(id(parameter) for parameter in model.parameters()):
-        raise ValueError("each parameter must be in exactly one optimizer group")
 
 
 def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
@@ -90,13 +70,11 @@ def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.O
 
 def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    found = groups_for_muon(model, config) if config.name.startswith("muon") else groups(model, config.weight_decay)
-    found[-2]["lr"] = config.lr * width_factor(model, config)
-    found = with_own_rates(model, config, found)
+    found = groups(model, config)
     if config.name == "muon":
-        return Muon(found, **settings, fused=True)  # type: ignore[arg-type]
+        return Muon(found, **settings, fused=True)
     if config.name == "adamw":
-        return AdamW(found, **settings, fused=True)  # type: ignore[arg-type]
+        return AdamW(found, **settings, fused=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs
     try:
         from khanhllm.optim.eight_bit import AdamW8bit, Muon8bit
@@ -107,7 +85,9 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     return AdamW8bit(found, **settings) if config.name == "adamw8bit" else Muon8bit(found, **settings)
 
 
-def layout(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def state_shapes(
+    optimizer: torch.optim.Optimizer,
+) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Each parameter's moments as they are after a step: names, types, shapes. An update trusts them unseen."""
     found = {}
     for group in optimizer.param_groups:

@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from bitsandbytes.optim import AdamW8bit as Whole
 from torch import Tensor, nn
 
-from khanhllm.optim.muon import Turning
+from khanhllm.optim.muon import MuonMixin
 from khanhllm.optim.rounding import noise, slices, store
 
 BLOCK = 256
@@ -52,7 +52,7 @@ def _part(key: str, value: Any, part: slice) -> Any:
     return value
 
 
-class Muon8bit(Turning, AdamW8bit):
+class Muon8bit(MuonMixin, AdamW8bit):
     """AdamW8bit for what is not Muon's."""
 
     def _momentum(self, parameter: Tensor) -> Tensor:

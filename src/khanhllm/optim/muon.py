@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-TURNS = (
+ITERATIONS = (
     (1.000, 8.4829, -25.1574, 18.6682),
     (1.994, 4.2044, -3.1238, 0.5824),
     (1.975, 4.0435, -3.0116, 0.5696),
@@ -40,7 +40,7 @@ LARGEST = 2**26
 """numbers in one batch of products: more are no faster and would cost memory"""
 
 
-class Turning(Base):
+class MuonMixin(Base):
     """Put before an AdamW, it makes a group with the key "newton_schulz" (its steps) follow Muon, with its "momentum".
 
     Each group has its own "lr". For Muon it is the spectral norm of an update of a matrix that is not taller than wide
@@ -82,7 +82,7 @@ class Turning(Base):
         self.state[parameter]["momentum"] = momentum
 
 
-class Muon(Turning, AdamW):
+class Muon(MuonMixin, AdamW):
     """With fp32 momentum and moments."""
 
 
@@ -93,15 +93,8 @@ def _taken(parameter: Tensor) -> Tensor:
     return gradient.float()
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Attention, feed-forward, experts. Not the router, the embedding and the head, whose rows are things apart: a
-    token or an expert each; nor the biases of stacked experts, which are vectors."""
-    outside = ("embedding.", "value_embedding.", "head.")
-    return parameter.dim() >= 2 and not name.startswith(outside) and "router" not in name and "bias" not in name
-
-
 def batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters whose matrices have one shape, together as long as they are not too LARGEST."""
+    """Parameters whose matrices have one shape, in batches of at most LARGEST numbers."""
     for _, alike in groupby(sorted(parameters, key=_shape), key=_shape):
         batch: list[Tensor] = []
         for parameter in alike:
@@ -128,7 +121,7 @@ def reach(parameter: Tensor) -> float:
 
 
 def orthogonalise(x_NIO: Tensor, steps: int) -> Tensor:
-    """U V' for each matrix U S V' of a batch, nearly, in so many TURNS: of bf16 on CUDA, else of fp32.
+    """U V' for each matrix U S V' of a batch, nearly, in so many ITERATIONS: of bf16 on CUDA, else of fp32.
 
     The root of the Gram matrix's norm bounds the largest singular value up to R^(1/4) times closer than the norm of the
     matrix itself, and a closer bound saves a turn.
@@ -138,7 +131,7 @@ def orthogonalise(x_NIO: Tensor, steps: int) -> Tensor:
     x_NRC = x_NRC / norm(x_NRC)
     if x_NRC.is_cuda:
         x_NRC = x_NRC.bfloat16()
-    for turn, (largest, a, b, c) in enumerate(TURNS[-steps:]):
+    for turn, (largest, a, b, c) in enumerate(ITERATIONS[-steps:]):
         gram_NRR = x_NRC @ x_NRC.mT
         if turn == 0:
             scale = largest / (ROOM * norm(gram_NRR).sqrt())

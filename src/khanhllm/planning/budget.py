@@ -12,7 +12,7 @@ import torch
 from khanhllm.errors import UserError
 from khanhllm.machine.cards import Card
 from khanhllm.machine.devices import Machine
-from khanhllm.planning.simulation import Rehearsal, rehearse
+from khanhllm.planning.simulation import SimulatedStep, simulate_step
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
 
@@ -33,7 +33,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """Where a plan is for: this machine, or one that is only named."""
 
     name: str
@@ -46,31 +46,33 @@ class Place:
     """bytes that are taken before the model is there"""
     peak_flops: float | None
 
-    def takes(self, config: Config, update: bool = True) -> Rehearsal:
+    def takes(self, config: Config, update: bool = True) -> SimulatedStep:
         precision = "bf16" if config.machine.weights == "bf16" else self.precision
-        return rehearse(config, precision, self.device, update)
+        return simulate_step(config, precision, self.device, update)
 
     def total(self, config: Config) -> int:
         """Bytes at the fullest moment of forward and backward, the process included."""
         return self.process + self.takes(config, update=False).peak
 
 
-def here(machine: Machine) -> Place:
+def here(machine: Machine) -> Hardware:
     """This machine, as it is now."""
     if machine.device.type == "cuda":
         whole = torch.cuda.mem_get_info(machine.device)[1]
-        return Place(str(machine.device), "cuda", machine.precision, round(SHARE * whole), CONTEXT, machine.peak_flops)
+        return Hardware(
+            str(machine.device), "cuda", machine.precision, round(SHARE * whole), CONTEXT, machine.peak_flops
+        )
     try:
         process = psutil.Process().memory_info().rss
         memory = psutil.virtual_memory().available + process
     except (OSError, psutil.Error, NotImplementedError) as error:
         raise UserError(f"this machine's memory cannot be read ({error}); name it: --memory 8GB") from None
-    return Place("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops)
+    return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops)
 
 
-def on(name: str, card: Card) -> Place:
+def on(name: str, card: Card) -> Hardware:
     """A card that is only named: bf16, as all of them can."""
-    return Place(name, "cuda", "bf16", round(SHARE * card.memory * 1e9), CONTEXT, card.tflops * 1e12)
+    return Hardware(name, "cuda", "bf16", round(SHARE * card.memory * 1e9), CONTEXT, card.tflops * 1e12)
 
 
 def read_size(text: str) -> int:
@@ -81,52 +83,56 @@ def read_size(text: str) -> int:
     return round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
 
 
-def fitted(config: Config, place: Place) -> Config:
+def fit_micro_batch(config: Config, hardware: Hardware) -> Config:
     """The same step, cut to fit: least rebuilding first, then the largest micro-batch. UserError if nothing fits."""
-    rows = cuts(config, ENOUGH[place.device])
+    rows = micro_batch_sizes(config, ENOUGH[hardware.device])
     for checkpointing in ("none", "selective", "full"):
-        least = with_cut(config, 1, checkpointing)
-        if place.total(least) <= place.memory:
-            first = bisect_left(rows, True, key=lambda size: place.total(with_cut(least, size)) <= place.memory)
-            if place.process + place.takes(with_cut(least, rows[first])).peak <= place.memory:
-                return with_cut(least, rows[first])
+        least = with_micro_batch(config, 1, checkpointing)
+        if hardware.total(least) <= hardware.memory:
+            first = bisect_left(
+                rows, True, key=lambda size: hardware.total(with_micro_batch(least, size)) <= hardware.memory
+            )
+            if hardware.process + hardware.takes(with_micro_batch(least, rows[first])).peak <= hardware.memory:
+                return with_micro_batch(least, rows[first])
             break  # the update itself is too large, however the step is cut
-    takes = place.process + place.takes(with_cut(config, 1, "full")).peak
+    takes = hardware.process + hardware.takes(with_micro_batch(config, 1, "full")).peak
     raise UserError(
-        f"nothing fits into {place.memory / 1e9:.2f} GB: a micro-batch of one row, everything rebuilt, takes "
-        f"{takes / 1e9:.2f} GB; {advice(with_cut(config, 1, 'full'), place)}"
+        f"nothing fits into {hardware.memory / 1e9:.2f} GB: a micro-batch of one row, everything rebuilt, takes "
+        f"{takes / 1e9:.2f} GB; {advice(with_micro_batch(config, 1, 'full'), hardware)}"
     )
 
 
-def cuts(config: Config, enough: int) -> list[int]:
+def micro_batch_sizes(config: Config, enough: int) -> list[int]:
     """Micro-batches that divide the rows of a step, from the largest of `enough` tokens down to one row."""
     rows, context = config.train.rows_per_step, config.model.context
     return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * context <= enough)]
 
 
-def with_cut(config: Config, rows: int, checkpointing: str | None = None) -> Config:
+def with_micro_batch(config: Config, rows: int, checkpointing: str | None = None) -> Config:
     """The same rows in a step, `rows` in each micro-batch."""
     train = {"micro_batch": rows, "accumulation": config.train.rows_per_step // rows}
     machine = {"checkpointing": checkpointing} if checkpointing else {}
     return resolve(config.model_dump(), {"train": train, "machine": machine})
 
 
-def savings(config: Config, place: Place) -> dict[str, tuple[int, float]]:
+def savings(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]]:
     """For each switch that changes something: bytes that it saves at the peak, and arithmetic that it adds (share)."""
-    plain = place.takes(config, update=False)
+    plain = hardware.takes(config, update=False)
     found = {}
     smaller = config.optim.name.removesuffix("8bit") + "8bit"
     for switch, settings in (SWITCHES | {f"--optim.name {smaller}": {"optim": {"name": smaller}}}).items():
         other = resolve(config.model_dump(), settings)
         if other != config:
-            taken = place.takes(other, update=False)
+            taken = hardware.takes(other, update=False)
             found[switch] = (plain.peak - taken.peak, taken.flops / plain.flops - 1)
     return found
 
 
-def advice(config: Config, place: Place) -> str:
+def advice(config: Config, hardware: Hardware) -> str:
     """The three switches that would save most, in words."""
-    saved = sorted(((size, switch) for switch, (size, _) in savings(config, place).items() if size > 0), reverse=True)
+    saved = sorted(
+        ((size, switch) for switch, (size, _) in savings(config, hardware).items() if size > 0), reverse=True
+    )
     if not saved:
         return "every switch is on already: take a smaller model or a shorter model.context"
     return "most is saved by " + ", ".join(f"{switch} ({size / 1e6:,.0f} MB)" for size, switch in saved[:3])

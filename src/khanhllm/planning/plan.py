@@ -13,7 +13,7 @@ from khanhllm.machine.cards import card
 from khanhllm.machine.devices import open_machine
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.planning import budget
-from khanhllm.planning.budget import Place
+from khanhllm.planning.budget import Hardware
 from khanhllm.schema import Config
 
 ASSUMED = {"cuda": 0.4, "cpu": 0.6}
@@ -23,14 +23,14 @@ Report = dict[str, Any]
 
 def show(config: Config, memory: str | None, card_name: str | None, measured: bool, as_json: bool) -> None:
     """Print the plan. `memory` ("8GB") and `card_name` stand for a machine that need not be here."""
-    place = _place(config, memory, card_name)
+    hardware = _hardware(config, memory, card_name)
     console = Console(highlight=False, stderr=as_json)
     with console.status("rehearsing the step on paper"):
-        chosen = budget.fitted(config, place)
-        report = plan(chosen, place)
+        chosen = budget.fit_micro_batch(config, hardware)
+        report = plan(chosen, hardware)
         report["switches"] = {
             switch: {"saves_mb": round(saved / 1e6, 1), "adds_arithmetic": round(added, 4)}
-            for switch, (saved, added) in _switches(chosen, place).items()
+            for switch, (saved, added) in _switches(chosen, hardware).items()
         }
     if measured:
         with console.status("three real steps"):
@@ -44,38 +44,38 @@ def show(config: Config, memory: str | None, card_name: str | None, measured: bo
         print(json.dumps(report))
 
 
-def _place(config: Config, memory: str | None, card_name: str | None) -> Place:
-    place = budget.on(*card(card_name)) if card_name else budget.here(open_machine(config.machine))
-    return dataclasses.replace(place, memory=budget.read_size(memory)) if memory else place
+def _hardware(config: Config, memory: str | None, card_name: str | None) -> Hardware:
+    hardware = budget.on(*card(card_name)) if card_name else budget.here(open_machine(config.machine))
+    return dataclasses.replace(hardware, memory=budget.read_size(memory)) if memory else hardware
 
 
-def plan(config: Config, place: Place) -> Report:
+def plan(config: Config, hardware: Hardware) -> Report:
     """What a run of `config` takes and how long: numbers in bytes, seconds and tokens."""
     model, train = on_paper(config.model), config.train
-    taken = place.takes(config)
+    taken = hardware.takes(config)
     attention = 12 * len(config.model.pattern) * config.model.dim * config.model.context
     flops = flops_per_token(model)
     rebuilt = taken.flops / (train.rows * config.model.context)
-    rate = place.peak_flops * ASSUMED[place.device] / max(rebuilt, flops) if place.peak_flops else None
+    rate = hardware.peak_flops * ASSUMED[hardware.device] / max(rebuilt, flops) if hardware.peak_flops else None
     return {
-        "place": place.name,
+        "hardware": hardware.name,
         "parameters": total_parameters(model),
         "active_parameters": active_parameters(model),
-        "memory": place.memory,
-        "process": place.process,
+        "memory": hardware.memory,
+        "process": hardware.process,
         "at_peak": taken.at_peak,
-        "total": place.process + taken.peak,
+        "total": hardware.process + taken.peak,
         "weights": taken.weights,
         "gradients": taken.gradients,
         "optimizer": taken.optimizer,
         "micro_batch": train.micro_batch,
         "accumulation": train.accumulation,
         "checkpointing": config.machine.checkpointing,
-        "precision": "bf16 weights" if config.machine.weights == "bf16" else place.precision,
+        "precision": "bf16 weights" if config.machine.weights == "bf16" else hardware.precision,
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": flops,
         "flops_per_token_causal": flops - attention // 2,
-        "rate_from": f"{ASSUMED[place.device]:.0%} of the peak rate, assumed; --measure replaces it",
+        "rate_from": f"{ASSUMED[hardware.device]:.0%} of the peak rate, assumed; --measure replaces it",
         **_time(config, rate),
     }
 
@@ -93,13 +93,13 @@ def _time(config: Config, rate: float | None) -> Report:
     return {"tokens": tokens, "tokens_per_s": rate, "seconds": seconds, "done": done}
 
 
-def _switches(config: Config, place: Place) -> dict[str, tuple[int, float]]:
+def _switches(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]]:
     """What each other choice would save (or cost, below zero) at the peak, and the arithmetic that it adds."""
-    found = budget.savings(config, place)
-    plain = place.takes(config, update=False)
+    found = budget.savings(config, hardware)
+    plain = hardware.takes(config, update=False)
     for rows in (config.train.rows * 2, config.train.rows // 2):
         if rows and config.train.rows_per_step % rows == 0:
-            taken = place.takes(budget.with_cut(config, rows), update=False)
+            taken = hardware.takes(budget.with_micro_batch(config, rows), update=False)
             found[f"--train.micro_batch {rows}"] = (plain.peak - taken.peak, 0.0)
     return found
 

@@ -1,9 +1,9 @@
 """A dress rehearsal of one optimizer step, on paper: how much memory it takes is read off, not guessed.
 
 The real model, the real backward pass and the real optimizer run on fake tensors, which have shapes and no memory
-(torch's FakeTensorMode), while a `Tape` notes when each storage is born and when it dies. So chunked logits, rebuilt
-activations, custom gradients, autocast's copies and whatever else the code does are counted because they happen; a
-change of the model needs no change here. What it cannot see is inside a kernel: packing buffers and the like.
+(torch's FakeTensorMode), while a `MemoryTrace` notes when each storage is born and when it dies. So chunked logits,
+rebuilt activations, custom gradients, autocast's copies and whatever else the code does are counted because they
+happen; a change of the model needs no change here. What it cannot see is inside a kernel: packing buffers and the like.
 
 A step as in `step.py`: micro-batch forward and backward, clip, update. Moments exist already, and so do gradients
 where micro-batches are accumulated: it is the second step, not the first.
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from khanhllm import optim
-from khanhllm.machine.backends import RoadName
+from khanhllm.machine.backends import BackendName
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.fit import fit
 from khanhllm.machine.precision import keep_in_bf16
@@ -53,7 +53,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class SimulatedStep:
     """All in bytes, but for `flops`."""
 
     weights: int
@@ -72,7 +72,7 @@ class Rehearsal:
         return sum(self.at_peak.values())
 
 
-class Tape(TorchDispatchMode):
+class MemoryTrace(TorchDispatchMode):
     """Births and deaths of storages (bytes), and floating-point operations, of all that runs under it."""
 
     def __init__(self, vocab_size: int, cpu: bool) -> None:
@@ -142,15 +142,15 @@ class Tape(TorchDispatchMode):
 
 
 @lru_cache(maxsize=256)
-def rehearse(config: Config, precision: str, device: str, update: bool = True) -> Rehearsal:
+def simulate_step(config: Config, precision: str, device: str, update: bool = True) -> SimulatedStep:
     """One step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`.
 
     Without `update` only forward and backward, which is several times quicker; the optimizer's state is there anyhow.
     """
     shape, train = config.model, config.train
-    tape = Tape(shape.vocab_size, cpu=device == "cpu")
-    road: RoadName = "grouped" if precision == "bf16" and device == "cuda" else "loop"
-    machine = Machine(torch.device("cpu"), precision, compile=False, experts=road, peak_flops=None)
+    trace = MemoryTrace(shape.vocab_size, cpu=device == "cpu")
+    backend: BackendName = "grouped" if precision == "bf16" and device == "cuda" else "loop"
+    machine = Machine(torch.device("cpu"), precision, compile=False, experts=backend, peak_flops=None)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model = Transformer(shape, config.loss.chunk)
@@ -161,37 +161,37 @@ def rehearse(config: Config, precision: str, device: str, update: bool = True) -
         load_LE = torch.zeros(len(shape.moe_layers), shape.experts)
     optimizer = optim.build(model, config.optim)
     parameters = list(model.parameters())
-    with fake, tape:
-        weights = tape.name("weights", [*parameters, *model.buffers()])
+    with fake, trace:
+        weights = trace.name("weights", [*parameters, *model.buffers()])
         if train.accumulation > 1:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
-            tape.name("gradients", [parameter.grad for parameter in parameters if parameter.grad is not None])
-        start = len(tape.events)
-        _gradient(model, config, machine, tape, ids_BT, load_LE)
-        gradients = tape.name("gradients", [p.grad for p in parameters if p.grad is not None])
+            trace.name("gradients", [parameter.grad for parameter in parameters if parameter.grad is not None])
+        start = len(trace.events)
+        _gradient(model, config, machine, trace, ids_BT, load_LE)
+        gradients = trace.name("gradients", [p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
-        backward_done = len(tape.events)
+        backward_done = len(trace.events)
         if update:
             optimizer.step()
             moments = [value for state in optimizer.state.values() for value in state.values()]
-            tape.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
+            trace.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
     state = optim.state_size(optimizer)
-    fullest = tape.fullest(start, backward_done)  # in a second step, when the state is there already
+    fullest = trace.fullest(start, backward_done)  # in a second step, when the state is there already
     fullest["optimizer"] = state
     if update:
-        fullest = max(fullest, tape.fullest(backward_done, len(tape.events)), key=lambda parts: sum(parts.values()))
-    return Rehearsal(weights, gradients, state, fullest, tape.flops)
+        fullest = max(fullest, trace.fullest(backward_done, len(trace.events)), key=lambda parts: sum(parts.values()))
+    return SimulatedStep(weights, gradients, state, fullest, trace.flops)
 
 
 def _gradient(
-    model: Transformer, config: Config, machine: Machine, tape: Tape, ids_BT: Tensor, load_LE: Tensor
+    model: Transformer, config: Config, machine: Machine, trace: MemoryTrace, ids_BT: Tensor, load_LE: Tensor
 ) -> None:
     """One micro-batch of `step.accumulate`."""
-    tape.forward = True
+    trace.forward = True
     with machine.autocast():
         nll_BT, routings = model(ids_BT[:, :-1], ids_BT[:, 1:])
     routing_L = stack(routings, like=load_LE)
     loss = objectives.share_of_step(nll_BT, routing_L.prob_E, routing_L.z, load_LE, config.tokens_per_step, 1.0, 1.0)
-    tape.forward = False
+    trace.forward = False
     loss.backward()

@@ -242,7 +242,7 @@ def verify(path: Path, paper: nn.Module | None = None) -> str | None:
                 return f"{name} does not match its sha256"
         read_state(path)
         for name in ("model.safetensors", "optimizer.safetensors"):
-            _layout(path / name)
+            _tensor_shapes(path / name)
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except UserError as error:
@@ -267,7 +267,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return noted.model_dump(by_alias=True)
 
 
-def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each tensor in a file, from its header alone. UserError if it is not a safetensors file."""
     try:
         with path.open("rb") as file:
@@ -283,7 +283,7 @@ def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _compare(path: Path, model: nn.Module) -> None:
     """UserError if the tensors of a checkpoint are not those of the model, by name, shape and kind of number."""
-    saved, wanted = _layout(path / "model.safetensors"), model.state_dict()
+    saved, wanted = _tensor_shapes(path / "model.safetensors"), model.state_dict()
     for name in sorted(saved.keys() | wanted.keys()):
         ours, theirs = wanted.get(name), saved.get(name)
         if ours is None or theirs is None or tuple(ours.shape) != theirs[1]:
@@ -312,7 +312,7 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     tensors = load_file(path / "optimizer.safetensors")
     if not tensors:  # saved before the first update
         return
-    wanted = optim.layout(optimizer)
+    wanted = optim.state_shapes(optimizer)
     for name, parameter in model.named_parameters():
         kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
         if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:

@@ -71,7 +71,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
     """
     refuse_to_overwrite(folder, resume)
     if config.train.micro_batch == "auto":
-        config = budget.fitted(config, budget.here(open_machine(config.machine)))
+        config = budget.fit_micro_batch(config, budget.here(open_machine(config.machine)))
     with _locked(folder):
         paper = on_paper(config.model)
         last = checkpoint.newest(folder, paper=paper) if resume else None
@@ -194,7 +194,9 @@ def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError,
     if rows == 1 or updating:
         told = budget.advice(config, budget.here(machine))
         raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None
-    smaller = budget.with_cut(config, max(cut for cut in budget.cuts(config, 2**62) if cut <= rows // 2))
+    smaller = budget.with_micro_batch(
+        config, max(cut for cut in budget.micro_batch_sizes(config, 2**62) if cut <= rows // 2)
+    )
     write_config(smaller, parts.run)
     log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
     return replace(parts, learner=replace(parts.learner, config=smaller))

@@ -48,7 +48,7 @@ def nan(problem):
 
 
 def unused(_problem):
-    pytest.fail("a road was tried though a better one was found")
+    pytest.fail("a backend was tried though a better one was found")
 
 
 def chosen(grouped, triton, device=None):
