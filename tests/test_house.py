@@ -11,7 +11,7 @@ import khanhllm
 
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
-    errors schema settings files draw
+    errors schema settings files cpu draw
     data model
     optim machine
     log inference planning
@@ -23,7 +23,7 @@ FLOORS = """
     __main__
 """
 FLOOR = {room: floor for floor, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
-GROUND = {"errors", "schema", "settings", "files", "draw"}
+GROUND = {"errors", "schema", "settings", "files", "cpu", "draw"}
 """rooms of one file, which may lean on each other as files of one room do"""
 
 

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from khanhllm import draw
-from khanhllm.inference.generate import write
 from khanhllm.inference.score import expert_load
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
-from khanhllm.runs.evaluate import held_out, score_windows
-from khanhllm.runs.run import Saved, open_run
-from khanhllm.schema import Config, Sampling
+from khanhllm.runs.evaluate import held_out
+from khanhllm.runs.run import Run, open_run
+from khanhllm.schema import Config
 from khanhllm.settings import preset, resolve
 from khanhllm.training.run import train
 
@@ -34,18 +33,18 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> None:
     console.rule("[bold]KhanhLLM builds a small castle")
     console.print(_plan(config), markup=False)
     train(config, folder)
-    saved = open_run(folder, config.machine)
-    if saved.step < config.train.steps:
+    opened = open_run(folder, config.machine)
+    if opened.step < config.train.steps:
         return
     console.rule("[bold]What it learned")
     _curve(console, folder)
-    windows = list(held_out(saved).windows())
+    windows = list(held_out(opened).windows())
     if config.model.moe_layers:
-        load_LE = expert_load(saved.model, windows[:64], saved.machine)
+        load_LE = expert_load(opened.model, windows[:64], opened.machine)
         console.print(draw.expert_table(load_LE, config.model.moe_layers))
-    _verdict(console, saved, windows)
+    _verdict(console, opened, windows)
     console.rule("[bold]What it writes")
-    _sample(console, saved)
+    _sample(console, opened)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
     console.print(NEXT.format(run=folder, steps=2 * config.train.steps), markup=False, soft_wrap=True)
 
@@ -79,11 +78,11 @@ def _curve(console: Console, folder: Path) -> None:
     console.print(f"\nThe same as a picture: {picture}\n", markup=False)
 
 
-def _verdict(console: Console, saved: Saved, windows: list[np.ndarray]) -> None:
+def _verdict(console: Console, opened: Run, windows: list[np.ndarray]) -> None:
     """Bits per byte on files it never saw, next to what a good compressor makes of the same bytes."""
-    score = score_windows(saved, windows)
+    score = opened.score_windows(iter(windows))
     ids = np.concatenate([window[1:] for window in windows])
-    text = saved.tokenizer.decode_bytes(ids[saved.tokenizer.token_bytes[ids] > 0])
+    text = opened.tokenizer.decode_bytes(ids[opened.tokenizer.token_bytes[ids] > 0])
     zipped = 8 * len(gzip.compress(text, 9)) / len(text)
     better = f"{1 - score['val_bpb'] / zipped:.0%} better" if score["val_bpb"] < zipped else "not yet better"
     console.print(
@@ -93,9 +92,9 @@ def _verdict(console: Console, saved: Saved, windows: list[np.ndarray]) -> None:
     )
 
 
-def _sample(console: Console, saved: Saved) -> None:
+def _sample(console: Console, opened: Run) -> None:
     console.print(f"[dim]{escape(PROMPT)}[/]", end="")
-    for piece in write(saved.model, saved.tokenizer, saved.machine, PROMPT, Sampling(tokens=200)):
+    for piece in opened.stream(PROMPT, tokens=200):
         console.out(draw.visible(piece), end="", highlight=False)
     console.print("\n")
 

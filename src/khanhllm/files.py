@@ -1,4 +1,5 @@
-"""Files that somebody may have sent: read only if they are files, and no larger than what they claim to be."""
+"""How files are read and published. What somebody may have sent is read only if it is a file of a sane size; what we
+write appears whole or not at all."""
 
 import errno
 import os
@@ -25,8 +26,26 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def publish(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write aside and rename, so that `path` holds the old content or the new, never half of it. Raises OSError.
+
+    durable: force it to disk before the rename.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
 def there(path: Path) -> bool:
-    """Whether anything has this name, whatever the name: one too long, or with a NUL, is nobody's."""
+    """Whether anything has this name; False for names that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):

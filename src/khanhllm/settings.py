@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import publish, read
 from khanhllm.schema import Config, Section
 
 PRESETS = Path(__file__).parent / "presets"
@@ -59,6 +59,23 @@ def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
     return checked(Config, merged, where)
 
 
+def with_length(
+    *layers: Mapping[str, Any], steps: Any = None, time: str | None = None, tokens: str | None = None, where: str
+) -> Config:
+    """`resolve`, and how long to train: optimizer steps, a time such as 8h, or tokens such as 300M. At most one of
+    them, which replaces what the layers say."""
+    if sum(value is not None for value in (steps, time, tokens)) > 1:
+        raise UserError("give one of --steps, --for and --tokens")
+    length: dict[str, Any] = {}
+    if time is not None:
+        length = {"seconds": seconds(time)}
+    elif tokens is not None:
+        length = {"steps": -(-amount(tokens) // resolve(*layers, where=where).tokens_per_step), "seconds": 0}
+    elif steps is not None:
+        length = {"steps": steps, "seconds": 0}
+    return resolve(*layers, {"train": length} if length else {}, where=where)
+
+
 def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A layer that says micro_batch = "auto", and no accumulation, keeps the rows per step of the layers before it."""
     train = layer.get("train")
@@ -66,14 +83,6 @@ def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) 
         return layer
     rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
     return {**layer, "train": {**train, "accumulation": rows}}
-
-
-def read_config(run: Path) -> Config:
-    """The config of a run folder. UserError if it is none."""
-    kept = run / "config.toml"
-    if not kept.exists():
-        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
-    return resolve(read_toml(kept), where=str(kept))
 
 
 Kind = TypeVar("Kind", bound=Section)
@@ -131,6 +140,17 @@ def amount(text: str) -> int:
     return round(float(found[1]) * MULTIPLES[found[2]])
 
 
+def nested(dotted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"optim.lr": 1e-3} -> {"optim": {"lr": 1e-3}}. UserError for a name without a dot."""
+    settings: dict[str, dict[str, Any]] = {}
+    for name, value in dotted.items():
+        section, dot, key = name.partition(".")
+        if not dot:
+            raise UserError(f"unknown argument {name}; keys of the config have a dot, as in {{'optim.lr': 1e-3}}")
+        settings.setdefault(section, {})[key] = value
+    return settings
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -165,3 +185,24 @@ def _escape(char: str) -> str:
     if char in '"\\':
         return "\\" + char
     return char if char.isprintable() else f"\\U{ord(char):08X}"
+
+
+def read_config(run: Path) -> Config:
+    """The config of a run folder. UserError if it is none."""
+    kept = run / "config.toml"
+    if not kept.exists():
+        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
+    return resolve(read_toml(kept), where=str(kept))
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Replace the run's config.toml in one rename."""
+    try:
+        publish(folder / "config.toml", to_toml(config))
+    except OSError as error:
+        raise UserError(f"cannot write {folder / 'config.toml'}: {error.strerror}") from None
+
+
+def refuse_to_overwrite(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "config.toml").exists():
+        raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")

@@ -61,9 +61,9 @@ def rows(belt, number, cursor=0, seed=0):
 
 def all_rows(belt):
     """Every row of one lap, in order of the shards."""
-    maker, found = BeltWorker(belt.folder, 5.0), []
+    worker, found = BeltWorker(belt.folder, 5.0), []
     for nth in range(1000):
-        made = maker.make(nth)
+        made = worker.make(nth)
         ids = np.fromfile(belt.folder / made.shard.file, dtype="<u2").astype(np.int64)
         found += [ids[at : at + CONTEXT + 1].tobytes() for at in range(0, len(ids) - CONTEXT, CONTEXT)]
         if made.last:
@@ -206,7 +206,7 @@ def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch)
 def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
     belt = lay()
     impatient = "import sys, time; from khanhllm.data import belt_worker; belt_worker.WORK = -4; "
-    impatient += "maker.BeltWorker.make = lambda *_: time.sleep(1e6); sys.exit(maker.main(sys.argv[3:]))"
+    impatient += "belt_worker.BeltWorker.make = lambda *_: time.sleep(1e6); sys.exit(belt_worker.main(sys.argv[3:]))"
     python = tmp_path / "python"  # called with -m khanhllm.data.belt_worker; with a patience of 5 it hangs after 1 s
     python.write_text(f'#!/bin/sh\nexec {module.sys.executable} -c "{impatient}" "$@"\n', "utf-8")
     python.chmod(0o755)
@@ -294,10 +294,10 @@ def mixture(tmp_path):
 
 def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
     belt = lay(source=mixture)
-    maker = BeltWorker(belt.folder, 5.0)
+    worker = BeltWorker(belt.folder, 5.0)
     tokens, sizes, nth = 0, dict.fromkeys("lms", 0), 0
     while tokens < 20_000:
-        made = maker.make(nth)
+        made = worker.make(nth)
         assert not made.last
         tokens, nth = tokens + made.shard.tokens, nth + 1
         ids = np.fromfile(belt.folder / made.shard.file, dtype="<u2")

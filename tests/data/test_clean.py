@@ -286,10 +286,10 @@ def belt(corpus, tmp_path, monkeypatch):
 
 def test_a_cleaned_belt_goes_on_in_the_middle_of_a_file_the_same(belt):
     whole, stopped = belt("whole"), belt("stopped")
-    maker = BeltWorker(whole.folder, 5.0)
-    made = [maker.make(0)]
+    worker = BeltWorker(whole.folder, 5.0)
+    made = [worker.make(0)]
     while not made[-1].last:
-        made.append(maker.make(len(made)))
+        made.append(worker.make(len(made)))
     assert len(made) > 4 and any(note.following.positions[0].document % 30 for note in made)
     for nth, note in enumerate(made):  # each shard by a new process
         assert BeltWorker(stopped.folder, 5.0).make(nth) == note

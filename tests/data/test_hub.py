@@ -161,7 +161,7 @@ def test_wrong_bytes_of_a_large_file_are_fetched_again_and_at_last_refused(hub):
 BELT = """
 from pathlib import Path
 from khanhllm.schema import DataConfig
-from khanhllm.data.maker import BeltWorker
+from khanhllm.data.belt_worker import BeltWorker
 from khanhllm.data.prepare import ensure
 folder = ensure(DataConfig(source="c4", cache={cache!r}, shard_tokens=2000, tokenizer_sample=2000), 300, 1000)
 print(BeltWorker(folder, 5.0).make(0).shard.documents)

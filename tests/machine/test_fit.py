@@ -35,12 +35,12 @@ def compiling(monkeypatch):
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
     """No graph break, and another routing does not compile again."""
-    fit_micro_batch = fit(build(tiny(style, pattern="DMDM")), compiling, checkpointing)
+    fitted = fit(build(tiny(style, pattern="DMDM")), compiling, checkpointing)
     batches = torch.randint(300, (3, 2, 33), generator=G)
     loads = []
     for number, ids in enumerate(batches):
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            ours, load = gradients(fit_micro_batch, ids)
+            ours, load = gradients(fitted, ids)
         loads.append(load)
         theirs, same = gradients(build(tiny(style, pattern="DMDM")), ids)
         assert torch.equal(load, same)

@@ -22,14 +22,20 @@ def gradient(micro_batch: int, load: str, balance: float = 0.3, style: str = "mo
     settings = {
         "train": {"micro_batch": micro_batch, "accumulation": ROWS // micro_batch},
         "loss": {"load": load, "balance": balance, "router_z": 0.1, "chunk": 40},
+        "optim": {"clip": 0},
     }
     config = resolve(tiny(style).model_dump(), settings)
     model = build(config).double()
-    parts = SimpleNamespace(config=config, model=model, machine=plain_machine())
+    found: list[torch.Tensor] = []
+    optimizer = SimpleNamespace(
+        param_groups=[],
+        step=lambda: found.extend(parameter.grad for parameter in model.parameters()),
+        zero_grad=lambda set_to_none: None,
+    )
+    parts = SimpleNamespace(config=config, model=model, machine=plain_machine(), optimizer=optimizer, flops_per_token=1)
     batches = [Batch(rows[:, :-1], rows[:, 1:], 0) for rows in IDS.split(micro_batch)]
-    state = step.State(0, 0, LAST_LOAD)
-    step.accumulate(parts, batches, step.load_for_balance(parts, state, batches))
-    return [parameter.grad for parameter in model.parameters()]
+    step.train_step(parts, step.State(0, 0, LAST_LOAD), iter(batches))
+    return found
 
 
 def farthest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:

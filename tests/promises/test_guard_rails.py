@@ -1,6 +1,7 @@
 """Nothing that is not finite reaches weights or moments; a run that went wrong returns to its last good checkpoint."""
 
 import random
+from itertools import islice
 from math import inf, nan
 
 import pytest
@@ -11,12 +12,13 @@ from conftest import tiny
 from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
 from khanhllm.machine.devices import open_machine
+from khanhllm.model import objectives
 from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
 from khanhllm.training.guard import Diverged
 from khanhllm.training.run import train
-from khanhllm.training.step import Learner, accumulate, train_step
+from khanhllm.training.step import Learner, train_step
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +51,21 @@ def test_one_bad_number_in_any_gradient_changes_nothing(name, bad, monkeypatch):
 
 def poisoned(monkeypatch, bad):
     """Losses become NaN where `bad(cursor)` says so of the rows trained on before."""
-    from khanhllm.training import step
+    honest = training_run.train_step
 
-    honest = step.accumulate
+    def spoiled_step(learner, state, batches):
+        micro_batches = list(islice(batches, learner.config.train.accumulation))
+        forward = objectives.micro_batch_loss
 
-    def accumulate_and_spoil(learner, micro_batches, load_LE):
-        nll, routing = honest(learner, micro_batches, load_LE)
-        return (nll * nan if bad(micro_batches[0].cursor) else nll), routing
+        def spoiled_loss(*inputs):
+            loss, nll, routing = forward(*inputs)
+            return loss, (nll * nan if bad(micro_batches[0].cursor) else nll), routing
 
-    monkeypatch.setattr(step, "accumulate", accumulate_and_spoil)
+        with monkeypatch.context() as patch:
+            patch.setattr(objectives, "micro_batch_loss", spoiled_loss)
+            return honest(learner, state, iter(micro_batches))
+
+    monkeypatch.setattr(training_run, "train_step", spoiled_step)
 
 
 def test_a_bad_step_is_passed_over(corpus, cache, tmp_path, monkeypatch, capsys):
@@ -120,8 +128,3 @@ def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(corpus, cache, tmp
     monkeypatch.undo()
     train(config(corpus, cache), tmp_path / "run", resume=True)
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
-
-
-def test_accumulate_is_what_the_step_uses():
-    """The tests above spoil the name in its module."""
-    assert train_step.__globals__["accumulate"] is accumulate

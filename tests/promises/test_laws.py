@@ -48,11 +48,11 @@ def test_positions_that_restart_at_the_cache_are_caught():
     assert not doctor.cache_changes_nothing(model).kept
 
 
-def test_a_road_that_forgets_the_order_of_experts_is_caught(monkeypatch):
+def test_a_backend_that_forgets_the_order_of_experts_is_caught(monkeypatch):
     def backwards(x_NI, weight_EIO, end_E):
-        return LOOP.rows(x_NI, weight_EIO.flip(0), end_E)
+        return LOOP.grouped_mm(x_NI, weight_EIO.flip(0), end_E)
 
-    monkeypatch.setattr(doctor, "GROUPED", LOOP._replace(rows=backwards))
+    monkeypatch.setattr(doctor, "GROUPED", LOOP._replace(grouped_mm=backwards))
     assert not doctor.backends_agree(build(tiny())).kept
 
 

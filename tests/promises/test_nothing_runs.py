@@ -72,7 +72,7 @@ from khanhllm import cli
 for module in pkgutil.walk_packages(khanhllm.__path__, "khanhllm."):
     if not module.name.endswith(("__main__", "triton_grouped")):
         importlib.import_module(module.name)
-for verb in ["", *(verb.__name__.strip("_") for verb in cli.VERBS)]:
+for verb in ["", *(verb for verbs in cli.VERBS.values() for verb in verbs)]:
     try:
         cli.main([*verb.split(), "--help"])
     except SystemExit as end:

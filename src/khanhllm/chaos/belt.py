@@ -110,9 +110,9 @@ def _made(folder: Path, source: str, tokenizer: Tokenizer) -> list[str]:
     hashes: list[str] = []
     while len(hashes) < SHARDS:
         with contextlib.suppress(UserError):
-            maker = BeltWorker(folder, 60)
+            worker = BeltWorker(folder, 60)
             while len(hashes) < SHARDS:
-                hashes.append(maker.make(len(hashes)).shard.sha256)
+                hashes.append(worker.make(len(hashes)).shard.sha256)
     return hashes
 
 

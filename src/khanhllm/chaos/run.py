@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "a damaged checkpoint": (saves.flipped, 500),
     "NaN and infinity": (numbers.not_finite, 1000),
     "network faults": (belt.failing_network, 500),
-    "deaths of maker and server": (belt.dying_helpers, 100),
+    "deaths of belt worker and server": (belt.dying_helpers, 100),
 }
 """each with its share of the faults; a save is cut short at every system call that it makes"""
 LONG = sum(share for _, share in KINDS.values())

@@ -1,9 +1,7 @@
-"""The front door: `khanhllm VERB ...`. Each verb imports what it needs only when it runs, so help is instant.
-
-Wrong input of any kind is one line on stderr and exit code 2.
-"""
+"""Train, run and examine small language models."""
 
 import argparse
+import importlib
 import inspect
 import io
 import sys
@@ -12,24 +10,40 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from khanhllm.cli import data_verbs, verbs
+import shtab
+
+from khanhllm import __version__
 from khanhllm.cli.arguments import Parser, Raw
 from khanhllm.errors import UserError
 
+# Each verb imports what it needs only when it runs, so that help is instant.
+VERBS = {
+    "training": ("train", "demo"),
+    "runs": ("generate", "evaluate", "compare", "upcycle"),
+    "planning": ("plan",),
+    "data": ("tokenizer", "prepare", "data"),
+    "lab": ("doctor", "bench", "chaos"),
+}
+"""the module of this folder that has each verb, and NAME_options beside it"""
+
 EXAMPLES = """examples:
-  khanhllm demo                              the whole story in a few minutes, offline
+  khanhllm demo                              the whole way in a few minutes, offline
   khanhllm train nano --data my-texts/       your own text, a small model
   khanhllm train mini --data stdlib --optim.lr 1e-3 --run runs/first
   khanhllm generate runs/first --prompt "def main("
+  khanhllm help train                        every option of a verb
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; its exit code. Wrong input of any kind is one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     # torch's hint that it takes the plain form of a norm; it helps nobody who only trains
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    options, unknown = _parser().parse_known_args(arguments)
+    parser = _parser()
+    words = sys.argv[1:] if arguments is None else arguments
+    options, unknown = parser.parse_known_args(_help_words(words))
     if unknown:
         options.parser.refuse(unknown[0])
     try:
@@ -45,6 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(_unforeseen(error), 1)
 
 
+def _help_words(words: list[str]) -> list[str]:
+    """Nothing typed, `help` and `help VERB` as what argparse knows."""
+    if not words or words == ["help"]:
+        return ["--help"]
+    return [words[1], "--help"] if words[0] == "help" else words
+
+
 def _complain(text: str, code: int) -> int:
     print(f"khanhllm: {' '.join(text.split())}", file=sys.stderr)
     return code
@@ -52,16 +73,18 @@ def _complain(text: str, code: int) -> int:
 
 def _unforeseen(error: Exception) -> str:
     """One line even for what we did not foresee; the details go to a file."""
-    with tempfile.NamedTemporaryFile("w", prefix="khanhllm-", suffix=".txt", delete=False) as report:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="khanhllm-", suffix=".txt", delete=False) as report:
         traceback.print_exc(file=report)
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} (unforeseen; the details are in {report.name})"
 
 
 def _parser() -> argparse.ArgumentParser:
-    top = Parser(prog="khanhllm", description=__doc__.partition("\n")[0], epilog=EXAMPLES, formatter_class=Raw)
+    top = Parser(prog="khanhllm", description=__doc__, epilog=EXAMPLES, formatter_class=Raw)
+    top.add_argument("--version", action="version", version=f"khanhllm {__version__}")
+    shtab.add_argument_to(top, help="print what makes a shell complete commands of khanhllm, for bash, zsh or tcsh")
     choices = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
-    for verb, add_options in VERBS.items():
+    for verb, add_options in _verbs():
         text = inspect.cleandoc(verb.__doc__ or "")
         parser = choices.add_parser(
             verb.__name__, help=text.splitlines()[0], description=text, formatter_class=Raw, allow_abbrev=False
@@ -71,18 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-VERBS: dict[Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]] = {
-    verbs.demo: verbs.demo_options,
-    verbs.train: verbs.train_options,
-    verbs.compare: verbs.compare_options,
-    verbs.upcycle: verbs.upcycle_options,
-    verbs.generate: verbs.generate_options,
-    verbs.evaluate: verbs.evaluate_options,
-    verbs.doctor: verbs.doctor_options,
-    verbs.plan: verbs.plan_options,
-    verbs.bench: verbs.bench_options,
-    data_verbs.tokenizer: data_verbs.tokenizer_options,
-    data_verbs.prepare: data_verbs.prepare_options,
-    data_verbs.data: data_verbs.data_options,
-    verbs.chaos: verbs.chaos_options,
-}
+def _verbs() -> list[tuple[Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]]]:
+    modules = {name: importlib.import_module(f"khanhllm.cli.{name}") for name in VERBS}
+    return [
+        (getattr(modules[name], verb), getattr(modules[name], f"{verb}_options"))
+        for name, verbs in VERBS.items()
+        for verb in verbs
+    ]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
 
 from khanhllm.errors import UserError
-from khanhllm.schema import Config
-from khanhllm.settings import did_you_mean
+from khanhllm.schema import Config, MachineConfig
+from khanhllm.settings import did_you_mean, nested, resolve
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,12 +42,16 @@ def knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Confi
 
 def given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The dotted options that were typed, as config settings."""
-    settings: dict[str, dict[str, Any]] = {}
-    for dotted, value in vars(options).items():
-        section, dot, key = dotted.partition(".")
-        if dot:
-            settings.setdefault(section, {})[key] = value
-    return settings
+    return nested({name: value for name, value in vars(options).items() if "." in name})
+
+
+def take_machine(settings: dict[str, dict[str, Any]]) -> MachineConfig:
+    """The machine that the options ask for, with this process's threads and precision of products set for it."""
+    config = resolve(settings).machine
+    from khanhllm.machine.devices import open_machine
+
+    open_machine(config).take_process()
+    return config
 
 
 def short(section: str, key: str, value: Any) -> dict[str, dict[str, Any]]:

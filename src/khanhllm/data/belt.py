@@ -1,7 +1,7 @@
 """The conveyor belt: shards of a large or distant source are made just ahead of the training that uses them up.
 
-A child process, `maker`, keeps a few shards ready. After a crash it goes on from the last published shard, and shards
-that were trained on are removed once they fill more disk than allowed, since any can be made again.
+A child process, `belt_worker`, keeps a few shards ready. After a crash it continues from the last published shard.
+Shards that were trained on are removed once they fill more disk than allowed, since any can be made again.
 
 The order of rows is the shards in order, the rows of each permuted by a pure function of (seed, lap, shard): the whole
 position of a run remains one integer, the number of rows trained on.

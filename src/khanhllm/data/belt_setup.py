@@ -1,4 +1,4 @@
-"""The laying of a belt: validation texts are held out, and the recipe is written by which `maker` makes the shards."""
+"""Create a belt: hold out validation text, and write the recipe that the belt worker follows."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -93,7 +93,7 @@ def _validation(
     A corpus too small for chance gives its lowest hash.
     """
     parts = [
-        # a validation split of its own is read once, all else is read again by the maker
+        # a validation split of its own is read once, all else is read again by the worker
         _held_out(
             Reader(source, [], None if source.validation else spool(folder, nth), patience, KEPT),
             validation,

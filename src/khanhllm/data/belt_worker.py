@@ -25,15 +25,16 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from khanhllm.cpu import cores
 from khanhllm.data.clean import Cleaner, Tally
 from khanhllm.data.documents import Reader
 from khanhllm.data.heartbeat import WORK, beat, heartbeat_path
 from khanhllm.data.shards import Dtype, Manifest, Shard
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.writer import Growing, batched, cores, text_hash
+from khanhllm.data.writer import Growing, batched, text_hash
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import publish, read
 
 RECIPE = "belt.json"
 GLANCE = 0.02
@@ -173,9 +174,7 @@ class BeltWorker:
             )
         aside.replace(self.folder / made.shard.file)
         if not note.exists():
-            other = self.folder / f".{note.name}.{os.getpid()}"
-            other.write_text(made.model_dump_json(), encoding="utf-8")
-            other.replace(note)
+            publish(note, made.model_dump_json())
 
     def _encoded(self, start: ShardStart) -> Iterator[tuple[np.ndarray, int, ShardStart]]:
         """Documents to train on from a place on: ids, bytes, and the place after each."""
@@ -232,13 +231,13 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
     """Keep shards ready: the one that is being used up and `ahead` after it; remove others beyond `disk` bytes."""
-    turns, maker = 0, None
+    turns, worker = 0, None
 
     def sign() -> tuple[int, ...]:
-        return turns, maker.read if maker else 0, *_sizes(folder / "spool")
+        return turns, worker.read if worker else 0, *_sizes(folder / "spool")
 
     beat(heartbeat_path(folder, os.getpid()), sign, patience + WORK)
-    maker = BeltWorker(folder, patience)
+    worker = BeltWorker(folder, patience)
     notes: list[Made] = []
     while True:
         turns += 1
@@ -250,7 +249,7 @@ def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable
         missing = [nth for nth in window if nth >= len(notes) or not _there(folder, notes[nth])]
         if missing:
             # a shard begins where the one before it ended, so notes come in order
-            maker.make(min(missing[0], len(notes)))
+            worker.make(min(missing[0], len(notes)))
             _clear(folder, notes, window, disk)
         else:
             time.sleep(GLANCE)

@@ -12,7 +12,6 @@ the round trip.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import numpy as np
 import tiktoken
 
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import publish, read
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -139,8 +138,8 @@ class Tokenizer:
         """Write tokenizer.json to `path`, and beside it vocab.txt, one readable token a line."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, self._canonical)
-            _write(path.with_name("vocab.txt"), "".join(self._readable()))
+            publish(path, self._canonical)
+            publish(path.with_name("vocab.txt"), "".join(self._readable()))
         except OSError as error:
             raise UserError(f"cannot write the tokenizer {path}: {error.strerror}") from None
 
@@ -218,9 +217,3 @@ def _stand_ins() -> dict[str, int]:
 
 
 _BYTE_OF = _stand_ins()
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8", newline="\n")
-    aside.replace(path)

@@ -6,7 +6,6 @@ side a document falls on is decided here, from its text alone.
 """
 
 import hashlib
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -22,6 +21,7 @@ from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
+from khanhllm.files import publish
 
 BATCH = 2**20
 """characters tokenized at once"""
@@ -102,11 +102,8 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
             if growing.tokens:
                 shards.append(growing.shard(growing.path.stem))
                 growing.path.replace(growing.path.with_suffix(""))
-        report = report_path(self.reports, group)
-        new = report.with_suffix(".part")
-        said = Report(shards=shards, lowest=lowest, highest=highest, tally=tally)
-        new.write_text(said.model_dump_json(), encoding="utf-8")
-        new.replace(report)
+        report = Report(shards=shards, lowest=lowest, highest=highest, tally=tally)
+        publish(report_path(self.reports, group), report.model_dump_json())
 
     def _write(
         self, texts: Iterable[str], cleaner: Cleaner, tokenizer: Tokenizer, kept: "Growing", held: "Growing"
@@ -183,8 +180,3 @@ def text_hash(raw: bytes) -> int:
 
 def report_path(folder: Path, group: int) -> Path:
     return folder / f"group-{group:05d}.json"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

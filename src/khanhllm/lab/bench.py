@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
+from khanhllm.cpu import cores
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
@@ -50,6 +51,7 @@ def run(parts: list[str], machine: MachineConfig, steps: int, out: Path | None, 
             raise UserError(f"bench knows no part {part!r}; parts: {', '.join(PARTS)}")
     console = Console(highlight=False, stderr=as_json)
     opened = open_machine(machine)
+    opened.take_process()
     report: Report = {"machine": _describe(opened), "versions": _versions()}
     for part in parts or PARTS:
         console.rule(f"[bold]{part}")
@@ -235,11 +237,11 @@ def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Con
         theirs = Reference.from_file(str(Path(folder, "tokenizer.json")))
     texts = list(_texts("stdlib", TEXT))
     size = sum(len(text.encode()) for text in texts)
-    cores = torch.get_num_threads()
-    if [ids.tolist() for ids in ours.encode_batch(texts, cores)] != [one.ids for one in theirs.encode_batch(texts)]:
+    threads = torch.get_num_threads()
+    if [ids.tolist() for ids in ours.encode_batch(texts, threads)] != [one.ids for one in theirs.encode_batch(texts)]:
         raise UserError("bench: the two encoders disagree; please report it")
     others = [partial(theirs.encode_batch, texts), partial(theirs.encode_batch_fast, texts)]
-    mine, plain, fast = _turns([partial(ours.encode_batch, texts, cores), *others], min(steps, 7), machine)
+    mine, plain, fast = _turns([partial(ours.encode_batch, texts, threads), *others], min(steps, 7), machine)
     rate = _spread([size / 1e6 / one for one in mine])
     ratios = [_spread([b / a for a, b in zip(mine, other, strict=True)]) for other in (plain, fast)]
     console.print(f"encode: {_shown(rate, '.1f')} MB/s, x {_shown(ratios[0], '.2f')} of tokenizers'")
@@ -281,7 +283,6 @@ def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
 def _prepare(tokenizer: Tokenizer, turns: int, machine: Machine, console: Console) -> Report:
     """A folder of JSON lines becomes shards, while tiktoken alone encodes the same texts with as many threads."""
     from khanhllm.data.prepare import prepare
-    from khanhllm.data.writer import cores
 
     texts = list(_texts("stdlib", TEXT))
     copies = -(-PREPARED // sum(map(len, texts)))

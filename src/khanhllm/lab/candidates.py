@@ -72,6 +72,7 @@ class Candidate:
 
 def _work(connection: Connection, name: str, config: Config) -> None:
     machine = open_machine(config.machine)
+    machine.take_process()
     torch.manual_seed(0)
     if name.startswith("hf"):
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.model.experts import GROUPED, LOOP
 from khanhllm.model.moe import MoE
-from khanhllm.model.objectives import even_load, load_balance, share_of_step
-from khanhllm.model.router import stack
+from khanhllm.model.objectives import even_load, load_balance, micro_batch_loss
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, LossConfig, MachineConfig, OptimConfig
 from khanhllm.settings import preset, preset_names, resolve
@@ -112,7 +112,7 @@ def backends_agree(model: Transformer) -> Finding:
 
 def rebuilt_activations_change_nothing(model: Transformer) -> Finding:
     """Loss, gradients and routing are the same with activation checkpointing, selective and full."""
-    machine = Machine(torch.device("cpu"), "fp32", compile=False, experts="loop", peak_flops=None)
+    machine = Machine(model.head.weight.device, "fp32", compile=False, experts="loop")
     plain_gradients, plain_load = _gradients(model)
     gap, same_routing = 0.0, True
     for kind in ("selective", "full"):
@@ -165,14 +165,12 @@ def some_ids(model: Transformer, rows: int, length: int) -> Tensor:
 
 
 def _loss(model: Transformer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    weights, config = LossConfig(), model.config
+    """The loss of one batch, and each expert's load."""
+    load_LE = even_load(len(model.config.moe_layers), model.config.experts).to(ids_BT.device)
     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-    nll_BT, routings = model(inputs_BT, targets_BT)
-    load_LE = even_load(len(config.moe_layers), config.experts).to(ids_BT.device)
-    routing = stack(routings, like=load_LE)
     tokens = targets_BT.numel()
-    loss = share_of_step(nll_BT, routing.prob_E, routing.z, load_LE, tokens, weights.balance, weights.router_z)
-    return loss, routing.load_E
+    loss, _, routing_L = micro_batch_loss(model, inputs_BT, targets_BT, load_LE, tokens, LossConfig(), nullcontext())
+    return loss, routing_L.load_E
 
 
 def _gradients(model: Transformer) -> tuple[list[Tensor], Tensor]:
@@ -223,6 +221,7 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
     if patient in preset_names():
         yield from _surroundings(open_machine(wanted))
         machine = open_machine(machine_config)
+        machine.take_process()
         config = resolve(preset(patient))
         size = total_parameters(on_paper(config.model))
         yield _memory(size, config)
@@ -231,7 +230,7 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
             config = small_copy(config)
         model = Transformer(config.model)
         model.initialise(torch.Generator().manual_seed(0))
-        model = fit(model.to(machine.device), machine, "none")
+        model = fit(model, machine)
         yield first_loss_is_chance(model)
     elif (Path(patient) / "config.toml").exists():
         yield from _surroundings(open_machine(wanted))

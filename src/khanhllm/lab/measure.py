@@ -53,6 +53,7 @@ def measure(config: Config) -> Measurement:
 
 def three_steps(config: Config) -> Measurement:
     machine = open_machine(config.machine)
+    machine.take_process()
     cuda = machine.device.type == "cuda"
     _warm_up(config, machine)
     gc.collect()

@@ -10,14 +10,21 @@ import numpy as np
 
 from khanhllm.draw import Floats, braille, short, visible
 
+CURVES = ("tokens", "loss", "val_ce", "val_bpb")
+"""columns that the pictures show"""
 
-def read_log(csv_file: Path, names: tuple[str, ...] = ("tokens", "loss", "val_ce", "val_bpb")) -> dict[str, Floats]:
-    """Columns of a training log: of the rows that have a loss; nan where nothing was measured."""
+
+def read_log(csv_file: Path, names: Sequence[str] | None = CURVES) -> dict[str, Floats]:
+    """Columns of a training log (None: all of them), of the rows that have a loss; nan where nothing was measured."""
     rows: list[dict[str, str]] = []
+    found: Sequence[str] = ()
     if csv_file.exists():
         with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
-            rows = [row for row in csv.DictReader(file, restval="") if _known(row, "tokens") and _known(row, "loss")]
-    return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+            reader = csv.DictReader(file, restval="")
+            rows = [row for row in reader if _known(row, "tokens") and _known(row, "loss")]
+            found = reader.fieldnames or ()
+    columns = found if names is None else names
+    return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in columns}
 
 
 def _known(row: dict[str, str], name: str) -> bool:

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import publish, read
 from khanhllm.log.alarms import Alarms
 from khanhllm.log.terminal import Row, RunView, Terminal
 from khanhllm.schema import Config
@@ -172,14 +172,10 @@ class Csv:
     @classmethod
     def open(cls, path: Path, names: list[str], step: int) -> tuple[Self, list[Row]]:
         """The file, cut back to `step` (0: begun anew) in one rename, and the rows that it keeps."""
-        aside = path.with_suffix(".tmp")
         try:
             kept = list(_rows_up_to(path, names, step)) if step and path.exists() else []
-            with aside.open("wb") as file:
-                file.write("".join(f"{line}\n" for line in [",".join(names), *(line for line, _ in kept)]).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
+            lines = [",".join(names), *(line for line, _ in kept)]
+            publish(path, "".join(f"{line}\n" for line in lines), durable=True)
             return cls(path.open("ab", buffering=1 << 20), names), [row for _, row in kept]
         except OSError as error:
             raise UserError(f"cannot use {path}: {error.strerror}") from None

@@ -3,14 +3,15 @@
 import contextlib
 import ctypes
 import gc
-import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 
 import psutil
 import torch
 
+from khanhllm.cpu import cores
 from khanhllm.errors import UserError
 from khanhllm.machine.backends import BackendName, probe
 from khanhllm.machine.cards import known_peak
@@ -25,8 +26,21 @@ class Machine:
     compile: bool
     experts: BackendName
     """loop, grouped or triton: see backends"""
-    peak_flops: float | None
-    """matrix throughput that 100 % MFU means: the maker's figure on CUDA, measured on a CPU (FLOP/s); None unknown"""
+    threads: int = 0
+    """of a CPU; 0 leaves them as they are"""
+
+    @cached_property
+    def peak_flops(self) -> float | None:
+        """Matrix throughput that 100 % MFU means: the maker's figure on CUDA, on a CPU measured when first asked for
+        (FLOP/s); None where it is unknown."""
+        return _peak(self.device)
+
+    def take_process(self) -> None:
+        """Give this process the threads and the precision of matrix products that the config asks for."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        # the router stays fp32 under bf16
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Around every forward: bf16 products with fp32 weights, or nothing."""
@@ -63,18 +77,17 @@ class Machine:
 
 
 def open_machine(config: MachineConfig) -> Machine:
-    """Find the device and switch on what the config asks for. UserError where the hardware cannot do it."""
+    """Find the device that the config asks for. UserError where the hardware cannot do it. Changes nothing of the
+    process; see `Machine.take_process`."""
     device = _device(config.device)
     precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
-    torch.set_num_threads(config.threads or _cores())
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")  # bf16: the router stays fp32
     cuda = device.type == "cuda"
     return Machine(
         device=device,
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
         experts=_backend(config.experts, device, precision),
-        peak_flops=_peak(device),
+        threads=config.threads or cores(),
     )
 
 
@@ -106,11 +119,6 @@ def _precision(wanted: str, device: torch.device) -> str:
     if wanted == "tf32" and not tensor_cores:
         raise UserError(f"machine.precision: tf32 needs an NVIDIA GPU of 2020 or later, this is {device}; use fp32")
     return wanted
-
-
-def _cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _backend(wanted: str, device: torch.device, precision: str) -> BackendName:

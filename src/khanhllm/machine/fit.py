@@ -1,5 +1,5 @@
-"""A model made to fit the machine, from outside and in a stated order: experts' backend, activation checkpointing,
-compile. The model's own code and the names of its parameters stay as they are."""
+"""A model made to fit the machine, from outside and in a stated order: weights of bf16, device, experts' backend,
+activation checkpointing, compile. The model's own code and the names of its parameters stay as they are."""
 
 import logging
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from khanhllm.machine.devices import Machine, keep_freed_memory
+from khanhllm.machine.devices import Machine
+from khanhllm.machine.precision import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import total_parameters
 from khanhllm.model.experts import GROUPED, LOOP, Backend
@@ -36,9 +37,18 @@ def is_small(model: Transformer) -> bool:
     return total_parameters(model) < LARGE
 
 
-def fit(model: Transformer, machine: Machine, checkpointing: str) -> Transformer:
-    """Change the model in place and return it. `checkpointing` is none, selective or full."""
-    keep_freed_memory(is_small(model))
+def fit(
+    model: Transformer, machine: Machine, checkpointing: str = "none", weights: str = "fp32", gradients: str = "fp32"
+) -> Transformer:
+    """Change the model in place and return it.
+
+    weights, gradients: fp32 or bf16, what matrices are kept in and what their gradients are summed in. checkpointing:
+    none, selective or full.
+    """
+    if weights == "bf16":
+        keep_in_bf16(model, gradients)
+    if next(model.parameters()).device != machine.device:
+        model.to(machine.device)
     backend = _backend(machine.experts, model.config)
     for module in model.modules():
         if isinstance(module, MoE):

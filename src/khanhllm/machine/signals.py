@@ -1,6 +1,7 @@
 """Signals that ask a training to stop: it finishes the step, saves, and ends."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,7 +22,11 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
+    """While it lasts, signals ask to stop. Off the main thread Python hands no signals out, and nothing is changed."""
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     names = [name for name in SIGNALS if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
     try:

@@ -270,5 +270,5 @@ def _(x_NI: Tensor, grad_NO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(end_E), x_NI.shape[1], grad_NO.shape[1])
 
 
-BACKEND = Backend(torch.ops.khanhllm.grouped_rows.default, torch.ops.khanhllm.grouped_outer.default)
-register_flop_formula([torch.ops.khanhllm.grouped_rows, torch.ops.khanhllm.grouped_outer])(product_flops)
+BACKEND = Backend(torch.ops.khanhllm.triton_grouped_mm.default, torch.ops.khanhllm.triton_grouped_mm_wgrad.default)
+register_flop_formula([torch.ops.khanhllm.triton_grouped_mm, torch.ops.khanhllm.triton_grouped_mm_wgrad])(product_flops)

@@ -14,10 +14,14 @@ the same gradient. Only the load must be known while micro-batches are still to 
 step, whose counts are complete (the way DeepSeek-V3 moves its router bias), or counted beforehand.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from khanhllm.model.router import Routing, stack
+from khanhllm.schema import LossConfig
 
 
 def token_nll(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
@@ -118,3 +122,21 @@ def share_of_step(
     """
     balanced = load_LE.shape[-1] * (load_LE * prob_LE).sum()
     return (nll_BT.sum() + balance * balanced + router_z * z_L.sum()) / step_tokens
+
+
+def micro_batch_loss(
+    model: nn.Module,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    load_LE: Tensor,
+    step_tokens: int,
+    weights: LossConfig,
+    autocast: AbstractContextManager[None],
+) -> tuple[Tensor, Tensor, Routing]:
+    """Forward: this micro-batch's share of the step's loss, its sum of token losses (nats) and its summed routing of
+    all mixture layers. See `share_of_step`."""
+    with autocast:
+        nll_BT, routings = model(inputs_BT, targets_BT)
+    routing_L = stack(routings, like=load_LE)
+    loss = share_of_step(nll_BT, routing_L.prob_E, routing_L.z, load_LE, step_tokens, weights.balance, weights.router_z)
+    return loss, nll_BT.sum().detach(), Routing(*(tensor.detach() for tensor in routing_L))

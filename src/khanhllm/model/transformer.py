@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,26 @@ class Transformer(nn.Module):
         self.embedding_skip = EmbeddingSkip(len(config.pattern)) if config.embedding_skip else NoSkip()
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Negative log-likelihood of each target (nats), (B, T), and one Routing per mixture layer."""
+    @overload
+    def forward(self, inputs_BT: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, tuple[Routing, ...]]: ...
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, tuple[Routing, ...]]:
+        """Negative log-likelihood of each target (nats), (B, T), and one Routing per mixture layer; without targets,
+        the logits (B, T, V)."""
+        if targets_BT is None:
+            return self.logits(inputs_BT)
         x_BTD, routings = self.trunk(inputs_BT)
         return self.head(x_BTD, targets_BT), routings
 
     def trunk(self, ids_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Everything below the head: (B, T, D) and the routings. With a cache, ids continue what it holds."""
-        x_BTD = embedding_BTD = self.embedding(ids_BT, cache.length if cache else 0, cache.last_B1 if cache else None)
+        start = cache.length if cache else 0
+        if start + ids_BT.shape[1] > self.config.context:
+            raise ValueError(f"{start + ids_BT.shape[1]} positions, but the model's context is {self.config.context}")
+        x_BTD = embedding_BTD = self.embedding(ids_BT, start, cache.last_B1 if cache else None)
         if cache:
             cache.last_B1 = ids_BT[:, -1:]
         pasts = cache.layers if cache else [None] * len(self.blocks)

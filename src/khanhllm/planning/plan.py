@@ -1,14 +1,13 @@
-"""Will it fit, and how long will it take: asked before training, answered from a rehearsal of the very step."""
+"""Will a run fit, and how long will it take? Answered before training, from a simulation of its very step."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
 
 from khanhllm.draw import duration
-from khanhllm.lab.measure import Measurement, measure
 from khanhllm.machine.cards import card
 from khanhllm.machine.devices import open_machine
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
@@ -21,30 +20,8 @@ ASSUMED = {"cuda": 0.4, "cpu": 0.6}
 Report = dict[str, Any]
 
 
-def show(config: Config, memory: str | None, card_name: str | None, measured: bool, as_json: bool) -> None:
-    """Print the plan. `memory` ("8GB") and `card_name` stand for a machine that need not be here."""
-    hardware = _hardware(config, memory, card_name)
-    console = Console(highlight=False, stderr=as_json)
-    with console.status("rehearsing the step on paper"):
-        chosen = budget.fit_micro_batch(config, hardware)
-        report = plan(chosen, hardware)
-        report["switches"] = {
-            switch: {"saves_mb": round(saved / 1e6, 1), "adds_arithmetic": round(added, 4)}
-            for switch, (saved, added) in _switches(chosen, hardware).items()
-        }
-    if measured:
-        with console.status("three real steps"):
-            report["measured"] = _beside(chosen, report, measure(chosen))
-    for name, value, note in _lines(report):
-        console.print(f"{name:<14} {value:>22}  {note}", markup=False, soft_wrap=True)
-    console.print("\nwhat another switch would change at the peak:", markup=False)
-    for switch, change in report["switches"].items():
-        console.print(f"  {switch:<48} {_change(change)}", markup=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps(report))
-
-
-def _hardware(config: Config, memory: str | None, card_name: str | None) -> Hardware:
+def hardware_for(config: Config, memory: str | None = None, card_name: str | None = None) -> Hardware:
+    """The machine at hand, or a card that need not be here. memory: what may be filled instead ("8GB")."""
     hardware = budget.on(*card(card_name)) if card_name else budget.here(open_machine(config.machine))
     return dataclasses.replace(hardware, memory=budget.read_size(memory)) if memory else hardware
 
@@ -58,7 +35,7 @@ def plan(config: Config, hardware: Hardware) -> Report:
     rebuilt = taken.flops / (train.rows * config.model.context)
     rate = hardware.peak_flops * ASSUMED[hardware.device] / max(rebuilt, flops) if hardware.peak_flops else None
     return {
-        "hardware": hardware.name,
+        "place": hardware.name,
         "parameters": total_parameters(model),
         "active_parameters": active_parameters(model),
         "memory": hardware.memory,
@@ -77,6 +54,10 @@ def plan(config: Config, hardware: Hardware) -> Report:
         "flops_per_token_causal": flops - attention // 2,
         "rate_from": f"{ASSUMED[hardware.device]:.0%} of the peak rate, assumed; --measure replaces it",
         **_time(config, rate),
+        "switches": {
+            switch: {"saves_mb": round(saved / 1e6, 1), "adds_arithmetic": round(added, 4)}
+            for switch, (saved, added) in _switches(config, hardware).items()
+        },
     }
 
 
@@ -89,7 +70,7 @@ def _time(config: Config, rate: float | None) -> Report:
     try:
         done = f"{datetime.now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M}" if seconds else None
     except OverflowError:
-        done = "not in this age"
+        done = "in more than 8,000 years"
     return {"tokens": tokens, "tokens_per_s": rate, "seconds": seconds, "done": done}
 
 
@@ -104,14 +85,23 @@ def _switches(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]
     return found
 
 
-def _beside(config: Config, report: Report, measured: Measurement) -> Report:
-    """The measurement, next to what was foreseen; its rate replaces the assumed one."""
-    report |= _time(config, measured["tokens_per_s"]) | {"rate_from": "three real steps"}
+def with_measurement(config: Config, report: Report, measured: Mapping[str, Any]) -> Report:
+    """The report with what real steps took next to what was foreseen; their speed replaces the assumed one."""
     foreseen = report["total"] - report["process"]
-    return {**measured, "foreseen_peak": foreseen, "peak_error": foreseen / measured["peak"] - 1}
+    beside = {**measured, "foreseen_peak": foreseen, "peak_error": foreseen / measured["peak"] - 1}
+    rate = _time(config, measured["tokens_per_s"]) | {"rate_from": "three real steps"}
+    return {**report, **rate, "measured": beside}
 
 
-def _lines(report: Report) -> "list[tuple[str, str, str]]":
+def show(report: Report, console: Console) -> None:
+    for name, value, note in _lines(report):
+        console.print(f"{name:<14} {value:>22}  {note}", markup=False, soft_wrap=True)
+    console.print("\nwhat another switch would change at the peak:", markup=False)
+    for switch, change in report["switches"].items():
+        console.print(f"  {switch:<48} {_change(change)}", markup=False, soft_wrap=True)
+
+
+def _lines(report: Report) -> list[tuple[str, str, str]]:
     def gb(size: float) -> str:
         return f"{size / 1e9:,.2f} GB"
 
@@ -147,7 +137,7 @@ def _change(change: dict[str, float]) -> str:
     return f"{verb} {abs(change['saves_mb']):,.0f} MB{extra}"
 
 
-def _measured_lines(report: Report) -> "list[tuple[str, str, str]]":
+def _measured_lines(report: Report) -> list[tuple[str, str, str]]:
     measured = report["measured"]
     exact = [
         (f"{part}, real", f"{measured[part] / 1e9:,.3f} GB", f"foreseen {report[part] / 1e9:,.3f}")

@@ -27,9 +27,7 @@ from khanhllm import optim
 from khanhllm.machine.backends import BackendName
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.fit import fit
-from khanhllm.machine.precision import keep_in_bf16
 from khanhllm.model import Transformer, objectives
-from khanhllm.model.router import stack
 from khanhllm.schema import Config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "work space")
@@ -150,13 +148,12 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
     shape, train = config.model, config.train
     trace = MemoryTrace(shape.vocab_size, cpu=device == "cpu")
     backend: BackendName = "grouped" if precision == "bf16" and device == "cuda" else "loop"
-    machine = Machine(torch.device("cpu"), precision, compile=False, experts=backend, peak_flops=None)
+    machine = Machine(torch.device("cpu"), precision, compile=False, experts=backend)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model = Transformer(shape, config.loss.chunk)
-        if config.machine.weights == "bf16":
-            keep_in_bf16(model, config.machine.gradients)
-        model = fit(model, machine, config.machine.checkpointing)
+        kind = config.machine
+        model = fit(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         ids_BT = torch.zeros(train.rows, shape.context + 1, dtype=torch.int64)
         load_LE = torch.zeros(len(shape.moe_layers), shape.experts)
     optimizer = optim.build(model, config.optim)
@@ -187,11 +184,10 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
 def _gradient(
     model: Transformer, config: Config, machine: Machine, trace: MemoryTrace, ids_BT: Tensor, load_LE: Tensor
 ) -> None:
-    """One micro-batch of `step.accumulate`."""
+    """Forward and backward of one micro-batch, as `train_step` takes it."""
     trace.forward = True
-    with machine.autocast():
-        nll_BT, routings = model(ids_BT[:, :-1], ids_BT[:, 1:])
-    routing_L = stack(routings, like=load_LE)
-    loss = objectives.share_of_step(nll_BT, routing_L.prob_E, routing_L.z, load_LE, config.tokens_per_step, 1.0, 1.0)
+    loss, _, _ = objectives.micro_batch_loss(
+        model, ids_BT[:, :-1], ids_BT[:, 1:], load_LE, config.tokens_per_step, config.loss, machine.autocast()
+    )
     trace.forward = False
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """Score a run on the text that it held out, or on any other."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,37 +10,29 @@ from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.sources import locate
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.inference.score import Score, score
-from khanhllm.runs.run import Saved, open_run
+from khanhllm.inference.score import Score
+from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import MachineConfig
-
-ROWS_OF_TOKENS = 4096
-"""tokens scored at a time; without gradients they take little memory"""
 
 
 def score_run(run: Path, source: str | None = None, machine_config: MachineConfig | None = None) -> Score:
     """Score a run on all that it held out, or on every byte of another source."""
-    saved = open_run(run, machine_config)
-    return score_windows(saved, windows_of(source, saved) if source else held_out(saved).windows())
+    opened = open_run(run, machine_config)
+    return opened.score_windows(windows_of(source, opened) if source else held_out(opened).windows())
 
 
-def score_windows(saved: Saved, windows: Iterable[np.ndarray]) -> Score:
-    rows = max(1, ROWS_OF_TOKENS // saved.config.model.context)
-    return score(saved.model, windows, saved.tokenizer.token_bytes, saved.machine, rows)
-
-
-def held_out(saved: Saved) -> Shards:
+def held_out(opened: Run) -> Shards:
     """The validation documents of a run. UserError if its shards are gone."""
-    return _matching(saved.data, saved)
+    return _matching(opened.data, opened)
 
 
-def windows_of(source: str, saved: Saved) -> Iterator[np.ndarray]:
+def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     """The text of any source as windows to score; of prepared shards, the validation split."""
     if (Path(source) / MANIFEST).exists():
-        yield from _matching(Path(source), saved).windows()
+        yield from _matching(Path(source), opened).windows()
         return
-    context, kept = saved.config.model.context, np.empty(0, np.int64)
-    for ids in _tokens(source, saved.tokenizer):
+    context, kept = opened.config.model.context, np.empty(0, np.int64)
+    for ids in _tokens(source, opened.tokenizer):
         kept = np.concatenate((kept, ids))
         while len(kept) > context:
             yield kept[: context + 1]
@@ -59,8 +51,8 @@ def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
             yield np.array([tokenizer.end_of_text, *tokenizer.encode(document.text)], np.int64)
 
 
-def _matching(folder: Path, saved: Saved) -> Shards:
-    shards = Shards.open(folder, "validation", saved.config.model.context)
-    if (shards.manifest.tokenizer, shards.vocab_size) != (saved.tokenizer.sha256, saved.tokenizer.vocab_size):
+def _matching(folder: Path, opened: Run) -> Shards:
+    shards = Shards.open(folder, "validation", opened.config.model.context)
+    if (shards.manifest.tokenizer, shards.vocab_size) != (opened.tokenizer.sha256, opened.tokenizer.vocab_size):
         raise UserError(f"{folder} was prepared with another tokenizer than the run's; score its text instead (--data)")
     return shards

@@ -1,32 +1,57 @@
-"""A finished (or stopped) run, opened again: its config, model and tokenizer."""
+"""A finished (or stopped) run, opened again: what it was trained with, and what its model says about a text."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import foreign
+from khanhllm.inference.generate import write
+from khanhllm.inference.score import Score, score
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.machine.fit import fit
-from khanhllm.machine.precision import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper
-from khanhllm.schema import Config, MachineConfig
-from khanhllm.settings import read_config
+from khanhllm.model.router import Router
+from khanhllm.schema import Config, MachineConfig, Sampling
+from khanhllm.settings import checked, read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
+
+ROWS_OF_TOKENS = 4096
+"""tokens scored at a time; without gradients they take little memory"""
+
+
+class ExpertChoices(NamedTuple):
+    """Which experts each token of a text was sent to, in each of the L mixture layers."""
+
+    tokens: list[str]
+    """T of them, the end-of-text before the text first"""
+    layers: list[int]
+    expert_LTK: Tensor
+    """best first (int64)"""
+    weight_LTK: Tensor
+    """how much each one's answer counts; sums to 1 for each token (fp32)"""
 
 
 @dataclass(frozen=True)
-class Saved:
+class Run:
+    """Made by `khanhllm.load`. Texts are read as training reads them: as a document, after an end-of-text."""
+
+    checkpoint: Path
     config: Config
     machine: Machine
     model: Transformer
     tokenizer: Tokenizer
     state: dict[str, Any]
-    """what else its checkpoint holds"""
+    """what else the checkpoint holds"""
 
     @property
     def step(self) -> int:
@@ -38,8 +63,89 @@ class Saved:
         """The folder of shards that it was trained on."""
         return Path(self.state["folder"])
 
+    def stream(self, prompt: str = "", **sampling: Any) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece. sampling: tokens, temperature, top_k, top_p, min_p, seed.
 
-def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
+        Raises UserError for a setting that makes no sense.
+        """
+        return write(self.model, self.tokenizer, self.machine, prompt, checked(Sampling, sampling, "generate"))
+
+    def generate(self, prompt: str = "", n: int = 1, **sampling: Any) -> list[str]:
+        """`n` continuations of a prompt, without the prompt; the first has the `seed` given (0), the next seed + 1."""
+        seed = int(sampling.pop("seed", 0))
+        return ["".join(self.stream(prompt, seed=seed + nth, **sampling)) for nth in range(n)]
+
+    @torch.inference_mode()
+    def logits(self, text: str) -> Tensor:
+        """(T + 1, V) in fp32: row t scores what follows the first t tokens of the text. UserError if it is longer than
+        the model sees at once."""
+        ids = self._ids(text)
+        if len(ids) > self.config.model.context:
+            raise UserError(f"the text has {len(ids)} tokens, the model sees {self.config.model.context} at once")
+        return self._logits(ids)
+
+    @torch.inference_mode()
+    def next(self, text: str, k: int = 10) -> list[tuple[str, float]]:
+        """The `k` likeliest tokens to follow a text, with their probabilities; of a long text, its end is read."""
+        logits_V = self._logits(self._ids(text)[-self.config.model.context :])[-1, : self.tokenizer.vocab_size]
+        found = logits_V.softmax(dim=-1).topk(min(k, len(logits_V)))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return [(self.tokenizer.decode([token]), probability) for token, probability in pairs]
+
+    def score(self, text: str) -> Score:
+        """How well the model predicts a text: nats per token, bits per byte. Each part of a text longer than the model
+        sees at once is read without what lies before it. UserError if the text is empty."""
+        ids, context = np.array(self._ids(text)), self.config.model.context
+        return self.score_windows(ids[start : start + context + 1] for start in range(0, len(ids) - 1, context))
+
+    def score_windows(self, windows: Iterator[np.ndarray]) -> Score:
+        """Score windows of up to context + 1 ids; every token but the first of each counts."""
+        rows = max(1, ROWS_OF_TOKENS // self.config.model.context)
+        return score(self.model, windows, self.tokenizer.token_bytes, self.machine, rows)
+
+    @torch.inference_mode()
+    def experts(self, text: str) -> ExpertChoices:
+        """The experts that each token is sent to. UserError if the model has none, or the text is too long."""
+        layers, ids = self.config.model.moe_layers, self._ids(text)
+        if not layers:
+            raise UserError("this model has no mixture layers, and so no experts")
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        chosen: list[tuple[Tensor, Tensor]] = []
+        with ExitStack() as hooks:
+            for router in routers:
+                handle = router.register_forward_hook(lambda _module, _inputs, output: chosen.append(output[0]))
+                hooks.callback(handle.remove)
+            self.logits(text)
+        expert_LTK, weight_LTK = (torch.stack(parts).cpu() for parts in zip(*chosen, strict=True))
+        return ExpertChoices([self.tokenizer.decode([token]) for token in ids], layers, expert_LTK, weight_LTK)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model as it is now, with its optimizer's state, as a run folder; training can be resumed there.
+
+        Raises UserError if the folder holds a run already, or cannot be written.
+        """
+        out = Path(folder)
+        refuse_to_overwrite(out, resume=False)
+        moments = load_file(self.checkpoint / "optimizer.safetensors")
+        weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint.write(out, checkpoint.Snapshot(self.step, weights, moments, self.state))
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+        self.tokenizer.save(out / "tokenizer.json")
+        write_config(self.config, out)
+        return out
+
+    def _ids(self, text: str) -> list[int]:
+        return [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
+
+    def _logits(self, ids: list[int]) -> Tensor:
+        with self.machine.autocast():
+            return self.model.logits(torch.tensor([ids], device=self.machine.device))[0]
+
+
+def open_run(run: Path, machine_config: MachineConfig | None = None) -> Run:
     """Open the newest intact checkpoint of a run folder, on the machine at hand. UserError if there is none."""
     config = read_config(run)
     if fault := foreign(run):
@@ -51,10 +157,10 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Saved:
     machine = open_machine(wanted)
     with torch.device(machine.device):
         model = Transformer(config.model, config.loss.chunk)
-    if machine.precision == "bf16" and "bf16" in (config.machine.weights, wanted.weights):
-        keep_in_bf16(model)
+    halves = machine.precision == "bf16" and "bf16" in (config.machine.weights, wanted.weights)
+    fit(model, machine, weights="bf16" if halves else "fp32")
     checkpoint.load_model(path, model)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than this model knows")
-    return Saved(config, machine, fit(model, machine, "none"), tokenizer, checkpoint.read_state(path))
+    return Run(path, config, machine, model, tokenizer, checkpoint.read_state(path))

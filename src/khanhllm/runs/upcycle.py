@@ -15,9 +15,8 @@ from khanhllm.errors import UserError
 from khanhllm.model import Transformer, objectives
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, ModelConfig
-from khanhllm.settings import resolve
+from khanhllm.settings import refuse_to_overwrite, resolve, write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.run import refuse_to_overwrite, write_config
 
 
 def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token: int) -> Config:

@@ -32,12 +32,12 @@ from khanhllm.files import foreign, there
 from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log
-from khanhllm.machine.devices import open_machine, out_of_memory
+from khanhllm.machine.devices import Machine, open_machine, out_of_memory
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.planning import budget
-from khanhllm.schema import Config, Sampling
-from khanhllm.settings import read_toml, resolve, to_toml
+from khanhllm.schema import Config, Sampling, TrainConfig
+from khanhllm.settings import read_toml, refuse_to_overwrite, resolve, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.checkpoint import Saver
 from khanhllm.training.guard import Diverged, Guard
@@ -65,25 +65,69 @@ class Parts:
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> None:
-    """Train until `config.train.steps`, or until a signal asks to stop.
+    """Train until `config.train.steps`, or until its time is used up, or until a signal asks to stop.
 
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
+    with _opened(config, folder, resume) as (parts, state, log, saver, stop):
+        train = parts.config.train
+        rows = _batches(parts, state, stop)
+        started = time.perf_counter() - (state.share or 0) * train.seconds
+        first, last, finished = state.step + 1, False, False
+        while not last:
+            try:
+                state, row = train_step(parts.learner, state, rows)
+            except (NoRows, Starved) as error:
+                if state.step >= first:
+                    _save(parts, state, log, saver, must=True)
+                if isinstance(error, Starved):
+                    raise Starved(f"{error} (at step {state.step}; to continue: --resume --run {folder})") from None
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                parts = _with_smaller_micro_batches(parts, state, error, log)
+                rows = _batches(parts, state, stop)
+                continue
+            if state.step == first:
+                gc.freeze()  # what is alive now lives as long as the run: the garbage collector may skip it
+            if row["fault"]:
+                log.say(f"step {state.step} is rejected: {row['fault']}; weights and moments stay as they were")
+            if state.guard.rejected >= parts.config.guard.patience:
+                state = _return_to_checkpoint(parts, state, log, saver)
+                continue
+            seconds = time.perf_counter() - started
+            state, finished = _progress(train, state, seconds, saver, log)
+            last = finished or bool(stop.asked)
+            if due(state.step, train.eval_every) or finished:
+                row |= validate(parts, train.eval_tokens)
+            log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
+            _report_save(saver, log)
+            if due(state.step, train.save_every) or last:
+                _save(parts, state, log, saver, must=last)
+            if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
+                _write_sample(parts, state.step, log)
+        if not finished:
+            log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
+
+
+@contextmanager
+def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts, State, Log, Saver, Stop]]:
+    """Everything that a training needs, opened in an order that finds mistakes before long work, and closed again."""
     refuse_to_overwrite(folder, resume)
+    machine = open_machine(config.machine)
+    machine.take_process()
     if config.train.micro_batch == "auto":
-        config = budget.fit_micro_batch(config, budget.here(open_machine(config.machine)))
+        config = budget.fit_micro_batch(config, budget.here(machine))
     with _locked(folder):
         paper = on_paper(config.model)
         last = checkpoint.newest(folder, paper=paper) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
             _check_continuable(config, folder, saved)
-        parts = assemble(config, folder, saved)
-        state = _continue(parts, last) if last else parts.learner.start()
-        parameters = total_parameters(parts.learner.model)
+        parts = assemble(config, folder, saved, machine)
+        state = _restore(parts, last) if last else parts.learner.start()
         with (
             stop_signals() as stop,
-            Log.open(folder, config, state.step, parameters) as log,
+            Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
             Saver(folder, config.train.keep) as saver,
         ):
             parts.tokenizer.save(folder / "tokenizer.json")
@@ -91,68 +135,35 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
             checkpoint.reject_after(folder, state.step, paper)
             for line in _introduction(parts, state):
                 log.say(line)
-            _loop(parts, state, log, saver, stop)
+            try:
+                yield parts, state, log, saver, stop
+            finally:
+                gc.unfreeze()
+                if parts.learner.machine.compile:
+                    torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
 
 
-def _loop(parts: Parts, state: State, log: Log, saver: Saver, stop: Stop) -> None:
-    train = parts.config.train
-    rows = _rows(parts, state, stop)
-    started = time.perf_counter() - (state.share or 0) * train.seconds
-    first, last, whole = state.step + 1, False, False
-    while not last:
-        try:
-            state, row = train_step(parts.learner, state, rows)
-        except (NoRows, Starved) as error:
-            if state.step >= first:
-                _save(parts, state, log, saver, must=True)
-            if isinstance(error, Starved):
-                raise Starved(f"{error} (at step {state.step}; to go on: --resume --run {parts.run})") from None
-            break
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            parts = _with_smaller_micro_batches(parts, state, error, log)
-            rows = _rows(parts, state, stop)
-            continue
-        if state.step == first:
-            gc.freeze()  # what is alive now lives as long as the run: the garbage collector may pass it by
-        if row["fault"]:
-            log.say(f"step {state.step} is rejected: {row['fault']}; weights and moments stay as they were")
-        if state.guard.rejected >= parts.config.guard.patience:
-            state = _go_back(parts, state, log, saver)
-            continue
-        seconds = time.perf_counter() - started
-        if state.share is None:
-            whole = state.step == train.steps
-        else:
-            # the budget is used up when it has no room for another step and for saving
-            share, before = seconds / train.seconds, state.share
-            state = replace(state, share=share)
-            whole = share + (share - before) + saver.seconds / train.seconds >= 1
-            log.expect(state.step if whole else max(state.step + 1, round(state.step / share)))
-        last = whole or bool(stop.asked)
-        if due(state.step, train.eval_every) or whole:
-            row |= validate(parts, train.eval_tokens)
-        log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
-        _hear(saver, log)
-        if due(state.step, train.save_every) or last:
-            _save(parts, state, log, saver, must=last)
-        if (due(state.step, train.sample_every) or whole) and train.sample_tokens:
-            _write_sample(parts, state.step, log)
-    if not whole:
-        log.say(f"stopped by {stop.asked}; to go on: khanhllm train --resume --run {parts.run}")
+def _progress(train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log) -> tuple[State, bool]:
+    """The state with the share of the time budget that is used up, and whether the run is finished."""
+    if state.share is None:
+        return state, state.step == train.steps
+    share = seconds / train.seconds
+    # finished when there is no time left for another step and for saving
+    finished = share + (share - state.share) + saver.seconds / train.seconds >= 1
+    log.expect(state.step if finished else max(state.step + 1, round(state.step / share)))
+    return replace(state, share=share), finished
 
 
-def _rows(parts: Parts, state: State, stop: Stop) -> Iterator[Batch]:
+def _batches(parts: Parts, state: State, stop: Stop) -> Iterator[Batch]:
     train = parts.config.train
     return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
 
 
-def _go_back(parts: Parts, state: State, log: Log, saver: Saver) -> State:
-    """After steps rejected in a row: weights and moments of the last good checkpoint, but the rows go on from here.
-
-    Raises Diverged if that has been tried often enough.
-    """
+def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) -> State:
+    """After several rejected steps in a row: load weights and moments of the last good checkpoint, and skip the rows
+    read since then. Raises Diverged if that has been tried often enough."""
     learner, guard = parts.learner, state.guard
-    _hear(saver, log, patient=True)
+    _report_save(saver, log, patient=True)
     good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
     where = f"step {int(good.name[5:])}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
@@ -163,7 +174,7 @@ def _go_back(parts: Parts, state: State, log: Log, saver: Saver) -> State:
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike for unusual text"
         )
     if good:
-        restored = _continue(parts, good)
+        restored = _restore(parts, good)
     else:
         learner.model.initialise(torch.Generator().manual_seed(learner.config.train.seed))
         learner.optimizer.state.clear()
@@ -179,9 +190,9 @@ def _go_back(parts: Parts, state: State, log: Log, saver: Saver) -> State:
 
 
 def _with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
-    """The answer to an error in a step: if memory ran out, the same step can be taken again in smaller pieces.
+    """Handle an error in a step: if memory ran out, halve the micro-batch, so that the same step can be taken again.
 
-    Raises the error if it is another one, and UserError if there is nothing to cut or the update had begun.
+    Raises any other error again, and UserError if the micro-batch is one row or the update had begun.
     """
     if not out_of_memory(error):
         raise error
@@ -229,8 +240,8 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
-    """Begin to save. `must` is the last chance: it is waited for, and then a failure is the user's."""
-    _hear(saver, log, patient=True)
+    """Begin to save. must: wait until it is written, and raise UserError if that fails."""
+    _report_save(saver, log, patient=True)
     log.flush()
     extra = {
         "cursor": state.cursor,
@@ -242,11 +253,12 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
     }
     saver.begin(state.step, parts.learner.model, parts.learner.optimizer, extra)
     if must:
-        _hear(saver, log, patient=True, must=True)
+        _report_save(saver, log, patient=True, must=True)
 
 
-def _hear(saver: Saver, log: Log, patient: bool = False, must: bool = False) -> None:
-    """What became of the last save. The run goes on without it for a while, but not if it `must` have been saved."""
+def _report_save(saver: Saver, log: Log, patient: bool = False, must: bool = False) -> None:
+    """Log what became of the last save. Raises UserError if it failed and `must` succeed, or failed FAILURES times in a
+    row. patient: wait for it."""
     try:
         path = saver.outcome(patient)
     except OSError as error:
@@ -259,9 +271,8 @@ def _hear(saver: Saver, log: Log, patient: bool = False, must: bool = False) -> 
         log.say(f"saved {path}")
 
 
-def assemble(config: Config, folder: Path, saved: dict[str, Any]) -> Parts:
+def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
     """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
-    machine = open_machine(config.machine)
     data = Path(saved.get("folder", ""))
     own = {"source": str(data), "tokenizer": ""} if saved and there(data / MANIFEST) else {}
     needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
@@ -280,9 +291,9 @@ def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> N
     """What a resumed run cannot change, refused before anything is opened."""
     kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
     if not config.train.seconds and config.train.steps <= saved["step"]:
-        raise UserError(f"{folder} has {saved['step']} steps already; to train on, give a larger --steps")
+        raise UserError(f"{folder} has {saved['step']} steps already; to continue, give a larger --steps")
     if 0 < config.train.seconds <= saved["seconds"]:
-        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to train on, give a longer --for")
+        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
     fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
     changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
     changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
@@ -291,7 +302,7 @@ def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> N
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
 
 
-def _continue(parts: Parts, path: Path) -> State:
+def _restore(parts: Parts, path: Path) -> State:
     """Bring weights, moments and state back from a checkpoint."""
     saved, learner = checkpoint.read_state(path), parts.learner
     if saved["data"] != parts.train.sha256:
@@ -321,21 +332,6 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
         yield f"resumed after step {state.step}"
-
-
-def write_config(config: Config, folder: Path) -> None:
-    """Replace the run's config.toml in one rename: half of one would be worse than an old one."""
-    aside = folder / "config.tmp"
-    try:
-        aside.write_text(to_toml(config), encoding="utf-8")
-        aside.replace(folder / "config.toml")
-    except OSError as error:
-        raise UserError(f"cannot write {folder / 'config.toml'}: {error.strerror}") from None
-
-
-def refuse_to_overwrite(folder: Path, resume: bool) -> None:
-    if not resume and (folder / "config.toml").exists():
-        raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.data.batches import Batch
-from khanhllm.machine.devices import Machine
-from khanhllm.machine.fit import fit
-from khanhllm.machine.precision import keep_in_bf16
+from khanhllm.machine.devices import Machine, keep_freed_memory
+from khanhllm.machine.fit import fit, is_small
 from khanhllm.model import Transformer, objectives
 from khanhllm.model.counts import flops_per_token
 from khanhllm.model.router import Routing, move_biases, stack
@@ -39,9 +38,9 @@ class Learner:
     def new(cls, config: Config, machine: Machine) -> "Learner":
         model = Transformer(config.model, config.loss.chunk)
         model.initialise(torch.Generator().manual_seed(config.train.seed))
-        if config.machine.weights == "bf16":
-            keep_in_bf16(model, config.machine.gradients)
-        model = fit(model.to(machine.device), machine, config.machine.checkpointing)
+        keep_freed_memory(is_small(model))
+        kind = config.machine
+        model = fit(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         optimizer = optim.build(model, config.optim, config.train.seed)
         return cls(config, machine, model, optimizer, flops_per_token(model))
 
@@ -70,90 +69,85 @@ class NoRows(Exception):
     """A signal asked to stop while the step was waiting for its rows."""
 
 
-def train_step(learner: Learner, state: State, rows: Iterator[Batch]) -> tuple[State, dict[str, Any]]:
+def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tuple[State, dict[str, Any]]:
     """One optimizer step: its micro-batches forward and backward, one update. Returns the next state and what to log.
 
-    A step that the guard rejects leaves weights and moments as they are, and its row says why under "fault".
+    A step that the guard rejects leaves weights and moments as they are, and its row says why under "fault". Raises
+    NoRows if the batches end.
     """
     config, optimizer = learner.config, learner.optimizer
-    start = time.perf_counter()
-    micro_batches = list(islice(rows, config.train.accumulation))
+    started = time.perf_counter()
+    micro_batches = list(islice(batches, config.train.accumulation))
     if len(micro_batches) < config.train.accumulation:
         raise NoRows
-    waited = time.perf_counter() - start
-    nll, routing_L = accumulate(learner, micro_batches, load_for_balance(learner, state, micro_batches))
+    waited = time.perf_counter() - started
+    load_LE = load_for_balance(learner, state, micro_batches)
+    sums: list[Tensor] = []
+    for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
+        loss, nll, routing_L = objectives.micro_batch_loss(
+            learner.model, *batch[:2], load_LE, config.tokens_per_step, config.loss, learner.machine.autocast()
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
+    nll, routing_L = sums[0], Routing(*sums[1:])
     grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), config.optim.clip or torch.inf)
     # the only place in a step that waits for the device
-    loss, norm = torch.stack([nll.float() / config.tokens_per_step, grad_norm.float()]).tolist()
-    fault = state.guard.fault(loss, norm, config.guard)
-    height = _height(state, config)
+    mean_nll, norm = torch.stack([nll.float() / config.tokens_per_step, grad_norm.float()]).tolist()
+    fault = state.guard.fault(mean_nll, norm, config.guard)
+    factor = _rate_factor(state, config)
     if not fault:
         for group in optimizer.param_groups:
-            group |= {"lr": group["peak_lr"] * height, "step": state.step}
+            group |= {"lr": group["peak_lr"] * factor, "step": state.step}
         optimizer.step()
         if config.model.router_bias:
             move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
     optimizer.zero_grad(set_to_none=True)
-
-    share_LE = routing_L.load_E / routing_L.load_E.sum(-1, keepdim=True)
     following = State(
         step=state.step + 1,
         cursor=micro_batches[-1].cursor,
-        load_LE=state.load_LE if fault else share_LE,
-        guard=state.guard.reject() if fault else state.guard.accept(loss),
+        load_LE=state.load_LE if fault else _shares(routing_L.load_E),
+        guard=state.guard.reject() if fault else state.guard.accept(mean_nll),
         share=state.share,
     )
+    measured = {"loss": mean_nll, "lr": config.optim.lr * factor, "grad_norm": norm, "fault": fault}
+    return following, measured | _row(learner, following, routing_L, time.perf_counter() - started, waited)
+
+
+def _row(learner: Learner, state: State, routing_L: Routing, took: float, waited: float) -> dict[str, Any]:
+    """What else there is to log of the step that led to `state`; took, waited: seconds."""
+    config, share_LE = learner.config, _shares(routing_L.load_E)
+    rate, peak = config.tokens_per_step / took, learner.machine.peak_flops
     row = {
-        "step": following.step,
-        "tokens": following.cursor * config.model.context,
-        "loss": loss,
-        "lr": config.optim.lr * height,
-        "grad_norm": norm,
-        "rejected": following.guard.rejected,
-        "fault": fault,
+        "step": state.step,
+        "tokens": state.cursor * config.model.context,
+        "rejected": state.guard.rejected,
+        "tokens_per_s": rate,
+        "mfu": rate * learner.flops_per_token / peak if peak else None,
+        "waiting": waited / took,
     }
-    if share_LE.numel():
-        balance_L = objectives.load_balance(routing_L.load_E, routing_L.prob_E)
-        row |= {
-            "balance": balance_L.mean(),
-            "router_z": routing_L.z.mean() / config.tokens_per_step,
-            "max_violation": share_LE.max() * share_LE.shape[1] - 1,
-            "least_share": share_LE.min(),
-            "balance_per_layer": balance_L,
-            "load_per_layer": share_LE,
-        }
-    took = time.perf_counter() - start
-    rate = config.tokens_per_step / took
-    peak = learner.machine.peak_flops
-    mfu = rate * learner.flops_per_token / peak if peak else None
-    return following, row | {"tokens_per_s": rate, "mfu": mfu, "waiting": waited / took}
+    if not share_LE.numel():
+        return row
+    balance_L = objectives.load_balance(routing_L.load_E, routing_L.prob_E)
+    return row | {
+        "balance": balance_L.mean(),
+        "router_z": routing_L.z.mean() / config.tokens_per_step,
+        "max_violation": share_LE.max() * share_LE.shape[1] - 1,
+        "least_share": share_LE.min(),
+        "balance_per_layer": balance_L,
+        "load_per_layer": share_LE,
+    }
 
 
-def _height(state: State, config: Config) -> float:
+def _shares(load_LE: Tensor) -> Tensor:
+    """(L, E): each expert's share of its layer's load."""
+    return load_LE / load_LE.sum(-1, keepdim=True)
+
+
+def _rate_factor(state: State, config: Config) -> float:
     """Share of the peak learning rate for the step that follows."""
     if state.share is None:
         return schedule.factor(state.step, config.train.steps, config.schedule)
     return schedule.factor_at(state.share, state.step, config.schedule)
-
-
-def accumulate(learner: Learner, micro_batches: list[Batch], load_LE: Tensor) -> tuple[Tensor, Routing]:
-    """Add the gradient of the step's loss to `.grad`, one micro-batch at a time (gradient accumulation).
-
-    Returns the sum of token losses (nats) and the summed routing of all mixture layers, both without gradient.
-    """
-    config, weights = learner.config, learner.config.loss
-    sums: list[Tensor] = []
-    for batch in micro_batches:
-        with learner.machine.autocast():
-            nll_BT, routings = learner.model(batch.inputs_BT, batch.targets_BT)
-        routing_L = stack(routings, like=load_LE)
-        loss = objectives.share_of_step(
-            nll_BT, routing_L.prob_E, routing_L.z, load_LE, config.tokens_per_step, weights.balance, weights.router_z
-        )
-        loss.backward()
-        seen = [tensor.detach() for tensor in (nll_BT.sum(), *routing_L)]
-        sums = [old + new for old, new in zip(sums, seen, strict=True)] if sums else seen
-    return sums[0], Routing(*sums[1:])
 
 
 def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch]) -> Tensor:
@@ -164,4 +158,4 @@ def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch])
     with torch.no_grad(), learner.machine.autocast():
         for batch in micro_batches:
             counted += stack(learner.model.trunk(batch.inputs_BT)[1], like=counted).load_E
-    return counted / counted.sum(-1, keepdim=True)
+    return _shares(counted)

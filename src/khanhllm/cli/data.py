@@ -1,4 +1,4 @@
-"""The verbs that look at text and make tokens of it."""
+"""Verbs that look at text and make tokens of it."""
 
 import argparse
 from pathlib import Path
@@ -27,9 +27,9 @@ def tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Turn text into token shards, once, for any number of runs: khanhllm train PRESET --data DIR.
+    """Turn text into token shards once, for any number of runs (khanhllm train PRESET --data DIR).
 
-    The shards are the same wherever they are made. What was interrupted goes on when the same command is typed again.
+    The shards are the same wherever they are made. After an interruption, the same command continues.
     """
     from khanhllm.data.executors import Execution
     from khanhllm.data.prepare import prepare
@@ -78,11 +78,11 @@ def prepare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def data(options: argparse.Namespace) -> None:
-    """Look at text before it is learned from, or verify prepared shards.
+    """Show what a source of text holds, or verify prepared shards.
 
-    show SRC: a few documents with the boundaries of their tokens, how long documents are, how many bytes a token
-    holds, what the source is made of, and what cannot be read. SRC is any source of text or a folder of shards.
-    verify DIR: every file of a folder of shards against the hashes in its manifest.
+    show SRC prints a few documents with the boundaries of their tokens, the lengths of documents, the bytes that a
+    token holds, what the source is made of, and what cannot be read. SRC is any source of text or a folder of shards.
+    verify DIR compares every file of a folder of shards with the hashes in its manifest.
     """
     from khanhllm.data import inspect
 

@@ -1,0 +1,102 @@
+"""What Python programs and notebooks call; each function is an attribute of the package, as in `khanhllm.load`.
+
+Keys of the config are given by their dotted names: `khanhllm.train("nano", **{"optim.lr": 1e-3})`. Whatever the user
+can put right raises `khanhllm.UserError`, whose text is one line that names what, where and what to do.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from khanhllm.errors import UserError
+from khanhllm.schema import Config
+from khanhllm.settings import nested, preset, preset_names, read_toml, resolve, with_length
+
+if TYPE_CHECKING:
+    from khanhllm.draw import Floats
+    from khanhllm.runs.run import Run
+
+
+def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run":
+    """The newest intact checkpoint of a run folder, ready to write, to score and to be looked into.
+
+    device: auto, cpu, cuda, cuda:N or mps. precision: auto, fp32, tf32 or bf16. Changes nothing of the process
+    (threads, garbage collector, allocator); tf32, which torch keeps for the whole process, only where it is asked for.
+    """
+    import torch
+
+    from khanhllm.runs.run import open_run
+
+    opened = open_run(Path(run), resolve({"machine": {"device": device, "precision": precision}}, where="load").machine)
+    if opened.machine.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    return opened
+
+
+def train(
+    preset: str,
+    data: str | Path | None = None,
+    run: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    time: str | None = None,
+    tokens: str | None = None,
+    resume: bool = False,
+    **knobs: Any,
+) -> "Run":
+    """Train a model and open it, as `khanhllm train` does; also off the main thread, in a notebook, in a loop.
+
+    preset: a name (see `presets`) or the path of a TOML file. data: where the text comes from. run: the folder to
+    write (default runs/PRESET). steps, time ("8h") or tokens ("300M"): how long. resume: continue the run in that
+    folder. Ctrl-C finishes the step, saves, and returns what was trained so far.
+    """
+    from khanhllm.runs.run import open_run
+    from khanhllm.training import run as training
+
+    folder = Path("runs") / Path(preset).stem if run is None else Path(run)
+    kept = folder / "config.toml"
+    base = read_toml(kept) if resume and kept.exists() else _settings(preset)
+    source = {} if data is None else {"data": {"source": str(data)}}
+    chosen = with_length(base, source, nested(knobs), steps=steps, time=time, tokens=tokens, where="train")
+    training.train(chosen, folder, resume=resume)
+    return open_run(folder, chosen.machine)
+
+
+def plan(preset: str, card: str | None = None, memory: str | None = None, **knobs: Any) -> dict[str, Any]:
+    """What a run takes and how long it lasts, simulated without memory: bytes, seconds, tokens, and what each other
+    switch would save.
+
+    card: a graphics card that need not be here, as "RTX 4090". memory: what may be filled, as "8GB".
+    """
+    from khanhllm.planning import plan as planning
+    from khanhllm.planning.budget import fit_micro_batch
+
+    wanted = config(preset, **knobs)
+    hardware = planning.hardware_for(wanted, memory, card)
+    return planning.plan(fit_micro_batch(wanted, hardware), hardware)
+
+
+def config(preset: str, **knobs: Any) -> Config:
+    """The whole, checked config of a preset (or TOML file), with single keys changed."""
+    return resolve(_settings(preset), nested(knobs), where=preset)
+
+
+def presets() -> list[str]:
+    """The names of all presets."""
+    return preset_names()
+
+
+def history(run: str | Path) -> "dict[str, Floats]":
+    """The columns of a run's training_log.csv, one number for each step; nan where nothing was measured.
+
+    Raises UserError if the folder has no log.
+    """
+    from khanhllm.log.pictures import read_log
+
+    log = Path(run) / "training_log.csv"
+    if not log.exists():
+        raise UserError(f"{run} is not a run folder (it has no {log.name}); train one with: khanhllm train nano")
+    return read_log(log, names=None)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    return read_toml(Path(name)) if name.endswith(".toml") else preset(name)

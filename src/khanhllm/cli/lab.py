@@ -1,0 +1,63 @@
+"""Verbs that examine a model or measure this machine."""
+
+import argparse
+from pathlib import Path
+
+from khanhllm.cli.arguments import given, knobs, short
+from khanhllm.settings import preset_names, resolve
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Check that a preset or a run is healthy: no leak from the future, a sane start, equal expert backends."""
+    from khanhllm.lab import doctor
+
+    return doctor.examine(options.patient, resolve(given(options)).machine, as_json=options.json)
+
+
+def doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "patient", metavar="PRESET_OR_RUN", help=f"a run folder, or one of: {', '.join(preset_names())}"
+    )
+    parser.add_argument("--json", action="store_true", help="verdicts as one JSON object")
+    knobs(parser, ["machine"])
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure how fast this machine trains, next to our dense twin and Hugging Face's model, and the parts alone.
+
+    Parts: step, moe, decode, tokenizer, data; without one named, all of them (some minutes). All measurements go
+    into a JSON file, with the machine and the versions.
+    """
+    from khanhllm.lab import bench
+
+    steps = resolve(short("train", "steps", options.steps), where="bench").train.steps
+    out = Path(options.out) if options.out else None
+    bench.run(options.parts, resolve(given(options)).machine, steps, out, options.json)
+
+
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default all)")
+    parser.add_argument("--steps", metavar="N", default="20", help="turns that each candidate takes (20)")
+    parser.add_argument("--out", metavar="FILE", help="where the JSON goes (default bench/DATE-DEVICE.json)")
+    parser.add_argument("--json", action="store_true", help="print it too")
+    knobs(parser, ["machine"])
+
+
+def chaos(options: argparse.Namespace) -> int:
+    """Inject faults into a tiny training run and report which it survives.
+
+    Kills, signals, full disks, damaged files, NaN, a failing network. Every run is compared with an undisturbed one,
+    bit for bit. The same seed injects the same faults. --faults 2590 injects all that docs/reliability.md reports, in
+    about an hour on two cores; saves are cut short where strace is installed.
+    """
+    from khanhllm.chaos.run import checked
+
+    return checked(options.seed, options.faults, options.minutes)
+
+
+def chaos_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="decides all faults (0)")
+    parser.add_argument("--faults", metavar="N", type=int, default=150, help="how many to inject, about (150)")
+    parser.add_argument(
+        "--minutes", metavar="M", type=float, default=0, help="begin none after so many; 0: no limit (0)"
+    )

@@ -1,0 +1,92 @@
+"""Verbs that train a model."""
+
+import argparse
+from pathlib import Path
+
+from khanhllm.cli.arguments import given, knobs, short
+from khanhllm.errors import UserError
+from khanhllm.schema import Config
+from khanhllm.settings import preset, preset_names, read_toml, with_length
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a model from a preset, a TOML file and single options; later ones win.
+
+    The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
+    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume
+    continues.
+    """
+    folder = _folder(options)
+    config = with_length(
+        *_layers(options, folder), steps=options.steps, time=options.time, tokens=options.tokens, where="train"
+    )
+    from khanhllm.training import run
+
+    run.train(_twin(options, config), folder, resume=options.resume)
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    if options.run:
+        return Path(options.run)
+    name = options.preset or (Path(options.config).stem if options.config is not None else None)
+    if not name:
+        raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
+    return Path("runs") / (f"{name}-twin" if options.twin else name)
+
+
+def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, object]]]:
+    """What the config is made of, the strongest last."""
+    kept = folder / "config.toml"
+    if options.resume and kept.exists():
+        layers = [read_toml(kept)]
+    elif options.preset:
+        layers = [preset(options.preset)]
+    elif options.config is not None:
+        layers = []
+    else:
+        raise UserError(f"{folder} holds no run to resume; name a preset ({', '.join(preset_names())}) to begin one")
+    layers += [] if options.config is None else [read_toml(Path(options.config))]
+    return [*layers, short("data", "source", options.data), given(options)]
+
+
+def _twin(options: argparse.Namespace, config: Config) -> Config:
+    if not options.twin:
+        return config
+    from khanhllm.model.twin import dense_twin
+
+    if options.resume:
+        raise UserError("--twin begins a run of its own; to continue one, leave it out")
+    return config.model_copy(update={"model": dense_twin(config.model, options.twin)})
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N | --for TIME | --tokens N]\n"
+        "                      [--resume] [--section.key VALUE ...]"
+    )
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
+    parser.add_argument("--config", metavar="FILE", help="a whole TOML, or a few keys of one")
+    parser.add_argument("--data", metavar="SRC", help="where the text comes from; the same as --data.source")
+    parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/PRESET)")
+    parser.add_argument("--steps", metavar="N", help="optimizer steps; the same as --train.steps")
+    parser.add_argument("--for", dest="time", metavar="TIME", help="time to train for, as 480s, 90m, 8h or 1d12h")
+    parser.add_argument("--tokens", metavar="N", help="tokens to train on, as 300M or 5B")
+    parser.add_argument(
+        "--twin", choices=["active", "total"], help="train the dense model of equal arithmetic or equal parameters"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
+    )
+    knobs(parser)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes."""
+    from khanhllm import demo
+
+    demo.tell(Path(options.run), given(options))
+
+
+def demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="DIR", default="runs/demo", help="the run folder (runs/demo)")
+    knobs(parser)

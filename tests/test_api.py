@@ -1,0 +1,164 @@
+"""What Python programs call: lazily imported, and leaving the process as it was."""
+
+import gc
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import khanhllm
+from khanhllm import UserError
+from khanhllm.cli.arguments import given
+from khanhllm.runs.evaluate import score_run
+
+KNOBS = {
+    "model.dim": 32,
+    "model.hidden": 64,
+    "model.vocab_size": 400,
+    "model.context": 32,
+    "train.sample_tokens": 0,
+    "machine.device": "cpu",
+    "machine.threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    knobs = {**KNOBS, "data.cache": str(folder / "shards"), "data.validation": 0.2}
+    return khanhllm.train("nano", data=corpus, run=folder / "run", steps=4, **knobs), folder
+
+
+def test_training_gives_an_opened_run(trained):
+    run, folder = trained
+    assert run.step == 4 and run.config.model.dim == 32
+    assert isinstance(run, khanhllm.Run)
+    losses = khanhllm.history(folder / "run")["loss"]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+def test_a_run_can_be_continued(trained, tmp_path):
+    run, _ = trained
+    copy = run.save(tmp_path / "copy")
+    more = khanhllm.train("nano", run=copy, resume=True, steps=6)
+    whole = khanhllm.train("nano", run=tmp_path / "whole", **{**KNOBS, **_data(run)}, steps=6)
+    assert more.step == 6
+    # the schedule of 4 steps differs from that of 6, so only steps and shape can agree
+    assert whole.model.state_dict().keys() == more.model.state_dict().keys()
+    with pytest.raises(UserError, match="already holds a run"):
+        run.save(copy)
+
+
+def _data(run):
+    return {"data.source": str(run.data), "data.cache": run.config.data.cache}
+
+
+def test_saved_and_loaded_it_is_the_same_model(trained, tmp_path):
+    run, _ = trained
+    again = khanhllm.load(run.save(tmp_path / "copy"), device="cpu", precision="fp32")
+    ids = torch.arange(10).unsqueeze(0)
+    assert torch.equal(again.model(ids), run.model(ids))
+    assert (tmp_path / "copy" / "tokenizer.json").exists()
+
+
+def test_logits_next_score_and_experts_agree_with_each_other(trained):
+    run, _ = trained
+    text = "import json"
+    ids = [run.tokenizer.end_of_text, *run.tokenizer.encode(text)]
+    logits = run.logits(text)
+    assert logits.shape == (len(ids), 400)
+    likeliest, probability = run.next(text, k=3)[0]
+    known = logits[-1, : run.tokenizer.vocab_size].softmax(-1)
+    assert probability == pytest.approx(known.max().item())
+    assert likeliest == run.tokenizer.decode([int(known.argmax())])
+    nats = -logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).mean().item()
+    score = run.score(text)
+    assert score["val_ce"] == pytest.approx(nats, rel=1e-5)
+    assert score["val_bytes"] == len(text)
+    experts = run.experts(text)
+    assert experts.layers == [1, 3] and len(experts.tokens) == len(ids)
+    assert experts.expert_LTK.shape == (2, len(ids), 2)
+    assert experts.weight_LTK.sum(-1) == pytest.approx(1)
+
+
+def test_generate_is_a_function_of_the_seed(trained):
+    run, _ = trained
+    first, second = run.generate("def ", n=2, tokens=12, seed=3)
+    assert run.generate("def ", tokens=12, seed=4) == [second] and first != second
+    assert "".join(run.stream("def ", tokens=12, seed=3)) == first
+
+
+def test_what_makes_no_sense_is_one_line(trained, tmp_path):
+    run, folder = trained
+    for wrong, said in (
+        (lambda: run.generate("x", temperature=-1), "temperature"),
+        (lambda: run.generate("x", temprature=1), "did you mean temperature"),
+        (lambda: run.logits("word " * 100), "sees 32 at once"),
+        (lambda: run.score(""), "no text to score"),
+        (lambda: khanhllm.load(tmp_path), "not a run folder"),
+        (lambda: khanhllm.load(folder / "run", device="banana"), "machine.device"),
+        (lambda: khanhllm.history(tmp_path), "not a run folder"),
+        (lambda: khanhllm.train("nanno"), "did you mean nano"),
+        (lambda: khanhllm.train("nano", run=folder / "run"), "already holds a run"),
+        (lambda: khanhllm.train("nano", learning_rate=1), "unknown argument learning_rate"),
+        (lambda: khanhllm.config("nano", **{"optim.lrr": 1}), "did you mean lr"),
+    ):
+        with pytest.raises(UserError, match=said):
+            wrong()
+
+
+def test_opening_a_run_changes_nothing_of_the_process(trained):
+    _, folder = trained
+    code = f"""
+import gc, torch
+torch.set_num_threads(2)
+before = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
+import khanhllm
+import khanhllm.machine.devices as devices
+def refuse(*_): raise SystemExit("the allocator was changed, or the machine measured")
+devices.keep_freed_memory = devices.matmul_rate = refuse
+run = khanhllm.load({str(folder / "run")!r}, device="cpu")
+run.generate("x", tokens=3); run.score("import json"); run.next("x")
+assert before == (torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_it_trains_off_the_main_thread_and_lets_its_memory_go(trained, tmp_path):
+    run, _ = trained
+    found = []
+    knobs = {**KNOBS, **_data(run)}
+    thread = threading.Thread(target=lambda: found.append(khanhllm.train("nano", run=tmp_path, steps=2, **knobs)))
+    thread.start()
+    thread.join()
+    assert found[0].step == 2
+    assert gc.get_freeze_count() == 0
+
+
+def test_importing_is_light():
+    code = "import sys, khanhllm; khanhllm.presets(); khanhllm.config('nano')"
+    code += "; sys.exit(str([n for n in ('torch', 'numpy', 'rich', 'datatrove') if n in sys.modules]).strip('[]') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    for name in (*khanhllm.__all__, "__version__"):
+        assert getattr(khanhllm, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        khanhllm.nothing  # noqa: B018
+
+
+def test_dotted_names_reach_the_command_line_as_they_reach_the_api():
+    import argparse
+
+    assert given(argparse.Namespace(**{"optim.lr": "1", "run": "x"})) == {"optim": {"lr": "1"}}
+
+
+def test_the_score_of_a_run_is_that_of_the_command(trained):
+    _, folder = trained
+    score = score_run(folder / "run")
+    assert score["val_tokens"] > 100
