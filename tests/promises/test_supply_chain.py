@@ -1,4 +1,4 @@
-"""What the package stands on: each direct dependency has its reason in the README, and a hash in the lock."""
+"""What the package stands on: each direct dependency has its reason in docs/dependencies.md, and a hash in the lock."""
 
 import ast
 import re
@@ -17,8 +17,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def table() -> str:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return readme.partition("## What it stands on")[2].lower().replace("_", "-")
+    return (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8").lower().replace("_", "-")
 
 
 def pinned(file: str) -> dict[str, str]:
