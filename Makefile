@@ -23,7 +23,7 @@ lint: .venv/ready
 # Both need the network. torch is chosen by the machine (CPU, CUDA), so it and its libraries stand outside the lock.
 lock:
 	dir=$$(mktemp -d) && $(PYTHON) -m venv $$dir && $$dir/bin/pip install --quiet uv && \
-	$$dir/bin/uv pip compile pyproject.toml --quiet --generate-hashes -c constraints.txt --universal --python-version 3.11 \
+	$$dir/bin/uv pip compile pyproject.toml --extra all --quiet --generate-hashes -c constraints.txt --universal --python-version 3.11 \
 	  --no-annotate --no-header -o $$dir/all && $$dir/bin/python scripts/lock.py $$dir/all > requirements.lock; \
 	status=$$?; rm -rf $$dir; exit $$status
 

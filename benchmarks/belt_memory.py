@@ -19,7 +19,7 @@ import psutil
 
 from khanhllm.data.belt import Belt
 from khanhllm.data.documents import Reader
-from khanhllm.data.prepare import ensure
+from khanhllm.data.ensure import ensure
 from khanhllm.data.sources import locate
 from khanhllm.schema import DataConfig
 

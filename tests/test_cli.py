@@ -1,11 +1,15 @@
 """Every verb by its words, and wrong input of every kind: one line on stderr, exit code 2, nothing lost."""
 
 import gzip
+import inspect
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import tiny
 from khanhllm import cli
@@ -49,6 +53,54 @@ def test_help_needs_no_torch_and_explains_each_option(verb):
     assert result.stdout.endswith("[]\n")
     parser = next(a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))[verb]
     assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize("words", [[], ["help"], ["--help"]])
+def test_help_names_every_verb_in_a_whole_sentence(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for verb, _ in cli._verbs():
+        sentence = inspect.cleandoc(verb.__doc__).splitlines()[0]
+        assert sentence[0].isupper() and sentence.endswith(".") and f" {verb.__name__} {sentence}" in text
+
+
+def test_help_of_a_verb_and_the_version(capsys):
+    for words in (["help", "train"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert end.value.code == 0
+    whole, again = capsys.readouterr().out.split("usage: ")[1:]
+    assert whole == again and "--optim.lr" in whole
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert re.fullmatch(r"khanhllm \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_can_be_taught_to_complete(shell, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--print-completion", shell])
+    assert end.value.code == 0
+    script = capsys.readouterr().out
+    assert "evaluate" in script and ("--optim.lr" in script or shell == "tcsh")  # which completes verbs alone
+
+
+def test_from_the_command_line_to_backward_are_four_calls(corpus, tmp_path, monkeypatch):
+    seen = []
+    honest = torch.Tensor.backward
+
+    def backward(loss, *arguments, **named):
+        files = [frame.filename for frame in inspect.stack(0)]
+        seen.append(len([name for name in files if "khanhllm" in Path(name).parts]))
+        return honest(loss, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    (tmp_path / "tiny.toml").write_text(to_toml(tiny(vocab_size=600)))
+    words = ["--config", str(tmp_path / "tiny.toml"), "--data", str(corpus), "--data.cache", str(tmp_path / "shards")]
+    assert cli.main(["train", *words, "--data.validation", "0.2", "--steps", "1", "--run", str(tmp_path / "run")]) == 0
+    assert set(seen) == {4}  # main, the verb, the loop, the step
 
 
 def test_generate_streams_text(trained, capsys):

@@ -4,16 +4,37 @@ Keys of the config are given by their dotted names: `khanhllm.train("nano", **{"
 can put right raises `khanhllm.UserError`, whose text is one line that names what, where and what to do.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, missing_extra
 from khanhllm.schema import Config
 from khanhllm.settings import nested, preset, preset_names, read_toml, resolve, with_length
 
 if TYPE_CHECKING:
     from khanhllm.draw import Floats
     from khanhllm.runs.run import Run
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def names_what_is_missing(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A module of an extra that is not installed raises UserError with what to install."""
+
+    @functools.wraps(function)
+    def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        try:
+            return function(*arguments, **named)
+        except ModuleNotFoundError as error:
+            if missing := missing_extra(error):
+                raise missing from None
+            raise
+
+    return call
 
 
 def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run":
@@ -32,6 +53,7 @@ def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run
     return opened
 
 
+@names_what_is_missing
 def train(
     preset: str,
     data: str | Path | None = None,

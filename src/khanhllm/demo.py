@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from khanhllm import draw
+from khanhllm.errors import missing_extra
 from khanhllm.inference.score import expert_load
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
 from khanhllm.runs.evaluate import held_out
@@ -73,9 +74,12 @@ the Python that runs it.
 
 def _curve(console: Console, folder: Path) -> None:
     log, picture = folder / "training_log.csv", folder / "loss.png"
-    loss_curve_png(log, picture, "KhanhLLM nano")
     console.print(loss_curve_text(log, min(console.width, 100), 14), markup=False, soft_wrap=True)
-    console.print(f"\nThe same as a picture: {picture}\n", markup=False)
+    try:
+        loss_curve_png(log, picture, "KhanhLLM nano")
+        console.print(f"\nThe same as a picture: {picture}\n", markup=False)
+    except ModuleNotFoundError as error:
+        console.print(f"\nNo picture of it: {missing_extra(error) or error}\n", markup=False)
 
 
 def _verdict(console: Console, opened: Run, windows: list[np.ndarray]) -> None:

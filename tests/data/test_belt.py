@@ -17,8 +17,9 @@ from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import belt as module
 from khanhllm.data import belt_setup, documents, heartbeat, prepare
 from khanhllm.data.belt import Belt, Starved
-from khanhllm.data.belt_worker import RECIPE, BeltWorker, Recipe
-from khanhllm.data.prepare import ensure
+from khanhllm.data.belt_notes import RECIPE, Recipe
+from khanhllm.data.belt_worker import BeltWorker
+from khanhllm.data.ensure import ensure
 from khanhllm.data.shards import Shards
 from khanhllm.data.writer import text_hash
 from khanhllm.errors import UserError

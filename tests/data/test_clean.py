@@ -17,10 +17,12 @@ from khanhllm import cli
 from khanhllm.data import clean as module
 from khanhllm.data import prepare as preparation
 from khanhllm.data.belt import Belt
-from khanhllm.data.belt_worker import BeltWorker, Made, note_path
+from khanhllm.data.belt_notes import Made, note_path
+from khanhllm.data.belt_worker import BeltWorker
 from khanhllm.data.clean import Cleaner, steps_of
+from khanhllm.data.ensure import ensure
 from khanhllm.data.executors import Execution
-from khanhllm.data.prepare import ensure, prepare
+from khanhllm.data.prepare import prepare
 from khanhllm.data.shards import Manifest
 from khanhllm.data.sources import Source
 from khanhllm.errors import UserError

@@ -162,7 +162,7 @@ BELT = """
 from pathlib import Path
 from khanhllm.schema import DataConfig
 from khanhllm.data.belt_worker import BeltWorker
-from khanhllm.data.prepare import ensure
+from khanhllm.data.ensure import ensure
 folder = ensure(DataConfig(source="c4", cache={cache!r}, shard_tokens=2000, tokenizer_sample=2000), 300, 1000)
 print(BeltWorker(folder, 5.0).make(0).shard.documents)
 """

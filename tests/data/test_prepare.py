@@ -11,7 +11,8 @@ from words import TOKENIZER, lines, text
 
 from khanhllm.data import prepare as module
 from khanhllm.data.documents import Reader
-from khanhllm.data.prepare import ensure, prepare, train_on
+from khanhllm.data.ensure import ensure
+from khanhllm.data.prepare import prepare, train_on
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source, locate
 from khanhllm.data.tokenizer import train_tokenizer

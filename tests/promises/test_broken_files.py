@@ -16,7 +16,8 @@ import zstandard
 
 from khanhllm import cli
 from khanhllm.data.documents import Reader
-from khanhllm.data.prepare import ensure, prepare
+from khanhllm.data.ensure import ensure
+from khanhllm.data.prepare import prepare
 from khanhllm.data.shards import Shards
 from khanhllm.data.sources import locate
 from khanhllm.data.tokenizer import Tokenizer, train_tokenizer

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import tiny
 from khanhllm import cli
-from khanhllm.data.prepare import ensure
+from khanhllm.data.ensure import ensure
 from khanhllm.errors import UserError
 from khanhllm.machine import devices
 from khanhllm.schema import Config

@@ -25,13 +25,17 @@ def pinned(file: str) -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in found}
 
 
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = names(PROJECT["dependencies"]) | names(EXTRAS["data"] + EXTRAS["plot"] + EXTRAS["8bit"])
+
+
 def test_each_direct_dependency_has_its_reason():
-    missing = {name for name in names(PROJECT["dependencies"]) if not re.search(rf"(?<![\w-]){name}(?![\w-])", table())}
+    missing = {name for name in DIRECT | EXTRAS.keys() if not re.search(rf"(?<![\w-]){name}(?![\w-])", table())}
     assert not missing
 
 
 def test_nothing_is_imported_that_is_not_declared():
-    declared = names(PROJECT["dependencies"]) | {
+    declared = DIRECT | {
         "triton",
         "urllib3",
     }  # an extra, for its own file; what requests raises
@@ -45,7 +49,7 @@ def test_nothing_is_imported_that_is_not_declared():
 
 def test_the_lock_has_a_hash_for_every_file_and_the_versions_of_the_tests():
     lock, constraints = pinned("requirements.lock"), pinned("constraints.txt")
-    assert names(PROJECT["dependencies"]) - {"torch"} <= lock.keys()
+    assert DIRECT - {"torch"} <= lock.keys()
     assert {name: version for name, version in lock.items() if constraints.get(name, version) != version} == {}
     blocks = re.split(r"^(?=[a-z0-9])", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)[
         1:

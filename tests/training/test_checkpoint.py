@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -242,3 +244,23 @@ def test_a_file_that_cannot_be_opened_again_is_a_failed_save(tmp_path, monkeypat
     with pytest.raises(OSError, match="Too many open files"):
         save(tmp_path, 1, *one_step(build(tiny())), {})
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_saving_starts_no_second_team_of_threads(tmp_path):
+    """More OpenMP threads than cores would make every later operation of the training sleep and wake."""
+    code = f"""
+import psutil, torch
+from pathlib import Path
+from khanhllm.training.checkpoint import Saver
+torch.set_num_threads(2)
+model = torch.nn.Linear(512, 512)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(512, 512)).sum().backward(); optimizer.step()  # the training's own team is there
+threads = psutil.Process().num_threads()
+with Saver(Path({str(tmp_path)!r}), keep=1) as saver:
+    saver.begin(1, model, optimizer, {{}})
+    assert saver.outcome(patient=True)
+    print(psutil.Process().num_threads() - threads)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 1  # the saver's own

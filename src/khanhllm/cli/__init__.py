@@ -14,7 +14,7 @@ import shtab
 
 from khanhllm import __version__
 from khanhllm.cli.arguments import Parser, Raw
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, missing_extra
 
 # Each verb imports what it needs only when it runs, so that help is instant.
 VERBS = {
@@ -50,6 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.verb(options) or 0)
     except UserError as error:
         return _complain(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        return (
+            _complain(f"{options.parser.prog.split()[-1]}: {missing}", 2)
+            if missing
+            else _complain(_unforeseen(error), 1)
+        )
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from khanhllm.data.belt_worker import GLANCE, RECIPE, Made, Recipe, note_path
+from khanhllm.data.belt_notes import GLANCE, RECIPE, Made, Recipe, note_path
 from khanhllm.data.heartbeat import Heartbeat
 from khanhllm.data.shards import Manifest, shuffled
 from khanhllm.errors import UserError

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from khanhllm.data.belt_worker import RECIPE, Recipe, spool
+from khanhllm.data.belt_notes import RECIPE, Recipe, spool
 from khanhllm.data.clean import Cleaner, counted
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for

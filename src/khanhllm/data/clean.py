@@ -25,7 +25,7 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from rich.table import Table
 
-from khanhllm.data.shards import Cleaning, Removed
+from khanhllm.data.shards import Cleaning, Removed, Tally
 from khanhllm.errors import UserError
 from khanhllm.settings import did_you_mean
 
@@ -42,8 +42,6 @@ SURE = 0.65
 GLANCE = 10_000
 """characters of a document by which its language is told"""
 
-Tally = tuple[tuple[int, int], ...]
-"""documents and bytes: those read, then those that each step removed"""
 Found = Mapping[str, Mapping[int, Sequence[int]]]
 """of a step of COMPARING the documents that it changes, by their number among those that come to it"""
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.data.belt_worker import Made
+from khanhllm.data.belt_notes import Made
 from khanhllm.data.clean import counted as cleaned
 from khanhllm.data.clean import table
 from khanhllm.data.documents import Reader

@@ -24,14 +24,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
-from khanhllm.data.belt_worker import spool
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
-from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
+from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import there
@@ -200,39 +200,29 @@ def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterato
         raise UserError(f"{source.name} holds no text: {why}")
 
 
-def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
-    """The folder of shards for a run: the one given, one from the cache, or a new one.
-
-    vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that
-    is remote, a mixture or larger than WHOLE becomes a belt, whose shards are made while the model trains. Raises
-    UserError.
-    """
-    folder = Path(data.source)
+def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
+    """The folder of shards of a source of text: one from the cache, or a new one. See `ensure`."""
     steps = ", ".join(steps_of(data.clean))
+    # what is remote keeps its name for now: a belt that is there already is found without a network
+    parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
+    fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
+    (first, _), *others = parts
+    whole = not others and isinstance(first, Source) and first.size <= WHOLE
+    given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
+    recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
+    recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
+    recipe += [steps] if steps else []
+    recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
+    if (compares := _comparing(steps)) and not whole:
+        raise UserError(
+            f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
+            "trains; download it, khanhllm prepare --clean it, and train on that"
+        )
+    folder = Path(data.cache) / _folder_name(data.source, recipe)
+    if given:
+        check_fits(given.vocab_size, vocab_size, data.tokenizer)
     if not there(folder / MANIFEST):
-        # what is remote keeps its name for now: a belt that is there already is found without a network
-        parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
-        fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
-        (first, _), *others = parts
-        whole = not others and isinstance(first, Source) and first.size <= WHOLE
-        given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
-        recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
-        recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
-        recipe += [steps] if steps else []
-        recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
-        if (compares := _comparing(steps)) and not whole:
-            raise UserError(
-                f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
-                "trains; download it, khanhllm prepare --clean it, and train on that"
-            )
-        folder = Path(data.cache) / _folder_name(data.source, recipe)
-        if given:
-            _fits(given.vocab_size, vocab_size, data.tokenizer)
-        if not there(folder / MANIFEST):
-            _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
-    elif steps and steps != (made := Manifest.read(folder).cleaned_by):
-        raise UserError(f"{folder} was prepared with cleaning by {made or 'nothing'}; leave out data.clean {steps}")
-    _check(folder, data.tokenizer, vocab_size)
+        _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
     return folder
 
 
@@ -278,20 +268,6 @@ def _make(
 def _comparing(steps: str) -> str:
     """The first of the steps that compares all documents, if there is one."""
     return next((step for step in steps_of(steps) if step in COMPARING), "")
-
-
-def _check(folder: Path, tokenizer: str, vocab_size: int) -> None:
-    manifest = Manifest.read(folder)
-    _fits(manifest.vocab_size, vocab_size, str(folder))
-    for path in (folder / "tokenizer.json", *([Path(tokenizer)] if tokenizer else [])):
-        found = Tokenizer.load(path)
-        if (found.sha256, found.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
-            raise UserError(f"the tokenizer {path} does not match the shards in {folder}; prepare them again with it")
-
-
-def _fits(tokens: int, vocab_size: int, where: str) -> None:
-    if tokens > vocab_size:
-        raise UserError(f"{where} has {tokens} tokens, more than model.vocab_size {vocab_size}; raise that to {tokens}")
 
 
 def _folder_name(source: str, recipe: list[Any]) -> str:

@@ -197,6 +197,12 @@ class Tokenizer:
         return self._pieces[rank]
 
 
+def check_fits(tokens: int, vocab_size: int, where: str) -> None:
+    """Raise UserError if a model's vocabulary is smaller than that of the tokenizer in `where`."""
+    if tokens > vocab_size:
+        raise UserError(f"{where} has {tokens} tokens, more than model.vocab_size {vocab_size}; raise that to {tokens}")
+
+
 def _digestible(text: str) -> list[str]:
     """Cut where the pattern cuts anyway, one short of the end of very long blanks; see _LONG_BLANK."""
     if len(text) <= _LONG:

@@ -16,9 +16,9 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
-from khanhllm.data.clean import Cleaner, Found, Tally
+from khanhllm.data.clean import Cleaner, Found
 from khanhllm.data.documents import Reader
-from khanhllm.data.shards import Dtype, Shard, Split, dtype_for
+from khanhllm.data.shards import Dtype, Shard, Split, Tally, dtype_for
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import publish

@@ -5,13 +5,13 @@ python -m khanhllm.lab.measure < config.json > measurement.json
 """
 
 import gc
+import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-import orjson
 import psutil
 import torch
 
@@ -44,11 +44,12 @@ class Measurement(TypedDict):
 def measure(config: Config) -> Measurement:
     """Run the steps in a process of their own. UserError if they cannot be finished, with the reason."""
     command = [sys.executable, "-m", "khanhllm.lab.measure"]
-    result = subprocess.run(command, input=orjson.dumps(config.model_dump()), capture_output=True, check=False)
+    result = subprocess.run(command, input=json.dumps(config.model_dump()).encode(), capture_output=True, check=False)
     if result.returncode:
         last = (result.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise UserError(f"the three steps could not be finished: {last}")
-    return orjson.loads(result.stdout)
+    measured: Measurement = json.loads(result.stdout)
+    return measured
 
 
 def three_steps(config: Config) -> Measurement:
@@ -99,4 +100,4 @@ def _steps(learner: Learner, steps: int) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(orjson.dumps(three_steps(resolve(orjson.loads(sys.stdin.buffer.read())))))
+    print(json.dumps(three_steps(resolve(json.load(sys.stdin)))))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, missing_extra
 from khanhllm.model.roles import HIDDEN, TABLES, Role, role
 from khanhllm.optim.adamw import AdamW
 from khanhllm.optim.muon import Muon
@@ -79,8 +79,10 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     try:
         from khanhllm.optim.eight_bit import AdamW8bit, Muon8bit
     except Exception as error:  # its import loads a shared library, and what that raises depends on the platform
-        reason = str(error).splitlines()[0]
         name, plain = config.name, config.name.removesuffix("8bit")
+        if isinstance(error, ModuleNotFoundError) and (missing := missing_extra(error)):
+            raise UserError(f"optim.name {name}: {missing}; or use {plain}") from None
+        reason = str(error).splitlines()[0]
         raise UserError(f"optim.name: {name} needs bitsandbytes, which fails here ({reason}); use {plain}") from None
     return AdamW8bit(found, **settings) if config.name == "adamw8bit" else Muon8bit(found, **settings)
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, Shards
-from khanhllm.data.sources import locate
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.inference.score import Score
@@ -43,6 +41,9 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
 
 def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Each document of a source as training sees it: after an end-of-text."""
+    from khanhllm.data.documents import Reader
+    from khanhllm.data.sources import locate
+
     place = locate(source)
     groups = place.groups()
     reader = Reader(place, groups)

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from khanhllm import optim
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt, Starved
-from khanhllm.data.belt_worker import RECIPE
-from khanhllm.data.prepare import ensure
+from khanhllm.data.belt_notes import RECIPE
+from khanhllm.data.ensure import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError

@@ -1,0 +1,35 @@
+"""The shards of a run. Prepared ones are opened with nothing but NumPy; what makes new ones is imported only then."""
+
+from pathlib import Path
+
+from khanhllm.data.shards import MANIFEST, Manifest
+from khanhllm.data.tokenizer import Tokenizer, check_fits
+from khanhllm.errors import UserError
+from khanhllm.files import there
+from khanhllm.schema import DataConfig
+
+
+def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
+    """The folder of shards for a run: the one given, one from the cache, or a new one.
+
+    vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that
+    is remote, a mixture or large becomes a belt, whose shards are made while the model trains. Raises UserError.
+    """
+    folder = Path(data.source)
+    if not there(folder / MANIFEST):
+        from khanhllm.data.prepare import from_cache
+
+        folder = from_cache(data, vocab_size, tokens_needed)
+    elif data.clean:
+        from khanhllm.data.clean import steps_of
+
+        steps, made = ", ".join(steps_of(data.clean)), Manifest.read(folder).cleaned_by
+        if steps and steps != made:
+            raise UserError(f"{folder} was prepared with cleaning by {made or 'nothing'}; leave out data.clean {steps}")
+    manifest = Manifest.read(folder)
+    check_fits(manifest.vocab_size, vocab_size, str(folder))
+    for path in (folder / "tokenizer.json", *([Path(data.tokenizer)] if data.tokenizer else [])):
+        found = Tokenizer.load(path)
+        if (found.sha256, found.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
+            raise UserError(f"the tokenizer {path} does not match the shards in {folder}; prepare them again with it")
+    return folder

@@ -1,0 +1,64 @@
+"""Without the extras a run can be loaded, can write and be scored, and can be trained on shards. What needs an extra
+says which one, in one line."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        extras = "datatrove fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid warcio".split()
+        if name.partition(".")[0] in extras:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+import tiktoken, tokenizers  # whose own dependencies are no extras of ours
+sys.meta_path.insert(0, Missing())
+from khanhllm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def khanhllm(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+
+    def call(*words: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", WITHOUT, *words], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return call
+
+
+def test_a_run_is_resumed_scored_and_writes(khanhllm):
+    for words in (
+        ("train", "--resume", "--run", "modern"),
+        ("evaluate", "modern"),
+        ("generate", "modern", "--tokens", "3"),
+    ):
+        code, said = khanhllm(*words)
+        assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "extra"),
+    [
+        (("train", "nano", "--data", "stdlib"), "datatrove", "data"),
+        (("evaluate", "modern", "--data", "stdlib"), "orjson", "data"),
+        (("tokenizer", "--data", "stdlib"), "datatrove", "data"),
+        (("compare", "modern"), "matplotlib", "plot"),
+        (("train", "nano", "--data", "shards", "--optim.name", "adamw8bit", "--run", "x"), "bitsandbytes", "8bit"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(khanhllm, words, module, extra):
+    code, said = khanhllm(*words)
+    last = said.splitlines()[-1]
+    assert code == 2, said
+    assert last.startswith("khanhllm: ") and module in last and f"pip install 'khanhllm[{extra}]'" in last
+    assert "Traceback" not in said
