@@ -113,7 +113,7 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
 def test_opening_a_run_changes_nothing_of_the_process(trained):
     _, folder = trained
     code = f"""
-import gc, torch
+import gc, sys, torch
 torch.set_num_threads(2)
 before = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
 import khanhllm
@@ -123,6 +123,7 @@ devices.keep_freed_memory = devices.matmul_rate = refuse
 run = khanhllm.load({str(folder / "run")!r}, device="cpu")
 run.generate("x", tokens=3); run.score("import json"); run.next("x")
 assert before == (torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count())
+assert "torch._dynamo" not in sys.modules  # the compiler, which takes longer to import than to write a line
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -7,6 +7,12 @@ MIX = 0x9E3779B97F4A7C15 - 2**64
 """2^64 divided by the golden ratio: products with it are spread evenly (Knuth, TAOCP 3, section 6.4)"""
 
 
+def _table(size: int, dim: int) -> nn.Embedding:
+    """Without numbers, which `Transformer.initialise` or a checkpoint brings; PyTorch's own, drawn on the meta device,
+    would import its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(size, dim), freeze=False)
+
+
 class TokenEmbedding(nn.Module):
     """With `pairs`, a token's vector also depends on the token before it: of all pairs, those whose hashes agree share
     one learned vector, which is added (Cheng et al. 2026, arXiv 2601.07372; pairs as in
@@ -14,8 +20,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, pairs: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocab_size, dim)
-        self.pair = nn.Embedding(pairs, dim) if pairs else None
+        self.token = _table(vocab_size, dim)
+        self.pair = _table(pairs, dim) if pairs else None
 
     def forward(self, ids_BT: Tensor, start: int = 0, before_B1: Tensor | None = None) -> Tensor:
         """ids_BT -> (B, T, D); `start` is the position of the first id, before_B1 the ids before it, if any."""
@@ -35,7 +41,7 @@ class ValueEmbedding(nn.Module):
     def __init__(self, layers: int, vocab_size: int, size: int) -> None:
         super().__init__()
         having = [layer for layer in range(layers) if (layers - 1 - layer) % 2 == 0]
-        self.tables = nn.ModuleDict({str(layer): nn.Embedding(vocab_size, size) for layer in having})
+        self.tables = nn.ModuleDict({str(layer): _table(vocab_size, size) for layer in having})
 
     def forward(self, ids_BT: Tensor, layer: int) -> Tensor | None:
         """(B, T, S), or None for a layer without a table."""
@@ -63,8 +69,8 @@ class NoSkip(nn.Module):
 class TokenPositionEmbedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int, context: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocab_size, dim)
-        self.position = nn.Embedding(context, dim)
+        self.token = _table(vocab_size, dim)
+        self.position = _table(context, dim)
 
     def forward(self, ids_BT: Tensor, start: int = 0, before_B1: Tensor | None = None) -> Tensor:
         position_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)

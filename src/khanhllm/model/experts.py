@@ -26,8 +26,13 @@ class Backend(NamedTuple):
     """(x_NI, y_NO, end_E) -> (E, I, O), zeros for an expert without rows."""
 
 
-# As operators of their own, the compiler sees two boxes of known shape and not the loop, which reads the load.
-@torch.library.custom_op("khanhllm::loop_grouped_mm", mutates_args=())
+# As operators of their own, the compiler sees two boxes of known shape and not the loop, which reads the load. Defined
+# this way and not by `custom_op`, whose first call would import the compiler for those who never compile.
+torch.library.define("khanhllm::loop_grouped_mm", "(Tensor x_NI, Tensor weight_EIO, Tensor end_E) -> Tensor")
+torch.library.define("khanhllm::loop_grouped_mm_wgrad", "(Tensor x_NI, Tensor y_NO, Tensor end_E) -> Tensor")
+
+
+@torch.library.impl("khanhllm::loop_grouped_mm", "default")
 def _loop_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
     for expert, rows in enumerate(_slices(end_E)):
@@ -35,7 +40,7 @@ def _loop_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return out_NO
 
 
-@torch.library.custom_op("khanhllm::loop_grouped_mm_wgrad", mutates_args=())
+@torch.library.impl("khanhllm::loop_grouped_mm_wgrad", "default")
 def _loop_grouped_mm_wgrad(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     out_EIO = x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
     for expert, rows in enumerate(_slices(end_E)):
@@ -48,12 +53,12 @@ def _slices(end_E: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-@_loop_grouped_mm.register_fake
+@torch.library.register_fake("khanhllm::loop_grouped_mm")
 def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
 
 
-@_loop_grouped_mm_wgrad.register_fake
+@torch.library.register_fake("khanhllm::loop_grouped_mm_wgrad")
 def _(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
 

@@ -13,10 +13,13 @@ class Rope(nn.Module):
 
     def __init__(self, head_dim: int, context: int, theta: float) -> None:
         super().__init__()
-        frequency_d = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angle_Td = torch.outer(torch.arange(context, dtype=torch.float32), frequency_d)
-        self.register_buffer("cos_Td", angle_Td.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin_Td", angle_Td.sin().repeat(1, 2), persistent=False)
+        # on the CPU, wherever the model will stand: the same numbers everywhere
+        even_d = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        place_T = torch.arange(context, dtype=torch.float32, device="cpu")
+        angle_Td = torch.outer(place_T, theta ** (-even_d / head_dim))
+        device = torch.get_default_device()
+        self.register_buffer("cos_Td", angle_Td.cos().repeat(1, 2).to(device), persistent=False)
+        self.register_buffer("sin_Td", angle_Td.sin().repeat(1, 2).to(device), persistent=False)
 
     def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
         here = slice(start, start + x_BHTd.shape[2])
