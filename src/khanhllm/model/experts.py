@@ -53,12 +53,12 @@ def _slices(end_E: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-@torch.library.register_fake("khanhllm::loop_grouped_mm")
+@torch.library.register_fake("khanhllm::loop_grouped_mm")  # type: ignore[untyped-decorator]
 def _(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
 
 
-@torch.library.register_fake("khanhllm::loop_grouped_mm_wgrad")
+@torch.library.register_fake("khanhllm::loop_grouped_mm_wgrad")  # type: ignore[untyped-decorator]
 def _(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     return x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
 
