@@ -17,6 +17,7 @@ FLOORS = """
     log inference planning
     training
     runs
+    export
     lab chaos
     api demo
     cli

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from khanhllm.data.batches import random_batches
-from khanhllm.errors import UserError
+from khanhllm.export import qwen3_moe
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
 from khanhllm.model.twin import dense_twin
@@ -132,39 +132,10 @@ def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, in
 
 
 def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
-    """Our shape in transformers' words. UserError if Qwen3-MoE has none for it."""
+    """Our shape as transformers' config, with its balancing loss. experts: their way to multiply experts."""
     from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
 
-    only = {
-        "style": "modern",
-        "feedforward": "swiglu",
-        "value_embedding": False,
-        "pair_embedding": 0,
-        "embedding_skip": False,
-        "router_bias": False,
-    }
-    for key, theirs in only.items():
-        if getattr(model, key) != theirs:
-            raise UserError(f"model.{key} {getattr(model, key)} is unknown to Qwen3-MoE, which has only {theirs}")
-
-    settings: dict[str, Any] = dict(
-        vocab_size=model.vocab_size,
-        hidden_size=model.dim,
-        intermediate_size=model.hidden,
-        moe_intermediate_size=model.expert_width,
-        num_hidden_layers=len(model.pattern),
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.key_value_heads,
-        head_dim=model.head_dim,
-        num_experts=model.experts,
-        num_experts_per_tok=model.experts_per_token,
-        mlp_only_layers=[layer for layer, letter in enumerate(model.pattern) if letter == "D"],
-        norm_topk_prob=True,
-        output_router_logits=True,
-        router_aux_loss_coef=0.01,
-        max_position_embeddings=model.context,
-        tie_word_embeddings=False,
-        experts_implementation=experts,
-        attn_implementation="sdpa",
+    balance: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+    return Qwen3MoeConfig(
+        **qwen3_moe.settings(model), **balance, experts_implementation=experts, attn_implementation="sdpa"
     )
-    return Qwen3MoeConfig(**settings)

@@ -1,0 +1,1 @@
+"""Our models under the names that other tools know."""
