@@ -2,7 +2,18 @@
 
 EXTRAS = {
     **dict.fromkeys(
-        ("datatrove", "fsspec", "huggingface_hub", "orjson", "pyarrow", "requests", "urllib3", "zstandard"), "data"
+        (
+            "datatrove",
+            "fsspec",
+            "huggingface_hub",
+            "orjson",
+            "pyarrow",
+            "requests",
+            "tokenizers",
+            "urllib3",
+            "zstandard",
+        ),
+        "data",
     ),
     "matplotlib": "plot",
     "bitsandbytes": "8bit",

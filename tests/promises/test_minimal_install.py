@@ -14,11 +14,11 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        extras = "datatrove fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid warcio".split()
+        extras = "datatrove tokenizers fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid warcio".split()
         if name.partition(".")[0] in extras:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-import tiktoken, tokenizers  # whose own dependencies are no extras of ours
+import tiktoken  # whose own dependencies are no extras of ours
 sys.meta_path.insert(0, Missing())
 from khanhllm.cli import main
 sys.exit(main(sys.argv[1:]))

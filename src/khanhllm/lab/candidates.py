@@ -135,7 +135,6 @@ def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
     """Our shape as transformers' config, with its balancing loss. experts: their way to multiply experts."""
     from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
 
-    balance: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
-    return Qwen3MoeConfig(
-        **qwen3_moe.settings(model), **balance, experts_implementation=experts, attn_implementation="sdpa"
-    )
+    more: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+    more |= {"experts_implementation": experts, "attn_implementation": "sdpa"}
+    return Qwen3MoeConfig(**qwen3_moe.settings(model), **more)
