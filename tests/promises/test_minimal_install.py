@@ -12,10 +12,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 WITHOUT = """
 import sys
 
+EXTRAS = "datatrove tokenizers fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid".split()
+
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        extras = "datatrove tokenizers fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid warcio".split()
-        if name.partition(".")[0] in extras:
+        if name.partition(".")[0] in EXTRAS:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 import tiktoken  # whose own dependencies are no extras of ours
