@@ -206,7 +206,7 @@ def closed(folder):
     [
         (hole, "there is no file", "cannot read .*No such file"),
         (loop, "there is no file", "cannot read "),
-        (pipe, "there is no file", "it is no regular file"),
+        (pipe, "there is no file", "it is not a regular file"),
         (packed_folder, "holds no text files", ""),
         (closed, "Permission denied", "Permission denied"),
     ],

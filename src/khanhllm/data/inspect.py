@@ -24,7 +24,7 @@ from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
 from khanhllm.data.sources import KINDS, Source, locate
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.draw import counted, histogram, lying_bars, visible
+from khanhllm.draw import counted, histogram, horizontal_bars, visible
 from khanhllm.errors import UserError
 
 BEGINNING = 600
@@ -213,7 +213,7 @@ def _shares(console: Console, source: Source) -> None:
         rest = parts.total() - sum(weight for _, weight in rows)
         rows += [(f"{len(parts) - TOP} more", rest)] if rest else []
         bars = [(name[-40:], weight, f"{100 * weight / parts.total():.1f} %") for name, weight in rows]
-        console.print(lying_bars(title, bars), end="")
+        console.print(horizontal_bars(title, bars), end="")
 
 
 def _splits(manifest: Manifest) -> Table:
