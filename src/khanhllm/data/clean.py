@@ -42,7 +42,7 @@ SURE = 0.65
 GLANCE = 10_000
 """characters of a document that decide its language"""
 
-Found = Mapping[str, Mapping[int, Sequence[int]]]
+Removals = Mapping[str, Mapping[int, Sequence[int]]]
 """for each step of COMPARING: number of a document, among those that reach the step -> where its removed spans begin"""
 
 
@@ -135,14 +135,14 @@ def steps_of(clean: str) -> tuple[str, ...]:
     return steps
 
 
-def _filter(step: str, found: Found) -> BaseFilter:
+def _filter(step: str, removals: Removals) -> BaseFilter:
     name, _, value = step.partition(":")
     if name == "language":
         return Language(value)
     if name == "spans":
-        return Spans(found.get(name, {}))
+        return Spans(removals.get(name, {}))
     if name == "minhash":
-        return Copies(found.get(name, {}))
+        return Copies(removals.get(name, {}))
     if name == "paragraphs":
         return C4ParagraphFilter()
     kinds = {"c4": C4QualityFilter, "gopher-quality": GopherQualityFilter, "gopher-repetition": GopherRepetitionFilter}
@@ -152,12 +152,12 @@ def _filter(step: str, found: Found) -> BaseFilter:
 class Cleaner:
     """Applies the steps to documents and counts what each removes."""
 
-    def __init__(self, clean: str, tally: Tally = (), found: Found = {}) -> None:  # noqa: B006, nobody writes to it
-        """tally: counts to continue from. found: for each step of COMPARING, what it removes of these documents.
+    def __init__(self, clean: str, tally: Tally = (), removals: Removals = {}) -> None:  # noqa: B006, read only
+        """tally: counts to continue from. removals: for each step of COMPARING, what it removes of these documents.
 
         Raises UserError for a step that is unknown or not installed.
         """
-        self.filters = [_filter(step, found) for step in steps_of(clean)]
+        self.filters = [_filter(step, removals) for step in steps_of(clean)]
         self.tally = tally or ((0, 0),) * (len(self.filters) + 1 if self.filters else 0)
 
     def clean(self, text: str) -> str:

@@ -27,7 +27,7 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from datatrove.pipeline.dedup.sentence_dedup import SentenceDedupSignature, SentenceFindDedups
 
-from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Found, steps_of
+from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Removals, steps_of
 from khanhllm.data.documents import Reader
 from khanhllm.data.writer import report_path
 from khanhllm.errors import UserError
@@ -68,7 +68,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
         steps = steps_of(self.clean)
         before = ", ".join(steps[: steps.index(self.step)])
         texts = (document.text for document in self.reader.run(rank=group))
-        for text, _ in Cleaner(before, found=found(self.aside, self.clean, group)).run(texts):
+        for text, _ in Cleaner(before, removals=removals(self.aside, self.clean, group)).run(texts):
             yield Document(text=text, id="")
 
     def _sign(self, documents: Iterator[Document], group: int) -> None:
@@ -105,7 +105,7 @@ def merge(aside: Path, step: str) -> None:
     new.rename(folder / "remove")
 
 
-def found(aside: Path, clean: str, group: int) -> Found:
+def removals(aside: Path, clean: str, group: int) -> Removals:
     """What the comparing steps of `clean` remove from a group, for the steps that are merged already."""
     return {step: _removed(aside / step / "remove", group) for step in COMPARING if step in steps_of(clean)}
 

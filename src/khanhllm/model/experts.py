@@ -28,7 +28,7 @@ class Backend(NamedTuple):
     """(x_NI, y_NO, end_E) -> (E, I, O), zeros for an expert without rows."""
 
 
-# Custom operators, so that the compiler sees two results of known shape and not the loop, which reads the load. `define`
+# Custom operators, so that the compiler sees two results of known shape, not the loop, which reads the load. `define`
 # instead of `custom_op`, because the first call of the latter imports the compiler even for those who never compile.
 torch.library.define("khanhllm::loop_grouped_mm", "(Tensor x_NI, Tensor weight_EIO, Tensor end_E) -> Tensor")
 torch.library.define("khanhllm::loop_grouped_mm_wgrad", "(Tensor x_NI, Tensor y_NO, Tensor end_E) -> Tensor")
