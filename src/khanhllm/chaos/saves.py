@@ -39,10 +39,10 @@ def flipped(arena: Arena, chance: random.Random) -> Iterator[str]:
         damage = chance.choice(damages)
         damage(path, before, chance, files)
         changed = not path.exists() or path.read_bytes() != before
-        found = checkpoint.verify(whole)
+        fault = checkpoint.verify(whole)
         path.write_bytes(before)
         clean = checkpoint.verify(whole)
-        missed = f"{damage.__name__.strip('_')} of {path.name} was not found" if changed and not found else ""
+        missed = f"{damage.__name__.strip('_')} of {path.name} was not found" if changed and not fault else ""
         yield missed or (f"false alarm: {clean}" if clean else "")
 
 

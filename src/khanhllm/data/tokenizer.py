@@ -76,7 +76,7 @@ class Tokenizer:
     """A byte-level BPE tokenizer, made by `train_tokenizer` or `Tokenizer.load`."""
 
     def __init__(self, source: str, where: str = "tokenizer") -> None:
-        """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is no byte-level BPE."""
+        """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is not a byte-level BPE."""
         try:
             layout = json.loads(source)
             self._check(layout)

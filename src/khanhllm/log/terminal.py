@@ -90,11 +90,13 @@ class Terminal:
         self.shown = story.step
 
     def open(self) -> None:
+        """Show the panel, if there is one."""
         if self.live:
             self.live.start()
             self._draw()
 
     def show(self, row: Row) -> None:
+        """Take the row of a step, and draw the panel or print a line when it is due."""
         self.story.add(row)
         if self.live:
             if time.monotonic() - self.drawn >= REDRAW:
@@ -103,11 +105,13 @@ class Terminal:
             self._print_line()
 
     def say(self, text: str) -> None:
+        """Print a message, with its control characters escaped."""
         shown = Text(visible(text, self.console.encoding))
         with suppress(OSError):  # the output may go to a file on a full disk: training continues
             self.console.print(shown, soft_wrap=not self.live, markup=False, highlight=False, emoji=False)
 
     def close(self) -> None:
+        """Show the last step and release the terminal."""
         if not self.live:
             if self.shown != self.story.step:
                 self._print_line()

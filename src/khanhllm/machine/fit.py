@@ -42,7 +42,7 @@ def fit(
 ) -> Transformer:
     """Change the model in place and return it.
 
-    weights, gradients: fp32 or bf16, what matrices are kept in and what their gradients are summed in. checkpointing:
+    weights, gradients: fp32 or bf16, the types of matrices and of their summed gradients. checkpointing:
     none, selective or full.
     """
     if weights == "bf16":

@@ -68,7 +68,7 @@ class MuonMixin(Base):
             self._keep(parameter, momentum)
         updates = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
         for parameter, update in zip(alike, updates.split([len(matrices(p)) for p in alike]), strict=True):
-            exact = parameter.float()  # the parameter itself, unless it is kept in bf16
+            exact = parameter.float()  # the parameter itself, unless it is bf16
             exact.mul_(1 - group["lr"] * group["weight_decay"])
             exact.add_(update.view_as(parameter), alpha=-group["lr"] * reach(parameter))
             store(parameter, exact, bits)
