@@ -4,5 +4,5 @@ import os
 
 
 def cores() -> int:
-    """In a container fewer than the machine has."""
+    """Cores that this process may use; in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,7 +26,8 @@ PROMPT = "import os\nimport sys\n\n\ndef main("
 
 
 def tell(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Train the nano preset on the standard library's own text and show everything. Takes a free folder."""
+    """Train the nano preset on the standard library's text and show the result. If `folder` holds a run, picks a new
+    one."""
     folder = _free(folder)
     config = resolve(preset("nano"), settings, where="demo")
     console = Console(highlight=False)
@@ -83,7 +84,7 @@ def _curve(console: Console, folder: Path) -> None:
 
 
 def _verdict(console: Console, opened: Run, windows: list[np.ndarray]) -> None:
-    """Bits per byte on files it never saw, next to what a good compressor makes of the same bytes."""
+    """Print the bits per byte on files the model never saw, next to gzip's on the same bytes."""
     score = opened.score_windows(iter(windows))
     ids = np.concatenate([window[1:] for window in windows])
     text = opened.tokenizer.decode_bytes(ids[opened.tokenizer.token_bytes[ids] > 0])

@@ -1,9 +1,9 @@
-"""Numbers become pictures: the loss as a curve, the experts as a row of little columns.
+"""Draw numbers as text: the loss as a curve, the experts of a layer as a row of small columns.
 
-Two alphabets draw in a terminal. A braille character holds 2 x 4 dots, so a line of 70 draws a curve through 140
-points. Eighths of a block make columns, one per expert, and half height is an even share: a glance tells who is idle
-and who carries the layer. Colour says it once more, never alone. What makes numbers short and strange text harmless
-is here too. Nothing here knows of a model or of training.
+A braille character holds 2 x 4 dots, so a line of 70 draws a curve through 140 points. Eighths of a block make columns,
+one per expert; half height is an even share, so idle and overloaded experts stand out. Colour repeats what the height
+shows, and never stands alone. Functions that shorten numbers and make strange text harmless are here too. Nothing here
+depends on a model or on training.
 """
 
 import math
@@ -26,7 +26,7 @@ FAR = (1 / 4, 2.0)  # outside: red, and a word about it
 
 
 def short(number: float) -> str:
-    """With a unit, and one digit behind the point: 950, 12.3 k, 692.2 M, 1.5 B."""
+    """A number with a unit and one decimal: 950, 12.3 k, 692.2 M, 1.5 B."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= 0.99995 * size:
             return f"{number / size:.1f}".removesuffix(".0") + unit
@@ -34,12 +34,12 @@ def short(number: float) -> str:
 
 
 def counted(number: int, word: str) -> str:
-    """1 file, 2,000 files."""
+    """A number and its noun: 1 file, 2,000 files."""
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:
-    """45s, 3m12s, 2h05m, 3d04h."""
+    """A time in its two largest units: 45s, 3m12s, 2h05m, 3d04h."""
     whole = round(seconds)
     for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
@@ -48,15 +48,15 @@ def duration(seconds: float) -> str:
 
 
 def visible(text: str, encoding: str = "utf-8") -> str:
-    """The text with all that could steer a terminal written out (ESC as \\x1b); only line feeds and tabs stay."""
+    """The text with its control characters escaped (ESC as \\x1b), except line feeds and tabs."""
     hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
     shown = (c if c in "\n\t" or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text)
     return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def braille(values: Sequence[float] | Floats, width: int, height: int, low: float, high: float) -> list[str]:
-    """A curve through evenly spaced values, as `height` lines of `width` characters. What lies outside low to high
-    is drawn at the edge."""
+    """A curve through evenly spaced values, as `height` lines of `width` characters. Values outside low to high are
+    drawn at the edge."""
     cells = [[0] * width for _ in range(height)]
     last = 4 * height - 1
     levels = [round(level) for level in np.clip((high - _spread(values, 2 * width)) / (high - low) * last, 0, last)]
@@ -68,7 +68,7 @@ def braille(values: Sequence[float] | Floats, width: int, height: int, low: floa
 
 
 def _spread(values: Sequence[float] | Floats, places: int) -> Floats:
-    """Values over so many places: neighbours averaged where they are many, joined by lines where they are few."""
+    """Resample values to `places` points: average neighbours if there are more values, interpolate if fewer."""
     known = np.asarray(values, dtype=np.float64)
     known = known[np.isfinite(known)]
     if not len(known):
@@ -80,7 +80,7 @@ def _spread(values: Sequence[float] | Floats, places: int) -> Floats:
 
 
 def bars(shares: Sequence[float], width: int) -> Text:
-    """One column for each expert. Too many for the width: neighbours share one, and the least even of them shows."""
+    """One column for each expert. If the width is too small, neighbours share one, which shows the least even."""
     text, count = Text(), len(shares)
     fold = max(1, -(-count // max(1, width)))
     thick, gap = next(((t, g) for t, g in ((2, " "), (1, " "), (1, "")) if count * (t + len(g)) <= width + 1), (1, ""))
@@ -92,7 +92,7 @@ def bars(shares: Sequence[float], width: int) -> Text:
 
 
 def _unevenness(ratio: float) -> float:
-    """0 for an even share; as large for half a share as for a double one."""
+    """Distance from an even share: 0 for an even one, the same for half and for double."""
     return abs(math.log(max(ratio, 1e-9)))
 
 
@@ -102,8 +102,8 @@ def _colour(ratio: float) -> str:
     return "yellow" if FAR[0] < ratio < FAR[1] else "red"
 
 
-def lying_bars(title: str, rows: Sequence[tuple[str, float, str]], width: int = 40) -> Text:
-    """A line for each label, value and note; the bar of the largest value is `width` characters long."""
+def horizontal_bars(title: str, rows: Sequence[tuple[str, float, str]], width: int = 40) -> Text:
+    """A line with a bar for each label, value and note; the bar of the largest value is `width` characters long."""
     text = Text().append(f"\n{title}\n", "bold")
     wide, largest = max(len(label) for label, _, _ in rows), max(value for _, value, _ in rows)
     for label, value, note in rows:
@@ -113,18 +113,18 @@ def lying_bars(title: str, rows: Sequence[tuple[str, float, str]], width: int = 
 
 
 def histogram(title: str, values: Sequence[float], step: float = 0.0, most: float = math.inf) -> Text:
-    """How many values lie in each step, those beyond `most` together; without a step, between powers of two."""
+    """A histogram in bins of width `step`, with one for all values beyond `most`; without a step, in powers of two."""
     bins = [int(min(value, most) / step) if step else int(value).bit_length() - 1 for value in values]
     counts = Counter(bins)
     rows = [
         (f"{low * step:g}" if step else f"{2**low:,}", counts[low], f"{counts[low]:,}")
         for low in range(min(bins), max(bins) + 1)
     ]
-    return lying_bars(f"{title}, from", rows)
+    return horizontal_bars(f"{title}, from", rows)
 
 
 def expert_table(load_LE: list[list[float]], layers: list[int]) -> Table:
-    """How the tokens of each mixture layer were shared among its experts, with a verdict in words."""
+    """A table of how each mixture layer shared its tokens among its experts, with a verdict in words."""
     table = Table(box=None, pad_edge=False, header_style="dim", caption_style="dim", caption_justify="left")
     table.caption = "a column of half height is an even share; balance = experts x sum of squared shares, 1.00 is even"
     table.add_column("layer", justify="right")
@@ -142,7 +142,7 @@ def expert_table(load_LE: list[list[float]], layers: list[int]) -> Table:
 
 
 def verdict(shares: Sequence[float]) -> str:
-    """Plain words for how one layer's tokens are shared."""
+    """How evenly one layer shares its tokens, in words."""
     ratios = [share * len(shares) for share in shares]
     if not ratios or any(map(math.isnan, ratios)):
         return "not measured"

@@ -1,5 +1,5 @@
-"""How files are read and published. What somebody may have sent is read only if it is a file of a sane size; what we
-write appears whole or not at all."""
+"""Read and publish files. `read` takes only regular files of a sane size, since others may have made them; what
+`publish` writes appears whole or not at all."""
 
 import errno
 import os
@@ -7,22 +7,22 @@ import stat
 from pathlib import Path
 
 SMALL = 2**26
-"""more than any file of settings, notes or vocabulary has (bytes)"""
+"""larger than any file of settings, notes or vocabulary (bytes)"""
 
 
 def read(path: Path, most: int = SMALL) -> bytes:
-    """The bytes of a file. OSError for a pipe or a device, which may never end, and for more than `most` bytes."""
+    """The bytes of a file. Raises OSError for a pipe or device, which may never end, and for more than `most` bytes."""
     with open(path, "rb", opener=_at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}", str(path))
         return file.read(most)
 
 
 def _at_once(path: str, flags: int) -> int:
-    """A pipe would wait for somebody to write into it."""
+    """Open without waiting: a pipe would wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -45,7 +45,7 @@ def publish(path: Path, content: str | bytes, durable: bool = False) -> None:
 
 
 def there(path: Path) -> bool:
-    """Whether anything has this name; False for names that no file can have."""
+    """Whether a file or folder of this name exists; False for names that none can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -55,14 +55,14 @@ def there(path: Path) -> bool:
 def foreign(folder: Path) -> str:
     """One line about a link, pipe or device in a folder, however deep; empty if there is none.
 
-    What is read or written through it would lie elsewhere, or never end.
+    Reading or writing through a link would leave the folder; through a pipe or device it might never end.
     """
     for root, folders, names in os.walk(folder):
         for path in (Path(root, name) for name in sorted(folders + names)):
             try:
                 mode = path.lstat().st_mode
-            except FileNotFoundError:  # of a training that is at work here
+            except FileNotFoundError:  # a training that runs here has just removed it
                 continue
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                return f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}"
+                return f"{path} is {'a link' if stat.S_ISLNK(mode) else 'not a regular file'}"
     return ""

@@ -1,7 +1,6 @@
-"""Every knob on one page.
+"""Every key of the configuration.
 
-A run is decided by one frozen `Config`; `settings` says where its values come from. Nothing here imports torch, so
-`--help` answers at once.
+One frozen `Config` decides a run; `settings` reads its values. Nothing here imports torch, so `--help` answers at once.
 
 Wrong input raises `UserError`: one line that names what, where and what to do. The command line prints it and exits
 with code 2.
@@ -23,6 +22,8 @@ Name = Annotated[Text, Field(pattern=r"^[^\x00]*$")]  # of a file; none has a NU
 
 
 class Section(BaseModel):
+    """A frozen group of keys, whose docstrings are their descriptions."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -52,14 +53,14 @@ class ModelConfig(Section):
     """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
     each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
     embedding_skip: bool = False
-    """each layer begins from a learned mixture of what the layer before made and the embedding (modern only)"""
+    """the input of each layer is a learned mixture of the previous layer's output and the embedding (modern only)"""
     pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
-    """each pair of neighbours adds to the second token's vector a learned one, out of so many, found by a hash (modern
-    only); costs as many x dim parameters, and next to no arithmetic"""
+    """number of learned vectors for pairs of neighbouring tokens; a hash of the pair chooses the one that is added to
+    the second token's (modern only); costs this number x dim parameters, and next to no arithmetic"""
     router_bias: bool = False
-    """the router's choice of experts, not their weights, is moved by a bias towards an even load; see loss.bias_rate"""
+    """a bias moves the router's choice of experts, but not their weights, towards an even load; see loss.bias_rate"""
     zero_out: bool = False
-    """matrices that write into the residual stream begin at zero, so that every layer begins as nothing"""
+    """start matrices that write into the residual stream at zero, so that at first no layer changes anything"""
     context: Annotated[int, Field(ge=2, le=2**20)] = 256
     """longest text the model sees at once (tokens)"""
     vocab_size: Annotated[int, Field(ge=264, le=2**24)] = 50_000
@@ -106,16 +107,16 @@ class DataConfig(Section):
     """where the text comes from: stdlib, a file, folder or glob (.txt .jsonl .json.gz .jsonl.zst .parquet .csv .tsv
     .warc.gz), c4, hf://datasets/ORG/NAME[/config][:split], http(s)://... (many files: part-{000..099}.csv or
     {a,b}.txt), or a folder written by `khanhllm prepare`; of json lines and tables the column "text", else content,
-    document, body or article, or the one named behind a '#': my.csv#title"""
+    document, body or article, or the one named after a '#': my.csv#title"""
     tokenizer: Name = ""
-    """tokenizer.json to use; empty means one is trained on the source with model.vocab_size tokens"""
+    """tokenizer.json to use; empty means to train one on the source, with model.vocab_size tokens"""
     tokenizer_sample: Count = 1_000_000_000
     """most text the tokenizer is trained on (bytes)"""
     validation: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.01
     """share of the documents held out for validation, chosen by a hash of the text"""
     clean: Name = ""
-    """steps that documents go through first, in order: c4, paragraphs, gopher, language:CODE, spans (sentences
-    that come again), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
+    """steps that clean the documents first, in order: c4, paragraphs, gopher, language:CODE, spans (repeated
+    sentences), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
     tokens: Natural = 0
     """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
     shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24
@@ -123,7 +124,7 @@ class DataConfig(Section):
     ahead: Annotated[int, Field(ge=1, le=1000)] = 2
     """shards kept ready ahead of the training (shards)"""
     disk: Count = 20_000_000_000
-    """shards that were trained on are removed, oldest first, beyond this much disk (bytes)"""
+    """most disk for shards that the run has trained on (bytes); beyond it, the oldest of them are removed"""
     patience: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """time without any answer from the network until the run saves and stops (seconds)"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -136,13 +137,13 @@ class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
     seconds: Rate = 0.0
-    """time to train for instead of a number of steps, validation and saving included (seconds); the schedule follows
-    the share of it that is used up; 0 means that the steps decide"""
+    """time to train, instead of a number of steps, validation and saving included (seconds); the schedule follows the
+    share of it that has passed; 0 means that steps decides"""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
-    """rows of `context` tokens in one forward and backward pass; auto means as many as the memory holds, by
-    `khanhllm plan`, while a step keeps its rows: those it had before auto was said"""
+    """rows of `context` tokens in one forward and backward pass; auto means as many as fit into the memory, by the
+    simulation of `khanhllm plan`; a step keeps the rows that it has without auto"""
     accumulation: Annotated[int, Field(ge=1, le=2**20)] = 1
-    """micro-batches collected before one optimizer step (gradient accumulation); beside micro_batch auto: rows"""
+    """micro-batches in one optimizer step (gradient accumulation); with micro_batch auto: rows in a step"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """decides the initial weights, the order of the data and the samples"""
     eval_every: Natural = 100
@@ -162,7 +163,7 @@ class TrainConfig(Section):
 
     @property
     def rows(self) -> int:
-        """rows in one micro-batch; where auto is still undecided, one"""
+        """Rows in one micro-batch; one while auto is undecided."""
         return 1 if self.micro_batch == "auto" else self.micro_batch
 
     @property
@@ -196,19 +197,19 @@ class OptimConfig(Section):
     head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the output matrix; 0 means lr"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
-    """model.dim for which the rates were found. At another, those of matrices under adamw (all of them, or muon's head
-    and router) are multiplied by base_dim / dim, and all carry over from small to large (muP); 0 leaves them alone"""
+    """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head
+    and router) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""
     newton_schulz: Annotated[int, Field(ge=1, le=5)] = 4
-    """turns of the iteration that orthogonalises an update (muon only)"""
+    """iterations that orthogonalise an update (muon only)"""
 
 
 class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd"] = "cosine"
-    """cosine: one long bend down. wsd: warm up, hold, then a straight line down"""
+    """cosine: warm up, then half a cosine down. wsd: warm up, hold, then a straight line down"""
     warmup: Natural = 100
     """steps of linear warm-up"""
     decay: Fraction = 0.2
-    """share of the run spent going down at its end (wsd only)"""
+    """share of the run, at its end, in which the rate goes down (wsd only)"""
     floor: Fraction = 0.1
     """learning rate at the end, as a share of the peak"""
 
@@ -217,8 +218,8 @@ class LossConfig(Section):
     balance: Rate = 0.01
     """weight of the load-balancing loss, summed over mixture layers (Switch Transformer)"""
     load: Literal["previous", "current"] = "previous"
-    """expert load that weighs the balancing loss. previous: the step before, free. current: this very step, which
-    costs one more forward pass. Both cover all micro-batches of the step"""
+    """expert load that weighs the balancing loss. previous: of the step before, at no cost. current: of this step,
+    which costs one more forward pass. Both cover all micro-batches of a step"""
     bias_rate: Rate = 0.001
     """how far the bias of model.router_bias moves in each step (probability)"""
     router_z: Rate = 0.001
@@ -229,7 +230,7 @@ class LossConfig(Section):
 
 class GuardConfig(Section):
     spike: Rate = 10.0
-    """a step is rejected if its loss is above the median of the last 128 by more than so many robust standard
+    """reject a step if its loss is above the median of the last 128 by more than this number of robust standard
     deviations, and by a nat; 0 rejects only what is not finite"""
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3
     """steps rejected in a row until the run goes back to its last good checkpoint"""
@@ -243,17 +244,17 @@ class MachineConfig(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """what matrices are kept in. bf16 takes half the memory, for weights and for what passes from layer to layer;
-    updates are then rounded stochastically (needs precision bf16, which auto becomes)"""
+    """type of the matrices. bf16 takes half the memory, for weights and for what passes from layer to layer; updates
+    are then rounded stochastically (needs precision bf16, which auto then means)"""
     gradients: Literal["fp32", "bf16"] = "fp32"
-    """what gradients are summed in over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
+    """type of the gradients summed over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for each block; auto means on for CUDA, off elsewhere"""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """activations rebuilt in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
+    """activations recomputed in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
     experts: Literal["auto", "loop", "grouped", "triton"] = "auto"
-    """how experts are multiplied: a plain loop, torch's grouped_mm, or Triton kernels of our own for cards on which
-    grouped_mm waits for the host; auto tries a tiny problem and takes the best that works"""
+    """backend of experts: a plain loop, torch's grouped_mm, or our Triton kernels, for cards on which grouped_mm makes
+    the host wait; auto tries each on a tiny problem and takes the best that works"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 means one for each core"""
 
@@ -291,6 +292,8 @@ class Sampling(Section):
 
 
 class Config(Section):
+    """All that decides a run."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -303,4 +306,5 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Target tokens in one optimizer step."""
         return self.train.rows_per_step * self.model.context

@@ -1,7 +1,8 @@
-"""Where a config comes from, and how it is kept.
+"""Read, merge, check and write configurations.
 
-A preset (one TOML file, chosen by one word), perhaps a TOML file of the user's, perhaps `--section.key value` on the
-command line; later ones win. The run folder keeps the resolved `config.toml`, and that file alone reproduces the run.
+Values come from a preset (a TOML file, chosen by its name), perhaps a TOML file of the user's, and perhaps
+`--section.key value` on the command line; later ones win. The run folder keeps the resolved `config.toml`, and that
+file alone reproduces the run.
 """
 
 import difflib
@@ -19,12 +20,13 @@ from khanhllm.schema import Config, Section
 
 PRESETS = Path(__file__).parent / "presets"
 LONGEST = 2**18
-"""no config is larger (bytes)"""
+"""largest config that is read (bytes)"""
 DEEPEST = 1000
-"""dots in a line; the time to read a.b.c... grows with their square"""
+"""most dots in a line; the time to read a.b.c... grows with their square"""
 
 
 def preset_names() -> list[str]:
+    """The names of all presets, in alphabetical order."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
@@ -36,8 +38,9 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML."""
     try:
-        text = read(path, LONGEST).decode("utf-8-sig")  # Windows likes to begin with a mark
+        text = read(path, LONGEST).decode("utf-8-sig")  # editors on Windows put a byte order mark first
         if any(line.count(".") > DEEPEST for line in text.splitlines()):
             raise RecursionError
         return tomllib.loads(text)
@@ -50,7 +53,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
-    """Merge settings, later ones win, and check them. Values may be strings, as typed on a command line."""
+    """Merge settings, of which later ones win, and check them. Values may be strings, as from a command line."""
     merged: dict[str, Any] = {}
     for layer in (_keep_rows(merged, layer, where) for layer in layers):
         for section, values in layer.items():
@@ -62,8 +65,8 @@ def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
 def with_length(
     *layers: Mapping[str, Any], steps: Any = None, time: str | None = None, tokens: str | None = None, where: str
 ) -> Config:
-    """`resolve`, and how long to train: optimizer steps, a time such as 8h, or tokens such as 300M. At most one of
-    them, which replaces what the layers say."""
+    """`resolve` with a length of training: optimizer steps, a time such as 8h, or tokens such as 300M. At most one of
+    them; it replaces the length in the layers."""
     if sum(value is not None for value in (steps, time, tokens)) > 1:
         raise UserError("give one of --steps, --for and --tokens")
     length: dict[str, Any] = {}
@@ -77,7 +80,7 @@ def with_length(
 
 
 def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """A layer that says micro_batch = "auto", and no accumulation, keeps the rows per step of the layers before it."""
+    """Let a layer with micro_batch = "auto" and no accumulation keep the rows per step of the layers before it."""
     train = layer.get("train")
     if not isinstance(train, Mapping) or train.get("micro_batch") != "auto" or "accumulation" in train:
         return layer
@@ -89,7 +92,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
-    """The settings as a `kind`, or a UserError that names the first wrong key."""
+    """The settings as a `kind`. Raises UserError that names the first wrong key."""
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -97,9 +100,9 @@ def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:
-    """The first thing wrong, in one line: which key, what is allowed, what was given."""
+    """The first error in one line: the key, what is allowed, and the given value."""
     first = error.errors()[0]
-    key = ".".join(str(part)[:60] for part in first["loc"][:2])  # what follows is which of several types was tried
+    key = ".".join(str(part)[:60] for part in first["loc"][:2])  # the rest is the type that pydantic tried
     if first["type"] == "extra_forbidden":
         for part in first["loc"][:-1]:
             kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
@@ -116,7 +119,7 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
 def _shown(given: Any) -> str:
     try:
         return repr(str(given)[:60])
-    except ValueError:  # more digits than Python writes out
+    except ValueError:  # more digits than Python converts
         return "a number of thousands of digits"
 
 
@@ -126,22 +129,22 @@ MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 def seconds(text: str) -> float:
     """480s, 90m, 8h, 1d12h -> seconds. Raises UserError for anything else."""
-    found = re.fullmatch(r"(?:\d+(?:\.\d+)?[smhd])+", text.strip().lower())
-    if not found:
+    match = re.fullmatch(r"(?:\d+(?:\.\d+)?[smhd])+", text.strip().lower())
+    if not match:
         raise UserError(f"{text!r} is not a time; write 480s, 90m, 8h or 1d12h")
-    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", found[0]))
+    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", match[0]))
 
 
 def amount(text: str) -> int:
     """300M, 5B, 1_000_000 -> a number. Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.strip().lower().replace("_", ""))
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.strip().lower().replace("_", ""))
+    if not match:
         raise UserError(f"{text!r} is not a number of tokens; write 300M, 5B or 1000000")
-    return round(float(found[1]) * MULTIPLES[found[2]])
+    return round(float(match[1]) * MULTIPLES[match[2]])
 
 
 def nested(dotted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"optim.lr": 1e-3} -> {"optim": {"lr": 1e-3}}. UserError for a name without a dot."""
+    """{"optim.lr": 1e-3} -> {"optim": {"lr": 1e-3}}. Raises UserError for a name without a dot."""
     settings: dict[str, dict[str, Any]] = {}
     for name, value in dotted.items():
         section, dot, key = name.partition(".")
@@ -152,6 +155,7 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
+    """A question with the known word nearest to `word`, in parentheses; empty if none is near."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -188,15 +192,15 @@ def _escape(char: str) -> str:
 
 
 def read_config(run: Path) -> Config:
-    """The config of a run folder. UserError if it is none."""
-    kept = run / "config.toml"
-    if not kept.exists():
+    """The config of a run folder. Raises UserError if it is not one."""
+    file = run / "config.toml"
+    if not file.exists():
         raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
-    return resolve(read_toml(kept), where=str(kept))
+    return resolve(read_toml(file), where=str(file))
 
 
 def write_config(config: Config, folder: Path) -> None:
-    """Replace the run's config.toml in one rename."""
+    """Replace the run's config.toml, in one rename. Raises UserError."""
     try:
         publish(folder / "config.toml", to_toml(config))
     except OSError as error:
@@ -204,5 +208,6 @@ def write_config(config: Config, folder: Path) -> None:
 
 
 def refuse_to_overwrite(folder: Path, resume: bool) -> None:
+    """Raise UserError if the folder holds a run that the user does not ask to resume."""
     if not resume and (folder / "config.toml").exists():
         raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")

@@ -84,11 +84,11 @@ def test_the_published_hash_is_held_against_the_bytes(server, tmp_path):
 def test_what_cannot_be_had_is_one_line(server, tmp_path):
     with pytest.raises(UserError, match=r"/none: answer 404 Not Found, 3 times in a row"):
         fetch(f"{server.url}/none", tmp_path / "got")
-    with pytest.raises(UserError, match=r"no network for 0\.05 s: nowhere\.invalid gives nothing") as caught:
+    with pytest.raises(UserError, match=r"no network for 0\.05 s: nowhere\.invalid sends nothing") as caught:
         fetch("http://nowhere.invalid/x.txt", tmp_path / "got", patience=0.05)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot write"):
         fetch(f"{server.url}/a.bin.gz", tmp_path / "no" / "folder" / "got")
     server.faults = ["503"] * 1000
-    with pytest.raises(UserError, match=r"no network for 0\.1 s: 127\.0\.0\.1 gives nothing \(answer 503"):
+    with pytest.raises(UserError, match=r"no network for 0\.1 s: 127\.0\.0\.1 sends nothing \(answer 503"):
         fetch(f"{server.url}/a.bin.gz", tmp_path / "got", patience=0.1)

@@ -65,7 +65,7 @@ def test_text_is_shown_with_its_tokens(texts, tokenizer, capsys):
     assert "tokens of a document, from" in out
     assert "bytes of a token" in out
     assert "deep/ │" in out
-    assert "rejected on the way: 3 blank documents, 0 unreadable files" in out
+    assert "rejected: 3 blank documents, 0 unreadable files" in out
 
 
 def test_joined_tokens_are_the_text(texts, tokenizer, capsys):

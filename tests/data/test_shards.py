@@ -120,7 +120,7 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path, change, said):
 
 
 def test_no_manifest_or_a_cut_one(tmp_path):
-    with pytest.raises(UserError, match="no folder of prepared shards"):
+    with pytest.raises(UserError, match="is not a folder of prepared shards"):
         Shards.open(tmp_path / "nowhere", "train", CONTEXT)
     path = make(tmp_path) / "manifest.json"
     path.write_bytes(path.read_bytes()[:40])

@@ -250,7 +250,7 @@ def test_a_split_of_the_hub(monkeypatch, end, root, files):
     monkeypatch.setattr("huggingface_hub.HfFileSystem", Hub)
     found = locate(f"hf://datasets/some/test{end}")
     assert (found.root, set(found.files)) == (f"hf://datasets/some/test{root}", files)
-    for wrong, said in ((":dev", "splits seen: test, train"), (":train[:9%]", "is no name of a split")):
+    for wrong, said in ((":dev", "splits seen: test, train"), (":train[:9%]", "is not the name of a split")):
         with pytest.raises(UserError, match=said):
             locate(f"hf://datasets/some/test{wrong}")
 

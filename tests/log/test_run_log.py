@@ -156,7 +156,7 @@ def test_a_full_disk_ends_nothing_and_loses_nothing(tmp_path):
             disk.full = 3 <= step <= 6
             log.add(row(step))
     assert [line.split(",")[0] for line in lines(tmp_path)[1:]] == [str(step) for step in range(1, 10)]
-    assert printed(console).count("No space left on device; training goes on") == 1
+    assert printed(console).count("No space left on device; training continues") == 1
 
 
 def test_what_was_done_is_written_whatever_ends_the_run(tmp_path):

@@ -47,7 +47,7 @@ def test_rebuilding_comes_only_when_nothing_else_fits():
 
 def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
     with pytest.raises(
-        UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; most is saved by --optim.name adamw8bit"
+        UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; these save most: --optim.name adamw8bit"
     ):
         budget.fit_micro_batch(CONFIG, hardware(1000))
 
@@ -155,7 +155,7 @@ def test_a_step_that_ran_out_of_memory_is_taken_again_in_halves(kind, corpus, tm
 def test_with_one_row_left_it_stops_and_says_what_saves_most(corpus, tmp_path, monkeypatch):
     config = settings(corpus, tmp_path / "cache")
     out_of_memory_at(2, torch.OutOfMemoryError("CUDA out of memory"), monkeypatch, times=9)
-    with pytest.raises(UserError, match=r"step 2: out of memory with a micro-batch of 1; most is saved by --"):
+    with pytest.raises(UserError, match=r"step 2: out of memory with a micro-batch of 1; these save most: --"):
         train(config, tmp_path / "run")
 
 

@@ -206,7 +206,7 @@ def closed(folder):
     [
         (hole, "there is no file", "cannot read .*No such file"),
         (loop, "there is no file", "cannot read "),
-        (pipe, "there is no file", "it is no regular file"),
+        (pipe, "there is no file", "it is not a regular file"),
         (packed_folder, "holds no text files", ""),
         (closed, "Permission denied", "Permission denied"),
     ],
@@ -277,7 +277,7 @@ NOT_OURS = "is damaged or not a shard manifest"
 # name: (file and what becomes of its bytes, the name in the line, what it says; empty: reads)
 PREPARED = {
     "whole": ((SHARD, bytes), SHARD, ""),
-    "manifest missing": (("manifest.json", None), "manifest.json", "is no folder of prepared shards|No such file"),
+    "manifest missing": (("manifest.json", None), "manifest.json", "is not a folder of prepared shards|No such file"),
     "manifest empty": (("manifest.json", lambda raw: b""), "manifest.json", NOT_OURS),
     "manifest cut": (("manifest.json", lambda raw: raw[:-20]), "manifest.json", NOT_OURS),
     "manifest not JSON": (("manifest.json", lambda raw: b"hello"), "manifest.json", NOT_OURS),

@@ -238,7 +238,7 @@ WORDS = {
     "--data.source=a\0b": "data.source",
     "--config": "expected one argument",
     "--config=": "cannot read the config",
-    "--config=/dev/zero": "it is no regular file",
+    "--config=/dev/zero": "it is not a regular file",
     "--config=" + "a" * 300: "cannot read the config",
     "--\33[2J": "unknown option",
     "mini": "unknown option mini",

@@ -273,16 +273,16 @@ MANIFEST = {
     "a terabyte of nothing": (sparse(TB), "it has 1,099,511,627,776 bytes, more than"),
 }  # fmt: skip
 FOREIGN = {
-    "state, a pipe": ("state.json", pipe, "state.json is no regular file"),
-    "state, a plug": ("state.json", plug, "state.json is no regular file"),
+    "state, a pipe": ("state.json", pipe, "state.json is not a regular file"),
+    "state, a plug": ("state.json", plug, "state.json is not a regular file"),
     "state, a link": ("state.json", link("moved/state.json"), "state.json is a link"),
     "state, a link to a device": ("state.json", link("/dev/zero"), "state.json is a link"),
-    "manifest, a pipe": ("manifest.json", pipe, "manifest.json is no regular file"),
+    "manifest, a pipe": ("manifest.json", pipe, "manifest.json is not a regular file"),
     "manifest, a link": ("manifest.json", link("moved/manifest.json"), "manifest.json is a link"),
     "weights, a link": ("model.safetensors", link("moved/model.safetensors"), "model.safetensors is a link"),
     "all, a link": ("", link("moved/step"), "is a link"),
     "a stray link": ("", lambda path: (path / "notes.txt").symlink_to("/etc"), "notes.txt is a link"),
-    "a stray pipe": ("", lambda path: os.mkfifo(path / "pytorch_model.bin"), "no regular file"),
+    "a stray pipe": ("", lambda path: os.mkfifo(path / "pytorch_model.bin"), "not a regular file"),
 }
 CHECKPOINTS = {
     f"{name}: {kind}": (name, *what)
@@ -349,7 +349,7 @@ CONFIG = {
     "ten megabytes": (becomes(b"# \n" * 3_500_000), "it has 10,500,000 bytes, more than 262,144"),
     "a terabyte of nothing": (sparse(TB), "it has 1,099,511,627,776 bytes"),
     "not UTF-8": (becomes(b"a = '\xff'"), "is not valid TOML"),
-    "a pipe": (pipe, "it is no regular file"),
+    "a pipe": (pipe, "it is not a regular file"),
     "a folder": (folder, "Is a directory"),
     "a link": (link("moved/config.toml"), "config.toml is a link"),
 } | {kind: (with_text(old, new), said) for kind, (old, new, said) in SHAPES.items()}
@@ -390,11 +390,14 @@ TOKENIZER = {
         vocabulary(lambda layout, *_: layout["added_tokens"].append({"id": 300, "content": "<|more|>"})),
         "has 301 tokens, more than this model knows",
     ),
-    "a pipe": (pipe, "is no regular file"),
+    "a pipe": (pipe, "is not a regular file"),
     "a link": (link("moved/tokenizer.json"), "tokenizer.json is a link"),
 }
 OTHERS = {
-    name: {"a link": (link("precious/letter.txt"), f"{name} is a link"), "a pipe": (pipe, f"{name} is no regular file")}
+    name: {
+        "a link": (link("precious/letter.txt"), f"{name} is a link"),
+        "a pipe": (pipe, f"{name} is not a regular file"),
+    }
     for name in (
         "samples.txt", "training_log.csv", ".lock", "config.tmp", "training_log.tmp", "vocab.txt", "tensorboard"
     )
@@ -490,8 +493,8 @@ LEARNED = {
     "weights NaN": (weights(float("nan")), ("generate", "--tokens", "2"), "not finite"),
     "weights infinite": (weights(float("inf")), ("generate", "--tokens", "2"), "not finite"),
     "weights NaN, trained on": (weights(float("nan")), RESUME, "not finite|was rejected|were rejected"),
-    "folder without shards": (state(folder="/etc"), EVALUATE, "no folder of prepared shards"),
-    "folder of a long name": (state(folder="a" * 300), EVALUATE, "no folder of prepared shards"),
+    "folder without shards": (state(folder="/etc"), EVALUATE, "is not a folder of prepared shards"),
+    "folder of a long name": (state(folder="a" * 300), EVALUATE, "is not a folder of prepared shards"),
     "shard of 2^60 tokens": (shards("manifest.json", shard(tokens=2**60)), EVALUATE, "has .* bytes, but"),
     "shard of -1 tokens": (shards("manifest.json", shard(tokens=-1)), EVALUATE, "not a shard manifest"),
     "shard upwards": (shards("manifest.json", shard(file="../../precious.bin")), EVALUATE, "not a shard manifest"),
@@ -504,7 +507,7 @@ LEARNED = {
         EVALUATE,
         "beyond the vocabulary",
     ),
-    "shards, a pipe": (shards("manifest.json", pipe), RESUME, "it is no regular file"),
+    "shards, a pipe": (shards("manifest.json", pipe), RESUME, "it is not a regular file"),
     "shards, a pipe of tokens": (shards("train-00000.bin", pipe), RESUME, "has 0 bytes, but"),
     "shards, a terabyte of nothing": (shards("manifest.json", sparse(TB)), EVALUATE, "1,099,511,627,776 bytes"),
     "shards, a pickle": (shards("manifest.json", becomes(PICKLE)), EVALUATE, "not a shard manifest"),

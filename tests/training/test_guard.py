@@ -72,18 +72,18 @@ def rows(shares, balance):
 def test_an_idle_expert_is_said_once_until_it_has_been_at_work_again():
     alarms = Alarms([1], ModelConfig(experts=4))
     idle, busy = rows([0.5, 0.3, 0.19, 0.01], 1.2), rows([0.25] * 4, 1.0)
-    heard = [text for _ in range(3 * STEPS) for text in alarms.hear(idle)]
+    heard = [text for _ in range(3 * STEPS) for text in alarms.check(idle)]
     assert len(heard) == 1
     assert "layer 1: expert 3" in heard[0]
     assert "--loss.balance" in heard[0]
-    assert not list(alarms.hear(busy))
-    assert len([text for _ in range(STEPS) for text in alarms.hear(idle)]) == 1
+    assert not list(alarms.check(busy))
+    assert len([text for _ in range(STEPS) for text in alarms.check(idle)]) == 1
 
 
 def test_a_collapse_is_said_and_an_even_layer_is_not():
     alarms = Alarms([3], ModelConfig(experts=8))
-    heard = [text for _ in range(STEPS) for text in alarms.hear(rows([0.5, 0.5, *[0.0] * 6], 4.0))]
+    heard = [text for _ in range(STEPS) for text in alarms.check(rows([0.5, 0.5, *[0.0] * 6], 4.0))]
     assert any("collapsed" in text for text in heard)
-    assert not [text for _ in range(2 * STEPS) for text in Alarms([3], ModelConfig()).hear(rows([0.125] * 8, 1.0))]
+    assert not [text for _ in range(2 * STEPS) for text in Alarms([3], ModelConfig()).check(rows([0.125] * 8, 1.0))]
     one = Alarms([3], ModelConfig(experts=2, experts_per_token=2))
-    assert not [text for _ in range(2 * STEPS) for text in one.hear(rows([0.5, 0.5], 1.0000001))]
+    assert not [text for _ in range(2 * STEPS) for text in one.check(rows([0.5, 0.5], 1.0000001))]

@@ -1,1 +1,1 @@
-"""Faults thrown at a tiny training run, and a count of those it survives."""
+"""Inject faults into a tiny training run and count those that it survives."""

@@ -1,4 +1,4 @@
-"""Where faults are thrown: a tiny run on real text, in processes that can be killed, and what it leaves undisturbed."""
+"""A tiny run on real text, in processes that can be killed, and what it leaves without and with faults."""
 
 import csv
 import hashlib
@@ -22,7 +22,7 @@ from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
 PATIENCE = 120.0
-"""seconds in which any of these trainings ends, or hangs"""
+"""seconds after which a training that has not ended counts as hung"""
 
 SHAPE = {"pattern": "DM", "dim": 32, "heads": 2, "hidden": 64, "experts": 4, "context": 32, "vocab_size": 400}
 TRAIN = {"steps": 60, "micro_batch": 2, "accumulation": 2, "eval_every": 10, "eval_tokens": 500, "save_every": 3}
@@ -34,6 +34,8 @@ processes.set_forkserver_preload(["khanhllm.chaos.arena"])
 
 
 class Arena:
+    """A folder with real text, and tiny runs on it."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.count = 0
@@ -44,6 +46,7 @@ class Arena:
                 (corpus / f"{package.__name__}-{path.stem}.txt").write_bytes(path.read_bytes())
 
     def config(self, **sections: Any) -> Config:
+        """The config of a tiny run, with changes by section."""
         return resolve(
             {
                 "model": SHAPE,
@@ -56,13 +59,13 @@ class Arena:
         )
 
     def folder(self) -> Path:
-        """One that does not exist yet."""
+        """A folder that does not exist yet, for the next run."""
         self.count += 1
         return self.root / f"run-{self.count}"
 
     @cached_property
     def undisturbed(self) -> tuple[Path, float]:
-        """The folder of a run that nothing happened to, and the seconds that it took."""
+        """The folder of a run without faults, and the seconds that it took."""
         folder = self.folder()
         end(self.start(self.config(), folder))  # prepares the shards
         folder = self.folder()
@@ -73,17 +76,18 @@ class Arena:
         return folder, time.monotonic() - begun
 
     def finished(self, folder: Path) -> bool:
+        """Whether the run has saved its last step."""
         return (folder / "checkpoints" / f"step-{TRAIN['steps']:07d}").exists()
 
     def start(self, config: Config, folder: Path, limit: int = 0) -> ForkServerProcess:
-        """A training in a process of its own, resumed if there is something to resume. limit: see `_train`."""
+        """Start a training in a process of its own; it resumes the run in the folder, if any. limit: see `_train`."""
         process = processes.Process(target=_train, args=(config, folder, limit))
         process.start()
         return process
 
 
 def _train(config: Config, folder: Path, limit: int) -> None:
-    """What `khanhllm train` does. limit: largest file that may be written (bytes), as a quota sets it; 0 for none."""
+    """Do what `khanhllm train` does. limit: largest file that it may write (bytes), as under a quota; 0 for none."""
     os.setsid()
     folder.mkdir(exist_ok=True)
     written = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -96,13 +100,13 @@ def _train(config: Config, folder: Path, limit: int) -> None:
     try:
         train(config, folder, resume=(folder / "config.toml").exists())
     except UserError as error:
-        with suppress(OSError):  # no room for it either
+        with suppress(OSError):  # the limit may leave no room for it
             os.write(written, f"{error}\n".encode())
         raise SystemExit(error.exit_code) from None
 
 
 def end(process: ForkServerProcess) -> int | None:
-    """Wait for a training; its exit code, negative for a signal, None if it hung and was killed."""
+    """Wait for a training to end. Returns its exit code, negative for a signal; None if it hung and was killed."""
     process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
@@ -112,7 +116,7 @@ def end(process: ForkServerProcess) -> int | None:
 
 
 def wait_until(true: Callable[[], Any], process: ForkServerProcess) -> bool:
-    """Whether something came true before the process ended."""
+    """Wait until `true` holds or the process ends. Returns whether it held."""
     deadline = time.monotonic() + PATIENCE
     while process.is_alive() and time.monotonic() < deadline:
         if true():
@@ -122,11 +126,12 @@ def wait_until(true: Callable[[], Any], process: ForkServerProcess) -> bool:
 
 
 def output(folder: Path) -> str:
+    """What the trainings in a folder have printed."""
     return (folder / "output.txt").read_text("utf-8", "replace") if (folder / "output.txt").exists() else ""
 
 
 def outcome(folder: Path) -> Outcome:
-    """What the newest checkpoint holds, and the CSV but for what depends on time."""
+    """The contents of the newest checkpoint, and the CSV without the columns of timing."""
     newest = checkpoint.newest(folder)
     if newest is None:
         return {}, []
@@ -137,7 +142,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def difference(ours: Outcome, expected: Outcome) -> str:
-    """What a disturbed run has otherwise than the undisturbed one; empty if nothing."""
+    """How a run differs from the undisturbed one, in a line; empty if it does not."""
     other = [name for name in expected[0] if ours[0].get(name) != expected[0][name]]
     if other:
         return f"{', '.join(other)} differ from the undisturbed run's"
@@ -145,7 +150,7 @@ def difference(ours: Outcome, expected: Outcome) -> str:
 
 
 def kill(process: ForkServerProcess) -> bool:
-    """kill -9, if it still lives."""
+    """Kill a process by SIGKILL. Returns whether it was still alive."""
     alive = process.is_alive()
     process.kill()
     process.join()

@@ -1,4 +1,4 @@
-"""Faults that meet the belt: a network that fails, and the death of the process that makes shards."""
+"""Faults of the belt: a network that fails, and the death of the belt worker."""
 
 import contextlib
 import gzip
@@ -32,7 +32,7 @@ PIECE = 600
 
 
 class Web:
-    """Real text in C4's format, a tokenizer for it, and a server that has it."""
+    """Real text in C4's format, a tokenizer for it, and the address of the text on a server."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -43,8 +43,8 @@ class Web:
 
     def _fill(self) -> None:
         self.folder.mkdir()
-        found = locate(str(self.arena.root / "corpus"))
-        texts = [document.text for name in found.files for document in Reader(found, []).read_file(name)]
+        corpus = locate(str(self.arena.root / "corpus"))
+        texts = [document.text for name in corpus.files for document in Reader(corpus, []).read_file(name)]
         pieces = [text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)]
         for nth in range(FILES):
             lines = "".join(json.dumps({"text": piece, "url": ""}) + "\n" for piece in pieces[nth::FILES])
@@ -61,7 +61,7 @@ class Web:
 
 
 def failing_network(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """Eleven kinds of network faults while shards are made: the shards are those of a network that never fails."""
+    """Inject eleven kinds of network faults while a worker makes shards: the shards must be those without faults."""
     web = Web(arena)
     tokenizer = Tokenizer.load(web.tokenizer)
     lookup = socket.getaddrinfo
@@ -78,7 +78,7 @@ def failing_network(arena: Arena, chance: random.Random) -> Iterator[str]:
         calm = _made(arena.folder(), web.source(server), tokenizer)
         while True:
             before, names = len(server.log), 0
-            locate(web.source(server))  # the knock at the door is not under test
+            locate(web.source(server))  # its single request is not under test
             server.faults = ["", *(chance.choice(["", *KINDS]) for _ in range(2000))]
             socket.getaddrinfo = unsure  # type: ignore[assignment]
             try:
@@ -92,7 +92,7 @@ def failing_network(arena: Arena, chance: random.Random) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quick_retries() -> Iterator[None]:
-    """Nobody waits for seconds here between one try and the next."""
+    """Within this context, downloads are retried after milliseconds."""
     before = fetch.FIRST_WAIT, fetch.LONGEST_WAIT, fetch.STALL
     fetch.FIRST_WAIT, fetch.LONGEST_WAIT, fetch.STALL = 0.001, 0.01, 0.2
     try:
@@ -102,7 +102,7 @@ def _quick_retries() -> Iterator[None]:
 
 
 def _made(folder: Path, source: str, tokenizer: Tokenizer) -> list[str]:
-    """The sha256 of the first shards of a belt; begun again, as --resume would, where it was given up."""
+    """The sha256 of the first shards of a belt. After each UserError it begins again, as --resume would."""
     folder.mkdir()
     while not (folder / MANIFEST).exists():
         with contextlib.suppress(UserError):
@@ -117,7 +117,7 @@ def _made(folder: Path, source: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def dying_helpers(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """kill -9 of the process that makes shards, or of the server: the run goes on, or is resumed, and ends the same."""
+    """Kill the belt worker or the server: the run must continue, or resume, and end as the undisturbed one."""
     web = Web(arena)
     server = FaultyServer(web.folder).__enter__()
     calm = arena.folder()
@@ -133,11 +133,11 @@ def dying_helpers(arena: Arena, chance: random.Random) -> Iterator[str]:
                 server.__exit__()
                 time.sleep(chance.uniform(0, 0.3))
                 server = FaultyServer(web.folder, port=server.port).__enter__()
-            elif makers := _makers(process.pid):
-                makers[0].kill()
+            elif workers := _workers(process.pid):
+                workers[0].kill()
         code = end(process)
         tries = 1
-        # saved and stopped, in one line: typed again
+        # the run saved and stopped with one line: run the command again
         while (code == 75 or (code == 2 and "no network" in output(folder))) and tries < TOGETHER:
             code = end(arena.start(config, folder))
             tries += 1
@@ -145,7 +145,7 @@ def dying_helpers(arena: Arena, chance: random.Random) -> Iterator[str]:
         yield from [fault] * TOGETHER
 
 
-def _makers(pid: int | None) -> list[psutil.Process]:
+def _workers(pid: int | None) -> list[psutil.Process]:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""Faults in the arithmetic: a number that is not finite, somewhere in the gradient of one micro-batch."""
+"""Faults of the arithmetic: a number that is not finite, somewhere in the gradient of one micro-batch."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon8bit")
 
 
 def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """NaN or infinity in one element of one gradient: no bit of weights and moments changes."""
+    """Put NaN or infinity into one element of one gradient: no bit of weights and moments may change."""
     learners = [_learner(arena, name) for name in OPTIMIZERS]
     while True:
         learner, state = chance.choice(learners)
@@ -40,7 +40,7 @@ def _learner(arena: Arena, optimizer: str) -> tuple[Learner, State]:
 
 @contextmanager
 def spoiled(parameter: Tensor, place: int, bad: float, micro_batch: int) -> Iterator[None]:
-    """Element `place` of the parameter's gradient is `bad` in micro-batch number `micro_batch` from now on."""
+    """Within this context, set element `place` of the parameter's gradient to `bad` in micro-batch `micro_batch`."""
     seen = 0
 
     def spoil(grad: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Throw seeded faults at a tiny run and count what it survives: the promises, rerun by anybody."""
+"""Inject seeded faults into a tiny run and count those that it survives, so that anybody can test the promises."""
 
 import random
 import tempfile
@@ -27,12 +27,14 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "network faults": (belt.failing_network, 500),
     "deaths of belt worker and server": (belt.dying_helpers, 100),
 }
-"""each with its share of the faults; a save is cut short at every system call that it makes"""
+"""each kind with its share of the faults; 0: a save is cut short at every system call that it makes"""
 LONG = sum(share for _, share in KINDS.values())
 
 
 @dataclass
 class Tally:
+    """Faults of one kind and how many were survived."""
+
     faults: int = 0
     survived: int = 0
     seconds: float = 0.0
@@ -41,9 +43,9 @@ class Tally:
 
 
 def run(seed: int, faults: int, minutes: float, console: Console | None = None) -> int:
-    """Print a table of the kinds of faults, how many were thrown and survived. Returns how many were not.
+    """Inject faults and print a table of how many of each kind the run survived. Returns how many it did not.
 
-    minutes: no fault is begun after so many; 0 for no limit. The same seed throws the same faults.
+    minutes: no fault begins after this time; 0 for no limit. The same seed gives the same faults.
     """
     console = console or Console()
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
@@ -91,7 +93,8 @@ def _table(tallies: dict[str, Tally], seed: int) -> Table:
 
 
 def checked(seed: int, faults: int, minutes: float) -> int:
-    """Exit code of the command: 1 if a fault was not survived. UserError for numbers without sense."""
+    """`run` as a command. Returns its exit code: 1 if the run did not survive a fault. Raises UserError for arguments
+    out of range."""
     if faults < 1 or minutes < 0:
         raise UserError("--faults must be at least 1 and --minutes at least 0")
     return 1 if run(seed, faults, minutes) else 0

@@ -1,4 +1,4 @@
-"""Faults that meet a checkpoint: a changed byte on the disk, a kill or a full disk in the middle of a save."""
+"""Faults of a checkpoint: a changed byte on the disk, a kill or a full disk in the middle of a save."""
 
 import random
 import re
@@ -26,7 +26,7 @@ BOTH = ["step-0000001", "step-0000002"]
 
 
 def flipped(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """A byte of a checkpoint is changed, cut off or zeroed, or a file is missing or another's: it is found."""
+    """Change, cut off or zero bytes of a checkpoint, or remove or swap a file: `verify` must find the damage."""
     run = arena.folder()
     shutil.copytree(arena.undisturbed[0], run)
     whole = checkpoint.newest(run)
@@ -39,10 +39,10 @@ def flipped(arena: Arena, chance: random.Random) -> Iterator[str]:
         damage = chance.choice(damages)
         damage(path, before, chance, files)
         changed = not path.exists() or path.read_bytes() != before
-        found = checkpoint.verify(whole)
+        fault = checkpoint.verify(whole)
         path.write_bytes(before)
         clean = checkpoint.verify(whole)
-        missed = f"{damage.__name__.strip('_')} of {path.name} was not found" if changed and not found else ""
+        missed = f"{damage.__name__.strip('_')} of {path.name} was not found" if changed and not fault else ""
         yield missed or (f"false alarm: {clean}" if clean else "")
 
 
@@ -69,9 +69,9 @@ def _swap(path: Path, before: bytes, chance: random.Random, files: list[Path]) -
 
 
 def cut_short(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """A save is killed, or told that the disk is full, at one of its system calls; all of them in turn.
+    """Kill a save, or make a system call of it fail as on a full disk, at each of its system calls in turn.
 
-    Needs strace. Then the checkpoint before is whole, or the new one is, and the next save succeeds.
+    Needs strace. Afterwards the old or the new checkpoint must be whole, and the next save must succeed.
     """
     boundaries = [
         (fault, call, number)
@@ -114,7 +114,7 @@ def _calls(arena: Arena) -> Counter[str]:
 
 
 def traced_save(config: Config, folder: Path, *options: str) -> int | None:
-    """Save step 1 undisturbed, then step 2 under strace; the exit code of that process, 3 for an OSError."""
+    """Save step 1 undisturbed, then step 2 under strace. Returns the exit code of that process, 3 for an OSError."""
     ours, theirs = processes.Pipe()
     process = processes.Process(target=_save_twice, args=(config, folder, theirs))
     process.start()
@@ -129,7 +129,7 @@ def traced_save(config: Config, folder: Path, *options: str) -> int | None:
     for line in tracer.stderr:
         if "attached" in line:
             break
-    ours.send("go on")
+    ours.send("continue")
     process.join(60)
     tracer.communicate()
     return process.exitcode

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that serves a folder, with ranges and ETags, and misbehaves as it is told."""
+"""A real HTTP server on loopback that serves a folder, with ranges and ETags, and injects the faults of a list."""
 
 import hashlib
 import socket
@@ -14,7 +14,7 @@ KINDS = ("refused", "reset", "stall", "404", "408", "429", "500", "503", "short"
 
 
 class FaultyServer:
-    """`faults`: kinds of KINDS (or "" for none), one for each request for a file, taken from the front."""
+    """Serves a folder. `faults`: one of KINDS (or "" for none) for each request for a file, in order."""
 
     def __init__(self, folder: Path, port: int = 0, etags: bool = True, stall: float = 1.0) -> None:
         self.folder, self.etags, self.stall = Path(folder), etags, stall

@@ -1,6 +1,6 @@
-"""Faults that meet a training as a whole: killed, asked to stop, met by a rival, out of its quota.
+"""Faults of a training as a whole: kills, signals to stop, a second run in its folder, a quota that is used up.
 
-Each kind is a generator: it throws one fault after the other, and yields for each what went wrong, empty if nothing.
+Each kind is a generator: it injects one fault after the other, and yields for each what went wrong, empty if nothing.
 """
 
 import os
@@ -21,7 +21,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 
 
 def killed(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """kill -9 of the trainer at a random moment; in the end nothing may tell that run from the undisturbed one."""
+    """Kill the trainer at a random moment: in the end the run must equal the undisturbed one."""
     calm, seconds = arena.undisturbed
     while True:
         folder = arena.folder()
@@ -34,8 +34,8 @@ def killed(arena: Arena, chance: random.Random) -> Iterator[str]:
 
 
 def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """A signal at a random moment, again and again: each run saves the step that it is at, the last equals the calm
-    one."""
+    """Send signals at random moments: each run must save the step that it is at, and the last must equal the
+    undisturbed one."""
     calm, seconds = arena.undisturbed
     while True:
         folder = arena.folder()
@@ -55,23 +55,23 @@ def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
 
 
 def met_by_a_rival(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """A second training in the same folder is refused, and does no harm to the first."""
+    """Start a second training in the same folder: it must be refused and not harm the first."""
     calm, _ = arena.undisturbed
     while True:
         folder = arena.folder()
         process = arena.start(arena.config(), folder)
         wait_until(partial(_rows_beyond, folder, 0), process)
         code = end(arena.start(arena.config(), folder))
-        told = "another training is at work" in output(folder)
+        refused = "another training is at work" in output(folder)
         first = end(process)
-        if code != 2 or not told:
+        if code != 2 or not refused:
             yield f"the rival ended with {code}"
         else:
             yield f"the first ended with {first}" if first else difference(outcome(folder), outcome(calm))
 
 
 def out_of_quota(arena: Arena, chance: random.Random) -> Iterator[str]:
-    """No file may grow beyond a random size: the run stops in words, and goes on once it has room."""
+    """Let no file grow beyond a random size: the run must stop with a message, and continue once it has room."""
     calm, _ = arena.undisturbed
     newest = checkpoint.newest(calm)
     assert newest
@@ -84,7 +84,7 @@ def out_of_quota(arena: Arena, chance: random.Random) -> Iterator[str]:
 
 
 def _to_the_end(arena: Arena, folder: Path, calm: Path) -> str:
-    """Let a run come to its end, and compare."""
+    """Let a run finish and compare it with the undisturbed one."""
     code = 0 if arena.finished(folder) else end(arena.start(arena.config(), folder))
     if code:
         return f"exit code {code}: {output(folder)[-200:]}"

@@ -1,8 +1,8 @@
-"""Rows become batches on the device, one ahead of the model.
+"""Make batches of rows on the device, ahead of the model.
 
 The cursor counts rows trained on since the beginning, over all epochs. Row number `cursor` of a run is a pure function
-of (seed, cursor), so stopping, resuming, and any micro-batch size see the same rows in the same order; nothing else
-needs to be saved. A thread prepares the next batches while the model is at work on this one.
+of (seed, cursor), so a resumed run and any micro-batch size see the same rows in the same order; nothing else needs to
+be saved. A thread prepares the next batches while the model computes on this one.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,8 @@ AHEAD = 4
 
 
 class Batch(NamedTuple):
+    """Inputs and targets of one micro-batch, and the cursor after it."""
+
     inputs_BT: Tensor
     """int64"""
     targets_BT: Tensor
@@ -31,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Rows(Protocol):
-    """Where rows come from: prepared shards, or a belt."""
+    """A source of rows: prepared shards, or a belt."""
 
     def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]: ...
 
@@ -46,8 +48,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of `micro_batch` rows from row number `cursor` on; closing the generator stops its thread.
 
-    Without end, but for this: where a batch is waited for and `give_up()` is true, they end. Raises the UserError of
-    `source` where the batch would have come.
+    Endless, unless `give_up()` turns true while it waits for a batch. Raises the UserError of `source` in place of the
+    batch.
     """
     queue: Queue[tuple[Tensor, int] | BaseException] = Queue(AHEAD)
     stop = Event()
@@ -92,7 +94,7 @@ def _fill(
 def _put(
     queue: "Queue[tuple[Tensor, int] | BaseException]", stop: Event, item: tuple[Tensor, int] | BaseException
 ) -> None:
-    """Wait for room, but not for a consumer that has gone."""
+    """Put an item into the queue; wait for room until `stop` is set, which says that the consumer has gone."""
     while not stop.is_set():
         try:
             return queue.put(item, timeout=0.1)
@@ -101,7 +103,7 @@ def _put(
 
 
 def random_batches(config: Config, device: torch.device) -> Iterator[Batch]:
-    """Micro-batches of random tokens, without end."""
+    """Yield micro-batches of random tokens, endlessly."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.train.rows, config.model.context + 1)
     while True:

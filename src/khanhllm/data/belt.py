@@ -1,7 +1,7 @@
-"""The conveyor belt: shards of a large or distant source are made just ahead of the training that uses them up.
+"""The belt: shards of a large or distant source, made just ahead of the training that uses them.
 
-A child process, `belt_worker`, keeps a few shards ready. After a crash it continues from the last published shard.
-Shards that were trained on are removed once they fill more disk than allowed, since any can be made again.
+A child process, `belt_worker`, keeps a few shards ready. After a crash it continues from the last published shard. It
+removes shards that were trained on once they fill more disk than allowed, since it can make any of them again.
 
 The order of rows is the shards in order, the rows of each permuted by a pure function of (seed, lap, shard): the whole
 position of a run remains one integer, the number of rows trained on.
@@ -25,11 +25,11 @@ from khanhllm.data.shards import Manifest, shuffled
 from khanhllm.errors import UserError
 
 TRIES = 3
-"""deaths of the child in a row, without a new shard, that are answered by a new child; one that hangs is killed"""
+"""times in a row, without a new shard, that a dead child is replaced; one that hangs is killed first"""
 
 
 class Starved(UserError):
-    """The belt cannot go on. Training saves and stops."""
+    """The belt cannot continue; the training saves and stops."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -48,11 +48,12 @@ class Belt:
 
     @property
     def sha256(self) -> str:
-        """Identity of all that will ever come off the belt."""
+        """Identity of all shards of the belt."""
         return self.recipe.identity
 
     def describe(self) -> str:
-        return f"{self.source}, turned into shards on the way, in {self.folder}"
+        """The source and place of the belt, in words."""
+        return f"{self.source}, turned into shards during the training, in {self.folder}"
 
     def laps(self, tokens: int) -> float:
         """How often a run of so many tokens reads the whole source; 0 while its end is not known."""
@@ -67,9 +68,9 @@ class Belt:
         raise AssertionError
 
     def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
-        """Rows of context + 1 ids, int64, from row number `cursor` of the run on; ends only when `stopped` is set.
+        """Yield rows of context + 1 ids, int64, from number `cursor` of the run on, until `stopped` is set.
 
-        Raises Starved if the child cannot go on.
+        Raises Starved if the child cannot continue.
         """
         left = cursor
         with _Child(self.folder, self._settings) as child:
@@ -102,12 +103,12 @@ class Belt:
             child.wait(path, nth, stopped)
             if stopped.is_set():
                 return
-            with suppress(FileNotFoundError):  # removed a moment ago by a child that had not heard yet
+            with suppress(FileNotFoundError):  # the child removed it before it read that this shard is in use
                 ids = np.memmap(path, dtype=np.dtype(self.recipe.dtype).newbyteorder("<"), mode="r").view(np.ndarray)
                 break
         if sha256(ids.data).hexdigest() != made.shard.sha256:
             path.unlink(missing_ok=True)
-            raise Starved(f"{path} is damaged; it was removed and is made again on --resume")
+            raise Starved(f"{path} is damaged and was removed; --resume makes it again")
         rows = self._rows(made)
         for index in range(start, rows):
             at = shuffled(index, rows, seed, (lap << 32) + nth) * self.context
@@ -118,7 +119,7 @@ class Belt:
 
 
 class _Child:
-    """The process that makes shards, seen from the training. It ends when this end of its pipe does."""
+    """The training's side of the belt worker, whose process ends when this closes its pipe."""
 
     def __init__(self, folder: Path, settings: list[str]) -> None:
         self.folder = folder
@@ -138,7 +139,7 @@ class _Child:
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "khanhllm.data.belt_worker", str(self.folder), *self.settings]
-        # a session of its own: Ctrl-C is for the training, which tells the child by closing the pipe
+        # a session of its own: Ctrl-C reaches only the training, which ends the child by closing the pipe
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -147,37 +148,37 @@ class _Child:
             self._send(self.wanted)
 
     def want(self, nth: int) -> None:
-        """Tell which shard is being used up."""
+        """Send the number of the shard in use."""
         if nth != self.wanted:
             self.wanted = nth
             self._send(nth)
 
     def _send(self, nth: int) -> None:
         assert self.process.stdin
-        with suppress(BrokenPipeError):  # its death is noticed by the next wait
+        with suppress(BrokenPipeError):  # the next wait notices the death
             self.process.stdin.write(f"{nth}\n".encode())
             self.process.stdin.flush()
 
     def wait(self, path: Path, nth: int, stopped: Event) -> Any:
-        """Wait for a note or a shard; returns the note."""
+        """Wait for a note or a shard. Returns the note."""
         while not path.exists() and not stopped.is_set():
             self.want(nth)
             if self.process.poll() is not None:
-                self._bury()
+                self._replace()
             elif self.heartbeat.silent():
-                self.process.kill()  # also ends one that is stopped; the next turn finds it dead
+                self.process.kill()  # ends even a stopped process; the next turn replaces it
             stopped.wait(GLANCE)
         self.deaths = 0
         if nth not in self.notes and not stopped.is_set():
             self.notes[nth] = Made.read(note_path(self.folder, nth))
         return self.notes.get(nth)
 
-    def _bury(self) -> None:
-        """Tell why the child ended, or begin another one if it fell without a word."""
-        words = self.process.communicate()[0].decode("utf-8", "replace").strip()
+    def _replace(self) -> None:
+        """Start another child. Raises Starved if the dead one left a message or too many have died."""
+        message = self.process.communicate()[0].decode("utf-8", "replace").strip()
         self.heartbeat.forget()
         self.deaths += 1
-        if words or self.deaths > TRIES:
+        if message or self.deaths > TRIES:
             fate = f"died or hung {self.deaths} times in a row"
-            raise Starved(words or f"the process that makes shards in {self.folder} {fate}")
+            raise Starved(message or f"the process that makes shards in {self.folder} {fate}")
         self._start()

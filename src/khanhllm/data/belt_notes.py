@@ -1,5 +1,4 @@
-"""What a belt's folder says about itself: the recipe of its shards, and beside each shard a note of where the next one
-begins."""
+"""The files that describe a belt: its recipe, and beside each shard a note of where the next one begins."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -13,14 +12,17 @@ from khanhllm.files import read
 
 RECIPE = "belt.json"
 GLANCE = 0.02
-"""seconds between two looks for work"""
+"""seconds between two checks for work"""
 
 
-class _Kept(BaseModel):
+class _Stored(BaseModel):
+    """Something stored as JSON."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def read(cls, path: Path) -> Any:
+        """Read a file. Raises UserError if it is missing or damaged."""
         try:
             return cls.model_validate_json(read(path))
         except (OSError, ValidationError) as error:
@@ -29,7 +31,7 @@ class _Kept(BaseModel):
             ) from None
 
 
-class Recipe(_Kept):
+class Recipe(_Stored):
     """All that decides the bytes of the shards."""
 
     version: int
@@ -40,7 +42,7 @@ class Recipe(_Kept):
     """sha256"""
     dtype: Dtype
     threshold: int
-    """texts with a hash below it are not trained on"""
+    """texts whose hash is below this are not for training"""
     held_out: tuple[int, ...]
     """hashes of the validation texts"""
     shard_tokens: int
@@ -51,11 +53,11 @@ class Recipe(_Kept):
 
     @property
     def identity(self) -> str:
-        """Of all that will ever come off the belt; a recipe without a later key's default is the same one."""
+        """Hash of all that decides the shards. Keys at their defaults do not count, so older recipes keep theirs."""
         return sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
-class Position(_Kept):
+class Position(_Stored):
     """How far one component has been read."""
 
     lap: int = 0
@@ -67,7 +69,7 @@ class Position(_Kept):
     """what cleaning read and removed so far, in all its laps"""
 
 
-class ShardStart(_Kept):
+class ShardStart(_Stored):
     """Where the next shard begins."""
 
     positions: tuple[Position, ...]
@@ -76,19 +78,20 @@ class ShardStart(_Kept):
     """made so far in this lap"""
 
 
-class Made(_Kept):
+class Made(_Stored):
     """The note beside a published shard."""
 
     shard: Shard
     following: ShardStart
     last: bool
-    """the source ends with it; then it begins again"""
+    """whether the source ends with this shard, and then begins again"""
 
 
 def spool(folder: Path, nth: int) -> Path:
-    """Where the downloads of component `nth` of a belt lie; two components may read the same file at a time."""
+    """The folder for downloads of component `nth`; each has its own, as two may read the same file at a time."""
     return folder / "spool" / str(nth)
 
 
 def note_path(folder: Path, nth: int) -> Path:
+    """The file of the note beside shard `nth`."""
     return folder / f"train-{nth:05d}.json"

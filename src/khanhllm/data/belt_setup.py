@@ -16,9 +16,9 @@ from khanhllm.data.writer import HASHES, Growing, text_hash
 from khanhllm.errors import UserError
 
 HELD_OUT = 2**21
-"""text that is held out for validation (bytes), if the source has as much"""
+"""text held out for validation (bytes), if the source has as much"""
 KEPT = 2**31
-"""downloads that are kept for the next one who reads the source from its beginning (bytes)"""
+"""downloads kept for the worker, which reads the source from its beginning again (bytes)"""
 
 
 def create_belt(
@@ -32,11 +32,11 @@ def create_belt(
     patience: float,
     clean: str = "",
 ) -> None:
-    """Begin a belt in the existing, empty `folder`: hold out the validation texts, write down the recipe.
+    """Create a belt in the existing, empty `folder`: hold out validation texts and write the recipe.
 
-    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. patience: seconds
-    without any answer from the network. clean: steps of `clean.py`. Raises UserError if they have not at least two
-    different texts.
+    sources: the components and their shares. Reads them until HELD_OUT bytes are held out. patience: seconds without
+    any answer from the network. clean: steps of `clean.py`. Raises UserError if the sources do not have two different
+    texts.
     """
     texts, threshold = _validation(folder, name, sources, validation, patience, clean)
     tokenizer.save(folder / "tokenizer.json")
@@ -74,26 +74,26 @@ def create_belt(
 
 
 class _Held(NamedTuple):
-    """What one component gives for validation."""
+    """The validation texts of one component."""
 
     texts: list[str]
     threshold: int
-    """hash below which no text is trained on"""
+    """texts whose hash is below this are not for training"""
     lowest: int
     highest: int
-    """hashes of the texts that were read"""
+    """hashes of the texts read"""
     lowest_text: str
 
 
 def _validation(
     folder: Path, name: str, sources: list[tuple[Source, float]], validation: float, patience: float, clean: str
 ) -> tuple[list[str], int]:
-    """The validation texts of all components and the hash below which no text is trained on.
+    """The validation texts of all components, and the hash below which no text is for training.
 
-    A corpus too small for chance gives its lowest hash.
+    If none is below it, as in a very small corpus, the text with the lowest hash is held out.
     """
     parts = [
-        # a validation split of its own is read once, all else is read again by the worker
+        # a source's own validation split is read once; the worker reads all else again
         _held_out(
             Reader(source, [], None if source.validation else spool(folder, nth), patience, KEPT),
             validation,
@@ -110,7 +110,7 @@ def _validation(
 
 
 def _held_out(reader: Reader, validation: float, most: float, clean: str) -> _Held:
-    """Hold out about `most` bytes of one component. One with a validation split of its own gives that."""
+    """Hold out about `most` bytes of one component, from its own validation split if it has one."""
     source = reader.source
     threshold = 0 if source.validation else int(validation * HASHES)
     files = source.validation or source.files

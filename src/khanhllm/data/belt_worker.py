@@ -1,8 +1,7 @@
-"""The making of a belt's shards; run as a program, the child process of `belt`.
+"""The belt worker, which makes a belt's shards; run as a program, it is the child process of `belt`.
 
-It reads the source in its fixed order and publishes one shard after the other, each by a rename, beside it a note of
-its sha256 and of the place where the next one begins. So any shard can be made again, byte for byte, from the note
-before it.
+It reads the source in its fixed order and publishes one shard after the other, each by a rename, with a note beside it
+of its sha256 and of where the next shard begins. So it can make any shard again, byte for byte, from the note before.
 
 A source may be a mixture. Then the next document always comes from the component that is furthest behind its share of
 the bytes so far, and a component that ends begins again.
@@ -37,7 +36,7 @@ from khanhllm.files import publish
 
 
 class BeltWorker:
-    """Makes the shards of one belt; the work of the child."""
+    """Makes the shards of one belt, in the child process."""
 
     def __init__(self, folder: Path, patience: float) -> None:
         self.folder = folder
@@ -48,12 +47,12 @@ class BeltWorker:
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.held_out = frozenset(self.recipe.held_out)
         self.read = 0
-        """documents so far, also those only passed over; a sign of progress"""
+        """documents read so far, also those skipped; a sign of progress"""
         self.nth = -1
         self.stream: Iterator[tuple[np.ndarray, int, ShardStart]] = iter(())
 
     def make(self, nth: int) -> Made:
-        """Publish shard `nth`; the notes of all before it must be there. Raises UserError."""
+        """Publish shard `nth`; the notes of all shards before it must exist. Raises UserError."""
         before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
         start = before.following if before else ShardStart(positions=(Position(),) * len(self.sources))
         if nth != self.nth + 1 or not nth:
@@ -87,14 +86,14 @@ class BeltWorker:
             aside.unlink()
             raise UserError(
                 f"{self.name} has changed since {self.folder / made.shard.file} was made from it; "
-                f"the run cannot go on with other text. Begin a new one, with another --data.cache"
+                f"the run cannot continue with other text. Begin a new one, with another --data.cache"
             )
         aside.replace(self.folder / made.shard.file)
         if not note.exists():
             publish(note, made.model_dump_json())
 
     def _encoded(self, start: ShardStart) -> Iterator[tuple[np.ndarray, int, ShardStart]]:
-        """Documents to train on from a place on: ids, bytes, and the place after each."""
+        """Documents to train on from `start` on: ids, bytes, and the position after each."""
         threads = cores()
         for batch in batched(self._documents(start), size=lambda item: len(item[0])):
             encoded = self.tokenizer.encode_batch([text for text, _ in batch], threads)
@@ -102,26 +101,26 @@ class BeltWorker:
                 yield ids, len(text.encode()), after
 
     def _documents(self, start: ShardStart) -> Iterator[tuple[str, ShardStart]]:
-        """The texts of all components, the next one always from that which is furthest behind its share."""
+        """The texts of all components; the next one is always of the component that is furthest behind its share."""
         weights = self.recipe.weights
         positions = list(start.positions)
         streams = [self._component(nth, position) for nth, position in enumerate(positions)]
         while True:
             nth = min(range(len(streams)), key=lambda nth: positions[nth].bytes / weights[nth])  # the first of equals
-            found = next(streams[nth], None)
-            if not found:
+            item = next(streams[nth], None)
+            if not item:
                 return
-            text, positions[nth] = found
+            text, positions[nth] = item
             yield text, ShardStart(positions=tuple(positions))
 
     def _component(self, nth: int, start: Position) -> Iterator[tuple[str, Position]]:
-        """The texts of one component, and the position after each: one lap if it is the only one, else no end."""
+        """The texts of one component, and the position after each: one lap if it is the only one, else endlessly."""
         source = self.sources[nth]
-        taken = start.bytes
+        size = start.bytes
         cleaner = Cleaner(self.recipe.clean, start.tally)
         for lap in count(start.lap):
             begin = start if lap == start.lap else Position()
-            before = taken
+            before = size
             for file in range(begin.file, len(source.files)):
                 first = begin.document if file == begin.file else 0
                 documents = self.readers[nth].read_file(source.files[file])
@@ -133,12 +132,12 @@ class BeltWorker:
                     raw = text.encode()
                     value = text_hash(raw)
                     if text and value >= self.recipe.threshold and value not in self.held_out:
-                        taken += len(raw)
+                        size += len(raw)
                         place = {"lap": lap, "file": file, "document": number + 1}
-                        yield text, Position(**place, bytes=taken, tally=cleaner.tally)
+                        yield text, Position(**place, bytes=size, tally=cleaner.tally)
             if len(self.sources) == 1:
                 return
-            if taken == before and (begin.file, begin.document) == (0, 0):
+            if size == before and (begin.file, begin.document) == (0, 0):
                 raise UserError(f"{source.name} has no text to train on besides what is held out; give more of it")
 
 
@@ -147,7 +146,7 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
-    """Keep shards ready: the one that is being used up and `ahead` after it; remove others beyond `disk` bytes."""
+    """Keep shards ready: the one in use and `ahead` after it. Remove others beyond `disk` bytes."""
     turns, worker = 0, None
 
     def sign() -> tuple[int, ...]:
@@ -163,7 +162,7 @@ def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable
         whole = bool(notes) and notes[-1].last
         now = max(0, wanted())
         window = [(now + more) % len(notes) if whole else now + more for more in range(ahead + 1)]
-        missing = [nth for nth in window if nth >= len(notes) or not _there(folder, notes[nth])]
+        missing = [nth for nth in window if nth >= len(notes) or not _exists(folder, notes[nth])]
         if missing:
             # a shard begins where the one before it ended, so notes come in order
             worker.make(min(missing[0], len(notes)))
@@ -173,16 +172,16 @@ def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable
 
 
 def _sizes(downloads: Path) -> list[int]:
-    """Of the downloads that are under way (bytes)."""
-    found = []
+    """Sizes of the unfinished downloads (bytes)."""
+    sizes = []
     for path in downloads.rglob("*.part"):
-        with suppress(FileNotFoundError):  # it is whole by now
-            found.append(path.stat().st_size)
-    return found
+        with suppress(FileNotFoundError):  # it has just become complete
+            sizes.append(path.stat().st_size)
+    return sizes
 
 
 def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> None:
-    sizes = {nth: (folder / note.shard.file).stat().st_size for nth, note in enumerate(notes) if _there(folder, note)}
+    sizes = {nth: (folder / note.shard.file).stat().st_size for nth, note in enumerate(notes) if _exists(folder, note)}
     spare = sorted((nth for nth in sizes if nth not in window), key=lambda nth: (nth > window[0], nth))
     while spare and sum(sizes.values()) > disk:
         nth = spare.pop(0)
@@ -190,18 +189,18 @@ def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> Non
         del sizes[nth]
 
 
-def _there(folder: Path, note: Made) -> bool:
+def _exists(folder: Path, note: Made) -> bool:
     return (folder / note.shard.file).exists()
 
 
 def main(arguments: list[str]) -> int:
-    """The child: reads the number of the shard in use from its stdin, one a line, and ends with it."""
+    """The child process: reads the number of the shard in use from stdin, one a line, and ends when stdin does."""
     newest = [0]
 
     def listen() -> None:
         for line in sys.stdin:
             newest[0] = int(line)
-        os._exit(0)  # the training has gone
+        os._exit(0)  # the training has ended
 
     folder, ahead, disk, patience = Path(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3])
     Thread(target=listen, daemon=True).start()

@@ -1,12 +1,12 @@
-"""Documents are cleaned before they are learned from, by an ordered list of published filters: "c4, language:en".
+"""Clean documents by an ordered list of published filters, such as "c4, language:en".
 
-The rules and their thresholds are datatrove's. Three things differ, so that they work without a network and say what
-they did. Words and sentences are found by a few lines here, where datatrove loads spaCy; languages are told by
-py3langid, where it downloads a model; and what each step takes is counted in documents and in bytes, since C4's rules
-shorten documents too.
+The rules and their thresholds are datatrove's. Three things differ, so that cleaning needs no network and reports what
+it did. A few lines here find words and sentences, where datatrove loads spaCy. py3langid identifies languages, where
+datatrove downloads a model. What each step removes is counted in documents and in bytes, since C4's rules shorten
+documents too.
 
-Left out: C4's list of bad words, which is a download. What the steps take that compare all documents with each other
-is found before (duplicates.py).
+Left out: C4's list of bad words, which is a download. For steps that compare all documents with each other,
+duplicates.py finds beforehand what to remove.
 """
 
 import importlib
@@ -31,23 +31,23 @@ from khanhllm.settings import did_you_mean
 
 KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "spans", "minhash")
 """c4: lines and pages by the rules of Raffel et al. 2020, section 2.2. paragraphs: three of 200 characters, as in mC4
-(Xue et al. 2021). gopher: both of Rae et al. 2021, A1.1. language: of most of the text. spans: of three sentences that
-stand elsewhere too, the last of C4's rules. minhash: near-duplicates"""
+(Xue et al. 2021). gopher: both of Rae et al. 2021, A1.1. language: that of most of the text. spans: three sentences in
+a row that occur elsewhere too, the last of C4's rules. minhash: near-duplicates"""
 COMPARING = ("spans", "minhash")
 """steps that compare all documents with each other"""
 SPANS = SentDedupConfig(hash_config=HashConfig(hash_fc="sha1"))  # the other hash needs one more dependency
 GOPHER = ("gopher-quality", "gopher-repetition")
 SURE = 0.65
-"""least probability of the language asked for; datatrove's"""
+"""least probability of the wanted language, as in datatrove"""
 GLANCE = 10_000
-"""characters of a document by which its language is told"""
+"""characters of a document that decide its language"""
 
-Found = Mapping[str, Mapping[int, Sequence[int]]]
-"""of a step of COMPARING the documents that it changes, by their number among those that come to it"""
+Removals = Mapping[str, Mapping[int, Sequence[int]]]
+"""for each step of COMPARING: number of a document, among those that reach the step -> where its removed spans begin"""
 
 
 class Words(WordTokenizer):  # type: ignore[misc]
-    """Words, signs and sentences of a text in an alphabet that sets spaces."""
+    """Finds the words, signs and sentences of a text whose words are separated by spaces."""
 
     WORD = re.compile(r"\w+(?:['’]\w+)*|\.\.\.|[^\w\s]")
     END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
@@ -59,7 +59,7 @@ class Words(WordTokenizer):  # type: ignore[misc]
         return [text[start:end].strip() for start, end in self.span_tokenize(text)]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        ends = [found.end() for found in self.END.finditer(text)]
+        ends = [match.end() for match in self.END.finditer(text)]
         if not ends or text[ends[-1] :].strip():
             ends.append(len(text))
         return list(zip([0, *ends], ends, strict=False))
@@ -69,6 +69,8 @@ WORDS = Words()
 
 
 class Language(BaseFilter):  # type: ignore[misc]
+    """Keeps the documents in one language."""
+
     def __init__(self, code: str) -> None:
         super().__init__()
         if not importlib.util.find_spec("py3langid"):
@@ -86,7 +88,7 @@ class Language(BaseFilter):  # type: ignore[misc]
 
 
 class Copies(BaseFilter):  # type: ignore[misc]
-    """Removes the documents of given numbers, among those that it is asked about."""
+    """Removes documents by number, counted in the order in which they reach the filter."""
 
     def __init__(self, numbers: Collection[int]) -> None:
         super().__init__()
@@ -99,10 +101,10 @@ class Copies(BaseFilter):  # type: ignore[misc]
 
 
 class Spans(BaseFilter):  # type: ignore[misc]
-    """Removes the spans of given numbers, and what they leave too little of (datatrove: 50 words, 3 sentences)."""
+    """Removes given spans, and then documents that are too short (datatrove: below 50 words or 3 sentences)."""
 
     def __init__(self, numbers: Mapping[int, Sequence[int]]) -> None:
-        """numbers: of a document, among those that it is asked about, the sentences that its spans begin with."""
+        """numbers: number of a document, as it reaches the filter -> the sentences at which its spans begin."""
         super().__init__()
         self.numbers = numbers
         self.asked = 0
@@ -133,14 +135,14 @@ def steps_of(clean: str) -> tuple[str, ...]:
     return steps
 
 
-def _filter(step: str, found: Found) -> BaseFilter:
+def _filter(step: str, removals: Removals) -> BaseFilter:
     name, _, value = step.partition(":")
     if name == "language":
         return Language(value)
     if name == "spans":
-        return Spans(found.get(name, {}))
+        return Spans(removals.get(name, {}))
     if name == "minhash":
-        return Copies(found.get(name, {}))
+        return Copies(removals.get(name, {}))
     if name == "paragraphs":
         return C4ParagraphFilter()
     kinds = {"c4": C4QualityFilter, "gopher-quality": GopherQualityFilter, "gopher-repetition": GopherRepetitionFilter}
@@ -148,39 +150,40 @@ def _filter(step: str, found: Found) -> BaseFilter:
 
 
 class Cleaner:
-    """Takes documents through the steps and counts what they lose."""
+    """Applies the steps to documents and counts what each removes."""
 
-    def __init__(self, clean: str, tally: Tally = (), found: Found = {}) -> None:  # noqa: B006, nobody writes to it
-        """tally: counts to go on from. found: for each step of COMPARING, what it removes of these documents.
+    def __init__(self, clean: str, tally: Tally = (), removals: Removals = {}) -> None:  # noqa: B006, read only
+        """tally: counts to continue from. removals: for each step of COMPARING, what it removes of these documents.
 
         Raises UserError for a step that is unknown or not installed.
         """
-        self.filters = [_filter(step, found) for step in steps_of(clean)]
+        self.filters = [_filter(step, removals) for step in steps_of(clean)]
         self.tally = tally or ((0, 0),) * (len(self.filters) + 1 if self.filters else 0)
 
     def clean(self, text: str) -> str:
-        """The text as the steps leave it, empty if one of them removes it."""
+        """The text as the steps leave it; empty if one of them removes it."""
         if not self.filters:
             return text
         document = Document(text=text, id="")
         size = len(text.encode())
         counts = [(1, size)]
         for step in self.filters:
-            kept = size and get_filter_result(step.filter(document))[0] and document.text.strip()
-            left = len(document.text.encode()) if kept else 0
+            passes = size and get_filter_result(step.filter(document))[0] and document.text.strip()
+            left = len(document.text.encode()) if passes else 0
             counts.append((int(left == 0 < size), size - left))
             size = left
         self.tally = added(self.tally, tuple(counts))
         return document.text if size else ""
 
     def run(self, texts: Iterable[str]) -> Iterator[tuple[str, Tally]]:
-        """What is left of the texts, each with the counts up to it."""
+        """Yield what is left of each text, with the counts so far."""
         for text in texts:
             if cleaned := self.clean(text):
                 yield cleaned, self.tally
 
 
 def added(one: Tally, other: Tally) -> Tally:
+    """The sum of two tallies; an empty one counts as zero."""
     return tuple((a + c, b + d) for (a, b), (c, d) in zip(one, other, strict=True)) if one and other else one or other
 
 
@@ -198,7 +201,7 @@ def counted(clean: str, tallies: Iterable[Tally]) -> Cleaning | None:
 
 
 def table(cleaning: Cleaning) -> Table:
-    """What each step removed, from what was read to what was kept."""
+    """A table of what was read, what each step removed, and what was kept."""
     shown = Table("cleaning", box=None, pad_edge=False, header_style="dim")
     for header in ("documents", "bytes", "of the bytes read"):
         shown.add_column(header, justify="right")

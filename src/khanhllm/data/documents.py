@@ -1,12 +1,12 @@
-"""Files become documents.
+"""Read files as documents.
 
-datatrove's readers are the engine: they open local disks, the hub and the web alike, and run unchanged in its local,
-Slurm and Ray executors. In one point we differ on purpose. They log and skip what they cannot read; here bad input
-ends the work with one line that names the file and the place, because text that is silently missing is found out
-about, if ever, after the training.
+datatrove's readers do the work: they open local disks, the hub and the web alike, and run unchanged in its local,
+Slurm and Ray executors. One point differs on purpose. datatrove logs and skips what it cannot read; our reader stops
+with one line that names the file and the place, because nobody would notice missing text before the end of the
+training.
 
-A text file has no documents of its own, so it is cut at blank lines into enough of them that a single novel still
-yields a held-out part. Whatever the file, memory holds one block of it and one document.
+A text file has no documents of its own, so the reader cuts it at blank lines, into enough pieces that even a single
+novel has some to hold out. Memory holds one block of a file and one document.
 """
 
 import codecs
@@ -32,18 +32,18 @@ from pyarrow.parquet import ParquetFile
 
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.source_syntax import text_column
-from khanhllm.data.sources import LOGIN, Source, is_remote, kind, told
+from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind
 from khanhllm.data.warc import pages
 from khanhllm.errors import UserError
 
 BLOCK = 2**18
 """bytes read at once"""
 ZST_BLOCK = 2**9
-"""bytes of zstandard unpacked at once; no more than 2**17 come out of each 4, as a file made to fill memory has them"""
+"""packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
 FIELD = 2**27
-"""longest text in a csv file (characters); a quote that is never closed is noticed by then"""
+"""longest field of a csv file (characters); a quote that is never closed runs into this limit"""
 
-# Its log is for clusters. Errors reach the user as UserError; this runs in every process that unpickles a reader.
+# datatrove's log is for clusters; users get a UserError. Here, so that every process that unpickles a reader runs it.
 logger.disable("datatrove")
 
 
@@ -60,10 +60,10 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         patience: float = 600.0,
         keep: int = 0,
     ) -> None:
-        """spool: folder for downloads that survives this process, so that they are not begun again; else a passing one.
+        """spool: folder whose downloads a later process continues; None: a temporary folder.
 
-        patience: seconds without any answer from the network until it is given up. keep: downloads that stay in the
-        spool after they were read to their end (bytes), for another reader.
+        patience: seconds without any answer from the network until the reader gives up. keep: downloads (bytes) that
+        stay in the spool after this reader has read them to the end, for another reader.
         """
         super().__init__(DataFolder(source.root if not is_remote(source.root) else "/", fs=LocalFileSystem()))
         self.source = source
@@ -72,7 +72,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         self.patience = patience
         self.keep = keep
         self.blank = 0
-        """documents without a word in them, which were left out"""
+        """documents that hold only white space, which the reader skips"""
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -86,12 +86,12 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             yield from self._documents(self.data_folder, filepath, where)
             return
         with nullcontext(self.spool) if self.spool else TemporaryDirectory(prefix="khanhllm-") as spool:
-            # read only what is whole and intact: text from a damaged file would long be trained on when it shows
+            # read only complete, checked files: damage found later would already be in the model
             path = Path(
                 spool, blake2b(where.encode(), digest_size=8).hexdigest(), Path(filepath.partition("?")[0]).name
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            _bring(where, path, self.patience)
+            _download(where, path, self.patience)
             yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where)
             self.keep -= path.stat().st_size
             if self.keep <= 0:
@@ -99,7 +99,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
-        with told(where), folder.open(filepath, "rb") as raw:
+        with as_user_error(where), folder.open(filepath, "rb") as raw:
             for number, text in enumerate(self._texts(raw, where, form)):
                 if text.strip():
                     yield Document(text=text, id=f"{filepath}/{number}")
@@ -117,7 +117,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         return _pieces(_decoded(raw, where), self.source.document_bytes)
 
 
-def _bring(where: str, path: Path, patience: float) -> None:
+def _download(where: str, path: Path, patience: float) -> None:
     if not where.startswith("hf://"):
         fetch(where, path, patience=patience, check=_check_packed)
         return
@@ -132,7 +132,7 @@ def _bring(where: str, path: Path, patience: float) -> None:
 
 
 def _check_packed(path: Path) -> None:
-    """Read a packed file to its end, where its checksum is. Raises whatever the library does."""
+    """Read a packed file to its end, where its checksum is. Raises the library's error if it is damaged."""
     name = path.name.removesuffix(".part")
     if name.endswith(".parquet"):
         ParquetFile(path).metadata  # noqa: B018
@@ -172,21 +172,21 @@ def _decoded(raw: Any, where: str) -> Iterator[str]:
 
 def _pieces(texts: Iterator[str], most: int) -> Iterator[str]:
     """Cut a stream of text into documents of at most `most` characters; joined, they are the text again."""
-    kept = ""
+    pending = ""
     for text in texts:
-        kept += text
-        while len(kept) > most:
-            cut = _cut(kept, most)
-            yield kept[:cut]
-            kept = kept[cut:]
-    yield kept
+        pending += text
+        while len(pending) > most:
+            cut = _cut(pending, most)
+            yield pending[:cut]
+            pending = pending[cut:]
+    yield pending
 
 
 def _cut(text: str, most: int) -> int:
     """The best place to cut in the second half of the allowed length: a blank line, else a line, else a word."""
     for mark in ("\n\n", "\r\n\r\n", "\n", " "):
-        if (found := text.rfind(mark, most // 2, most)) >= 0:
-            return found + len(mark)
+        if (at := text.rfind(mark, most // 2, most)) >= 0:
+            return at + len(mark)
     return most
 
 
@@ -211,8 +211,8 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
             try:
                 yield line.decode("utf-8" if number else "utf-8-sig") + "\n"
             except UnicodeDecodeError as error:
-                said = f"is not UTF-8 text (byte {error.start} of the line)"
-                raise UserError(f"{where}, row {row} {said}; convert it to UTF-8") from None
+                fault = f"is not UTF-8 text (byte {error.start} of the line)"
+                raise UserError(f"{where}, row {row} {fault}; convert it to UTF-8") from None
 
     csv.field_size_limit(FIELD)
     comma = "\t" if where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz")) else ","
@@ -231,8 +231,8 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 yield cells[place]
             row += 1
     except csv.Error as error:
-        cut = "a quoted field is never closed; is the file cut?" if "end of data" in str(error) else error
-        raise UserError(f"{where}, row {row}: {cut}") from None
+        why = "a quoted field is never closed; is the file cut?" if "end of data" in str(error) else error
+        raise UserError(f"{where}, row {row}: {why}") from None
 
 
 def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
@@ -256,7 +256,7 @@ def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
 
 
 def _unzstd(raw: Any) -> Iterator[bytes]:
-    """zstandard's own file reader takes a frame without an end for a whole one; this asks whether the end was seen."""
+    """Unpack zstandard. Raises EOFError for a frame without its end, which zstandard's own reader accepts."""
     frame = None
     block = raw.read(ZST_BLOCK)
     while block:
@@ -271,14 +271,14 @@ def _unzstd(raw: Any) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    kept: list[bytes] = []
+    pending: list[bytes] = []
     for block in blocks:
         first, *others = block.split(b"\n")
-        kept.append(first)
+        pending.append(first)
         for line in others:
-            yield b"".join(kept)
-            kept = [line]
-    yield b"".join(kept)
+            yield b"".join(pending)
+            pending = [line]
+    yield b"".join(pending)
 
 
 def _parsed(line: bytes, where: str) -> Any:

@@ -1,12 +1,12 @@
-"""What is in a whole source more than once, found by datatrove before the documents are cleaned of it.
+"""Find, with datatrove, the text that a source holds more than once, so that cleaning can remove it.
 
-spans: of three sentences, of which C4 keeps one (Raffel et al. 2020, section 2.2). minhash: near-duplicates (Broder
-1997) as FineWeb finds them, by 14 buckets of 8 hashes over 5-word shingles: two documents that share 80 % of their
-shingles are found with probability 0.92, 50 % with 0.05; of each cluster one document stays, on whichever side of the
-split it falls.
+spans: three sentences in a row, of which C4 keeps one (Raffel et al. 2020, section 2.2). minhash: near-duplicates
+(Broder 1997) as FineWeb finds them, by 14 buckets of 8 hashes over 5-word shingles. It finds two documents that share
+80 % of their shingles with probability 0.92, 50 % with 0.05. One document of each cluster stays, on whichever side of
+the split it falls.
 
-For each of these steps, one task for each group of files reads what the steps before leave and writes signatures; they
-are then merged in one process.
+For each of these steps, one task per group of files reads what the earlier steps leave and writes signatures. One
+process then merges them.
 """
 
 import io
@@ -27,7 +27,7 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from datatrove.pipeline.dedup.sentence_dedup import SentenceDedupSignature, SentenceFindDedups
 
-from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Found, steps_of
+from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Removals, steps_of
 from khanhllm.data.documents import Reader
 from khanhllm.data.writer import report_path
 from khanhllm.errors import UserError
@@ -44,7 +44,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
     type = "dedup"
 
     def __init__(self, step: str, reader: Reader, clean: str, aside: Path, in_child: bool) -> None:
-        """step: of COMPARING, and of `clean`. aside: gets the signatures, and a report for each group that is done."""
+        """step: one of COMPARING, named in `clean`. aside: folder for signatures and a report for each group done."""
         super().__init__()
         self.step = step
         self.reader = reader
@@ -68,7 +68,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
         steps = steps_of(self.clean)
         before = ", ".join(steps[: steps.index(self.step)])
         texts = (document.text for document in self.reader.run(rank=group))
-        for text, _ in Cleaner(before, found=found(self.aside, self.clean, group)).run(texts):
+        for text, _ in Cleaner(before, removals=removals(self.aside, self.clean, group)).run(texts):
             yield Document(text=text, id="")
 
     def _sign(self, documents: Iterator[Document], group: int) -> None:
@@ -84,11 +84,12 @@ class Signatures(PipelineStep):  # type: ignore[misc]
 
 
 def reports_of(aside: Path, step: str) -> Path:
+    """The folder of a step's reports."""
     return aside / step / "reports"
 
 
 def merge(aside: Path, step: str) -> None:
-    """Compare the signatures of all groups, and write down what goes."""
+    """Compare the signatures of all groups and write what the step removes."""
     folder = aside / step
     signatures, pairs, new = folder / "signatures", folder / "pairs", folder / "remove.part"
     if (folder / "remove").exists():
@@ -104,8 +105,8 @@ def merge(aside: Path, step: str) -> None:
     new.rename(folder / "remove")
 
 
-def found(aside: Path, clean: str, group: int) -> Found:
-    """What the steps of `clean` that compare remove of a group, as far as they were merged."""
+def removals(aside: Path, clean: str, group: int) -> Removals:
+    """What the comparing steps of `clean` remove from a group, for the steps that are merged already."""
     return {step: _removed(aside / step / "remove", group) for step in COMPARING if step in steps_of(clean)}
 
 

@@ -1,4 +1,4 @@
-"""The shards of a run. Prepared ones are opened with nothing but NumPy; what makes new ones is imported only then."""
+"""Find or make the shards of a run. Opening prepared shards needs only NumPy; imports for making them come later."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from khanhllm.schema import DataConfig
 
 
 def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
-    """The folder of shards for a run: the one given, one from the cache, or a new one.
+    """The folder of shards for a run: the given one, one from the cache, or a new one.
 
-    vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that
-    is remote, a mixture or large becomes a belt, whose shards are made while the model trains. Raises UserError.
+    vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that is
+    remote, a mixture or large gets a belt, whose shards are made while the model trains. Raises UserError.
     """
     folder = Path(data.source)
     if not there(folder / MANIFEST):
@@ -29,7 +29,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     manifest = Manifest.read(folder)
     check_fits(manifest.vocab_size, vocab_size, str(folder))
     for path in (folder / "tokenizer.json", *([Path(data.tokenizer)] if data.tokenizer else [])):
-        found = Tokenizer.load(path)
-        if (found.sha256, found.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
+        tokenizer = Tokenizer.load(path)
+        if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
             raise UserError(f"the tokenizer {path} does not match the shards in {folder}; prepare them again with it")
     return folder

@@ -1,7 +1,7 @@
-"""The pipeline of a preparation, run by one of datatrove's executors: processes here, a Slurm array, or Ray.
+"""Run the pipeline of a preparation by one of datatrove's executors: local processes, a Slurm array, or Ray.
 
-A task does every N-th group of files. Groups are decided by the source alone and each has files of its own, so
-neither the executor nor the number of tasks shows in the result, and what is finished is never done again.
+A task does every N-th group of files. The source alone decides the groups, and each has files of its own. So neither
+the executor nor the number of tasks changes the result, and no finished group is done again.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from khanhllm.cpu import cores
 from khanhllm.data.clean import COMPARING, steps_of
 from khanhllm.data.documents import Reader
-from khanhllm.data.duplicates import Signatures, found, merge, reports_of
+from khanhllm.data.duplicates import Signatures, merge, removals, reports_of
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ from khanhllm.errors import UserError
 
 
 class Unfinished(Exception):
-    """The work goes on elsewhere; the text says how far it is."""
+    """The cluster is still working; the text says how far it is."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Execution:
     partition: str = ""
     time: str = "24:00:00"
     cpus: int = 1
-    """of a task of Slurm; they encode at once"""
+    """cores of a Slurm task, which encode in parallel"""
     mem_per_cpu: int = 2
-    """of a task of Slurm (GiB)"""
+    """memory of a Slurm task for each core (GiB)"""
 
     def check(self, tokens: int) -> None:
-        """Raises UserError for what cannot work, before anything is done."""
+        """Raise UserError for what cannot work, before any work is done."""
         if self.executor not in ("local", "slurm", "ray"):
             raise UserError(f"executor must be local, slurm or ray, not {self.executor!r}")
         if self.tasks < 0:
@@ -68,13 +68,13 @@ class Execution:
         if self.executor == "slurm" and not self.partition:
             raise UserError("--executor slurm needs a --partition; `sinfo` lists them")
         if self.executor == "slurm" and not shutil.which("sbatch"):
-            raise UserError("--executor slurm needs the command sbatch, which is not here; type this on a login node")
+            raise UserError("--executor slurm needs the command sbatch, which is not here; run this on a login node")
         if self.executor == "ray" and not importlib.util.find_spec("ray"):
             raise UserError("--executor ray needs ray, which is not installed: pip install 'khanhllm[ray]'")
 
 
 class Job:
-    """One preparation: the pipeline, run as often as it takes."""
+    """One preparation, which runs the pipeline once or several times."""
 
     def __init__(
         self, source: Source, tokenizer: Tokenizer, aside: Path, tokens: int, execution: Execution, clean: str = ""
@@ -90,7 +90,7 @@ class Job:
         self.dtype = dtype_for(tokenizer.vocab_size)
 
     def split(self, validation: float) -> list[Report]:
-        """Run with the share asked for; a corpus too small for chance gives its lowest hash to validation."""
+        """Run with this share for validation. If no hash falls into it, hold out the text with the lowest hash."""
         amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
         limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
         say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
@@ -111,8 +111,8 @@ class Job:
         return reports
 
     def _compare(self, step: str) -> None:
-        """Read the source once for signatures, wherever the tasks run, and merge these here."""
-        say(f"looking for what {step} removes, for which the text is read once more")
+        """Let the tasks read the source for signatures, and merge these in this process."""
+        say(f"looking for what {step} removes; this reads the text once more")
         self.folder = self.aside / step
         self.reports = reports_of(self.aside, step)
         self.reports.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Job:
 
     def run(self, threshold: int) -> list[Report]:
         """Run tasks, in waves if not all are needed. Documents with a hash below `threshold` are held out."""
-        self.folder = self.aside / f"{threshold:x}"  # nothing of a run with another threshold is taken over
+        self.folder = self.aside / f"{threshold:x}"  # shards of another threshold do not count
         self.shards = self.folder / "shards"
         self.reports = self.folder / "reports"
         self.reports.mkdir(parents=True, exist_ok=True)
@@ -138,8 +138,8 @@ class Job:
                 if self._done(len(counts), wave) < wave:
                     self._execute(partial(self._writer, threshold), len(counts), wave)
                 counts += [self._report(group).count("train") for group in range(len(counts), len(counts) + wave)]
-        kept = next((nth for nth in range(len(counts)) if self._enough(counts[:nth])), len(counts))
-        reports = [self._report(group) for group in range(kept)]
+        needed = next((nth for nth in range(len(counts)) if self._enough(counts[:nth])), len(counts))
+        reports = [self._report(group) for group in range(needed)]
         named = {shard.file for report in reports for shard in report.shards}
         for path in self.shards.glob("*.bin*"):
             if path.name not in named:
@@ -150,7 +150,7 @@ class Job:
         return 0 < self.tokens <= sum(counts)
 
     def _wave(self, counts: list[int]) -> int:
-        """Groups worth starting now: all, or as many as the tokens still missing seem to need."""
+        """How many groups to start now: all, or as many as the missing tokens probably need."""
         left = len(self.groups) - len(counts)
         if not self.tokens:
             return left
@@ -162,18 +162,18 @@ class Job:
 
     def _writer(self, threshold: int, threads: int, in_child: bool) -> ShardWriter:
         reader = Reader(self.source, self.groups)
-        removed = partial(found, self.aside, self.clean)
+        removed = partial(removals, self.aside, self.clean)
         return ShardWriter(
             reader, self.shards, self.reports, threshold, self.tokens, threads, in_child, self.clean, removed
         )
 
     def _execute(self, step: Callable[[int, bool], PipelineStep], first: int, wave: int) -> None:
-        """step: makes the step of the pipeline, from its threads and whether it runs in a child process."""
+        """Run tasks on the executor. step: makes the pipeline's step, from its threads and whether it is a child."""
         if self.execution.executor == "slurm":
             self._submit(step(self.execution.cpus, False))
         log = self.folder / "log"
         shutil.rmtree(log, ignore_errors=True)
-        # of waves, each task is one group; otherwise a task takes every N-th
+        # in waves, each task is one group; otherwise a task takes every N-th
         tasks = len(self.groups) if self.tokens else self._tasks()
         wave = wave if self.tokens else tasks
         if self.execution.executor == "ray":
@@ -198,7 +198,7 @@ class Job:
         ).run()
 
     def _submit(self, step: PipelineStep) -> None:
-        """Hand the tasks to Slurm, unless they are there already. Raises Unfinished: the same command publishes."""
+        """Submit the tasks to Slurm, unless it has them already. Raises Unfinished; the same command publishes."""
         log, ticket = self.folder / "log", self.folder / "job"
         logs = f"the logs are in {log / 'slurm_logs'}"
         if ticket.exists() and _queued(ticket.read_text(encoding="utf-8")):
@@ -221,11 +221,11 @@ class Job:
         try:
             executor.run()
         except subprocess.CalledProcessError as error:
-            raise UserError(f"sbatch refused the job (exit code {error.returncode}); its own words are above") from None
+            raise UserError(f"sbatch refused the job (exit code {error.returncode}); see its message above") from None
         ticket.write_text(str(executor.job_id), encoding="utf-8")
         raise Unfinished(
             f"{self._progress()}; Slurm job {executor.job_id} has {self._tasks()} tasks, {logs}; "
-            "type the same command again when it is done"
+            "run the same command again when it is done"
         )
 
     def _tasks(self) -> int:
@@ -239,24 +239,24 @@ class Job:
 
 
 class _Slurm(SlurmPipelineExecutor):  # type: ignore[misc]
-    """Without the second job that only adds up datatrove's own statistics."""
+    """datatrove's executor without its second job, which only adds up datatrove's own statistics."""
 
     def launch_merge_stats(self) -> None:
         pass
 
 
 def _queued(job: str) -> bool:
-    """Whether Slurm still has the job; also if it cannot be asked, as two at once must not write the same files."""
+    """Whether Slurm still has the job. True also if squeue fails, as two jobs must not write the same files."""
     try:
-        asked = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
+        answer = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
     except OSError:
         return True
-    return bool(asked.stdout.strip()) or (asked.returncode != 0 and "Invalid job id" not in asked.stderr)
+    return bool(answer.stdout.strip()) or (answer.returncode != 0 and "Invalid job id" not in answer.stderr)
 
 
 @contextmanager
 def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
-    """Show how many tokens there are so far, by the size of the growing files: no channel to the workers is needed."""
+    """Show how many tokens exist so far, by the size of the growing files, which needs no channel to the workers."""
     stop = Event()
 
     def tokens() -> int:
@@ -273,11 +273,11 @@ def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
             while not stop.wait(0.2):
                 progress.update(task, completed=tokens())
 
-    def tell() -> None:
+    def print_lines() -> None:
         while not stop.wait(10):
             say(f"{tokens():,} tokens so far")
 
-    thread = Thread(target=draw if console().is_terminal else tell, daemon=True)
+    thread = Thread(target=draw if console().is_terminal else print_lines, daemon=True)
     thread.start()
     try:
         yield
@@ -287,9 +287,10 @@ def _watching(folder: Path, dtype: Dtype, goal: int) -> Iterator[None]:
 
 
 def console() -> Console:
+    """A console on stderr."""
     return Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """One plain line on stderr."""
+    """Print one plain line on stderr."""
     console().print(text, markup=False, highlight=False, soft_wrap=True)

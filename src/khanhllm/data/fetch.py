@@ -1,8 +1,8 @@
-"""One file of the web becomes one file here: whole, verified, or not at all.
+"""Download one file, complete and verified, or not at all.
 
-A download goes on where it stopped, after a broken connection as after a killed process, as long as the server vouches
-(by ETag or date) that it is still the same file. Whatever goes wrong is tried again, after waits that grow and vary so
-that many clients do not come back at once; it is given up when nothing has arrived for as long as `patience`.
+A download continues where it stopped, after a broken connection or a killed process, if the server confirms (by ETag
+or date) that the file is still the same. `fetch` retries whatever fails, after waits that grow and vary, so that many
+clients do not come back at once. It gives up when nothing has arrived for as long as `patience`.
 """
 
 import email.utils
@@ -26,31 +26,31 @@ CONNECT, STALL = 10.0, 30.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """seconds between two tries, at first and at most"""
 BLOCK = 2**16
-"""bytes; what of a block has come when a connection breaks is lost"""
+"""bytes written at once; a broken connection loses the block that has not fully arrived"""
 REFUSALS, DAMAGES = 3, 5
-"""answers in a row, of "no" or of wrong bytes, that are taken for the last word"""
+"""refusals in a row, and damaged downloads in a row, until `fetch` gives up"""
 AGAIN = (408, 425, 429)
-"""refusals that ask to come back"""
+"""refusals that ask the client to try again later"""
 
 
 class _Refused(Exception):
-    """The server understood and said no."""
+    """The server refused the request."""
 
 
-class _Unknown(_Refused):
-    """It does not know who asks, or does not let them (401, 403)."""
+class _Unauthorised(_Refused):
+    """The server refused this client (401, 403)."""
 
 
 class Denied(UserError):
-    """What `fetch` says about that."""
+    """The server wants another token."""
 
 
 class _Damaged(Exception):
-    """All bytes arrived, and they are not the right ones."""
+    """The download is complete, but its bytes are wrong."""
 
 
 class _Later(Exception):
-    """The server names the time to come back (seconds)."""
+    """The server asks the client to try again after `wait` seconds."""
 
     def __init__(self, why: str, wait: float) -> None:
         super().__init__(why)
@@ -68,10 +68,10 @@ def fetch(
 ) -> Path:
     """Download `url` to `path`, unless it is there already; returns `path`.
 
-    sha256: what the file must have, if known; else the one that the hub publishes with its large files. token: shown
-    to the server of `url` and to none that it sends us on to. patience: seconds without a new byte until it is given
-    up. check: reads the file and raises if it is damaged. Raises UserError, and of these Denied if the server wants
-    another token.
+    sha256: the hash that the file must have; empty: that which the hub publishes with its large files. token: sent to
+    the server of `url`, but to none that it redirects to. patience: seconds without a new byte until `fetch` gives up.
+    check: reads the file and raises if it is damaged. Raises UserError; its subclass Denied if the server wants another
+    token.
     """
     if path.exists():
         return path
@@ -92,14 +92,14 @@ def fetch(
             for kind, most in ((_Refused, REFUSALS), (_Damaged, DAMAGES)):
                 counts[kind] = counts[kind] + 1 if isinstance(error, kind) else 0
                 if counts[kind] >= most:
-                    said = Denied if isinstance(error, _Unknown) else UserError
-                    raise said(f"{url}: {why}, {most} times in a row") from None
+                    final = Denied if isinstance(error, _Unauthorised) else UserError
+                    raise final(f"{url}: {why}, {most} times in a row") from None
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         if _size(part) > farthest:
             farthest, progress, wait = _size(part), time.monotonic(), FIRST_WAIT
         if time.monotonic() + pause - progress > patience:
-            raise UserError(f"no network for {patience:g} s: {urlsplit(url).hostname} gives nothing ({why}) for {url}")
+            raise UserError(f"no network for {patience:g} s: {urlsplit(url).hostname} sends nothing ({why}) for {url}")
         time.sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT)
 
@@ -107,12 +107,12 @@ def fetch(
 def _why(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     causes = {"NameResolution": "its name is not known", "refused": "connection refused", "timed out": "no answer"}
-    return next((said for mark, said in causes.items() if mark in text), text.splitlines()[0][:120])
+    return next((cause for mark, cause in causes.items() if mark in text), text.splitlines()[0][:120])
 
 
 def _download(url: str, part: Path, token: str) -> str:
-    """Bring `part` to its full length, or raise. Returns the sha256 that is published with it, or nothing."""
-    have, validator = _size(part), _known(part)
+    """Complete `part`, or raise. Returns the sha256 that the server publishes for it, or ""."""
+    have, validator = _size(part), _saved_version(part)
     headers = {"User-Agent": "khanhllm", "Accept-Encoding": "identity"}
     if token:
         headers["Authorization"] = f"Bearer {token}"  # requests leaves it out where a redirect leads to another host
@@ -123,60 +123,60 @@ def _download(url: str, part: Path, token: str) -> str:
         published = _published(answer)
         if not start:
             _forget(part)
-            _validator(part).write_text(json.dumps(_vouched(answer)), encoding="utf-8")
+            _validator(part).write_text(json.dumps(_version(answer)), encoding="utf-8")
         with part.open("ab") as file:
-            for block in answer.raw.stream(BLOCK, decode_content=False):  # as it is stored, and as it is counted
+            for block in answer.raw.stream(BLOCK, decode_content=False):  # as stored: Content-Length counts these
                 file.write(block)
     size = _size(part)
     if total is not None and size < total:
-        raise requests.ConnectionError(f"only {size:,} of {total:,} bytes came")
+        raise requests.ConnectionError(f"only {size:,} of {total:,} bytes arrived")
     if total is not None and size > total:
         _forget(part)
-        raise _Damaged(f"{size:,} bytes came instead of {total:,}")
+        raise _Damaged(f"{size:,} bytes arrived instead of {total:,}")
     return published
 
 
 def _published(answer: requests.Response) -> str:
-    """The hub sends us on to where its large files lie and says in the same breath which sha256 they have."""
-    said = (step.headers.get("X-Linked-Etag", "").strip('"').lower() for step in (*answer.history, answer))
-    return next((tag for tag in said if re.fullmatch(r"[0-9a-f]{64}", tag)), "")
+    """The sha256 that the hub sends when it redirects to a large file; "" if there is none."""
+    tags = (step.headers.get("X-Linked-Etag", "").strip('"').lower() for step in (*answer.history, answer))
+    return next((tag for tag in tags if re.fullmatch(r"[0-9a-f]{64}", tag)), "")
 
 
 def _span(answer: requests.Response, have: int, part: Path) -> tuple[int, int | None]:
-    """Where the body of an answer starts in the file, and how long the file is, if that is said."""
+    """Where the body of an answer starts in the file, and how long the file is, if the server says so."""
     code = answer.status_code
     if code == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-        if found and int(found[1]) == have:
-            return have, int(found[2])
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if span and int(span[1]) == have:
+            return have, int(span[2])
     if code == 200:
         length = answer.headers.get("Content-Length")
         return 0, int(length) if length and length.isdigit() else None
     if code in (206, 416):
         _forget(part)
-        raise requests.ConnectionError("the rest of the file was asked for and something else came")
+        raise requests.ConnectionError("the server sent something other than the rest of the file")
     if code in AGAIN or code >= 500:
         raise _Later(f"answer {code} {answer.reason}", min(_retry_after(answer), 2 * LONGEST_WAIT))
-    raise (_Unknown if code in (401, 403) else _Refused)(f"answer {code} {answer.reason}")
+    raise (_Unauthorised if code in (401, 403) else _Refused)(f"answer {code} {answer.reason}")
 
 
 def _retry_after(answer: requests.Response) -> float:
-    """Seconds, which may also be written as a date."""
-    said = answer.headers.get("Retry-After", "")
-    if said.isdigit():
-        return float(said)
+    """The wait that the server asks for, as a number or a date (seconds); 0 if it names none."""
+    value = answer.headers.get("Retry-After", "")
+    if value.isdigit():
+        return float(value)
     with suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
 
 
-def _vouched(answer: requests.Response) -> str:
-    """What tells this version of the file from others; weak ETags do not."""
+def _version(answer: requests.Response) -> str:
+    """The ETag or date that identifies this version of the file; a weak ETag does not."""
     tag = answer.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
 
 
-def _known(part: Path) -> str:
+def _saved_version(part: Path) -> str:
     try:
         return str(json.loads(_validator(part).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -196,14 +196,14 @@ def _verify(part: Path, sha256: str, check: Callable[[Path], None] | None) -> No
     try:
         if sha256:
             with part.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha256:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != sha256:
                 raise _Damaged("its sha256 is not the published one")
         if check:
             check(part)
     except Exception as error:
         _forget(part)
-        raise _Damaged(f"wrong bytes came ({_why(error)})") from None
+        raise _Damaged(f"wrong bytes arrived ({_why(error)})") from None
 
 
 def _size(path: Path) -> int:

@@ -1,8 +1,8 @@
-"""Look at text before it is learned from: what is in it, how it falls into tokens, what cannot be read.
+"""Inspect text before training: what is in it, how it is tokenized, what cannot be read.
 
-A source of text and a folder of prepared shards are both shown as documents that pass by: their numbers are kept, the
-beginning of the first few is printed, and no more than one document is ever in memory. `verify` reads every file of a
-folder of shards and compares it with the manifest.
+A source of text and a folder of prepared shards are both read document by document: all are measured, the first few
+are printed in part, and memory holds one of them. `verify` reads every file of a folder of shards and compares it with
+the manifest.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
 from khanhllm.data.sources import KINDS, Source, locate
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.draw import counted, histogram, lying_bars, visible
+from khanhllm.draw import counted, histogram, horizontal_bars, visible
 from khanhllm.errors import UserError
 
 BEGINNING = 600
@@ -32,22 +32,22 @@ BEGINNING = 600
 MEASURED = 2**18
 """characters of a document that are tokenized; the tokens behind them are estimated"""
 BLOCK = 2**20
-"""ids of a shard looked at together"""
+"""ids of a shard read at once"""
 TOP = 10  # parts of a source that get a line of their own
 STYLES = ("black on #b8d8f0", "black on #f5dfa8")
 
 
 @dataclass(frozen=True)
 class SampleDoc:
-    """One document that passed by."""
+    """One document of a sample."""
 
     name: str
     size: int
     """of its text (bytes)"""
     pieces: list[str]
-    """its beginning; token by token where tokens are known"""
+    """its beginning, token by token if the tokenizer is known"""
     tokens: int = 0
-    """0 if they are not known"""
+    """0 if the tokenizer is not known"""
     exact: bool = True
     whole: bool = True
     """whether the beginning is all of it"""
@@ -55,20 +55,20 @@ class SampleDoc:
 
 @dataclass
 class Sample:
-    """What is remembered of the documents that passed by."""
+    """The sizes of the documents read so far, and what could not be read."""
 
     sizes: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def watch(self, parts: Iterable[Iterable[SampleDoc]]) -> Iterator[SampleDoc]:
-        """The documents of all parts; a part that cannot be read is noted, and the next one follows."""
+    def record(self, parts: Iterable[Iterable[SampleDoc]]) -> Iterator[SampleDoc]:
+        """Yield the documents of all parts. If a part cannot be read, note the fault and continue with the next."""
         for part in parts:
             try:
-                for seen in part:
-                    self.sizes.append(seen.size)
-                    self.tokens.append(seen.tokens)
-                    yield seen
+                for document in part:
+                    self.sizes.append(document.size)
+                    self.tokens.append(document.tokens)
+                    yield document
             except UserError as error:
                 self.faults.append(str(error))
 
@@ -82,7 +82,7 @@ def show(source: str, tokenizer_file: str | None, documents: int, sample: int) -
     if not (folder / MANIFEST).is_file():
         _show_text(console, locate(source), tokenizer_file, documents, sample)
     elif tokenizer_file:
-        raise UserError(f"{folder} holds prepared shards, which have their own tokenizer; leave --tokenizer away")
+        raise UserError(f"{folder} holds prepared shards, which have their own tokenizer; leave out --tokenizer")
     else:
         _show_shards(console, folder, documents, sample)
 
@@ -93,10 +93,10 @@ def _show_text(console: Console, source: Source, tokenizer_file: str | None, doc
     console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
     reader = Reader(source, [])
     parts = ((_sample_doc(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
-    seen = _pass_by(console, parts, documents, sample)
+    seen = _print_sample(console, parts, documents, sample)
     _shares(console, source)
     rejected = [counted(reader.blank, "blank document"), counted(len(seen.faults), "unreadable file")]
-    _end(console, source.name, seen, rejected)
+    _print_rejected(console, source.name, seen, rejected)
     if not tokenizer:
         console.print("\nto see where tokens begin and end, add --tokenizer FILE (made by `khanhllm tokenizer`)")
 
@@ -109,17 +109,18 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
     console.print(_splits(manifest))
     if manifest.cleaning:
-        console.print(table(_so_far(folder, manifest) or manifest.cleaning))
+        console.print(table(_cleaning_so_far(folder, manifest) or manifest.cleaning))
     parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
-    seen = _pass_by(console, parts, documents, sample)
-    _end(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
+    seen = _print_sample(console, parts, documents, sample)
+    _print_rejected(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
 
 
-def _pass_by(console: Console, parts: Iterable[Iterable[SampleDoc]], documents: int, most: int) -> Sample:
+def _print_sample(console: Console, parts: Iterable[Iterable[SampleDoc]], documents: int, most: int) -> Sample:
+    """Print the first few documents and the sizes of all that were read, at most `most` or `documents`."""
     sample = Sample()
-    for number, seen in enumerate(islice(sample.watch(parts), max(most, documents))):
+    for number, document in enumerate(islice(sample.record(parts), max(most, documents))):
         if number < documents:
-            _print(console, number + 1, seen)
+            _print(console, number + 1, document)
     console.print(f"\nmeasured: {counted(len(sample.sizes), 'document')}")
     if any(sample.tokens):
         console.print(histogram("tokens of a document", sample.tokens), end="")
@@ -130,8 +131,8 @@ def _pass_by(console: Console, parts: Iterable[Iterable[SampleDoc]], documents: 
     return sample
 
 
-def _end(console: Console, name: str, sample: Sample, rejected: list[str]) -> None:
-    console.print(f"\nrejected on the way: {', '.join(rejected)}")
+def _print_rejected(console: Console, name: str, sample: Sample, rejected: list[str]) -> None:
+    console.print(f"\nrejected: {', '.join(rejected)}")
     for fault in sample.faults:
         console.print(visible(f"  ✗ {' '.join(fault.split())}"))
     if not sample.sizes:
@@ -150,14 +151,14 @@ def _sample_doc(text: str, name: str, tokenizer: Tokenizer | None) -> SampleDoc:
 
 
 def _pieces(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """The first tokens, each as text; a byte that is only a part of a character is written out."""
+    """The first tokens, each as text; a byte that is only part of a character appears as an escape."""
     pieces = [tokenizer.decode_bytes([rank]).decode("utf-8", "backslashreplace") for rank in ids[:BEGINNING]]
     lengths = accumulate(map(len, pieces), initial=0)
     return [piece for piece, before in zip(pieces, lengths, strict=False) if before < BEGINNING]
 
 
 def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[SampleDoc]:
-    """The documents of a shard; what is in memory is a block of it."""
+    """The documents of a shard; memory holds one block of it."""
     ids = mapped(folder, shard, manifest.dtype)
     for number, (start, end) in enumerate(_spans(ids, tokenizer.end_of_text)):
         blocks = (ids[at : min(at + BLOCK, end)] for at in range(start, end, BLOCK))
@@ -173,33 +174,33 @@ def _spans(ids: np.ndarray, end_of_text: int) -> Iterator[tuple[int, int]]:
     """Where documents start and end; each follows an end-of-text."""
     start = 0
     for at in range(0, len(ids), BLOCK):
-        for found in np.flatnonzero(ids[at : at + BLOCK] == end_of_text):
-            if start < at + found:
-                yield start, at + int(found)
-            start = at + int(found) + 1
+        for mark in np.flatnonzero(ids[at : at + BLOCK] == end_of_text):
+            if start < at + mark:
+                yield start, at + int(mark)
+            start = at + int(mark) + 1
     if start < len(ids):
         yield start, len(ids)
 
 
-def _print(console: Console, number: int, seen: SampleDoc) -> None:
-    facts = [f"document {number}", seen.name, f"{seen.size:,} bytes"]
-    if seen.tokens:
-        about = "" if seen.exact else "about "
-        facts += [f"{about}{seen.tokens:,} tokens", f"{seen.size / seen.tokens:.2f} bytes a token"]
+def _print(console: Console, number: int, document: SampleDoc) -> None:
+    facts = [f"document {number}", document.name, f"{document.size:,} bytes"]
+    if document.tokens:
+        about = "" if document.exact else "about "
+        facts += [f"{about}{document.tokens:,} tokens", f"{document.size / document.tokens:.2f} bytes a token"]
     console.print(visible(f"\n── {' · '.join(facts)}"), style="bold")
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     text = Text()
-    for nth, piece in enumerate(seen.pieces):
+    for nth, piece in enumerate(document.pieces):
         text.append("│" if nth and not coloured else "")
         shown = visible(piece, console.encoding)
-        for line in (shown.replace("\n", "↵\n") if seen.tokens else shown).splitlines(keepends=True):
-            text.append(line.rstrip("\n"), STYLES[nth % 2] if coloured and seen.tokens else "")
-            text.append(line[len(line.rstrip("\n")) :])  # no colour behind the end of a line
-    console.print(text, end="\n" if seen.whole else " …\n")
+        for line in (shown.replace("\n", "↵\n") if document.tokens else shown).splitlines(keepends=True):
+            text.append(line.rstrip("\n"), STYLES[nth % 2] if coloured and document.tokens else "")
+            text.append(line[len(line.rstrip("\n")) :])  # no colour after the end of a line
+    console.print(text, end="\n" if document.whole else " …\n")
 
 
 def _shares(console: Console, source: Source) -> None:
-    """What the source is made of: kinds of files, and the largest of its folders and files."""
+    """Print the kinds of files in a source and its largest folders and files."""
     weights = source.text_bytes if source.size else (1,) * len(source.files)
     kinds, tops = Counter[str](), Counter[str]()
     for name, weight in zip(source.files, weights, strict=True):
@@ -212,7 +213,7 @@ def _shares(console: Console, source: Source) -> None:
         rest = parts.total() - sum(weight for _, weight in rows)
         rows += [(f"{len(parts) - TOP} more", rest)] if rest else []
         bars = [(name[-40:], weight, f"{100 * weight / parts.total():.1f} %") for name, weight in rows]
-        console.print(lying_bars(title, bars), end="")
+        console.print(horizontal_bars(title, bars), end="")
 
 
 def _splits(manifest: Manifest) -> Table:
@@ -228,8 +229,8 @@ def _splits(manifest: Manifest) -> Table:
     return table
 
 
-def _so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
-    """What the cleaning of a belt has read and removed by its newest shard; None before the first one."""
+def _cleaning_so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
+    """What the cleaning of a belt has read and removed up to its newest shard; None before the first one."""
     newest = max(folder.glob("train-?????.json"), default=None)
     if not newest:
         return None
@@ -237,7 +238,7 @@ def _so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of a folder of shards with its manifest. Raises UserError after naming all that differ."""
+    """Compare every file of a folder of shards with its manifest. Prints all that differ, then raises UserError."""
     manifest = Manifest.read(folder)
     console = Console(stderr=True)
     shards = track(manifest.shards, "reading", console=console, transient=True, disable=not console.is_terminal)

@@ -1,13 +1,13 @@
-"""Documents become token shards, once, for any number of runs.
+"""Prepare token shards from documents, once for any number of runs.
 
 A datatrove pipeline reads and writes groups of files that the source alone decides, so the shards are the same bytes
-whatever the number of workers and of tasks, and wherever they run (executors.py). A document is held out for
-validation by a hash of its text: two copies of one text can never end up on both sides, and adding files moves no
+whatever the number of workers and of tasks, and wherever they run (executors.py). A hash of its text decides whether a
+document is held out for validation: two copies of a text are always in the same split, and adding files moves no
 document.
 
-When only so many tokens are needed, tasks run in waves until a prefix of them holds enough; what ran beyond the
-prefix is dropped, so again the number of workers does not show. Everything is written aside and published by one
-rename: a folder of shards is complete or absent. What was interrupted goes on when it is asked for again.
+If a run needs only some tokens, tasks run in waves until a prefix of them holds enough. Results beyond the prefix are
+dropped, so again the number of workers does not matter. Everything is written aside and published by one rename: a
+folder of shards is complete or absent. The same call continues after an interruption.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ from khanhllm.schema import DataConfig
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""
 LEAST_SAMPLE = 2**24
-"""text that a tokenizer needs at least, however short the run (bytes)"""
+"""least text for a tokenizer, however short the run (bytes)"""
 SPREAD = 16
-"""files, at least, that the tokenizer's sample is spread over"""
+"""least number of files that the tokenizer's sample is spread over"""
 
 
 def prepare(
@@ -58,11 +58,11 @@ def prepare(
 ) -> Manifest | None:
     """Write the shards of a source into the new folder `out`.
 
-    validation: share of documents held out, in (0, 1). tokens: read no further once there are as many training tokens,
-    0 reads all. workers: processes, 0 means one for each core. execution: where the tasks run, instead of `workers`
-    processes here. clean: steps between reading and tokens (clean.py). Nothing is returned while a cluster is still at
-    it. Raises UserError for anything wrong with the source, and if `out` exists or cannot be written; then, as after an
-    interruption, the finished groups are kept aside, and the same call goes on from there.
+    validation: share of documents held out, in (0, 1). tokens: training tokens after which reading stops, 0 reads all.
+    workers: processes, 0 means one for each core. execution: where the tasks run, instead of `workers` processes here.
+    clean: steps between reading and tokens (clean.py). Returns None while a cluster is still working. Raises UserError
+    for anything wrong with the source, and if `out` exists or cannot be written. After an error or an interruption the
+    finished groups stay aside, and the same call continues from there.
     """
     execution = execution or Execution(workers=workers)
     execution.check(tokens)
@@ -70,17 +70,17 @@ def prepare(
         raise UserError(f"{out} exists already; remove it or choose another folder")
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
-    found = locate(source)
+    located = locate(source)
     steps = ", ".join(steps_of(clean))
-    Cleaner(steps)  # what it needs is missing now, not in an hour
+    Cleaner(steps)  # raises now, not in an hour, if something is not installed
     if (compares := _comparing(steps)) and is_remote(source):
         raise UserError(f"{compares} reads the text twice; download {source} and prepare the files")
     started = time.monotonic()
-    recipe: list[Any] = [VERSION, found.name, found.fingerprint, tokenizer.sha256, validation, tokens]
+    recipe: list[Any] = [VERSION, located.name, located.fingerprint, tokenizer.sha256, validation, tokens]
     with _resumable(out, json.dumps(recipe + [steps] * bool(steps))) as partial:
-        job = Job(found, tokenizer, partial, tokens, execution, steps)
+        job = Job(located, tokenizer, partial, tokens, execution, steps)
         try:
-            manifest = _manifest(found, tokenizer, validation, job.split(validation), steps)
+            manifest = _manifest(located, tokenizer, validation, job.split(validation), steps)
         except Unfinished as so_far:
             say(str(so_far))
             return None
@@ -98,7 +98,7 @@ def prepare(
 
 @contextmanager
 def _resumable(out: Path, recipe: str) -> Iterator[Path]:
-    """The folder beside `out` that holds what is finished of this recipe; of another recipe, nothing is kept."""
+    """A folder beside `out` with the finished groups of this recipe; those of another recipe are removed."""
     partial = out.absolute().parent / f".{out.name}.partial"
     written = partial / "recipe.json"
     try:
@@ -118,7 +118,7 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, to be renamed to it when it is whole; whatever is left of it is removed."""
+    """A new folder beside `out`, for the caller to rename to it when it is complete; else it is removed at the end."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -156,19 +156,19 @@ def train_on(
 ) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
-    Each component of a mixture gives its share. The documents are cleaned first, but by
-    no step that compares all of them. belt: folder of a belt to be, for which what is downloaded is kept. patience:
-    seconds without any answer from the network.
+    Each component of a mixture gives its share. The documents are cleaned first, except by steps that compare all of
+    them. belt: folder of a future belt, which keeps the downloads. patience: seconds without any answer from the
+    network.
 
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
     shares = [(locate(name), int(weight * sample_bytes)) for name, weight in components(source)]
-    amount = sum(min(found.size or share, share) for found, share in shares) / 1e6
+    amount = sum(min(located.size or share, share) for located, share in shares) / 1e6
     say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
     started = time.monotonic()
     samples = chain.from_iterable(
-        _sample(Reader(found, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation, clean)
-        for nth, (found, share) in enumerate(shares)
+        _sample(Reader(located, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation, clean)
+        for nth, (located, share) in enumerate(shares)
     )
     tokenizer = train_tokenizer(samples, vocab_size, progress=console().is_terminal)
     say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
@@ -176,9 +176,9 @@ def train_on(
 
 
 def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterator[str]:
-    """Training documents from the beginning of each file, no file giving more than its share."""
+    """Training documents from the beginning of each file, at most a share from each."""
     source, cleaner = reader.source, Cleaner(clean)
-    # of a distant source, no more files are fetched than the sample needs
+    # download no more files of a distant source than the sample needs
     share = most if is_remote(source.root) else max(most // min(SPREAD, len(source.files)), 1)
     empty = True
     for name in source.files:
@@ -203,7 +203,7 @@ def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterato
 def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     """The folder of shards of a source of text: one from the cache, or a new one. See `ensure`."""
     steps = ", ".join(steps_of(data.clean))
-    # what is remote keeps its name for now: a belt that is there already is found without a network
+    # a remote source keeps its name for now, so that an existing belt is found without a network
     parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
     fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
     (first, _), *others = parts
@@ -234,7 +234,7 @@ def _make(
     vocab_size: int,
     tokens_needed: int,
 ) -> None:
-    """Make the folder; of `parts` a belt, of none the whole source."""
+    """Make the folder: a belt from `parts`, or shards of the whole source if there are none."""
     with _alone(folder):
         if there(folder / MANIFEST):
             return
@@ -254,7 +254,7 @@ def _make(
             )
             return
         sources = [(locate(part) if isinstance(part, str) else part, weight) for part, weight in parts]
-        # a short run must not read a long sample: 8 bytes are more than a token ever stands for on average
+        # a short run must not read a long sample: no vocabulary averages more than 8 bytes a token
         sample = min(sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
         with aside(folder) as new:
             patience = data.patience
@@ -266,7 +266,7 @@ def _make(
 
 
 def _comparing(steps: str) -> str:
-    """The first of the steps that compares all documents, if there is one."""
+    """The first of the steps that compare all documents; "" if there is none."""
     return next((step for step in steps_of(steps) if step in COMPARING), "")
 
 
@@ -277,7 +277,7 @@ def _folder_name(source: str, recipe: list[Any]) -> str:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time prepares a folder; the others wait and then find it done."""
+    """Within this context, only this process prepares the folder; others wait, and then find it done."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

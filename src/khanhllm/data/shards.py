@@ -5,9 +5,9 @@
 Each document is preceded by end-of-text: E doc E doc E doc. So a shard always starts with E, every byte of the text is
 the target of some prediction, and a prompt after a lone E is exactly what training has seen.
 
-Reading is a memory map: nothing is loaded before it is used and all processes share the pages. The order of rows is
-not stored but computed: `shuffled` is a permutation that answers for any single index in constant memory. That makes
-the whole position of a run one integer.
+Reading is a memory map: nothing is loaded before it is used, and all processes share the pages. The order of rows is
+computed, not stored: `shuffled` permutes any single index in constant memory. So one integer is the whole position of a
+run.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 
 ROUNDS = 8
-"""of the Feistel network that shuffles"""
+"""rounds of the Feistel network that shuffles"""
 WORD_BITS = 64
 WORD = 2**WORD_BITS - 1
 
@@ -40,6 +40,8 @@ Tally = tuple[tuple[int, int], ...]
 
 
 class Shard(BaseModel):
+    """One file of token ids, as the manifest describes it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Annotated[str, Field(pattern=r"^[\w-]+\.bin$")]
@@ -52,6 +54,8 @@ class Shard(BaseModel):
 
 
 class Removed(BaseModel):
+    """What one step of cleaning removed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: str
@@ -83,6 +87,8 @@ class Cleaning(BaseModel):
 
 
 class Manifest(BaseModel):
+    """What a folder of shards holds and how it was made."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
@@ -92,12 +98,12 @@ class Manifest(BaseModel):
     vocab_size: Annotated[int, Field(gt=0)]
     dtype: Dtype
     validation: float
-    """share of the documents that was asked to be held out"""
+    """share of the documents to hold out, as the user asked"""
     train_tokens: int
     validation_tokens: int
     shards: tuple[Shard, ...]
     cleaning: Cleaning | None = None
-    """None: the documents are as they were read"""
+    """None: nothing was cleaned"""
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -106,7 +112,7 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate_json(read(path))
         except OSError as error:
-            raise UserError(f"{folder} is no folder of prepared shards: {path.name}: {error.strerror}") from None
+            raise UserError(f"{folder} is not a folder of prepared shards: {path.name}: {error.strerror}") from None
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -122,16 +128,17 @@ class Manifest(BaseModel):
         return self.cleaning.steps if self.cleaning else ""
 
     def of(self, split: str) -> list[Shard]:
+        """The shards of one split, in order."""
         return [shard for shard in self.shards if shard.split == split]
 
 
 def dtype_for(vocab_size: int) -> Dtype:
-    """Two bytes a token where the vocabulary allows."""
+    """The type of stored ids: two bytes a token where the vocabulary allows."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class Shards:
-    """The tokens of one split, as rows to train on or as windows to score. Made by `Shards.open`."""
+    """The tokens of one split, as rows to train on or windows to score. Made by `Shards.open`."""
 
     def __init__(self, folder: Path, split: str, context: int, manifest: Manifest) -> None:
         self.folder = folder
@@ -143,7 +150,7 @@ class Shards:
         self._ends = list(accumulate((len(ids) - 1) // context for ids in self._ids))
         self.rows = self._ends[-1] if self._ends else 0
         self.tokens = sum(shard.tokens for shard in self._shards)
-        # a short validation split is no hindrance: windows() uses the tails that rows drop
+        # a validation split may be short: windows() uses the tails that rows drop
         if not self.tokens or (split == "train" and not self.rows):
             need = f"one row needs {context + 1} of them in one shard; take more text or a smaller model.context"
             raise UserError(f"{folder} has {self.tokens} {split} tokens, too few for a context of {context}: {need}")
@@ -152,8 +159,8 @@ class Shards:
     def open(cls, folder: Path, split: str, context: int) -> "Shards":
         """Open one split, "train" or "validation", for rows of context + 1 tokens.
 
-        Raises UserError that names the file if one is missing, cut short or of another type than the manifest says,
-        and if the training split has not a single row.
+        Raises UserError that names the file if one is missing, cut short or of another type than the manifest says, and
+        if the training split has no row.
         """
         return cls(folder, split, context, Manifest.read(folder))
 
@@ -174,12 +181,13 @@ class Shards:
         return self._window(nth, start)
 
     def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
-        """Rows from row number `cursor` of the run on, without end: epoch after epoch, each in an order of its own."""
+        """Yield rows from number `cursor` of the run on, endlessly: epoch after epoch, each in an order of its own."""
         for number in count(cursor):
             epoch, index = divmod(number, self.rows)
             yield self.row(shuffled(index, self.rows, seed, epoch))
 
     def describe(self) -> str:
+        """The size and place of the split, in words."""
         return f"{self.tokens:,} training tokens in {self.folder}"
 
     def laps(self, tokens: int) -> float:
@@ -187,7 +195,7 @@ class Shards:
         return tokens / (self.rows * self.context)
 
     def windows(self) -> Iterator[np.ndarray]:
-        """All tokens in order, as int64 arrays of 2 to context + 1 ids, each starting with the last of the one before.
+        """Yield all tokens in order: int64 arrays of 2 to context + 1 ids, each starting with the last id before it.
 
         Every token but the first end-of-text of each shard is a target exactly once.
         """
@@ -211,18 +219,18 @@ class Shards:
 
 
 def damage(folder: Path, shard: Shard) -> str:
-    """One line about a shard whose file is missing or whose sha256 is not the manifest's; empty if all is well."""
+    """One line about a shard whose file is missing or whose sha256 is not the manifest's; empty if it is intact."""
     path = folder / shard.file
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"cannot read {path}: {error.strerror}; prepare again"
-    return "" if found == shard.sha256 else f"{path} is damaged: its sha256 is not the manifest's; prepare again"
+    return "" if actual == shard.sha256 else f"{path} is damaged: its sha256 is not the manifest's; prepare again"
 
 
 def mapped(folder: Path, shard: Shard, dtype: Dtype) -> np.ndarray:
-    """The ids of a shard, read when they are used. Raises UserError if the file is missing or of another length."""
+    """The ids of a shard, as a memory map. Raises UserError if the file is missing or of another length."""
     path = folder / shard.file
     kind = np.dtype(dtype).newbyteorder("<")
     try:
@@ -230,16 +238,16 @@ def mapped(folder: Path, shard: Shard, dtype: Dtype) -> np.ndarray:
         if size != shard.tokens * kind.itemsize:
             expected = f"{shard.tokens} tokens of {dtype} are {shard.tokens * kind.itemsize} bytes"
             raise UserError(f"{path} has {size} bytes, but {expected}; it is cut short or changed, prepare again")
-        return np.memmap(path, dtype=kind, mode="r").view(np.ndarray)  # whose slices are five times cheaper
+        return np.memmap(path, dtype=kind, mode="r").view(np.ndarray)  # slices of a memmap cost five times as much
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; prepare again") from None
 
 
 def shuffled(index: int, rows: int, seed: int, epoch: int) -> int:
-    """Where `index` goes in this epoch's random order of range(rows): a bijection for every (seed, epoch).
+    """The place of `index` in this epoch's random order of range(rows): a bijection for every (seed, epoch).
 
-    A Feistel network permutes the next power of four; walking its cycle until it is back below `rows` (at most four
-    steps, on average) leaves a permutation of exactly range(rows).
+    A Feistel network permutes the next power of four. Applying it again until the result is below `rows` (at most four
+    times, on average) leaves a permutation of exactly range(rows).
     """
     if not 0 <= index < rows:
         raise IndexError(f"row {index} of {rows}")
@@ -257,8 +265,8 @@ def shuffled(index: int, rows: int, seed: int, epoch: int) -> int:
 
 @lru_cache(maxsize=64)
 def _round_keys(seed: int, epoch: int) -> list[tuple[int, int]]:
-    """For each round of the network an odd factor and a summand: the high bits of value * factor + summand are its
-    hash (multiply-shift, Dietzfelbinger 1996), which costs a hundredth of a cryptographic one."""
+    """An odd factor and a summand for each round of the network. The high bits of value * factor + summand are the hash
+    of a value (multiply-shift, Dietzfelbinger 1996), which costs a hundredth of a cryptographic one."""
     drawn = hashlib.shake_128(seed.to_bytes(8, "little") + epoch.to_bytes(8, "little")).digest(16 * ROUNDS)
     words = [int.from_bytes(drawn[at : at + 8], "little") for at in range(0, len(drawn), 8)]
     return [(factor | 1, summand) for factor, summand in zip(words[::2], words[1::2], strict=True)]

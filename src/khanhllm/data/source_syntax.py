@@ -1,4 +1,4 @@
-"""What the parts of a source string mean, by their letters alone: `#column`, `{a,b}` and `{0..9}`, `:split`."""
+"""The syntax of a source string: `#column`, `{a,b}` and `{0..9}`, `:split`."""
 
 import glob
 import itertools
@@ -9,11 +9,11 @@ from pathlib import Path
 from khanhllm.errors import UserError
 
 COLUMNS = ("text", "content", "document", "body", "article")
-"""where the text is looked for when the source names no column, first wins"""
+"""columns tried in this order when the source names none"""
 
 
 def with_column(source: str) -> tuple[str, str]:
-    """A source and the column its end names, or "". A path that exists wins over that reading of its '#'."""
+    """Split `source#column` in two; the column is "" if there is none, or if a path of that whole name exists."""
     place, mark, column = source.rpartition("#")
     if not mark or "/" in column or _exists(source):
         return source, ""
@@ -28,16 +28,16 @@ def _exists(source: str) -> bool:
 
 
 def text_column(names: list[str], wanted: str, where: str) -> str:
-    """The column that holds the text. Raises UserError that names those that there are."""
-    found = next((name for name in ([wanted] if wanted else COLUMNS) if name in names), None)
-    if found is None:
-        there = ", ".join(" ".join(name.split())[:40] for name in names) or "nothing"
-        raise UserError(f"{where} has no text column '{wanted or 'text'}'; it has: {there}; name one: SRC#column")
-    return found
+    """The column that holds the text. Raises UserError that lists the existing ones."""
+    column = next((name for name in ([wanted] if wanted else COLUMNS) if name in names), None)
+    if column is None:
+        existing = ", ".join(" ".join(name.split())[:40] for name in names) or "nothing"
+        raise UserError(f"{where} has no text column '{wanted or 'text'}'; it has: {existing}; name one: SRC#column")
+    return column
 
 
 MOST = 100_000
-"""files that one pattern may stand for"""
+"""most files that one pattern may stand for"""
 
 
 def expanded(url: str) -> list[str]:
@@ -67,7 +67,7 @@ def _choices(inside: str, url: str) -> list[str]:
 
 
 def common_folder(names: list[str]) -> tuple[str, list[str]]:
-    """The folder that all names lie under, and the names below it. What follows a '?' is no folder."""
+    """The folder that all names lie under, and the names relative to it. What follows a '?' is not part of a path."""
     folders = [name.partition("?")[0].split("/")[:-1] for name in names]
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
     root = "/".join(level[0] for level in levels)
@@ -82,17 +82,17 @@ SPLITS = {
 
 
 def with_split(path: str) -> tuple[str, str]:
-    """A path on the hub and the split its end names, or ""."""
+    """Split `path:split` on the hub in two; the split is "" if there is none."""
     place, mark, split = path.rpartition(":")
     if not mark or "/" in split:
         return path, ""
     if not re.fullmatch(r"[\w.-]+", split) or not _words(split):
-        raise UserError(f"'{split}' is no name of a split; write it as in {place}:train")
+        raise UserError(f"'{split}' is not the name of a split; write it as in {place}:train")
     return place, split
 
 
 def of_split(names: list[str], split: str = "", source: str = "the source") -> list[str]:
-    """Those of the names that belong to a split; without one, those to train on.
+    """The files that belong to a split; without one, the files to train on.
 
     The file's own name decides, else the nearest folder's. With no split named, files for training are preferred to
     unmarked ones, and these to files for validation and test, which are taken only where there is nothing else.
@@ -108,8 +108,8 @@ def of_split(names: list[str], split: str = "", source: str = "the source") -> l
     else:
         chosen = [name for name in names if any(wanted <= _words(part) for part in name.split("/"))]
     if not chosen:
-        seen = ", ".join(sorted(set().union(*marks))) or "none"
-        raise UserError(f"no file of {source} belongs to the split '{split}'; splits seen: {seen}")
+        known = ", ".join(sorted(set().union(*marks))) or "none"
+        raise UserError(f"no file of {source} belongs to the split '{split}'; splits seen: {known}")
     return chosen
 
 

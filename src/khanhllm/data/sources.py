@@ -1,8 +1,8 @@
-"""Where text comes from: one source string becomes a list of files.
+"""Find the files of a source string.
 
 Files are ordered by a hash of their names, so any prefix of the list is a fair sample of the whole: a run that needs
-little of a large source reads little of it, and the tokenizer's sample needs no second look. Nothing here opens a
-file; a remote source is knocked at once, with short patience, so that a missing network is known within seconds.
+little of a large source reads little of it, and the tokenizer's sample is the beginning of the list. Nothing here opens
+a file. A remote server gets one request with a short timeout, so that a missing network shows within seconds.
 """
 
 import glob
@@ -40,12 +40,12 @@ LOGIN = "if the dataset is private or gated, type `hf auth login` or set HF_TOKE
 C4 = "hf://datasets/allenai/c4/en"
 C4_FILES = (("train", 1024), ("validation", 8))
 PATIENCE = 5.0
-"""seconds until an unanswered network counts as none"""
+"""seconds to wait for a server's first answer"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source string, looked up."""
+    """The files that a source string stands for."""
 
     name: str
     root: str
@@ -57,9 +57,9 @@ class Source:
     fingerprint: str
     """changes when a local file does"""
     document_bytes: int
-    """about where text files are cut (characters)"""
+    """about how long the pieces of a text file are (characters)"""
     column: str = ""
-    """what the text is called in json lines and tables; empty means it is found"""
+    """column of the text in json lines and tables; empty means the first usual name that is there"""
     validation: tuple[str, ...] = ()
     """files of the source's own validation split; without one, documents are held out by a hash of their text"""
 
@@ -83,49 +83,49 @@ class Source:
 
 
 def components(source: str) -> list[tuple[str, float]]:
-    """The sources that a mixture `one:0.8, other:0.2` is made of, and their shares, which sum to 1.
+    """The sources of a mixture `one:0.8, other:0.2` and their shares, which sum to 1.
 
-    Only a string whose every part, of two or more, ends in a weight is read as one; a path that exists wins over that.
+    A string is a mixture if it has two or more parts and each ends in a weight, unless a path of that name exists.
     """
     weight = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
     parts = [re.fullmatch(rf"(.*\S)\s*:\s*({weight})", part.strip(), re.DOTALL) for part in source.split(",")]
-    found = [(part[1], float(part[2])) for part in parts if part]
-    if len(parts) == 1 or len(found) < len(parts) or there(_at_home(source)):
+    weighted = [(part[1], float(part[2])) for part in parts if part]
+    if len(parts) == 1 or len(weighted) < len(parts) or there(_with_home(source)):
         return [(source, 1.0)]
-    names = [name for name, _ in found]
-    for name, share in found:
+    names = [name for name, _ in weighted]
+    for name, share in weighted:
         if not 0 < share < math.inf:
             raise UserError(f"the weight of {name} in the mixture must be above 0 and finite, got {share:g}")
         if names.count(name) > 1:
             raise UserError(f"{name} is in the mixture twice; name it once, with the sum of the weights")
-    largest = max(share for _, share in found)
-    total = math.fsum(share / largest for _, share in found)
-    return [(name, share / largest / total) for name, share in found]
+    largest = max(share for _, share in weighted)
+    total = math.fsum(share / largest for _, share in weighted)
+    return [(name, share / largest / total) for name, share in weighted]
 
 
 def is_remote(source: str) -> bool:
-    """Whether any of it comes over the network."""
+    """Whether any part of a source comes over the network."""
     remote = ("hf://", "http://", "https://")
     return any(with_column(name)[0] == "c4" or name.startswith(remote) for name, _ in components(source))
 
 
 def locate(source: str) -> Source:
-    """Find the files of a source. Raises UserError if there are none, or, within seconds, no network to them."""
+    """Find the files of a source. Raises UserError if there are none or, within seconds, if the network is missing."""
     parts = components(source)
     if len(parts) > 1:
         raise UserError(
             f"{source} is a mixture; look at its sources one by one: {', '.join(name for name, _ in parts)}"
         )
     place, column = with_column(source)
-    found = _found(place)
+    located = _without_column(place)
     if not column:
-        return found
-    if all(kind(name) == "text" for name in found.files):
+        return located
+    if all(kind(name) == "text" for name in located.files):
         raise UserError(f"{place} is plain text, which has no column '{column}'; leave out #{column}")
-    return replace(found, name=source, column=column, fingerprint=f"{found.fingerprint}#{column}")
+    return replace(located, name=source, column=column, fingerprint=f"{located.fingerprint}#{column}")
 
 
-def _found(source: str) -> Source:
+def _without_column(source: str) -> Source:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _local(source, root, [path for path in _walk(root) if path.suffix in (".py", ".txt", ".rst")])
@@ -140,23 +140,23 @@ def _found(source: str) -> Source:
         return _remote(source, *_listed(source))
     if source.startswith(("http://", "https://")):
         urls = expanded(source)
-        size = _ask(urls[0], source, must_exist=True)  # one knock; the others are taken to be there and as large
+        size = _ask(urls[0], source, must_exist=True)  # one request: the others should exist and be as large
         folder, names = common_folder(urls)
         return _remote(source, folder, [_known(name, source) for name in names], size)
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
     try:
         return _on_disk(source)
-    except OSError as error:  # a name too long, a folder that is closed
+    except OSError as error:  # a name too long, or a folder without permission
         raise UserError(f"cannot read {source}: {error.strerror}") from None
 
 
 def _on_disk(source: str) -> Source:
-    path = _at_home(source)
+    path = _with_home(source)
     if path.is_dir():
         if (path / "manifest.json").exists():
             raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
-        files = [found for found in _walk(path) if kind(found.name)]
+        files = [file for file in _walk(path) if kind(file.name)]
         if not files:
             raise UserError(f"the folder {path} holds no text files; {ALLOWED}")
         return _local(source, path, files)
@@ -164,18 +164,18 @@ def _on_disk(source: str) -> Source:
         return _local(source, path.parent, [path.with_name(_known(path.name, source))])
     if glob.has_magic(source):
         every = glob.glob(str(path), recursive=True)  # noqa: PTH207, Path.glob takes no absolute patterns
-        matching = [found for found in map(Path, every) if found.is_file()]
-        files = [found for found in matching if kind(found.name)]
+        matching = [file for file in map(Path, every) if file.is_file()]
+        files = [file for file in matching if kind(file.name)]
         if not files:
             why = f"only files of unknown kind; {ALLOWED}" if matching else "nothing"
             raise UserError(f"the pattern {source} matches {why}")
-        return _local(source, Path(os.path.commonpath([found.parent for found in files])), files)
+        return _local(source, Path(os.path.commonpath([file.parent for file in files])), files)
     guess = did_you_mean(source, ["stdlib", "c4"])
     raise UserError(f"there is no file, folder or source named {source}{guess}; {LOCAL_HELP}")
 
 
-def _at_home(source: str) -> Path:
-    """`~` is written out, if it is anybody's."""
+def _with_home(source: str) -> Path:
+    """The path with `~` expanded, if that user exists."""
     try:
         return Path(source).expanduser()
     except RuntimeError:
@@ -184,7 +184,7 @@ def _at_home(source: str) -> Path:
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        # a folder of shards may well lie inside the folder of texts; its vocab.txt is no text to learn from
+        # a folder of shards may lie inside the folder of texts; its vocab.txt is not text to train on
         if "manifest.json" in names and "tokenizer.json" in names:
             folders.clear()
             continue
@@ -194,6 +194,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def kind(name: str) -> str:
+    """The kind of a file, a key of KINDS, by its ending; "" if it is unknown."""
     name = name.partition("?")[0].lower()
     return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), "")
 
@@ -210,8 +211,8 @@ def _shuffled(names: list[str]) -> list[str]:
 
 def _local(source: str, root: Path, paths: list[Path]) -> Source:
     stats = {path.relative_to(root).as_posix(): _stat(path) for path in paths}
-    for name, found in stats.items():
-        if not found.st_size and name.lower().endswith(PACKED):
+    for name, status in stats.items():
+        if not status.st_size and name.lower().endswith(PACKED):
             raise UserError(f"{root / name} is empty (0 bytes); copy or download it again")
     files = _shuffled(list(stats))
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
@@ -221,14 +222,14 @@ def _local(source: str, root: Path, paths: list[Path]) -> Source:
 
 
 def _stat(path: Path) -> os.stat_result:
-    """Raises UserError for a link to nowhere, and for a pipe or device, which would be waited on for ever."""
+    """The status of a file. Raises UserError for a broken link, and for a pipe or device, which may never end."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; remove it or mend the link") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"cannot read {path}: it is no regular file; remove it or give another folder")
-    return found
+        raise UserError(f"cannot read {path}: {error.strerror}; remove it or repair the link") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"cannot read {path}: it is not a regular file; remove it or give another folder")
+    return status
 
 
 def _remote(source: str, root: str, names: list[str], size: int = 0) -> Source:
@@ -249,27 +250,27 @@ def _listed(source: str) -> tuple[str, list[str]]:
     hub = HfFileSystem()
     path, split = with_split(source.removeprefix("hf://").rstrip("/"))
     path = path.rstrip("/")
-    with told(source):
+    with as_user_error(source):
         try:
             single = glob.has_magic(path) is False and hub.isfile(path)  # type: ignore[no-untyped-call]
-            found = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
-        except FileNotFoundError:  # what is private is not there for strangers
-            raise UserError(f"the hub knows no {source}; {LOGIN}") from None
+            names = [path] if single else list(hub.glob(path) if glob.has_magic(path) else hub.find(path))
+        except FileNotFoundError:  # the hub answers so for private datasets too
+            raise UserError(f"the hub has no {source}; {LOGIN}") from None
         except HfHubHTTPError as error:
             if error.response.status_code not in (401, 403):
                 raise
             raise UserError(f"{source}: the hub answers {error.response.status_code}; {LOGIN}") from None
-    files = [str(name) for name in found if kind(str(name))]
+    files = [str(name) for name in names if kind(str(name))]
     if not files:
         raise UserError(f"{source} holds no text files that exist and can be read; {ALLOWED}")
     if split or not single:
         files = _chosen(files, split, source)
-    root, names = common_folder(files)
-    return f"hf://{root}", names
+    root, relative = common_folder(files)
+    return f"hf://{root}", relative
 
 
 def _chosen(files: list[str], split: str, source: str) -> list[str]:
-    """Those of one repository's files that belong to a split; the repository's own name says nothing about it."""
+    """The files of one repository that belong to a split; the repository's own name does not count."""
     depth = 3 if files[0].startswith(("datasets/", "spaces/", "buckets/")) else 2
     inside = {"/".join(name.split("/")[depth:]): name for name in files}
     return [inside[name] for name in of_split(list(inside), split, source)]
@@ -282,7 +283,7 @@ def _hub() -> str:
 
 
 def _ask(url: str, source: str, must_exist: bool = False) -> int:
-    """Knock at a server before libraries that retry for minutes do. Returns the answer's length (bytes) or 0.
+    """Send a server one request, before libraries retry it for minutes. Returns the answer's length (bytes) or 0.
 
     In a thread, because looking up a host name has no timeout of its own.
     """
@@ -293,7 +294,7 @@ def _ask(url: str, source: str, must_exist: bool = False) -> int:
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as response:
                 answer.append(int(response.headers.get("Content-Length") or 0))
-        except Exception as error:  # whatever it is, the caller's thread tells it
+        except Exception as error:  # the caller's thread reports it, whatever it is
             answer.append(error)
 
     thread = Thread(target=ask, daemon=True)
@@ -311,8 +312,8 @@ def _ask(url: str, source: str, must_exist: bool = False) -> int:
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
-    """Turn whatever a library raises into the one line."""
+def as_user_error(where: str) -> Iterator[None]:
+    """Turn what a library raises into a UserError that names `where`."""
     try:
         yield
     except UserError:

@@ -1,9 +1,9 @@
-"""Text to token ids and back: byte-level BPE, trained once, then spoken by everyone.
+"""Text to token ids and back: byte-level BPE.
 
-Two libraries share the work. `tokenizers` learns the merges and defines the file format, so that tokenizer.json loads
-in transformers and whatever follows it. `tiktoken` encodes: the same ids several times faster. They agree because of
-two facts that loading checks: the pre-tokenizing pattern is GPT-2's, known by name to every runtime, and ids grow in
-the order in which merges were learned, so that "lowest id first" and "earliest merge first" are the same rule.
+Two libraries share the work. `tokenizers` learns the merges and defines the file format, so tokenizer.json loads in
+transformers and other runtimes. `tiktoken` encodes: the same ids, several times faster. They agree because of two
+facts that loading checks: the pre-tokenizing pattern is GPT-2's, which every runtime knows by name, and ids grow in the
+order in which merges were learned, so "lowest id first" and "earliest merge first" are the same rule.
 
 Special tokens take the first ids. Text is always encoded as ordinary text: someone who writes <|endoftext|> into a
 document gets the letters, never the token. Every byte is itself a token, so nothing is unknown and any bytes survive
@@ -29,9 +29,9 @@ from khanhllm.files import publish, read
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 LARGEST = 2**28
-"""no tokenizer.json is larger (bytes)"""
+"""largest tokenizer.json that is read (bytes)"""
 SMALLEST = len(SPECIALS) + 256
-"""tokens in a vocabulary that has learned nothing yet"""
+"""tokens of a vocabulary without merges"""
 
 # GPT-2's pattern with possessive quantifiers: the same pieces, without backtracking.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -44,9 +44,9 @@ _LOST_BYTES = re.compile("([\udc80-\udcff]+)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> "Tokenizer":
-    """Learn a vocabulary of `vocab_size` tokens, special ones included, from texts; the same texts, the same result.
+    """Learn a vocabulary of `vocab_size` tokens, special ones included, from texts. The same texts give the same one.
 
-    A text too small to need that many tokens gives fewer. `progress` draws a bar on stderr.
+    Too little text gives fewer tokens. `progress` draws a bar on stderr.
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -73,10 +73,10 @@ def _slices(text: str, longest: int = 10_000) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Encodes and decodes. Made by `train_tokenizer` or `Tokenizer.load`."""
+    """A byte-level BPE tokenizer, made by `train_tokenizer` or `Tokenizer.load`."""
 
     def __init__(self, source: str, where: str = "tokenizer") -> None:
-        """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is no byte-level BPE."""
+        """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is not a byte-level BPE."""
         try:
             layout = json.loads(source)
             self._check(layout)
@@ -84,7 +84,7 @@ class Tokenizer:
             specials = {str(token["content"]): int(token["id"]) for token in layout["added_tokens"]}
             ranks = {_raw(piece): rank for piece, rank in vocab.items() if piece not in specials}
             self._check_order(layout["model"]["merges"], vocab, ranks, specials)
-            # one spelling for one content, so that its hash is the tokenizer's identity
+            # the same content is always written alike, so its hash identifies the tokenizer
             self._canonical = json.dumps(layout, ensure_ascii=False)
             self.sha256 = hashlib.sha256(self._canonical.encode()).hexdigest()
             names = {rank: name.encode() for name, rank in specials.items()}
@@ -151,7 +151,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Raw bytes of text that each token stands for, 0 for special tokens; int32, (vocab_size,)."""
+        """Number of bytes of text that each token stands for, 0 for special tokens; int32, (vocab_size,)."""
         sizes = [0 if rank in self._special_ids else len(piece) for rank, piece in enumerate(self._pieces)]
         return np.array(sizes, dtype=np.int32)
 
@@ -160,7 +160,7 @@ class Tokenizer:
         return [rank for part in _digestible(text) for rank in self.engine.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """The ids of each text, as uint32 arrays; same as `encode`, faster. Encoding does not hold the GIL."""
+        """The ids of each text, as uint32 arrays: as `encode`, but faster. Encoding does not hold the GIL."""
         if threads == 1:
             return [self._encode_array(text) for text in texts]
         share = -(-len(texts) // (4 * threads)) or 1
@@ -171,12 +171,12 @@ class Tokenizer:
     def _encode_array(self, text: str) -> np.ndarray:
         try:
             parts = [self.engine.encode_to_numpy(part, disallowed_special=()) for part in _digestible(text)]
-        except UnicodeEncodeError:  # a lone surrogate, which only the other road mends
+        except UnicodeEncodeError:  # a lone surrogate, which only `encode` replaces
             return np.array(self.encode(text), dtype=np.uint32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any bytes; those that are not UTF-8 become one token each, and `decode_bytes` gives them back."""
+        """The ids of any bytes. Bytes that are not UTF-8 become one token each; `decode_bytes` restores them."""
         ids: list[int] = []
         for odd, part in enumerate(_LOST_BYTES.split(data.decode("utf-8", "surrogateescape"))):
             raw = part.encode("utf-8", "surrogateescape")
@@ -204,7 +204,7 @@ def check_fits(tokens: int, vocab_size: int, where: str) -> None:
 
 
 def _digestible(text: str) -> list[str]:
-    """Cut where the pattern cuts anyway, one short of the end of very long blanks; see _LONG_BLANK."""
+    """The text, cut one character before the end of very long blanks, where the pattern cuts too; see _LONG_BLANK."""
     if len(text) <= _LONG:
         return [text]
     cuts = [0, *(match.end() - 1 for match in _LONG_BLANK.finditer(text)), len(text)]

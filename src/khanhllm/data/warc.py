@@ -1,8 +1,7 @@
-"""Web archives become texts: WARC, as crawlers write it, and WET, the plain text that Common Crawl makes of it.
+"""Read texts from web archives: WARC, as crawlers write it, and WET, the plain text that Common Crawl makes of it.
 
-Of a WARC, the answers of servers that hold HTML or plain text are taken. warcio reads the records; Resiliparse
-(Bevendorff et al. 2018), which also DCLM chose, finds the encoding of a page and its main content, without menus,
-headers and footers.
+Of a WARC, only server responses that hold HTML or plain text count. warcio reads the records. Resiliparse (Bevendorff
+et al. 2018), which DCLM uses too, finds the encoding of a page and its main content, without menus and footers.
 """
 
 import importlib
@@ -14,18 +13,18 @@ from khanhllm.errors import UserError
 
 HTML = ("text/html", "application/xhtml+xml")
 LEAST_CONTENT = 200
-"""characters; a page whose main content seems shorter is taken whole, since then it was hardly found"""
+"""characters; below this the extraction has probably missed the main content, and the whole page is taken"""
 
 
 def pages(raw: Any, where: str) -> Iterator[str]:
-    """The texts of an unpacked archive, in order. Raises UserError for a broken record, by its number.
+    """The texts of an unpacked archive, in order. Raises UserError that gives the number of a broken record.
 
     raw: an open file of bytes.
     """
     if not (importlib.util.find_spec("warcio") and importlib.util.find_spec("resiliparse")):
         raise UserError(f"to read {where}, install warcio and Resiliparse: pip install 'khanhllm[web]'")
     iterator = importlib.import_module("warcio.archiveiterator").ArchiveIterator
-    records = type("Quiet", (iterator,), {"INC_RECORD": ""})(raw)  # it prints what is an error here
+    records = type("Quiet", (iterator,), {"INC_RECORD": ""})(raw)  # else warcio prints a line
     number = 1
     try:
         for record in records:
@@ -37,11 +36,11 @@ def pages(raw: Any, where: str) -> Iterator[str]:
             if wanted:
                 yield _text(content, wanted, record)
             number += 1
-        raw.read(1)  # warcio takes every EOFError for the end; of a cut gzip it comes again here
+        raw.read(1)  # warcio takes any EOFError for the end of the file; a cut gzip raises it again here
         if records.next_line:
             raise ValueError("its header is cut short")
     except (EOFError, OSError):
-        raise  # not of the record, but of the file
+        raise  # the file is damaged, not the record
     except Exception as error:
         why = " ".join(str(error).split())[:80]
         raise UserError(f"{where}, record {number} is damaged: {why}; copy or download the file again") from None
@@ -50,13 +49,13 @@ def pages(raw: Any, where: str) -> Iterator[str]:
 def _type(record: Any) -> str:
     """The media type of a record that is a text, else ""."""
     if record.rec_type == "conversion":
-        found = record.rec_headers.get_header("Content-Type")
+        header = record.rec_headers.get_header("Content-Type")
     elif record.rec_type == "response" and record.http_headers:
-        found = record.http_headers.get_header("Content-Type")
+        header = record.http_headers.get_header("Content-Type")
     else:
         return ""
-    found = (found or "").partition(";")[0].strip().lower()
-    return found if found in (*HTML, "text/plain") else ""
+    form = (header or "").partition(";")[0].strip().lower()
+    return form if form in (*HTML, "text/plain") else ""
 
 
 def _text(content: bytes, form: str, record: Any) -> str:
@@ -70,5 +69,5 @@ def _text(content: bytes, form: str, record: Any) -> str:
     if form == "text/plain":
         return text
     extract = importlib.import_module("resiliparse.extract.html2text").extract_plain_text
-    found = extract(text, main_content=True, alt_texts=False)
-    return found if len(found) >= LEAST_CONTENT else extract(text, alt_texts=False)
+    main = extract(text, main_content=True, alt_texts=False)
+    return main if len(main) >= LEAST_CONTENT else extract(text, alt_texts=False)

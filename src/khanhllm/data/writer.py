@@ -1,8 +1,8 @@
-"""The step of the datatrove pipeline that writes: one shard for each split and group of files.
+"""The writing step of the datatrove pipeline: one shard for each split and group of files.
 
-It leaves a report of each group, because a task may run in another process or on another machine, where nothing can
-be returned. The report appears last and whole, so a group that has one is finished, and is never done again. Which
-side a document falls on is decided here, from its text alone.
+It writes a report of each group, because a task may run in another process or on another machine and cannot return
+one. The report appears last and whole, so a group that has one is finished, and no task repeats it. A hash of its text
+alone decides in which split a document goes.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
-from khanhllm.data.clean import Cleaner, Found
+from khanhllm.data.clean import Cleaner, Removals
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, Tally, dtype_for
 from khanhllm.data.tokenizer import Tokenizer
@@ -31,16 +31,17 @@ HASHES = 2**64
 
 
 class Report(BaseModel):
-    """What was written of one group of files."""
+    """What the writer made of one group of files."""
 
     shards: list[Shard]
     lowest: int
     highest: int
-    """hashes of the texts that it read"""
+    """hashes of the group's texts"""
     tally: Tally = ()
     """what cleaning read and removed"""
 
     def count(self, split: Split) -> int:
+        """Tokens of one split."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
 
@@ -60,11 +61,11 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         threads: int,
         in_child: bool,
         clean: str = "",
-        found: Callable[[int], Found] | None = None,
+        removals: Callable[[int], Removals] | None = None,
     ) -> None:
         """threshold: hashes below it are held out. most: training tokens after which a group ends, 0 for none.
 
-        found: what the steps of `clean` that compare all documents remove of a group.
+        removals: what the steps of `clean` that compare all documents remove from a group.
         """
         super().__init__()
         self.reader = reader
@@ -75,10 +76,10 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         self.threads = threads
         self.in_child = in_child
         self.clean = clean
-        self.found = found
+        self.removals = removals
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        if self.in_child:  # Ctrl-C reaches the whole group of processes; the parent answers it for all
+        if self.in_child:  # Ctrl-C reaches all processes of the group; the parent handles it for all
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         tokenizer = Tokenizer.load(self.shards / "tokenizer.json")
         try:
@@ -90,15 +91,15 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
 
     def _group(self, group: int, tokenizer: Tokenizer) -> None:
         dtype = dtype_for(tokenizer.vocab_size)
-        cleaner = Cleaner(self.clean, found=self.found(group) if self.found else {})
+        cleaner = Cleaner(self.clean, removals=self.removals(group) if self.removals else {})
         with (
-            Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as kept,
+            Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as train,
             Growing(self.shards / f"validation-{group:05d}.bin.part", "validation", dtype) as held,
         ):
             texts = (document.text for document in self.reader.run(rank=group))
-            lowest, highest, tally = self._write(texts, cleaner, tokenizer, kept, held)
+            lowest, highest, tally = self._write(texts, cleaner, tokenizer, train, held)
         shards = []
-        for growing in (kept, held):
+        for growing in (train, held):
             if growing.tokens:
                 shards.append(growing.shard(growing.path.stem))
                 growing.path.replace(growing.path.with_suffix(""))
@@ -106,7 +107,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         publish(report_path(self.reports, group), report.model_dump_json())
 
     def _write(
-        self, texts: Iterable[str], cleaner: Cleaner, tokenizer: Tokenizer, kept: "Growing", held: "Growing"
+        self, texts: Iterable[str], cleaner: Cleaner, tokenizer: Tokenizer, train: "Growing", held: "Growing"
     ) -> tuple[int, int, Tally]:
         lowest, highest = HASHES, 0
         for batch in batched(cleaner.run(texts), lambda item: len(item[0])):
@@ -115,15 +116,15 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
                 raw = text.encode()
                 value = text_hash(raw)
                 lowest, highest = min(lowest, value), max(highest, value)
-                (held if value < self.threshold else kept).add(tokenizer.end_of_text, ids, len(raw))
-                # two different texts at the least, or there would be nothing to hold out
-                if 0 < self.most <= kept.tokens and lowest < highest:
+                (held if value < self.threshold else train).add(tokenizer.end_of_text, ids, len(raw))
+                # at least two different texts, else there would be nothing to hold out
+                if 0 < self.most <= train.tokens and lowest < highest:
                     return lowest, highest, tally
         return lowest, highest, cleaner.tally
 
 
 class Growing:
-    """A shard while it is being written."""
+    """A shard that is being written."""
 
     def __init__(self, path: Path, split: Split, dtype: Dtype) -> None:
         self.path = path
@@ -142,6 +143,7 @@ class Growing:
             self.path.unlink()
 
     def add(self, end_of_text: int, ids: np.ndarray, size: int) -> None:
+        """Append end-of-text and a document of `size` bytes."""
         block = np.concatenate([[end_of_text], ids]).astype(self.dtype).tobytes()
         self.file.write(block)
         self.hash.update(block)
@@ -150,6 +152,7 @@ class Growing:
         self.documents += 1
 
     def shard(self, name: str = "") -> Shard:
+        """The manifest's entry for the shard, as it is now."""
         return Shard(
             file=name or self.path.name,
             split=self.split,
@@ -161,7 +164,7 @@ class Growing:
 
 
 def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Neighbours in lists of about BATCH in total size."""
+    """Group neighbours into lists of about BATCH in total size."""
     batch: list[Item] = []
     total = 0
     for item in items:
@@ -175,8 +178,10 @@ def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list
 
 
 def text_hash(raw: bytes) -> int:
+    """The hash of a text, below HASHES, that decides its split."""
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
 def report_path(folder: Path, group: int) -> Path:
+    """The file of a group's report."""
     return folder / f"group-{group:05d}.json"

@@ -1,1 +1,1 @@
-"""Writing with a model, and scoring text with it."""
+"""Generate text with a model, and score text with it."""

@@ -1,4 +1,4 @@
-"""A model that writes: prefill the prompt, then one token at a time from the cache, text as it comes."""
+"""Generate text: prefill the prompt, then one token at a time from the cache, and yield text as it comes."""
 
 import codecs
 from collections.abc import Iterator
@@ -30,9 +30,9 @@ def write(model: Transformer, tokenizer: Tokenizer, machine: Machine, prompt: st
 def continuation(
     model: Transformer, ids: list[int], sampling: Sampling, machine: Machine, vocab_size: int
 ) -> Iterator[int]:
-    """Yield up to `sampling.tokens` ids that follow `ids`. Past the model's context the older half is forgotten.
+    """Yield up to `sampling.tokens` ids that follow `ids`. Past the model's context it drops the older half.
 
-    vocab_size: ids at or above it are never written (the model may have more rows than the tokenizer has tokens).
+    vocab_size: ids at or above it are never drawn (the model may have more rows than the tokenizer has tokens).
     """
     context = model.config.context
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -51,9 +51,9 @@ def continuation(
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id, drawn from the distribution that the settings leave."""
+    """Draw one token id from the distribution that the settings leave. Raises UserError if a logit is not finite."""
     if not torch.isfinite(logits_V).all():
-        raise UserError("the model answers with numbers that are not finite: its weights are no good; take another run")
+        raise UserError("the model answers with numbers that are not finite: its weights are broken; take another run")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = (logits_V - logits_V.max()) / sampling.temperature
@@ -62,7 +62,7 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     prob_V = logits_V.softmax(dim=-1)
     if sampling.top_p < 1:
         sorted_V, order_V = prob_V.sort(descending=True)
-        beyond_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p  # what came before already suffices
+        beyond_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p  # the tokens before suffice already
         prob_V = prob_V.index_fill(0, order_V[beyond_V], 0.0)
     prob_V = prob_V.masked_fill(prob_V < sampling.min_p * prob_V.max(), 0.0)
     return int(torch.multinomial(prob_V, 1, generator=generator))

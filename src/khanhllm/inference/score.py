@@ -1,4 +1,4 @@
-"""How well a model predicts text: cross entropy (nats per token) and bits per byte, which does not depend on the
+"""Score how well a model predicts text: cross entropy (nats per token) and bits per byte, which does not depend on the
 tokenizer and compares with gzip."""
 
 import math
@@ -15,6 +15,8 @@ from khanhllm.model import Transformer
 
 
 class Score(TypedDict):
+    """How well a model predicts a text."""
+
     val_ce: float
     """nats per token"""
     val_bpb: float
@@ -42,8 +44,8 @@ def score(
 ) -> Score:
     """Score every token of `windows` but the first of each; (up to context + 1,) ids each, `rows` at a time.
 
-    token_bytes: raw bytes of each token of the vocabulary, 0 for special tokens. Their loss counts (knowing where a
-    document ends is part of knowing the text), their bytes do not, so val_bytes is the size of the text itself.
+    token_bytes: number of bytes of each token of the vocabulary, 0 for special tokens. The loss of special tokens
+    counts (to know where a document ends is part of knowing the text); so val_bytes is the size of the text itself.
     """
     nats, size, tokens = 0.0, 0, 0
     for batch in _same_length(windows, rows):
@@ -59,7 +61,7 @@ def score(
 
 
 def _same_length(windows: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """Stack neighbours of equal length; the shorter tails go alone."""
+    """Stack neighbours of equal length; shorter tails become arrays of their own."""
     for group in _groups(windows, rows):
         lengths = sorted({len(window) for window in group}, reverse=True)
         for length in lengths:

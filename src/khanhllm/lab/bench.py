@@ -1,7 +1,7 @@
-"""How fast, measured: the whole step next to our dense twin and to Hugging Face, and the parts of the road alone.
+"""Measure speed: a whole step, next to our dense twin and to Hugging Face, and single parts of the program.
 
-Whoever is compared takes turns in one run, and a ratio is taken within each turn, so whatever else the machine does
-falls on both. What is printed is the median and, in brackets, the smallest and the largest.
+Candidates take turns in one run, and each ratio is of one turn, so whatever else the machine does affects both sides.
+The printed number is the median, with the smallest and the largest in brackets.
 """
 
 import json
@@ -34,9 +34,9 @@ SMALL = {
     "model": {"pattern": "DMDMDMDM", "dim": 256, "heads": 8, "hidden": 688, "context": 256, "vocab_size": 8192},
     "train": {"micro_batch": 16},
 }
-"""what two CPU cores can train"""
+"""a shape that two CPU cores can train"""
 LARGE = {"train": {"micro_batch": 8, "accumulation": 1}, "optim": {"name": "adamw"}}
-"""what the 692M presets change for the comparison, so that both sides do the same"""
+"""changes to the 692M presets, so that both sides of the comparison do the same"""
 HEADLINES = ("ratio_huggingface", "ratio_dense_twin", "share_of_matmul_rate")
 TEXT = 4_000_000
 """text that the tokenizers encode (bytes)"""
@@ -45,7 +45,7 @@ PREPARED = 10**8
 
 
 def run(parts: list[str], machine: MachineConfig, steps: int, out: Path | None, as_json: bool) -> None:
-    """Measure the parts (all of them where none is named), print, and write the whole as JSON to `out`."""
+    """Measure the parts (all if none is named), print the results, and write all of them as JSON to `out`."""
     for part in parts:
         if part not in PARTS:
             raise UserError(f"bench knows no part {part!r}; parts: {', '.join(PARTS)}")
@@ -62,7 +62,7 @@ def run(parts: list[str], machine: MachineConfig, steps: int, out: Path | None, 
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another file with --out") from None
-    console.print(f"\nall of it: {path}", markup=False)
+    console.print(f"\nfull report: {path}", markup=False)
     if as_json:
         print(json.dumps(report))
 
@@ -74,17 +74,17 @@ def _describe(machine: Machine) -> Report:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("khanhllm", "torch", "transformers", "tokenizers", "tiktoken", "bitsandbytes"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            versions[name] = "missing"
+    return versions
 
 
 def _step(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """A whole optimizer step. On CUDA both reference presets in bf16, elsewhere what a CPU can train."""
+    """Measure a whole optimizer step: on CUDA of both reference presets in bf16, elsewhere of what a CPU can train."""
     settings = {"machine": wanted.model_dump()}
     if machine.device.type == "cuda":
         large = {"machine": {**settings["machine"], "checkpointing": "none"}}
@@ -117,7 +117,7 @@ def _compare(name: str, config: Config, machine: Machine, steps: int, console: C
     report: Report = {"shape": model.model_dump(), "tokens": config.tokens_per_step, "matmul_rate": _spread(rates)}
     for candidate, its in zip(candidates, zip(*turns, strict=True), strict=True):
         report[candidate.name] = _result(candidate, list(its), rates, config.tokens_per_step, machine)
-        _tell(console, candidate.name, report[candidate.name])
+        _print_result(console, candidate.name, report[candidate.name])
     ours, twin, *hugging_face = zip(*turns, strict=True)
     report |= {
         "ratio_dense_twin": _spread([b / a for a, b in zip(ours, twin, strict=True)]),
@@ -134,18 +134,18 @@ def _compare(name: str, config: Config, machine: Machine, steps: int, console: C
 
 def _fastest(names: list[str], config: Config, console: Console) -> tuple[str | None, dict[str, float | str]]:
     """The mode with the fastest of three steps after the first; tokens per second of each, or why it does not work."""
-    found: dict[str, float | str] = {}
+    modes: dict[str, float | str] = {}
     rates: dict[str, float] = {}
     for name in names:
         candidate = Candidate.enter(name, config)
         if candidate.fault:
-            found[name] = candidate.fault
+            modes[name] = candidate.fault
             console.print(f"{name}: {candidate.fault}", markup=False)
             continue
-        found[name] = rates[name] = config.tokens_per_step / min(candidate.step() for _ in range(3))
+        modes[name] = rates[name] = config.tokens_per_step / min(candidate.step() for _ in range(3))
         candidate.leave()
         console.print(f"{name}: {rates[name]:,.0f} tokens/s", markup=False)
-    return max(rates, key=lambda name: rates[name], default=None), found
+    return max(rates, key=lambda name: rates[name], default=None), modes
 
 
 def _result(candidate: Candidate, seconds: list[float], rates: list[float], tokens: int, machine: Machine) -> Report:
@@ -162,7 +162,7 @@ def _result(candidate: Candidate, seconds: list[float], rates: list[float], toke
     }
 
 
-def _tell(console: Console, name: str, result: Report) -> None:
+def _print_result(console: Console, name: str, result: Report) -> None:
     console.print(
         f"{name:24} {_shown(result['tokens_per_s'], ',.0f')} tokens/s   first step {result['first_step_s']:.1f} s   "
         f"{result['memory_mb']:,.0f} MB   {result['parameters'] / 1e6:.1f} M parameters",
@@ -171,7 +171,7 @@ def _tell(console: Console, name: str, result: Report) -> None:
 
 
 def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """One mixture layer, forward and backward, next to transformers' block of the same shape."""
+    """Measure one mixture layer, forward and backward, next to transformers' block of the same shape."""
     try:
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
     except ImportError:
@@ -201,7 +201,7 @@ def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) 
 
 
 def _untrained(machine: Machine) -> Transformer:
-    """The model whose parts are measured alone: as large as the device is used to."""
+    """The model whose parts are measured alone, of a size that suits the device."""
     config = resolve(SMALL if machine.device.type != "cuda" else preset("modern-692m"))
     with torch.device(machine.device):
         model = Transformer(config.model)
@@ -210,7 +210,7 @@ def _untrained(machine: Machine) -> Transformer:
 
 
 def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """Tokens written one by one from the cache."""
+    """Measure the generation of tokens, one by one, from the cache."""
     from khanhllm.inference.generate import continuation
 
     model = _untrained(machine)
@@ -226,7 +226,7 @@ def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Consol
 
 
 def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """Text to ids: tiktoken, as we use it, next to tokenizers; same text, same vocabulary, same ids."""
+    """Measure text to ids: tiktoken, as we use it, next to tokenizers; same text, same vocabulary, same ids."""
     from tokenizers import Tokenizer as Reference
 
     from khanhllm.data.prepare import train_on
@@ -253,8 +253,8 @@ def _texts(source: str, most: int) -> Iterator[str]:
     from khanhllm.data.documents import Reader
     from khanhllm.data.sources import locate
 
-    found = locate(source)
-    for document in (document for name in found.files for document in Reader(found, []).read_file(name)):
+    located = locate(source)
+    for document in (document for name in located.files for document in Reader(located, []).read_file(name)):
         yield document.text
         most -= len(document.text)
         if most < 0:
@@ -262,7 +262,7 @@ def _texts(source: str, most: int) -> Iterator[str]:
 
 
 def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """Rows of 2049 tokens from shards to batches on the device; and text to shards, next to bare tiktoken."""
+    """Measure rows of 2049 tokens from shards to batches on the device; and text to shards, next to bare tiktoken."""
     from khanhllm.data.batches import batches
     from khanhllm.data.prepare import prepare, train_on
     from khanhllm.data.shards import Shards
@@ -281,7 +281,7 @@ def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
 
 
 def _prepare(tokenizer: Tokenizer, turns: int, machine: Machine, console: Console) -> Report:
-    """A folder of JSON lines becomes shards, while tiktoken alone encodes the same texts with as many threads."""
+    """Measure a folder of JSON lines to shards; tiktoken alone encodes the same texts with as many threads."""
     from khanhllm.data.prepare import prepare
 
     texts = list(_texts("stdlib", TEXT))
@@ -319,8 +319,8 @@ PARTS: dict[str, Callable[[Machine, MachineConfig, int, Console], Report]] = {
 
 
 def _turns(works: list[Callable[[], Any]], turns: int, machine: Machine) -> list[tuple[float, ...]]:
-    """Seconds of each work in each turn, after one that warms up."""
-    found = []
+    """Seconds of each work in each turn, after one turn that warms up."""
+    rows = []
     for _ in range(turns + 1):
         row = []
         for work in works:
@@ -328,8 +328,8 @@ def _turns(works: list[Callable[[], Any]], turns: int, machine: Machine) -> list
             work()
             machine.wait()
             row.append(time.perf_counter() - started)
-        found.append(row)
-    return list(zip(*found[1:], strict=True))
+        rows.append(row)
+    return list(zip(*rows[1:], strict=True))
 
 
 def _spread(values: list[float]) -> Report:

@@ -1,7 +1,7 @@
-"""Who is compared: our trainer, our dense twin, and Hugging Face's Qwen3-MoE of the same shape.
+"""The candidates of a benchmark: our trainer, our dense twin, and Hugging Face's Qwen3-MoE of the same shape.
 
-Each trains in a process of its own, with its own allocator, peak of memory and failures, and takes a step when it is
-told to, so that candidates can take turns and whatever else the machine does falls on all of them.
+Each trains in a process of its own, with its own allocator, peak memory and failures, and takes a step on request. So
+candidates can take turns, and whatever else the machine does affects all of them.
 """
 
 import multiprocessing
@@ -42,26 +42,27 @@ class Candidate:
 
     @classmethod
     def enter(cls, name: str, config: Config) -> Self:
+        """Start the process and wait for its first step."""
         context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, name, config), daemon=True)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, name, config), daemon=True)
         process.start()
-        there.close()
-        candidate = cls(name, here, process)
+        theirs.close()
+        candidate = cls(name, ours, process)
         try:
-            candidate.parameters, candidate.flops, candidate.first_step, candidate.fault = here.recv()
+            candidate.parameters, candidate.flops, candidate.first_step, candidate.fault = ours.recv()
         except EOFError:
-            candidate.fault = "its process was ended by the system (too little memory?)"
+            candidate.fault = "the system ended its process (too little memory?)"
         return candidate
 
     def step(self) -> float:
-        """Seconds of one optimizer step."""
+        """Take one optimizer step. Returns its seconds."""
         self.connection.send(True)
         seconds: float = self.connection.recv()
         return seconds
 
     def leave(self) -> float:
-        """End the process; its peak memory (MB)."""
+        """End the process. Returns its peak memory (MB)."""
         if self.fault:
             return 0.0
         self.connection.send(False)
@@ -96,7 +97,7 @@ def _timed(step: Step, machine: Machine) -> float:
 
 
 def _ours(name: str, config: Config, machine: Machine) -> tuple[Step, int, int]:
-    """The very step that `khanhllm train` takes."""
+    """The step that `khanhllm train` takes."""
     if name.startswith(TWIN):
         config = config.model_copy(update={"model": dense_twin(config.model)})
     machine = replace(machine, compile=name.endswith("compiled"))
@@ -132,7 +133,10 @@ def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, in
 
 
 def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
-    """Our shape as transformers' config, with its balancing loss. experts: their way to multiply experts."""
+    """Our shape as a config of transformers, with its balancing loss. experts: their implementation of experts.
+
+    Raises UserError for what Qwen3-MoE does not have.
+    """
     from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
 
     more: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.01}

@@ -1,7 +1,7 @@
-"""The laws a healthy model obeys, as plain functions, and a doctor who checks them on your preset or run.
+"""The laws that a healthy model obeys, as plain functions, and a command that checks them on a preset or run.
 
 Each law takes a model and returns a `Finding`: kept or broken, what was measured, and what to do about it. The tests
-call the same functions, so what the doctor promises is what the tests prove.
+call the same functions.
 """
 
 import copy
@@ -39,6 +39,8 @@ LARGEST = 60_000_000
 
 @dataclass(frozen=True)
 class Finding:
+    """The result of one check; the advice is for a law that is broken."""
+
     law: str
     kept: bool
     measured: str
@@ -46,7 +48,7 @@ class Finding:
 
 
 def future_has_no_gradient(model: Transformer) -> Finding:
-    """No crystal ball: what is predicted at a position has exactly no gradient from later tokens."""
+    """The prediction at a position has a gradient of exactly zero from later tokens."""
     ids_BT = some_ids(model, rows=2, length=24)
     inputs: list[Tensor] = []
 
@@ -75,13 +77,13 @@ def first_loss_is_chance(model: Transformer) -> Finding:
     ids_BT = some_ids(model, rows=4, length=64)
     nll_BT, _ = model(ids_BT[:, :-1], ids_BT[:, 1:])
     loss, chance = nll_BT.mean().item(), math.log(model.config.vocab_size)
-    advice = "initial weights are too large, or the head is not what it should be: see Transformer.initialise"
+    advice = "the initial weights are too large, or the head is wrong: see Transformer.initialise"
     return Finding("the first loss is chance", abs(loss - chance) < 0.3, f"{loss:.3f}, ln V = {chance:.3f}", advice)
 
 
 @torch.no_grad()
 def cache_changes_nothing(model: Transformer) -> Finding:
-    """Reading in pieces (7, then 4, then one by one) gives the logits of reading at once."""
+    """Logits are the same for ids at once and in pieces (7, then 4, then one by one) with a cache."""
     ids_BT = some_ids(model, rows=2, length=16)
     whole = model.logits(ids_BT)
     cache = model.new_cache(rows=2)
@@ -124,7 +126,7 @@ def rebuilt_activations_change_nothing(model: Transformer) -> Finding:
 
 
 def learns_one_batch(model: Transformer, steps: int = 60) -> Finding:
-    """A copy of the model learns one small batch by heart, and each of its parameters takes part."""
+    """A copy of the model learns one small batch by heart, and each of its parameters moves."""
     pupil = copy.deepcopy(model)
     before = [parameter.detach().clone() for parameter in pupil.parameters()]
     optimizer = optim.build(pupil, OptimConfig(lr=2e-3, weight_decay=0))
@@ -215,7 +217,7 @@ def examine(patient: str, machine_config: MachineConfig, as_json: bool) -> int:
 
 
 def _examination(patient: str, wanted: MachineConfig, console: Console) -> Iterator[Finding]:
-    # the laws are exact statements, so they are put to the model in full precision and without a compiler
+    # the laws are exact statements, so the model is checked in full precision and without a compiler
     exact = {"precision": "fp32", "weights": "fp32", "gradients": "fp32", "compile": "off", "experts": "loop"}
     machine_config = wanted.model_copy(update=exact)
     if patient in preset_names():
@@ -246,7 +248,7 @@ def _surroundings(machine: Machine) -> Iterator[Finding]:
     names = ("torch", "tokenizers", "tiktoken", "datatrove", "bitsandbytes", "safetensors")
     yield Finding("libraries", True, ", ".join(f"{name} {_version(name)}" for name in names))
     yield _eight_bit()
-    compiler = next((found for name in ("c++", "g++", "clang++", "cl") if (found := shutil.which(name))), None)
+    compiler = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
     needed = machine.compile and machine.device.type == "cpu"
     measured = f"C++ compiler {compiler or 'not found'}, compile is {'on' if machine.compile else 'off'}"
     yield Finding("torch.compile", bool(compiler) or not needed, measured, "install g++, or use --machine.compile off")
@@ -262,7 +264,7 @@ def _version(name: str) -> str:
 
 
 def _eight_bit() -> Finding:
-    """Take one step with it: that is the only test that counts."""
+    """Whether 8-bit AdamW works: only taking a step shows it."""
     layer = torch.nn.ModuleDict({"up": torch.nn.Linear(128, 128)})
     try:
         optimizer = optim.build(layer, OptimConfig(name="adamw8bit"))
@@ -274,10 +276,10 @@ def _eight_bit() -> Finding:
 
 
 def _memory(size: int, config: Config) -> Finding:
-    """Weights, gradients and moments, which no switch but the optimizer changes; activations come on top."""
+    """Whether weights, gradients and moments fit into the memory; activations come on top."""
     moments = 8 if config.optim.name == "adamw" else 2.04
-    kept = sum(2 if kind == "bf16" else 4 for kind in (config.machine.weights, config.machine.gradients))
-    needed, have = size * (kept + moments) / 1e9, psutil.virtual_memory().available / 1e9
+    others = sum(2 if kind == "bf16" else 4 for kind in (config.machine.weights, config.machine.gradients))
+    needed, have = size * (others + moments) / 1e9, psutil.virtual_memory().available / 1e9
     if torch.cuda.is_available():
         have = torch.cuda.mem_get_info()[1] / 1e9
     measured = f"{size:,} parameters; weights, gradients and moments take {needed:.1f} GB of {have:.1f} GB"

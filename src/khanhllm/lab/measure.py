@@ -1,5 +1,5 @@
-"""Three real steps on random tokens in a fresh process, so that what a plan foresaw can stand beside what happened. A
-small model takes three more for its speed, with the memory that it keeps between steps once its peak is known.
+"""Measure three real steps on random tokens in a fresh process, to compare a plan with them. A small model then takes
+three more steps, in which the process keeps freed memory, for its speed.
 
 python -m khanhllm.lab.measure < config.json > measurement.json
 """
@@ -28,7 +28,7 @@ STEPS = 3
 
 
 class Measurement(TypedDict):
-    """Bytes, but for the rate."""
+    """What real steps took: all in bytes, except the rate."""
 
     weights: int
     gradients: int
@@ -42,17 +42,18 @@ class Measurement(TypedDict):
 
 
 def measure(config: Config) -> Measurement:
-    """Run the steps in a process of their own. UserError if they cannot be finished, with the reason."""
+    """Run the steps in a process of their own. Raises UserError, with the reason, if they do not finish."""
     command = [sys.executable, "-m", "khanhllm.lab.measure"]
     result = subprocess.run(command, input=json.dumps(config.model_dump()).encode(), capture_output=True, check=False)
     if result.returncode:
         last = (result.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise UserError(f"the three steps could not be finished: {last}")
+        raise UserError(f"the three steps did not finish: {last}")
     measured: Measurement = json.loads(result.stdout)
     return measured
 
 
 def three_steps(config: Config) -> Measurement:
+    """Run the steps in this process and measure them."""
     machine = open_machine(config.machine)
     machine.take_process()
     cuda = machine.device.type == "cuda"
@@ -60,7 +61,7 @@ def three_steps(config: Config) -> Measurement:
     gc.collect()
     process = psutil.Process().memory_info().rss
     learner = Learner.new(config, machine)
-    keep_freed_memory(False)  # what a step needs, not what a small model's process keeps so as to be faster
+    keep_freed_memory(False)  # measure what a step needs, not what the process of a small model keeps to be faster
     model, optimizer = learner.model, learner.optimizer
     gradients: list[int] = []
     optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradient_bytes(model)))
@@ -84,7 +85,7 @@ def _gradient_bytes(model: torch.nn.Module) -> int:
 
 
 def _warm_up(config: Config, machine: Machine) -> None:
-    """One step of a tiny model of the same kind: the libraries that it loads belong to the process."""
+    """Take one step of a tiny model of the same kind: the libraries that it loads count to the process."""
     small = {"pattern": "DM", "dim": 64, "heads": 2, "kv_heads": 0, "hidden": 64, "expert_hidden": 64, "context": 64}
     shape = {**small, "vocab_size": 512, "experts": 2, "experts_per_token": 1}
     tiny = resolve(config.model_dump(), {"model": shape, "train": {"micro_batch": 1, "accumulation": 1}})

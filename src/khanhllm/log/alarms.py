@@ -1,4 +1,4 @@
-"""Routing that has gone wrong, noticed from the rows of the log, with what to do about it.
+"""Watch the rows of the log for routing that has gone wrong, and advise what to do.
 
 An expert that gets almost nothing learns almost nothing, and a router that sends all tokens to the same few experts
 has made a dense model of the mixture. Both show early, and rarely go away by themselves.
@@ -13,14 +13,14 @@ from khanhllm.schema import ModelConfig
 IDLE = 0.1
 """an expert with less than this share of an even load is idle"""
 STEPS = 500
-"""steps in a row that an expert is idle, or a layer collapsed, until it is said"""
+"""steps in a row that an expert is idle, or a layer collapsed, before a message"""
 COLLAPSED = 0.75
-"""a layer has collapsed when its balance is this far on the way from even to as bad as can be"""
-ADVICE = "a larger --loss.balance spreads tokens, a smaller --optim.lr keeps the router from running ahead"
+"""a layer has collapsed when its balance is this far from even (0) to the worst possible (1)"""
+ADVICE = "a larger --loss.balance spreads tokens, a smaller --optim.lr makes the router change more slowly"
 
 
 class Alarms:
-    """Hears each row once; speaks once for each trouble, and again only when it has passed and returned."""
+    """Checks each row once. Reports each trouble once, and again only if it has ended and returned."""
 
     def __init__(self, moe_layers: list[int], model: ModelConfig) -> None:
         self.moe_layers = moe_layers
@@ -30,11 +30,12 @@ class Alarms:
         self.since: Counter[tuple[int, int]] = Counter()
         """steps in a row of each trouble: (layer, expert), or (layer, -1) for a collapse"""
 
-    def hear(self, row: dict[str, Any]) -> Iterator[str]:
+    def check(self, row: dict[str, Any]) -> Iterator[str]:
+        """Yield a message for each trouble that has just lasted STEPS steps."""
         if self.worst == 1 or row.get("rejected"):
             return
-        found = zip(self.moe_layers, row.get("load_per_layer", []), row.get("balance_per_layer", []), strict=False)
-        for layer, shares, balance in found:
+        layers = zip(self.moe_layers, row.get("load_per_layer", []), row.get("balance_per_layer", []), strict=False)
+        for layer, shares, balance in layers:
             for expert, share in enumerate(shares):
                 if self._lasts((layer, expert), share < IDLE / self.experts):
                     yield f"layer {layer}: expert {expert} has been idle for {STEPS} steps ({share:.2%}); {ADVICE}"
@@ -42,6 +43,6 @@ class Alarms:
                 yield f"layer {layer}: its routing has collapsed onto few experts (balance {balance:.2f}); {ADVICE}"
 
     def _lasts(self, trouble: tuple[int, int], now: bool) -> bool:
-        """Whether a trouble has just lasted for STEPS steps."""
+        """Whether a trouble has just lasted STEPS steps; `now`: whether this step has it."""
         self.since[trouble] = self.since[trouble] + 1 if now else 0
         return self.since[trouble] == STEPS

@@ -1,4 +1,4 @@
-"""Runs side by side: one picture of their losses against steps, tokens, arithmetic and time, and a table."""
+"""Compare runs: one picture of their losses against steps, tokens, arithmetic and time, and a table."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ COLOURS = ("#3b6fb5", "#d9622b", "#3f9b5b", "#8a5bb5", "#b59a3b", "#555555")
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run folder tells."""
+    """The log of a run and the size of its model."""
 
     name: str
     config: Config
@@ -42,20 +42,20 @@ class RunLog:
 
 
 def read(run: Path) -> RunLog:
-    """UserError if the folder holds no run, or one without a step."""
+    """Read the log of a run. Raises UserError if the folder holds no run, or one without a step."""
     config = read_config(run)
-    found = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb"))
-    if not len(found["loss"]):
+    columns = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb"))
+    if not len(columns["loss"]):
         raise UserError(f"{run / FILE} has no step yet; train the run further")
     model = on_paper(config.model)
     return RunLog(
         name=visible(run.resolve().name),
         config=config,
-        step=found["step"],
-        tokens=found["tokens"],
-        loss=found["loss"],
-        seconds=_summed(found["seconds"]),
-        bits=found["val_bpb"],
+        step=columns["step"],
+        tokens=columns["tokens"],
+        loss=columns["loss"],
+        seconds=_summed(columns["seconds"]),
+        bits=columns["val_bpb"],
         parameters=total_parameters(model),
         active=active_parameters(model),
         flops_per_token=flops_per_token(model),
@@ -63,7 +63,7 @@ def read(run: Path) -> RunLog:
 
 
 def _summed(clock: Floats) -> Floats:
-    """A clock that began again at zero with each resume, as one that did not."""
+    """Turn a clock that restarts at zero with each resume into one that does not."""
     again = np.maximum(0.0, -np.diff(clock, prepend=0.0))
     resumed = again > 0
     before = np.where(resumed, np.concatenate([[0.0], clock[:-1]]), 0.0)
@@ -74,20 +74,20 @@ def _summed(clock: Floats) -> Floats:
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     """Print the table and write the picture. Raises UserError."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
-    told = [read(run) for run in runs]
-    console.print(_table(told))
+    logs = [read(run) for run in runs]
+    console.print(_table(logs))
     try:
-        draw(told, png)
+        draw(logs, png)
     except OSError as error:
         raise UserError(f"cannot write {png}: {error.strerror}") from None
     console.print(f"drawn: {png}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(told: list[RunLog]) -> Table:
+def _table(logs: list[RunLog]) -> Table:
     table = Table()
     for heading in ("run", "parameters", "active", "steps", "tokens", "FLOP", "time", "tokens/s", "loss", "bits/byte"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
-    for run in told:
+    for run in logs:
         bits = run.bits[np.isfinite(run.bits)]
         table.add_row(
             run.name,
@@ -104,20 +104,20 @@ def _table(told: list[RunLog]) -> Table:
     return table
 
 
-def draw(told: list[RunLog], png: Path) -> None:
-    """The loss, smoothed, against the four things that it may be counted in; the legend says what validation gave."""
+def draw(logs: list[RunLog], png: Path) -> None:
+    """Draw the smoothed loss against steps, tokens, arithmetic and time. The legend has the last validation."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
-    low, high = frame(np.concatenate([smooth(run.loss) for run in told]))
+    low, high = frame(np.concatenate([smooth(run.loss) for run in logs]))
     room = 0.05 * (high - low)
     for axes, (label, form) in zip(figure.subplots(2, 2).flat, _axes(), strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set(xlabel=label, ylabel="training loss (nats per token)", ylim=(low - room, high + room))
         axes.xaxis.set_major_formatter(FuncFormatter(form))
-        for nth, run in enumerate(told):
+        for nth, run in enumerate(logs):
             against = {
                 "steps": run.step,
                 "tokens": run.tokens,

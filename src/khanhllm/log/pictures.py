@@ -1,4 +1,4 @@
-"""The training log as curves: in a terminal of braille dots, and as a PNG."""
+"""Draw the training log as curves: as braille dots for a terminal, and as a PNG."""
 
 import csv
 import math
@@ -15,19 +15,19 @@ CURVES = ("tokens", "loss", "val_ce", "val_bpb")
 
 
 def read_log(csv_file: Path, names: Sequence[str] | None = CURVES) -> dict[str, Floats]:
-    """Columns of a training log (None: all of them), of the rows that have a loss; nan where nothing was measured."""
+    """Columns of a training log (None: all), for the rows that have a loss; nan where nothing was measured."""
     rows: list[dict[str, str]] = []
-    found: Sequence[str] = ()
+    header: Sequence[str] = ()
     if csv_file.exists():
         with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
             reader = csv.DictReader(file, restval="")
-            rows = [row for row in reader if _known(row, "tokens") and _known(row, "loss")]
-            found = reader.fieldnames or ()
-    columns = found if names is None else names
+            rows = [row for row in reader if _is_finite(row, "tokens") and _is_finite(row, "loss")]
+            header = reader.fieldnames or ()
+    columns = header if names is None else names
     return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in columns}
 
 
-def _known(row: dict[str, str], name: str) -> bool:
+def _is_finite(row: dict[str, str], name: str) -> bool:
     return math.isfinite(_number(row.get(name)))
 
 
@@ -39,7 +39,7 @@ def _number(text: str | None) -> float:
 
 
 def smooth(values: Floats) -> Floats:
-    """Each point as the mean of the fiftieth of the curve around it."""
+    """Replace each point by the mean of the fiftieth of the curve around it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at, reach = np.arange(len(values)), len(values) // 100
     first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
@@ -48,8 +48,8 @@ def smooth(values: Floats) -> Floats:
 
 
 def frame(values: Sequence[float] | Floats) -> tuple[float, float]:
-    """Lowest and highest value worth drawing: the first twentieth of a long run falls from so high that, drawn to
-    scale, it would press all that follows into one line."""
+    """Lowest and highest value worth drawing. The first twentieth of a long run does not count: it starts so high that
+    all the rest would be drawn as one flat line."""
     known = np.asarray(values, dtype=np.float64)
     known = known[np.isfinite(known)]
     if not len(known):
@@ -93,9 +93,9 @@ def _places(
 
 
 def loss_curve_png(csv_file: Path, png: Path, title: str) -> None:
-    """The same curve as an image: each step thin, their mean bold, validations as points.
+    """Draw the same curve as an image: each step thin, their mean bold, validations as points.
 
-    The right axis says what the left one means in bits per byte of the validation text."""
+    The right axis converts the left one to bits per byte of the validation text."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
     from matplotlib.ticker import FuncFormatter
 
@@ -117,7 +117,7 @@ def loss_curve_png(csv_file: Path, png: Path, title: str) -> None:
 
 
 def _draw_curves(axes: Any, log: dict[str, Floats]) -> Iterator[str]:
-    """Draw, and say the numbers that matter."""
+    """Draw the curves and yield the numbers for the title."""
     tokens, loss, checked, bits = log.values()
     low, high = frame(np.concatenate([loss, checked]))
     room = 0.06 * (high - low)
@@ -125,11 +125,11 @@ def _draw_curves(axes: Any, log: dict[str, Floats]) -> Iterator[str]:
     axes.plot(tokens, loss, color="#3b6fb5", linewidth=0.7, alpha=0.35)
     axes.plot(tokens, smooth(loss), "o-"[len(loss) > 1 :], color="#3b6fb5", linewidth=2, label="training")
     yield f"loss at the first step {loss[0]:.2f}"
-    seen = np.isfinite(checked)
-    if seen.any():
-        axes.plot(tokens[seen], checked[seen], "o-", color="#d9622b", linewidth=1.2, markersize=5, label="validation")
-        yield f"validation at the end {checked[seen][-1]:.3f}"
-    measured = seen & (checked > 0) & (bits > 0)
+    known = np.isfinite(checked)
+    if known.any():
+        axes.plot(tokens[known], checked[known], "o-", color="#d9622b", linewidth=1.2, markersize=5, label="validation")
+        yield f"validation at the end {checked[known][-1]:.3f}"
+    measured = known & (checked > 0) & (bits > 0)
     if measured.any():
         ratio = float(bits[measured][-1] / checked[measured][-1])
         right = axes.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bpb: bpb / ratio))

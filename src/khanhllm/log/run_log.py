@@ -1,13 +1,13 @@
-"""One dict per step goes to three places: a CSV, the terminal, and TensorBoard for those who like it.
+"""Write one dict per step to three places: a CSV, the terminal and, if the config asks for it, TensorBoard.
 
-A row holds plain numbers and tensors that may still be on their way through a device. Asking a device for a number
-waits for all that it was given, so `add` only sends copies towards the host and writes the row *before*, whose copies
-have long arrived. The log is one step late and the device never waits for it. `flush` catches up: before a checkpoint,
-so that no checkpoint is ahead of its log.
+A row holds plain numbers, and tensors that a device may still have to compute. Reading a number from a device waits for
+all its work, so `add` only starts copies to the host and writes the *previous* row, whose copies have arrived. The log
+is one step late, and the device never waits for it. `flush` writes the last row too, before a checkpoint, so that no
+checkpoint is ahead of its log.
 
-The CSV is the memory of a run: the same text for the same number, one line per step, cut back only when a run returns
+The CSV is the record of a run: the same text for the same number, one line per step, cut back only when a run returns
 to a checkpoint. The terminal shows a panel to a person and plain lines to a file. A new measurement is one key in the
-row: TensorBoard takes every number it is given, the CSV those that `columns` names.
+row: TensorBoard takes every number, the CSV those that `columns` names.
 """
 
 import os
@@ -35,7 +35,7 @@ TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".
 
 
 def columns(moe_layers: list[int]) -> list[str]:
-    """What the CSV keeps of each row. The timing columns, which no two runs share, come last."""
+    """The columns of the CSV. Those of timing, which differ between equal runs, come last."""
     measured = ["step", "tokens", "loss", "balance", "router_z", "lr", "grad_norm", "rejected", "val_ce", "val_bpb"]
     routed = ["max_violation", "least_share", *(f"balance_L{layer}" for layer in moe_layers)] if moe_layers else []
     return [*measured, *routed, *TIMING]
@@ -43,7 +43,7 @@ def columns(moe_layers: list[int]) -> list[str]:
 
 @dataclass
 class Log:
-    """Where a run tells what happens. A context manager: whatever ends the run, the terminal is given back."""
+    """The log of a run. As a context manager it restores the terminal, however the run ends."""
 
     moe_layers: list[int]
     csv: "Csv"
@@ -58,9 +58,9 @@ class Log:
     def open(
         cls, run: Path, config: Config, start_step: int = 0, parameters: int = 0, console: Console | None = None
     ) -> Self:
-        """Begin the log of the run, or continue it after `start_step`: rows beyond that are dropped.
+        """Begin the log of the run, or continue it after `start_step` and drop the rows beyond.
 
-        Raises UserError when the log on disk has other columns, or TensorBoard is asked for but not installed.
+        Raises UserError if the log on disk has other columns, or if the config asks for TensorBoard and it is missing.
         """
         layers = config.model.moe_layers
         board = _open_board(run, start_step) if config.log.tensorboard else None
@@ -75,24 +75,24 @@ class Log:
         self.waiting = sent
 
     def flush(self) -> None:
-        """Write the row that is waiting, and force the file to disk."""
+        """Write the last row and force the file to disk."""
         self._write_waiting()
         self._try(self.csv.sync)
 
     def expect(self, steps: int) -> None:
-        """The run is now thought to end with step number `steps`."""
+        """Set the step with which the run is now expected to end."""
         self.terminal.story.steps = steps
 
     def rewind(self, step: int) -> None:
-        """Forget the rows beyond `step`: the run goes on from there."""
+        """Drop the rows beyond `step`, from which the run continues."""
         self.flush()
         self._try(self.csv.file.close)
         self.csv, earlier = Csv.open(Path(self.csv.file.name), self.csv.columns, step)
         self.terminal.story = self.terminal.story.cut(step, earlier)
 
     def say(self, text: str) -> None:
-        """Show a message, after the steps that it follows, and keep it in messages.txt. The text is shown, never
-        obeyed: no markup, no escapes."""
+        """Show a message, after the steps that it follows, and keep it in messages.txt. Markup and escapes in it have
+        no effect."""
         self._write_waiting()
         self._tell(text)
 
@@ -114,17 +114,17 @@ class Log:
         if self.board:
             self._try(_write_board, self.board, numbers)
         self.terminal.show(row)
-        for text in self.alarms.hear(row):
+        for text in self.alarms.check(row):
             self._tell(text)
 
     def _try(self, write: Any, *what: Any) -> None:
-        """A full disk must not end the training: it is said once, and rows wait in memory for better times."""
+        """Write something. A full disk does not end the training: this reports it once, and rows wait in memory."""
         try:
             write(*what)
             self.stuck = False
         except OSError as error:
             if not self.stuck:
-                self.terminal.say(f"the log cannot be written: {error.strerror or error}; training goes on")
+                self.terminal.say(f"the log cannot be written: {error.strerror or error}; training continues")
             self.stuck = True
 
     def __enter__(self) -> Self:
@@ -143,9 +143,9 @@ class Log:
 
 
 def _send(row: Row) -> tuple[Row, torch.cuda.Event | None]:
-    """Copies of the row's tensors, on their way to the host, and what will tell of their arrival.
+    """Start to copy the row's tensors to the host. Returns the row of copies and the event of their arrival.
 
-    Only CUDA's copies may travel while the device works on: elsewhere nothing tells when they have arrived.
+    Only copies from CUDA run while the device works: other devices have no event to wait for.
     """
     tensors = [value for value in row.values() if isinstance(value, Tensor)]
     sent = {
@@ -164,40 +164,42 @@ def _receive(row: Row, arrival: torch.cuda.Event | None) -> Row:
 
 @dataclass
 class Csv:
-    """A file that only grows. What a full disk refuses stays in the buffer and is written with the next row."""
+    """A CSV file that only grows. What a full disk refuses stays in the buffer, to be written with the next row."""
 
     file: BinaryIO
     columns: list[str]
 
     @classmethod
     def open(cls, path: Path, names: list[str], step: int) -> tuple[Self, list[Row]]:
-        """The file, cut back to `step` (0: begun anew) in one rename, and the rows that it keeps."""
+        """Cut the file back to `step` (0: begin anew), in one rename. Returns the open file and the rows it keeps."""
         try:
-            kept = list(_rows_up_to(path, names, step)) if step and path.exists() else []
-            lines = [",".join(names), *(line for line, _ in kept)]
+            earlier = list(_rows_up_to(path, names, step)) if step and path.exists() else []
+            lines = [",".join(names), *(line for line, _ in earlier)]
             publish(path, "".join(f"{line}\n" for line in lines), durable=True)
-            return cls(path.open("ab", buffering=1 << 20), names), [row for _, row in kept]
+            return cls(path.open("ab", buffering=1 << 20), names), [row for _, row in earlier]
         except OSError as error:
             raise UserError(f"cannot use {path}: {error.strerror}") from None
 
     def write(self, row: Row) -> None:
+        """Append one row."""
         self.file.write((",".join(_cell(name, row.get(name)) for name in self.columns) + "\n").encode())
         self.file.flush()
 
     def sync(self) -> None:
+        """Force the file to disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
 
 def _cell(name: str, value: int | float | None) -> str:
-    """Nine digits tell any two fp32 numbers apart, and equal numbers always look equal."""
+    """A value as text. Nine digits distinguish any two fp32 numbers, and equal numbers give equal text."""
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
     return format(value, TIMING.get(name, ".9g"))
 
 
 def _rows_up_to(path: Path, names: list[str], step: int) -> Iterator[tuple[str, Row]]:
-    """Each line up to `step`, as it stands and as numbers. A line that a crash left in pieces is no row."""
+    """Each line up to `step`, as text and as numbers. Skips a line that a crash has cut."""
     header, *lines = read(path, 2**30).decode(errors="replace").split("\n")
     if lines and header != ",".join(names):
         raise UserError(f"{path} has other columns than this run; choose another folder (--run) or move the file away")

@@ -28,7 +28,7 @@ REDRAW = 0.25
 
 @dataclass
 class RunView:
-    """What the terminal tells of a run."""
+    """What the terminal shows of a run."""
 
     name: str
     parameters: int
@@ -39,12 +39,13 @@ class RunView:
     """the newest"""
     losses: "array[float]" = field(default_factory=lambda: array("d"))
     checked: Row = field(default_factory=dict)
-    """the newest that was validated"""
+    """the newest with a validation"""
     best_ce: float = inf
     clock: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=100))
     """(step, seconds) of recent steps; each is the end of a step, so the slow first one is never in between"""
 
-    def hear(self, row: Row) -> None:
+    def add(self, row: Row) -> None:
+        """Take the row of the next step."""
         self.row, self.step = row, int(row["step"])
         self.losses.append(row.get("loss", nan))
         if "seconds" in row:
@@ -54,15 +55,16 @@ class RunView:
             self.best_ce = min(self.best_ce, row["val_ce"])
 
     def cut(self, step: int, rows: list[Row]) -> "RunView":
-        """The same story up to `step`, whose rows are given."""
+        """The view of the run up to `step`, from its rows."""
         story = RunView(self.name, self.parameters, self.moe_layers, self.steps, step)
         for row in rows:
-            story.hear(row)
-        story.clock.clear()  # it is this process's time that says how long the rest takes
+            story.add(row)
+        story.clock.clear()  # only this process's own time predicts how long the rest takes
         return story
 
     @property
     def eta(self) -> str:
+        """The time that the rest of the run takes, in words; empty if it is unknown or there is no rest."""
         if len(self.clock) < 2 or self.step == self.steps:
             return ""
         (early, then), (late, now) = self.clock[0], self.clock[-1]
@@ -70,7 +72,7 @@ class RunView:
 
 
 class _Console(Console):
-    """Training goes on when whoever read its output, `head` for one, has gone."""
+    """A console that lets training continue after the reader of its output, such as `head`, has gone."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -88,12 +90,14 @@ class Terminal:
         self.shown = story.step
 
     def open(self) -> None:
+        """Show the panel, if there is one."""
         if self.live:
             self.live.start()
             self._draw()
 
     def show(self, row: Row) -> None:
-        self.story.hear(row)
+        """Take the row of a step, and draw the panel or print a line when it is due."""
+        self.story.add(row)
         if self.live:
             if time.monotonic() - self.drawn >= REDRAW:
                 self._draw()
@@ -101,11 +105,13 @@ class Terminal:
             self._print_line()
 
     def say(self, text: str) -> None:
+        """Print a message, with its control characters escaped."""
         shown = Text(visible(text, self.console.encoding))
-        with suppress(OSError):  # the output goes to a file whose disk is full: training goes on
+        with suppress(OSError):  # the output may go to a file on a full disk: training continues
             self.console.print(shown, soft_wrap=not self.live, markup=False, highlight=False, emoji=False)
 
     def close(self) -> None:
+        """Show the last step and release the terminal."""
         if not self.live:
             if self.shown != self.story.step:
                 self._print_line()
@@ -154,7 +160,7 @@ def _text(row: Row, name: str, spec: str) -> str:
 
 
 def panel(story: RunView, width: int, height: int) -> Panel:
-    """The whole run at a glance, at most `height` - 2 lines, so that a message above it stays in sight."""
+    """The panel of the whole run, at most `height` - 2 lines, so that a message above it stays visible."""
     inner = min(width, 110) - 4
     numbers = list(_numbers(story))
     experts = _experts(story, inner, height - len(numbers) - 12)
@@ -200,7 +206,7 @@ def _fact(label: str, value: str, more: str) -> Text:
 
 
 def _experts(story: RunView, width: int, room: int) -> list[Text]:
-    """The experts of each mixture layer; two layers a line if there are many, the least even ones if too many."""
+    """The experts of each mixture layer: two layers a line if there are many, only the least even ones if too many."""
     row = story.row
     if "load_per_layer" not in row:
         return []

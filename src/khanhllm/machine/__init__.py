@@ -1,1 +1,1 @@
-"""Everything that knows the device: precision, expert backends, compile, memory, signals."""
+"""Everything that depends on the device: precision, expert backends, compile, memory, signals."""

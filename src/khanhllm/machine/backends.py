@@ -1,6 +1,6 @@
 """Choose the fastest expert backend that works on this device, by trying each on a tiny problem.
 
-grouped   torch's grouped_mm, where it gives the right numbers and never waits for the host
+grouped   torch's grouped_mm, where it gives the right numbers and never makes the host wait
 triton    our own kernels, where grouped_mm waits or fails
 loop      expert after expert, which is always right
 """
@@ -23,7 +23,7 @@ Guard = Callable[[], AbstractContextManager[None]]
 
 
 class Problem(NamedTuple):
-    """What a layer of experts multiplies in a step, and very little of it. One expert has no rows."""
+    """A very small example of what a layer of experts multiplies in a step. One expert has no rows."""
 
     x_NI: Tensor
     weight_EIO: Tensor
@@ -32,6 +32,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def tiny(cls, device: torch.device, dtype: torch.dtype) -> "Problem":
+        """A problem of random numbers, always the same."""
         dice = torch.Generator().manual_seed(0)
         shapes = (40, 32), (4, 32, 48), (40, 48)
         x, weight, grad = (torch.randn(shape, generator=dice).to(device, dtype) for shape in shapes)
@@ -49,7 +50,8 @@ def by_grouped_mm(problem: Problem) -> Answers:
 
 
 def by_triton(problem: Problem) -> Answers:
-    from khanhllm.machine.triton_grouped import grouped_mm, grouped_mm_wgrad  # only here, for triton may be missing
+    """The same by our Triton kernels."""
+    from khanhllm.machine.triton_grouped import grouped_mm, grouped_mm_wgrad  # only here, as triton may be missing
 
     x_NI, weight_EIO, grad_NO, end_E = problem
     return (
@@ -60,7 +62,7 @@ def by_triton(problem: Problem) -> Answers:
 
 
 def by_loop(problem: Problem) -> Answers:
-    """The same in fp32, expert after expert: what is right."""
+    """The same in fp32, expert after expert, which defines what is right."""
     x_NI, weight_EIO, grad_NO, end_E = problem
     count = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
     experts = list(zip(x_NI.float().split(count), weight_EIO.float(), grad_NO.float().split(count), strict=True))
@@ -71,7 +73,7 @@ def by_loop(problem: Problem) -> Answers:
 
 @contextmanager
 def host_must_not_wait() -> Iterator[None]:
-    """Whatever makes the host wait for the CUDA device raises RuntimeError."""
+    """Within this context, an operation that makes the host wait for the CUDA device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls the mode a prototype
@@ -88,14 +90,14 @@ def fault(attempt: Attempt, problem: Problem, guard: Guard = nullcontext) -> str
         with guard():
             answers = attempt(problem)
         pairs = zip(answers, by_loop(problem), strict=True)
-        right = all(bool((found.float() - want).abs().max() <= 0.01 * want.abs().max()) for found, want in pairs)
+        right = all(bool((answer.float() - want).abs().max() <= 0.01 * want.abs().max()) for answer, want in pairs)
     except Exception as error:  # a kernel has a hundred ways to fail, and each of them rules the backend out
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return None if right else "wrong numbers"
 
 
 def choose(problem: Problem, grouped: Attempt, triton: Attempt, guard: Guard) -> BackendName:
-    """The best of the backends that work. Under `guard` a attempt that makes the host wait raises."""
+    """The best of the backends that work. Under `guard` an attempt that makes the host wait raises."""
     wrong = fault(grouped, problem)  # unguarded first: a device that starts up may wait once
     if wrong is None and fault(grouped, problem, guard) is None:
         return "grouped"
@@ -103,7 +105,7 @@ def choose(problem: Problem, grouped: Attempt, triton: Attempt, guard: Guard) ->
     if broken is None:
         return "triton"
     if wrong is None:
-        log.warning("experts take grouped_mm, which makes the host wait: our Triton kernels fail here (%s)", broken)
+        log.warning("experts use grouped_mm, which makes the host wait: our Triton kernels fail here (%s)", broken)
         return "grouped"
     log.warning(
         "experts are computed one by one: grouped_mm fails here (%s), our Triton kernels as well (%s)", wrong, broken
@@ -112,7 +114,7 @@ def choose(problem: Problem, grouped: Attempt, triton: Attempt, guard: Guard) ->
 
 
 def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> BackendName:
-    """The backend for `dtype` on `device`: off CUDA always the loop. Takes seconds the first time."""
+    """The backend for `dtype` on `device`; without CUDA always the loop. Takes seconds the first time."""
     if device.type != "cuda":
         return "loop"
     return choose(Problem.tiny(device, dtype), by_grouped_mm, by_triton, host_must_not_wait)

@@ -1,6 +1,6 @@
-"""Graphics cards by name: how much memory they have and how fast they multiply, as their makers publish it.
+"""Graphics cards by name: their memory and their speed, as their makers publish it.
 
-Speed is dense bf16 throughput with fp32 accumulation (TFLOP/s); GeForce cards reach half of their fp16 figure so.
+Speed is dense bf16 throughput with fp32 accumulation (TFLOP/s); on GeForce cards it is half of the fp16 figure.
 """
 
 import re
@@ -11,6 +11,8 @@ from khanhllm.settings import did_you_mean
 
 
 class Card(NamedTuple):
+    """What a plan needs to know of a graphics card."""
+
     memory: float
     """GB (10^9 bytes), the driver's share included"""
     tflops: float
@@ -55,7 +57,7 @@ CARDS = {
 
 
 def card(name: str) -> tuple[str, Card]:
-    """The card that a user names ("4090", "rtx3060-8gb", "A100"); of several sizes the first that fits the words."""
+    """The card that a user names ("4090", "rtx3060-8gb", "A100"); if several sizes match, the first."""
     wanted = _plain(name)
     fits = [known for known in CARDS if _plain(known) == wanted] or [k for k in CARDS if _model(k) == wanted]
     if not fits:
@@ -68,14 +70,14 @@ def card(name: str) -> tuple[str, Card]:
 
 
 def known_peak(device_name: str) -> float | None:
-    """Matrix throughput of the card that calls itself so, as "NVIDIA GeForce RTX 4090" (FLOP/s)."""
+    """Matrix throughput (FLOP/s) of a card by its driver name, as "NVIDIA GeForce RTX 4090"; None if unknown."""
     words = _plain(re.sub(r"\d+GB.*", "", device_name))
     fits = [known for known in CARDS if re.match(rf"{_model(known)}(?!\d)", words)]
     return CARDS[max(fits, key=lambda known: len(_model(known)))].tflops * 1e12 if fits else None
 
 
 def _plain(name: str) -> str:
-    """Without the words that are often left out: "RTX 4060 Ti 16GB" -> "4060ti16gb"."""
+    """The name without the words that users often omit: "RTX 4060 Ti 16GB" -> "4060ti16gb"."""
     return re.sub(r"nvidia|geforce|rtx|gpu|[\s_-]+", "", name.lower())
 
 

@@ -1,4 +1,4 @@
-"""The machine, asked once: device, precision, threads, memory, peak speed. Others get what they need as arguments."""
+"""The machine, examined once: device, precision, threads, memory, peak speed. Other rooms get these as arguments."""
 
 import contextlib
 import ctypes
@@ -20,6 +20,8 @@ from khanhllm.schema import MachineConfig
 
 @dataclass(frozen=True)
 class Machine:
+    """The device that a run uses, and how it uses it."""
+
     device: torch.device
     precision: str
     """fp32, tf32 or bf16"""
@@ -27,16 +29,16 @@ class Machine:
     experts: BackendName
     """loop, grouped or triton: see backends"""
     threads: int = 0
-    """of a CPU; 0 leaves them as they are"""
+    """CPU threads; 0 leaves the number as it is"""
 
     @cached_property
     def peak_flops(self) -> float | None:
-        """Matrix throughput that 100 % MFU means: the maker's figure on CUDA, on a CPU measured when first asked for
-        (FLOP/s); None where it is unknown."""
+        """Matrix throughput that counts as 100 % MFU (FLOP/s): on CUDA the maker's figure, on a CPU measured at the
+        first access; None if it is unknown."""
         return _peak(self.device)
 
     def take_process(self) -> None:
-        """Give this process the threads and the precision of matrix products that the config asks for."""
+        """Set the number of threads and the precision of matrix products of this process."""
         if self.threads:
             torch.set_num_threads(self.threads)
         # the router stays fp32 under bf16
@@ -55,16 +57,17 @@ class Machine:
         return _peak_resident() / 1e6
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished all its work."""
         _wait(self.device)
 
     def give_back_memory(self) -> None:
-        """What no tensor uses any more, so that larger ones find room."""
+        """Free the memory that no tensor uses any more, so that larger tensors fit."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def describe(self) -> str:
+        """Device, memory, precision and compile in one line."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             name = f"{torch.cuda.get_device_name(self.device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
@@ -77,8 +80,8 @@ class Machine:
 
 
 def open_machine(config: MachineConfig) -> Machine:
-    """Find the device that the config asks for. UserError where the hardware cannot do it. Changes nothing of the
-    process; see `Machine.take_process`."""
+    """Find the device that the config asks for. Raises UserError if the hardware cannot do it. Does not change the
+    process; `Machine.take_process` does."""
     device = _device(config.device)
     precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
     cuda = device.type == "cuda"
@@ -92,7 +95,7 @@ def open_machine(config: MachineConfig) -> Machine:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """A CPU says so in words only."""
+    """Whether an error means that memory ran out. On a CPU only its text says so."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -102,10 +105,10 @@ def _device(wanted: str) -> torch.device:
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if wanted.startswith("cuda"):
-        found = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         device = torch.device("cuda", int(wanted.partition(":")[2] or 0))
-        if device.index >= found:
-            raise UserError(f"machine.device: {wanted} asked for, but {found} CUDA devices found; use auto or cpu")
+        if device.index >= count:
+            raise UserError(f"machine.device: {wanted} asked for, but {count} CUDA devices found; use auto or cpu")
         return device
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UserError("machine.device: mps asked for, but this torch finds no Apple GPU; use auto or cpu")
@@ -130,16 +133,16 @@ def _backend(wanted: str, device: torch.device, precision: str) -> BackendName:
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Whether this process's memory, once freed, waits for the next tensor or goes back to the system.
+    """Choose whether freed memory stays in this process for the next tensor or goes back to the system.
 
-    By default glibc gives back blocks of megabytes at once, and a small model's step spends up to a third of its time
-    on fresh pages; while what it keeps lies between what is in use and costs a large model a gigabyte. Other C
-    libraries have no such switch.
+    By default glibc returns blocks of megabytes at once, and a small model's step spends up to a third of its time on
+    fresh pages. Kept memory, on the other hand, is fragmented, which costs a large model a gigabyte. Other C libraries
+    have no such switch.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20 if keep else 1 << 20)  # M_MMAP_THRESHOLD: larger blocks go back by themselves
-        mallopt(-1, 2**31 - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+        mallopt(-3, 32 << 20 if keep else 1 << 20)  # M_MMAP_THRESHOLD: larger blocks go back when freed
+        mallopt(-1, 2**31 - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: free memory kept at the end of the heap
 
 
 def _peak(device: torch.device) -> float | None:
@@ -167,7 +170,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak_resident() -> int:
-    """Peak resident memory of this process (bytes). Windows keeps it in psutil, the others in the kernel's usage."""
+    """Peak resident memory of this process (bytes): on Windows from psutil, elsewhere from getrusage."""
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):
         return int(info.peak_wset)

@@ -1,5 +1,5 @@
-"""A model made to fit the machine, from outside and in a stated order: weights of bf16, device, experts' backend,
-activation checkpointing, compile. The model's own code and the names of its parameters stay as they are."""
+"""Fit a model to the machine, from outside and in this order: bf16 weights, device, experts' backend, activation
+checkpointing, compile. The model's own code and the names of its parameters stay as they are."""
 
 import logging
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from khanhllm.model.experts import GROUPED, LOOP, Backend
 from khanhllm.model.moe import MoE
 from khanhllm.schema import ModelConfig
 
-# What selective checkpointing keeps because it is dear to make again: matrix products and attention.
+# What selective checkpointing keeps because it is expensive to recompute: matrix products and attention.
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -29,11 +29,11 @@ KEPT = {
 }
 
 LARGE = 100_000_000
-"""parameters from which on memory is dearer than the time to get it"""
+"""parameters from which on memory matters more than the time to allocate it"""
 
 
 def is_small(model: Transformer) -> bool:
-    """Whether a training of this model keeps freed memory, so as to be faster."""
+    """Whether training this model is faster if the process keeps freed memory."""
     return total_parameters(model) < LARGE
 
 
@@ -42,7 +42,7 @@ def fit(
 ) -> Transformer:
     """Change the model in place and return it.
 
-    weights, gradients: fp32 or bf16, what matrices are kept in and what their gradients are summed in. checkpointing:
+    weights, gradients: fp32 or bf16, the types of matrices and of their summed gradients. checkpointing:
     none, selective or full.
     """
     if weights == "bf16":
@@ -56,9 +56,9 @@ def fit(
     if checkpointing != "none":
         _checkpoint_activations(model, selective=checkpointing == "selective")
     if machine.compile:
-        # a model too many in one process is run uncompiled, which is no news to a user
+        # torch warns when it runs a model uncompiled after too many in one process; users need not know
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-        for block in model.blocks:  # blocks of one kind share what is compiled
+        for block in model.blocks:  # blocks of one kind share compiled code
             compiled = torch.compile(block.forward, dynamic=False)
             block.forward = _only_with_gradients(compiled, block.forward)
     return model
@@ -66,7 +66,7 @@ def fit(
 
 def _backend(name: str, shape: ModelConfig) -> Backend:
     if name == "triton":
-        from khanhllm.machine import triton_grouped  # only here, for triton may be missing
+        from khanhllm.machine import triton_grouped  # only here, as triton may be missing
 
         return triton_grouped.BACKEND
     aligned = shape.dim % 8 == shape.expert_width % 8 == 0  # grouped_mm wants rows of 16 bytes
@@ -74,20 +74,20 @@ def _backend(name: str, shape: ModelConfig) -> Backend:
 
 
 def _checkpoint_activations(model: Transformer, selective: bool) -> None:
-    """Rebuild the inside of each sub-layer in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+    """Recompute the inside of each sub-layer in the backward pass (Chen et al. 2016, arXiv 1604.06174).
 
-    In a mixture layer only the experts' answer is rebuilt: the router stands outside, so the same tokens go to the
-    same experts the second time, and nothing is counted twice.
+    In a mixture layer only the experts' answer is recomputed, not the router. So the same tokens go to the same experts
+    the second time, and nothing is counted twice.
     """
     for block in model.blocks:
-        _rebuild(block.attention, "forward", selective)  # type: ignore[arg-type]
+        _recompute(block.attention, "forward", selective)  # type: ignore[arg-type]
         if not isinstance(block.feedforward, MoE):
-            _rebuild(block.feedforward, "forward", selective)  # type: ignore[arg-type]
-        elif not selective:  # of themselves the experts keep no more than products that are dear to make again
-            _rebuild(block.feedforward, "answer", selective)
+            _recompute(block.feedforward, "forward", selective)  # type: ignore[arg-type]
+        elif not selective:  # experts alone already keep only products that are expensive to recompute
+            _recompute(block.feedforward, "answer", selective)
 
 
-def _rebuild(module: torch.nn.Module, method: str, selective: bool) -> None:
+def _recompute(module: torch.nn.Module, method: str, selective: bool) -> None:
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
     if selective:
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
@@ -95,11 +95,12 @@ def _rebuild(module: torch.nn.Module, method: str, selective: bool) -> None:
     setattr(module, method, _only_with_gradients(run, getattr(module, method)))
 
 
-def _only_with_gradients(fit_micro_batch: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Training has one shape; generation and validation have many, and nothing to rebuild."""
+def _only_with_gradients(training: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Call `training` for forwards with gradients, which have one shape. Generation and validation have many shapes,
+    and nothing to recompute: they call `plain`."""
 
     def method(*inputs: Any) -> Any:
-        return fit_micro_batch(*inputs) if torch.is_grad_enabled() else plain(*inputs)
+        return training(*inputs) if torch.is_grad_enabled() else plain(*inputs)
 
     return method
 

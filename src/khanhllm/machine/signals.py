@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""the last two are what clusters send ahead of a time limit"""
+"""clusters send the last two ahead of a time limit"""
 
 
 class Stop:
-    """Set by a signal; the loop looks at it after each step. The second signal ends the process the usual way."""
+    """The handler of signals; the loop checks `asked` after each step. A second signal ends the process as usual."""
 
     asked = ""
+    """name of the signal that came; empty if none"""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -22,7 +23,8 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """While it lasts, signals ask to stop. Off the main thread Python hands no signals out, and nothing is changed."""
+    """Within this context, signals ask the training to stop. Outside the main thread, which alone gets signals, this
+    changes nothing."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

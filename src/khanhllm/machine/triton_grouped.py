@@ -1,15 +1,15 @@
-"""Two products that serve all experts at once, in Triton: for cards on which `grouped_mm` makes the host wait.
+"""Two products for all experts at once, in Triton, for cards on which torch's `grouped_mm` makes the host wait.
 
-    rows     out[n]  = x[n] @ weight[expert of n]          forward, and with weight.mT the gradient of x
-    outer    out[e]  = x[rows of e]^T @ grad[rows of e]    the gradient of the weights
+    grouped_mm          out[n] = x[n] @ weight[expert of n]          forward, and with weight.mT the gradient of x
+    grouped_mm_wgrad    out[e] = x[rows of e]^T @ grad[rows of e]    the gradient of the weights
 
-Rows are sorted by expert and `end_E` (int32, on the device) counts them cumulatively. The host never learns how many
-rows an expert has: grids come from static shapes alone, each program looks up in `end_E` what it has to do, and one for
-which nothing is left stops at once. Sums are in fp32.
+Rows are sorted by expert and `end_E` (int32, on the device) counts them cumulatively. The host never reads how many
+rows an expert has: grids come from static shapes alone, each program reads its task from `end_E`, and a program without
+one stops at once. Sums are in fp32.
 
-Both are custom operators, opaque to the compiler, and not `triton_op`: a compiler that looks inside would keep the
-precision of fp32 products as it was when it traced, tune anew by rules of its own, and give selective checkpointing no
-operator to name; it could fuse nothing into them anyhow. Importing this file needs triton.
+Both are custom operators, opaque to the compiler, and not `triton_op`. A compiler that sees inside would fix the
+precision of fp32 products at tracing, tune again by its own rules, and leave selective checkpointing no operator to
+name; and it could not fuse anything into them. Importing this file needs triton.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from khanhllm.model.experts import Backend
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 GROUP = tl.constexpr(8)
-"""tiles above each other that walk through the columns together, so that what they read stays in the L2 cache"""
+"""rows of tiles computed together, column by column, so that what they read stays in the L2 cache"""
 
 
 def _tile(height: int, depth: int, width: int, warps: int, stages: int) -> Any:
-    """One program's share: height x width of the output, summed over steps of depth."""
+    """The work of one program: height x width of the output, summed over steps of depth."""
     return triton.Config({"HEIGHT": height, "DEPTH": depth, "WIDTH": width}, num_warps=warps, num_stages=stages)
 
 
@@ -47,11 +47,11 @@ TILES = [
 
 
 def _tuned(height: str, depth: str, layout: str) -> Callable[[Any], Any]:
-    """A tuner for a kernel whose tiles stand on the arguments named `height` and `depth`. It measures once for each
-    layer's shape, layout and order of magnitude of the load, never for a new load, and remembers on disk."""
+    """A tuner for a kernel whose tiles cover the arguments named `height` and `depth`. It measures once for each shape
+    and layout of a layer and each order of magnitude of the load, not for each load, and keeps its results on disk."""
 
     def worthwhile(tiles: list[Any], named: dict[str, Any], **more: Any) -> list[Any]:
-        """Without tiles that would stand half empty."""
+        """Leave out tiles that would be half empty."""
         size = {**named, **more}
         if size["PRECISION"] == "ieee":  # no tensor cores: large tiles only take long to compile
             tiles = [tile for tile in tiles if tile.kwargs["HEIGHT"] * tile.kwargs["WIDTH"] <= 64 * 128]
@@ -208,7 +208,7 @@ def _share(n: int, experts: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied, as torch was told to; 16 bits are exact in the tensor cores anyhow."""
+    """The precision of fp32 products that torch is set to; 16-bit inputs are exact in tensor cores anyway."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
 

@@ -15,6 +15,8 @@ from khanhllm.schema import ModelConfig
 
 
 class Attention(nn.Module):
+    """Causal self-attention; groups of query heads may share a key and value head."""
+
     def __init__(self, config: ModelConfig, rope: nn.Module, head_norm: type[nn.Module], bias: bool) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -29,9 +31,9 @@ class Attention(nn.Module):
         self.grouped = config.key_value_heads != config.heads
 
     def forward(self, x_BTD: Tensor, past: LayerCache | None = None, own_BTS: Tensor | None = None) -> Tensor:
-        """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it, and they are added to it.
+        """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it, and is appended to it.
 
-        own_BTS: what each token brings to the values by itself (value embedding), S = kv_heads x d.
+        own_BTS: what each token itself adds to the values (value embedding), S = kv_heads x d.
         """
         start = past.length if past else 0
         query_BHTd = self.rope(self.query_norm(self._heads(self.query(x_BTD))), start)
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 def _causal(start: int, new: int, device: torch.device) -> tuple[Tensor | None, bool]:
     """Mask and `is_causal` flag for `new` queries that follow `start` past positions.
 
-    The flag aligns its mask at the top left, so it is right only where there is no past; one new query sees all.
+    The flag aligns its mask at the top left, so it is right only without a past. A single new query sees everything.
     """
     if start == 0 or new == 1:
         return None, start == 0

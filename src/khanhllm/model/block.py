@@ -1,4 +1,4 @@
-"""One layer. It is handed its parts, so it never asks what kind of layer it is."""
+"""One layer. Its constructor takes the parts, so `forward` has no case for each kind of layer."""
 
 from torch import Tensor, nn
 
@@ -8,6 +8,8 @@ from khanhllm.model.router import Routing
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x))."""
+
     def __init__(self, attention: Attention, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module]) -> None:
         super().__init__()
         self.attention_norm, self.feedforward_norm = norms

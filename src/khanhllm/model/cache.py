@@ -1,5 +1,5 @@
-"""The keys and values of the past, kept so that a new token costs one token of work. No module stores one: whoever
-generates owns the cache and passes it along."""
+"""The keys and values of past positions, kept so that a new token costs one token of work. No module stores a cache:
+the code that generates text owns it and passes it along."""
 
 import torch
 from torch import Tensor
@@ -39,4 +39,5 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """Positions that are filled."""
         return self.layers[0].length

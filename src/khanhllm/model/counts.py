@@ -1,4 +1,4 @@
-"""How big the model is and what a token costs. Works on the meta device, where a model takes no memory."""
+"""Count a model's parameters and its arithmetic per token. The meta device will do, where a model takes no memory."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from khanhllm.schema import ModelConfig
 
 
 def on_paper(config: ModelConfig) -> Transformer:
-    """The model without its memory: shapes only."""
+    """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def total_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -41,10 +42,10 @@ def flops_per_token(model: Transformer) -> int:
 
 
 def product_flops(x_shape: torch.Size, y_shape: torch.Size, *_args: Any, **_kwargs: Any) -> int:
-    """Each number of x meets a row of y: true of every product in `experts`, whichever backend computes it."""
+    """Floating-point operations of a product in `experts`, in any backend: each number of x meets a row of y."""
     return 2 * x_shape.numel() * y_shape[-1]
 
 
-# So that torch's FlopCounterMode counts experts, which it otherwise takes for nothing.
+# Without a formula, torch's FlopCounterMode counts nothing for experts.
 PRODUCTS = [torch.ops.aten._grouped_mm, torch.ops.khanhllm.loop_grouped_mm, torch.ops.khanhllm.loop_grouped_mm_wgrad]
 register_flop_formula([op for op in PRODUCTS if op not in flop_registry])(product_flops)  # type: ignore[no-untyped-call]

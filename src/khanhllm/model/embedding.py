@@ -8,14 +8,14 @@ MIX = 0x9E3779B97F4A7C15 - 2**64
 
 
 def _table(size: int, dim: int) -> nn.Embedding:
-    """Without numbers, which `Transformer.initialise` or a checkpoint brings; PyTorch's own, drawn on the meta device,
-    would import its compiler."""
+    """An embedding whose numbers come later, from `Transformer.initialise` or a checkpoint. PyTorch's own constructor
+    draws them, which on the meta device would import its compiler."""
     return nn.Embedding.from_pretrained(torch.empty(size, dim), freeze=False)
 
 
 class TokenEmbedding(nn.Module):
-    """With `pairs`, a token's vector also depends on the token before it: of all pairs, those whose hashes agree share
-    one learned vector, which is added (Cheng et al. 2026, arXiv 2601.07372; pairs as in
+    """A vector for each token. With `pairs`, a vector for its pair with the token before is added; pairs whose hashes
+    agree share one (Cheng et al. 2026, arXiv 2601.07372; pairs as in
     https://github.com/KellerJordan/modded-nanogpt)."""
 
     def __init__(self, vocab_size: int, dim: int, pairs: int) -> None:
@@ -35,13 +35,13 @@ class TokenEmbedding(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """A second table for every other layer, the last one among them: what the token itself adds to attention's values
+    """A second table for every other layer, up to the last: what the token itself adds to attention's values
     (Zhou et al. 2024, arXiv 2410.17897, in the form of https://github.com/KellerJordan/modded-nanogpt)."""
 
     def __init__(self, layers: int, vocab_size: int, size: int) -> None:
         super().__init__()
-        having = [layer for layer in range(layers) if (layers - 1 - layer) % 2 == 0]
-        self.tables = nn.ModuleDict({str(layer): _table(vocab_size, size) for layer in having})
+        with_table = [layer for layer in range(layers) if (layers - 1 - layer) % 2 == 0]
+        self.tables = nn.ModuleDict({str(layer): _table(vocab_size, size) for layer in with_table})
 
     def forward(self, ids_BT: Tensor, layer: int) -> Tensor | None:
         """(B, T, S), or None for a layer without a table."""
@@ -49,7 +49,7 @@ class ValueEmbedding(nn.Module):
 
 
 class EmbeddingSkip(nn.Module):
-    """What a layer begins from: (1 + a) x + b times the embedding, with two learned numbers a layer, at first zero
+    """The input of a layer: (1 + a) x + b embedding, with two learned numbers per layer that start at zero
     (https://github.com/KellerJordan/modded-nanogpt)."""
 
     def __init__(self, layers: int) -> None:
@@ -62,11 +62,15 @@ class EmbeddingSkip(nn.Module):
 
 
 class NoSkip(nn.Module):
+    """Leaves the input of a layer as it is."""
+
     def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, layer: int) -> Tensor:
         return x_BTD
 
 
 class TokenPositionEmbedding(nn.Module):
+    """A vector for each token plus one for each position."""
+
     def __init__(self, vocab_size: int, dim: int, context: int) -> None:
         super().__init__()
         self.token = _table(vocab_size, dim)

@@ -1,9 +1,9 @@
-"""Who works: all experts of a layer as stacked matrices (E, in, out), applied to rows that are sorted by expert.
+"""The experts of a layer as stacked matrices (E, in, out), applied to rows that are sorted by expert.
 
 Forward and backward need two products only: each row times the matrix of its expert (`grouped_mm`), and for each
 expert the transpose of its rows times other rows of the same expert (`grouped_mm_wgrad`, the gradient of a matrix). A
-`Backend` computes both. The loop over experts defines what is right and is the fastest on a CPU; torch's grouped_mm has
-shapes that never depend on the routing, as a GPU and a compiler want. `machine/` chooses, and the tests demand that all
+`Backend` computes both. The loop over experts defines what is right and is the fastest on a CPU. torch's grouped_mm has
+shapes that do not depend on the routing, as a GPU and a compiler need. `machine/` chooses; tests check that all
 backends agree.
 """
 
@@ -20,14 +20,16 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Backend(NamedTuple):
+    """The two products that experts need."""
+
     grouped_mm: Product
     """(x_NI, weight_EIO, end_E) -> (N, O). Rows are sorted by expert, `end_E` says where each one's end (int32)."""
     grouped_mm_wgrad: Product
     """(x_NI, y_NO, end_E) -> (E, I, O), zeros for an expert without rows."""
 
 
-# As operators of their own, the compiler sees two boxes of known shape and not the loop, which reads the load. Defined
-# this way and not by `custom_op`, whose first call would import the compiler for those who never compile.
+# Custom operators, so that the compiler sees two results of known shape, not the loop, which reads the load. `define`
+# instead of `custom_op`, because the first call of the latter imports the compiler even for those who never compile.
 torch.library.define("khanhllm::loop_grouped_mm", "(Tensor x_NI, Tensor weight_EIO, Tensor end_E) -> Tensor")
 torch.library.define("khanhllm::loop_grouped_mm_wgrad", "(Tensor x_NI, Tensor y_NO, Tensor end_E) -> Tensor")
 
@@ -76,7 +78,7 @@ GROUPED = Backend(_torch_grouped_mm, _torch_grouped_mm_wgrad)
 
 
 class Dispatch(NamedTuple):
-    """Where the N = T x K token-expert pairs stand once they are sorted by expert."""
+    """The places of the N = T x K token-expert pairs after they are sorted by expert."""
 
     token_N: Tensor
     """the token of each sorted pair"""
@@ -87,6 +89,7 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(expert_TK: Tensor, load_E: Tensor) -> Dispatch:
+    """Sort the token-expert pairs by expert."""
     order_N = expert_TK.flatten().argsort(stable=True)
     place_N = torch.arange(len(order_N), device=order_N.device)
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, place_N)
@@ -94,10 +97,12 @@ def dispatch(expert_TK: Tensor, load_E: Tensor) -> Dispatch:
 
 
 class Activation(NamedTuple):
+    """An activation function and its gradients."""
+
     value: Callable[..., Tensor]
     """(*inputs_NF) -> value_NF"""
     gradients: Callable[..., tuple[Tensor, ...]]
-    """(grad_NF, *inputs_NF) -> the gradient of each input; grad_NF may be used up"""
+    """(grad_NF, *inputs_NF) -> the gradient of each input; grad_NF may be overwritten"""
 
 
 def _swiglu_gradients(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +167,7 @@ class _Mixture(torch.autograd.Function):
         down_grad = ctx.backend.grouped_mm_wgrad(hidden_NF.mul_(weight_N), grad_ND, end_E)
         del hidden_NF, grad_ND
         slopes = ctx.activation.gradients(slope_NF.mul_(weight_N), *inputs)
-        del slope_NF, inputs  # none of these is small
+        del slope_NF, inputs  # they are large
         x_ND = x_TD.index_select(0, token_N)
         up_grads = [ctx.backend.grouped_mm_wgrad(x_ND, slope, end_E) for slope in slopes]
         bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if ctx.has_bias else None
@@ -185,7 +190,7 @@ def _gathered_sum(x_ND: Tensor, inverse_TK: Tensor) -> Tensor:
 
 
 def _one_hot(end_E: Tensor, like_ND: Tensor) -> Tensor:
-    """(N, E): which expert each sorted row belongs to. A product with it adds biases, and its transpose sums them."""
+    """(N, E): which expert each sorted row belongs to. A product with it adds biases; its transpose sums gradients."""
     row_N = torch.arange(len(like_ND), device=end_E.device).unsqueeze(1)
     return ((row_N < end_E) & (row_N >= end_E - end_E.diff(prepend=end_E.new_zeros(1)))).to(like_ND.dtype)
 
@@ -242,7 +247,7 @@ class SwiGLUExperts(nn.Module):
 
 
 def _in_one_type(*tensors: Tensor) -> list[Tensor]:
-    """What autocast would do, which does not look into our own functions."""
+    """Cast as autocast would, which does not reach into our own autograd functions."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
     return [tensor.to(dtype) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""The dense feed-forward, in both styles. Each answers with (y, ()): a dense layer routes nothing."""
+"""The dense feed-forwards. Each returns (y, ()), because a dense layer routes nothing."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,5 +1,5 @@
-"""The head owns the output matrix and therefore the loss: nobody else needs logits while training, and the full
-(tokens x vocabulary) matrix of them, as large as all activations together, never exists."""
+"""The head owns the output matrix and computes the loss. Nothing else needs logits in training, so the full (tokens x
+vocabulary) matrix of them, as large as all activations together, never exists."""
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from khanhllm.model.objectives import token_nll
 
 
 class Head(nn.Module):
+    """The last norm and the output matrix."""
+
     def __init__(self, norm: nn.Module, dim: int, vocab_size: int, chunk: int) -> None:
         super().__init__()
         self.norm = norm

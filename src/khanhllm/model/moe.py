@@ -1,4 +1,4 @@
-"""How they meet: route, sort the token-expert pairs by expert, let the experts work, bring the answers home.
+"""A mixture layer: route, sort the token-expert pairs by expert, apply the experts, un-permute and sum the answers.
 
     token   0  1  2  3          K = 2 choices each, N = T x K pairs
             │╲ │╲ │╲ │╲
@@ -15,6 +15,8 @@ from khanhllm.model.router import Choice, Router, Routing
 
 
 class MoE(nn.Module):
+    """A router and its experts, in place of a dense feed-forward."""
+
     def __init__(self, router: Router, experts: nn.Module) -> None:
         super().__init__()
         self.router = router
@@ -27,6 +29,6 @@ class MoE(nn.Module):
         return y_TD.view_as(x_BTD), (routing,)
 
     def answer(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
-        """The weighted answers of the chosen experts. Apart from `forward`, so that activation checkpointing can
-        rebuild this part without ever asking the router again."""
+        """The weighted answers of the chosen experts. Separate from `forward`, so that activation checkpointing can
+        recompute this part without running the router again."""
         return self.experts(x_TD, choice, load_E)  # type: ignore[no-any-return]

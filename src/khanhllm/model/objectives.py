@@ -1,4 +1,4 @@
-"""What is minimised. Pure functions of tensors; the whole step obeys one formula, whatever its micro-batches:
+"""The loss, as pure functions of tensors. One formula holds for the whole step, whatever its micro-batches:
 
     loss = sum of token losses / target tokens of the step
          + balance  x sum over mixture layers of  E * sum_e load_e * prob_e
@@ -10,8 +10,8 @@ arXiv 2501.11873). Even routing scores 1.0 per layer. Sources: Switch Transforme
 (arXiv 2202.08906, eq. 5).
 
 Every term is a sum over tokens divided by a number known before the step, so 1x8, 2x4 and 8x1 micro-batches add up to
-the same gradient. Only the load must be known while micro-batches are still to come: it is taken from the previous
-step, whose counts are complete (the way DeepSeek-V3 moves its router bias), or counted beforehand.
+the same gradient. Only the load must be known before all micro-batches are seen. It comes from the previous step, whose
+counts are complete (the way DeepSeek-V3 moves its router bias), or from counting beforehand.
 """
 
 from contextlib import AbstractContextManager
@@ -35,8 +35,8 @@ def token_nll(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) ->
 
 
 class _TokenNLL(torch.autograd.Function):
-    """The forward pass makes the gradients of the *sum* over tokens. They serve when one number comes back for all
-    tokens, as from `share_of_step`; any other gradient is answered by going through the chunks again."""
+    """The forward pass also computes the gradients of the *sum* over tokens. They suffice if the incoming gradient is
+    one number for all tokens, as from `share_of_step`. For any other, the backward pass repeats the chunks."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -53,9 +53,9 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.of_sum and not any(grad_T.stride()):  # one number for all, known without asking the device
+        if ctx.of_sum and not any(grad_T.stride()):  # an expanded scalar: seen without waiting for the device
             x_grad_TD, weight_grad_VD = (gradient.mul_(grad_T[0]) for gradient in ctx.of_sum)
-            ctx.of_sum = None  # they are scaled now: good for one time only
+            ctx.of_sum = None  # scaled in place, so they serve only once
         else:
             x_TD, weight_VD, targets_T = ctx.saved_tensors
             _, x_grad_TD, weight_grad_VD = _with_gradients(x_TD, weight_VD, targets_T, ctx.chunk, ctx.dtype, grad_T)
@@ -83,12 +83,12 @@ def _with_gradients(
             weight_grad_VD.addmm_(slope_CV.T, x_CD)
         else:
             weight_grad_VD.add_(slope_CV.T @ x_CD)
-        del slope_CV  # or two chunks of logits would stand beside each other
+        del slope_CV  # else two chunks of logits would exist at once
     return nll_T, x_grad_TD, weight_grad_VD
 
 
 def _nll(x_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(target), (C,), and all probabilities, (C, V), which take the place of the logits."""
+    """-log p(target), (C,), and all probabilities, (C, V), which overwrite the logits."""
     logits_CV = (x_CD @ weight_VD.T).to(_exact(x_CD.dtype))
     target = logits_CV.gather(1, targets_C[:, None])
     top, best = logits_CV.max(dim=-1, keepdim=True)

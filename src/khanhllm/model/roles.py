@@ -1,10 +1,12 @@
-"""What kind of parameter a name stands for. Initial values, optimizer groups, weight decay and bf16 all ask here, so a
-new module is entered once, and one that is not entered fails as soon as a model with it is built."""
+"""What kind of parameter a name stands for. Initial values, optimizer groups, weight decay and bf16 all use `role`, so
+a new module needs one entry here, and a model with a module that has none cannot be initialised."""
 
 from enum import Enum
 
 
 class Role(Enum):
+    """The kinds of parameters."""
+
     TOKEN = "a vector for each token"
     POSITION = "a vector for each position"
     ADDED = "a vector added to what a token brings: of a pair of neighbours, or to attention's values"

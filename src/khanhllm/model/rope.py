@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864): a query or key at position t is turned by angles
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864): a query or key at position t is rotated by angles
 proportional to t, so that their dot product depends on the distance between them alone.
 
 Feature i is paired with feature i + d/2 (the layout of Llama and Qwen), which keeps exported weights interchangeable.
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Rope(nn.Module):
-    """Turns x_BHTd, whose first position is `start`, by its positions. One instance serves every layer."""
+    """Rotates x_BHTd, whose first position is `start`, by its positions. One instance serves every layer."""
 
     def __init__(self, head_dim: int, context: int, theta: float) -> None:
         super().__init__()
@@ -22,14 +22,14 @@ class Rope(nn.Module):
         self.register_buffer("sin_Td", angle_Td.sin().repeat(1, 2).to(device), persistent=False)
 
     def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
-        here = slice(start, start + x_BHTd.shape[2])
+        span = slice(start, start + x_BHTd.shape[2])
         first, second = x_BHTd.chunk(2, dim=-1)
         quarter_turn = torch.cat((-second, first), dim=-1)
-        return (x_BHTd * self.cos_Td[here] + quarter_turn * self.sin_Td[here]).to(x_BHTd.dtype)  # type: ignore[index]
+        return (x_BHTd * self.cos_Td[span] + quarter_turn * self.sin_Td[span]).to(x_BHTd.dtype)  # type: ignore[index]
 
 
 class NoRope(nn.Module):
-    """Stands where Rope would: positions are learned vectors, added to the embedding."""
+    """Leaves x as it is, for a model whose embedding adds learned positions."""
 
     def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
         return x_BHTd

@@ -1,7 +1,8 @@
-"""Who decides: the router sends each token to its top K experts (Shazeer et al. 2017, arXiv 1701.06538).
+"""The router sends each token to its top K experts (Shazeer et al. 2017, arXiv 1701.06538).
 
-It works in fp32 whatever the rest does: a near-tie that falls the other way sends a token to another expert. What the
-step must know about the routing is returned, never stored, so recomputed or compiled forwards cannot count it twice.
+It computes in fp32 whatever the rest does, because rounding would send tokens with a near-tie to another expert. It
+returns what the step must know about the routing and stores nothing, so recomputed or compiled forwards cannot count it
+twice.
 """
 
 from typing import NamedTuple
@@ -23,6 +24,8 @@ class Routing(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """The chosen experts of each token and their weights."""
+
     expert_TK: Tensor
     """the experts of each token, best first (int64)"""
     weight_TK: Tensor
@@ -30,10 +33,10 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Module):
-    """softmax over all experts, the K largest, renormalised to sum to 1.
+    """Softmax over all experts, of which the K largest are renormalised to sum to 1.
 
     A biased router adds a bias to each probability before it takes the largest, and only there: it moves tokens from
-    crowded experts to idle ones without a loss that pulls at the weights (Wang et al. 2024, arXiv 2408.15664).
+    busy experts to idle ones without a loss on the weights (Wang et al. 2024, arXiv 2408.15664).
     """
 
     def __init__(self, dim: int, experts: int, per_token: int, biased: bool = False) -> None:
@@ -63,8 +66,8 @@ class Router(nn.Module):
 
 @torch.no_grad()
 def move_biases(model: nn.Module, load_LE: Tensor, rate: float) -> None:
-    """Once for each optimizer step, from the load of the whole step: up by `rate` for experts below the mean, down for
-    those above."""
+    """Move the routers' biases, once for each optimizer step and by the load of the whole step: up by `rate` for
+    experts below the mean load, down for those above."""
     biases = [module.bias_E for module in model.modules() if isinstance(module, Router)]
     for bias_E, load_E in zip(biases, load_LE, strict=True):
         if bias_E is not None:
@@ -78,7 +81,7 @@ def _count(expert_TK: Tensor, experts: int) -> Tensor:
 
 
 def stack(routings: tuple[Routing, ...], like: Tensor) -> Routing:
-    """All mixture layers in one Routing with a leading axis L; `like` is (L, E) and gives shape where L is 0."""
+    """All mixture layers in one Routing with a leading axis L; `like`, (L, E), gives the shape if L is 0."""
     if not routings:
         return Routing(load_E=like.clone(), prob_E=like.clone(), z=like.new_zeros(0))
     return Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))

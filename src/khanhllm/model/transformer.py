@@ -1,4 +1,4 @@
-"""The whole model: a pattern string such as "DMDM" becomes blocks; every choice of style is made here, once."""
+"""The whole model: blocks from a pattern string such as "DMDM". Every choice of style is made here, once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         return self.head(x_BTD, targets_BT), routings
 
     def trunk(self, ids_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Everything below the head: (B, T, D) and the routings. With a cache, ids continue what it holds."""
+        """Everything below the head: (B, T, D) and the routings. With a cache, the ids continue those it holds."""
         start = cache.length if cache else 0
         if start + ids_BT.shape[1] > self.config.context:
             raise ValueError(f"{start + ids_BT.shape[1]} positions, but the model's context is {self.config.context}")
@@ -68,26 +68,27 @@ class Transformer(nn.Module):
         return x_BTD, routings
 
     def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, V): what follows each position."""
+        """Logits of the token after each position: (B, T, V)."""
         return self.head.logits(self.trunk(ids_BT, cache)[0])
 
     def next_logits(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
-        """(B, V): what follows the last position only, the one that generation asks for."""
+        """Logits of the token after the last position, which generation needs: (B, V)."""
         return self.head.logits(self.trunk(ids_BT, cache)[0][:, -1:])[:, 0]
 
     def new_cache(self, rows: int = 1) -> KVCache:
+        """An empty cache for `rows` texts."""
         config, weight = self.config, self.head.weight
         heads = config.key_value_heads
         return KVCache(len(self.blocks), rows, heads, config.head_dim, config.context, weight.device, weight.dtype)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """All initial weights, decided in one place: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
-        (sigma = 0.64 / sqrt(dim)); what writes into the residual stream is divided by sqrt(2 x layers), the head is
-        halved so that the first loss is close to ln(vocabulary), biases, skips and the vectors of pairs and values
-        are zero and norms one. With `zero_out`, what writes into the residual stream is zero too. The classic style's
-        tokens begin at 0.64 whatever the width: at 0.02 the first layer's answer outweighs the token itself, and all
-        tokens look alike to the routers for a hundred steps (benchmarks/stability.py)."""
+        """Set all initial weights: GPT-2's normal(0, 0.02) at width 1024, scaled with the width
+        (sigma = 0.64 / sqrt(dim)). Matrices that write into the residual stream are divided by sqrt(2 x layers), and
+        the head is halved so that the first loss is close to ln(vocabulary). Biases, skips and the vectors of pairs and
+        values are zero; norms are one. With `zero_out`, what writes into the residual stream is zero too. The classic
+        style's tokens have sigma 0.64 at any width: at 0.02 the first layer's answer outweighs the token itself, and
+        all tokens look alike to the routers for a hundred steps (benchmarks/stability.py)."""
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias_E"):
                 buffer.zero_()
@@ -132,7 +133,7 @@ def _blocks(
     experts: Callable[[int, int, int], nn.Module],
     norm: Callable[[], nn.Module],
 ) -> nn.ModuleList:
-    """The pattern string, letter by letter, from the parts of a style."""
+    """One block for each letter of the pattern string, from the parts of a style."""
 
     def feedforward(letter: str) -> nn.Module:
         if letter == "D":

@@ -1,4 +1,4 @@
-"""The dense model to hold against a mixture: what would the same effort have given without experts?"""
+"""The dense twin of a mixture: what would the same effort have given without experts?"""
 
 from typing import Literal
 
@@ -8,8 +8,8 @@ Equal = Literal["active", "total"]
 
 
 def dense_twin(model: ModelConfig, equal: Equal = "active") -> ModelConfig:
-    """The dense model of the same depth and width. Its layers get the mean of what those of the mixture have at work on
-    each token ("active": equal arithmetic), or of all that they have ("total": equal parameters); the router apart."""
+    """The dense model of the same depth and width. The inner width of its layers is the mean of those that work on each
+    token in the mixture ("active": equal arithmetic), or of all ("total": equal parameters), without the router."""
     count = model.experts_per_token if equal == "active" else model.experts
     widths = [model.hidden if letter == "D" else count * model.expert_width for letter in model.pattern]
     mean = sum(widths) / len(widths)

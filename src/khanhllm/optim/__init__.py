@@ -1,7 +1,7 @@
-"""Every parameter in exactly one group; then AdamW with fp32 or with 8-bit moments, or Muon (muon.py).
+"""Build the optimizer: AdamW with fp32 or 8-bit moments, or Muon (muon.py). Every parameter is in exactly one group.
 
-The upside-down pyramid: AdamW keeps two numbers for each weight. In 8 bits, quantised block by block (Dettmers et al.
-2022, arXiv 2110.02861), they take 2 bytes instead of 8 and learn as well. bitsandbytes does it on CPU and GPU alike.
+AdamW keeps two numbers for each weight. In 8 bits, quantised block by block (Dettmers et al. 2022, arXiv 2110.02861),
+they take 2 bytes instead of 8, and the model learns as well. bitsandbytes does this on CPU and GPU.
 """
 
 import logging
@@ -24,44 +24,44 @@ Group = dict[str, Any]
 
 
 def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
-    """Each parameter in exactly one group, by its role: the hidden matrices if Muon moves them, all other matrices,
-    which decay, then all that does not; and tables and head apart if they have a learning rate of their own."""
+    """Put each parameter into exactly one group, by its role: hidden matrices if Muon updates them; other matrices,
+    which decay; and the rest, which does not. Tables and head get groups of their own if they have their own rates."""
     decayed = {"lr": config.lr * width_factor(model, config), "weight_decay": config.weight_decay}
     plain = {"lr": config.lr, "weight_decay": 0.0}
-    found: dict[str, Group] = {}
+    named: dict[str, Group] = {}
     if config.name.startswith("muon"):
         by_muon = {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
-        found["hidden"] = {"params": [], **decayed, **by_muon}
-    found |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}
+        named["hidden"] = {"params": [], **decayed, **by_muon}
+    named |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}
     if config.embedding_lr:
-        found["tables"] = {"params": [], **plain, "lr": config.embedding_lr}
+        named["tables"] = {"params": [], **plain, "lr": config.embedding_lr}
     if config.head_lr:
-        found["head"] = {"params": [], **decayed, "lr": config.head_lr * width_factor(model, config)}
+        named["head"] = {"params": [], **decayed, "lr": config.head_lr * width_factor(model, config)}
     for name, parameter in model.named_parameters():
-        wanted = HOMES.get(role(name), ("plain",))
-        found[next(home for home in wanted if home in found)]["params"].append(parameter)
-    return list(found.values())
+        candidates = GROUP_OF.get(role(name), ("plain",))
+        named[next(group for group in candidates if group in named)]["params"].append(parameter)
+    return list(named.values())
 
 
-HOMES = {
+GROUP_OF = {
     **dict.fromkeys(HIDDEN, ("hidden", "decayed")),
     **dict.fromkeys(TABLES, ("tables", "plain")),
     Role.HEAD: ("head", "decayed"),
     Role.ROUTER: ("decayed",),
 }
-"""the group of each role, the first that there is"""
+"""the group of each role: the first of these that exists"""
 
 
 def width_factor(model: nn.Module, config: OptimConfig) -> float:
-    """How much smaller the steps of a matrix under AdamW must be than at the width where their rate was found. Each of
-    its numbers moves alike whatever the width, and outputs add them up (Yang et al. 2022, arXiv 2203.03466)."""
+    """Factor on the learning rate of a matrix under AdamW, relative to the width for which the rate was found. Each of
+    its numbers moves equally far at any width, and an output sums them (Yang et al. 2022, arXiv 2203.03466)."""
     return config.base_dim / model.config.dim if config.base_dim else 1.0  # type: ignore[union-attr,operator,return-value]
 
 
 def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """The optimizer that the config names. Each of its groups remembers its "peak_lr", which the schedule scales; who
-    trains sets its "lr" and its "step" (-1 before the first) before each step. "seed" and "step" decide how bf16
-    weights are rounded."""
+    """The optimizer that the config names. Each of its groups keeps its "peak_lr", which the schedule scales. The
+    training sets "lr" and "step" (-1 before the first) before each step. "seed" and "step" decide how bf16 weights are
+    rounded."""
     optimizer = _build(model, config)
     for index, group in enumerate(optimizer.param_groups):
         group |= {"peak_lr": group["lr"], "seed": f"{seed}/{index}", "step": -1}
@@ -70,11 +70,11 @@ def build(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.O
 
 def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    found = groups(model, config)
+    parameters = groups(model, config)
     if config.name == "muon":
-        return Muon(found, **settings, fused=True)
+        return Muon(parameters, **settings, fused=True)
     if config.name == "adamw":
-        return AdamW(found, **settings, fused=True)
+        return AdamW(parameters, **settings, fused=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that only inference needs
     try:
         from khanhllm.optim.eight_bit import AdamW8bit, Muon8bit
@@ -84,37 +84,37 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
             raise UserError(f"optim.name {name}: {missing}; or use {plain}") from None
         reason = str(error).splitlines()[0]
         raise UserError(f"optim.name: {name} needs bitsandbytes, which fails here ({reason}); use {plain}") from None
-    return AdamW8bit(found, **settings) if config.name == "adamw8bit" else Muon8bit(found, **settings)
+    return AdamW8bit(parameters, **settings) if config.name == "adamw8bit" else Muon8bit(parameters, **settings)
 
 
 def state_shapes(
     optimizer: torch.optim.Optimizer,
 ) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Each parameter's moments as they are after a step: names, types, shapes. An update trusts them unseen."""
-    found = {}
+    """Names, types and shapes of each parameter's moments after a step. The optimizer does not check loaded ones."""
+    shapes = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             whole = (torch.float32, tuple(parameter.shape))
             scales = (torch.float32, (-(-parameter.numel() // 256),))
             eight_bit = "8bit" in type(optimizer).__name__
             if "newton_schulz" in group:
-                kept = {"momentum": whole}
+                moments = {"momentum": whole}
                 if eight_bit:
-                    kept = {"momentum": (torch.uint8, tuple(parameter.shape)), "absmax": scales}
+                    moments = {"momentum": (torch.uint8, tuple(parameter.shape)), "absmax": scales}
             elif eight_bit:
-                kept = {"state1": whole, "state2": whole}
+                moments = {"state1": whole, "state2": whole}
                 if parameter.numel() >= SMALL:
-                    kept = dict.fromkeys(kept, (torch.uint8, tuple(parameter.shape)))
-                    kept |= dict.fromkeys(("qmap1", "qmap2"), (torch.float32, (256,)))
-                    kept |= dict.fromkeys(("absmax1", "absmax2"), scales)
+                    moments = dict.fromkeys(moments, (torch.uint8, tuple(parameter.shape)))
+                    moments |= dict.fromkeys(("qmap1", "qmap2"), (torch.float32, (256,)))
+                    moments |= dict.fromkeys(("absmax1", "absmax2"), scales)
             else:
-                kept = {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
-            found[parameter] = kept
-    return found
+                moments = {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
+            shapes[parameter] = moments
+    return shapes
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    """Which one runs, and whose: ours only add the rounding."""
+    """Name and library of the optimizer; our classes only add rounding to the library's."""
     library = next(
         kind.__module__.partition(".")[0] for kind in type(optimizer).__mro__ if __package__ not in kind.__module__
     )
@@ -122,7 +122,7 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
 
 
 def state_size(optimizer: torch.optim.Optimizer) -> int:
-    """What the optimizer's state will take (bytes), known before the first step: see `state_bytes`."""
+    """Memory that the optimizer's state will take (bytes), computed before the first step; see `state_bytes`."""
     eight_bit = "8bit" in type(optimizer).__name__
     size = 2 * 256 * 4 if eight_bit else 0  # the tables of 256 values that 8 bits stand for
     for group in optimizer.param_groups:

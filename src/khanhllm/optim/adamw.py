@@ -11,14 +11,14 @@ from khanhllm.optim.rounding import noise, slices, store
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, fused; bf16 weights are updated in fp32, a slice at a time, and rounded stochastically.
+    """PyTorch's fused AdamW; it updates bf16 weights in fp32, a slice at a time, and rounds them stochastically.
 
     The random bits come from the "seed" and the "step" of each group.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update from the gradients. Those of bf16 weights are used up: AdamW skips a parameter without one."""
+        """Take one step. Removes the gradients of bf16 weights, so that PyTorch's step skips these."""
         for group in self.param_groups:
             halves = [p for p in group["params"] if p.dtype == torch.bfloat16 and p.grad is not None]
             if halves:

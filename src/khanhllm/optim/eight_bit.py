@@ -1,7 +1,7 @@
 """AdamW with moments, and Muon with a momentum, of 8 bits, quantised block by block (Dettmers et al. 2022, arXiv
 2110.02861) by bitsandbytes. Muon learns as well with them (Gupta et al. 2025, arXiv 2509.23106).
 
-Apart from `adamw` and `muon`, because the import loads a shared library that not every platform has.
+Separate from `adamw` and `muon`, because the import loads a shared library that not every platform has.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,19 @@ BLOCK = 256
 
 
 class AdamW8bit(Whole):  # type: ignore[misc]
-    """bitsandbytes', a slice of a parameter at a time, so that no fp32 copy of a whole one ever exists; the result is
-    the same. bf16 weights are updated in fp32 and rounded stochastically, with bits from a group's "seed" and "step".
-    """
+    """bitsandbytes' AdamW8bit, a slice of a parameter at a time, so that no fp32 copy of a whole one ever exists; the
+    result is the same. It updates bf16 weights in fp32 and rounds them stochastically, with bits from a group's "seed"
+    and "step"."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step."""
         self._bits = {index: noise(group) for index, group in enumerate(self.param_groups) if group["params"]}
         return super().step(closure)
 
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
-        """Called by `step` for each parameter: bitsandbytes updates a stand-in for each slice, with its own moments."""
+        """Update one parameter: bitsandbytes updates a stand-in for each slice, with the slice's moments."""
         state, weight, gradient = self.state[p], p.data.view(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
         for part in slices(len(weight)):
             stand_in = nn.Parameter(weight[part].float(), requires_grad=False)
@@ -44,7 +45,7 @@ class AdamW8bit(Whole):  # type: ignore[misc]
 
 
 def _part(key: str, value: Any, part: slice) -> Any:
-    """What belongs to a slice: of moments its numbers, of scales its blocks, of all else the whole."""
+    """The part of a state that belongs to a slice: the slice of moments, its blocks of scales, all of anything else."""
     if key.startswith("state"):
         return value.view(-1)[part]
     if key.startswith("absmax"):
@@ -53,7 +54,7 @@ def _part(key: str, value: Any, part: slice) -> Any:
 
 
 class Muon8bit(MuonMixin, AdamW8bit):
-    """AdamW8bit for what is not Muon's."""
+    """Muon with an 8-bit momentum, and AdamW8bit for the parameters that Muon does not update."""
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -63,10 +64,10 @@ class Muon8bit(MuonMixin, AdamW8bit):
         return dequantize_blockwise(state["momentum"], absmax=state["absmax"], code=values, blocksize=BLOCK)
 
     def _keep(self, parameter: Tensor, momentum: Tensor) -> None:
-        kept, scales = quantize_blockwise(momentum, self._values(parameter), blocksize=BLOCK)
-        self.state[parameter] = {"momentum": kept, "absmax": scales.absmax}
+        quantised, scales = quantize_blockwise(momentum, self._values(parameter), blocksize=BLOCK)
+        self.state[parameter] = {"momentum": quantised, "absmax": scales.absmax}
 
     def _values(self, parameter: Tensor) -> Tensor:
-        """The 256 that 8 bits stand for; AdamW8bit has them too."""
+        """The 256 values that 8 bits stand for, the same as AdamW8bit's."""
         self.name2qmap["dynamic"] = self.name2qmap["dynamic"].to(parameter.device)
         return self.name2qmap["dynamic"]  # type: ignore[no-any-return]

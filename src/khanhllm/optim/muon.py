@@ -1,10 +1,10 @@
-"""Muon: the hidden matrices move by the orthogonal part of their momentum, all else by AdamW (Jordan 2024,
+"""Muon updates hidden matrices by the orthogonal part of their momentum, and AdamW updates all else (Jordan 2024,
 https://kellerjordan.github.io/posts/muon).
 
-A few directions dominate a gradient. Its momentum M = U S V' is replaced by U V', in which every direction counts the
-same. A few turns of a Newton-Schulz iteration come near enough: each is an odd polynomial a s + b s^3 + c s^5 of all
-singular values s, made of matrix products only, and brings as many of them as it can near 1. A stack of experts
-(E, in, out) is E matrices, each on its own; matrices of one shape share their products.
+A few directions dominate a gradient. Muon replaces its momentum M = U S V' by U V', in which every direction counts
+the same. A few Newton-Schulz iterations come near enough: each is an odd polynomial a s + b s^3 + c s^5 of all singular
+values s, made of matrix products only, and brings as many of them as it can near 1. A stack of experts (E, in, out) is
+E matrices, each on its own; matrices of one shape are multiplied together, as a batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,11 +29,11 @@ ITERATIONS = (
     (1.898, 3.5059, -2.6270, 0.5258),
     (1.647, 2.4906, -1.8347, 0.4369),
 )
-"""Largest s that may come, a, b, c. Each polynomial is the one that deviates least from 1 over what the turns before
-leave (Amsel et al. 2025, arXiv 2505.16932), such that the last leaves 0.8 to 1.2. Fewer turns are the last of these:
-5 reach what is 0.0007 of the largest or more, 4 0.003, 3 0.013, 2 0.05, 1 0.2"""
+"""Largest s at the input, a, b, c. Each polynomial deviates least from 1 over the values that the iterations before it
+leave (Amsel et al. 2025, arXiv 2505.16932), such that the last leaves 0.8 to 1.2. Fewer iterations are the last of
+these: 5 reach singular values of 0.0007 of the largest or more, 4 0.003, 3 0.013, 2 0.05, 1 0.2"""
 ROOM = 1.02
-"""for the rounding of bf16, since the first polynomial is steep at its end"""
+"""margin for the rounding of bf16, since the first polynomial is steep at its end"""
 LEAST_NORM = 1e-7
 """a gradient of zero stays zero"""
 LARGEST = 2**26
@@ -41,16 +41,16 @@ LARGEST = 2**26
 
 
 class MuonMixin(Base):
-    """Put before an AdamW, it makes a group with the key "newton_schulz" (its steps) follow Muon, with its "momentum".
+    """Before an AdamW among the bases, it updates groups that have "newton_schulz" (iterations) and "momentum" by Muon.
 
     Each group has its own "lr". For Muon it is the spectral norm of an update of a matrix that is not taller than wide
     in (out, in); taller ones move sqrt(out / in) further, so that outputs change as much at any width (Jordan 2024;
-    Bernstein and Newhouse 2024, arXiv 2410.21265) and a learning rate carries over.
+    Bernstein and Newhouse 2024, arXiv 2410.21265) and a learning rate transfers to other widths.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update from the gradients. Those of Muon's matrices are used up: AdamW skips a parameter without one."""
+        """Take one step. Removes the gradients of Muon's matrices, so that AdamW skips these."""
         for group in self.param_groups:
             if "newton_schulz" in group:
                 bits = noise(group) if any(p.dtype == torch.bfloat16 for p in group["params"]) else None
@@ -59,42 +59,42 @@ class MuonMixin(Base):
         return super().step(closure)
 
     def _move(self, alike: list[Tensor], group: dict[str, Any], bits: torch.Generator | None) -> None:
-        """Momentum with Nesterov's look ahead, orthogonalised, after decoupled weight decay."""
-        gradients = [_taken(parameter) for parameter in alike]
+        """Decay the weights, then move them by Nesterov's momentum, orthogonalised."""
+        gradients = [_take_gradient(parameter) for parameter in alike]
         momenta = [self._momentum(parameter) for parameter in alike]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         for parameter, momentum in zip(alike, momenta, strict=True):
             self._keep(parameter, momentum)
-        turned = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
-        for parameter, update in zip(alike, turned.split([len(matrices(p)) for p in alike]), strict=True):
-            exact = parameter.float()  # the parameter itself, unless it is kept in bf16
+        updates = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
+        for parameter, update in zip(alike, updates.split([len(matrices(p)) for p in alike]), strict=True):
+            exact = parameter.float()  # the parameter itself, unless it is bf16
             exact.mul_(1 - group["lr"] * group["weight_decay"])
             exact.add_(update.view_as(parameter), alpha=-group["lr"] * reach(parameter))
             store(parameter, exact, bits)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """In fp32, zero at first."""
-        kept = self.state[parameter].get("momentum")
-        return torch.zeros_like(parameter, dtype=torch.float32) if kept is None else kept
+        """The momentum of a parameter in fp32, zero at first."""
+        momentum = self.state[parameter].get("momentum")
+        return torch.zeros_like(parameter, dtype=torch.float32) if momentum is None else momentum
 
     def _keep(self, parameter: Tensor, momentum: Tensor) -> None:
         self.state[parameter]["momentum"] = momentum
 
 
 class Muon(MuonMixin, AdamW):
-    """With fp32 momentum and moments."""
+    """Muon with an fp32 momentum, and AdamW with fp32 moments for the parameters that Muon does not update."""
 
 
-def _taken(parameter: Tensor) -> Tensor:
-    """The gradient in fp32, which the parameter no longer has."""
+def _take_gradient(parameter: Tensor) -> Tensor:
+    """Remove the gradient from the parameter and return it in fp32."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     return gradient.float()
 
 
 def batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters whose matrices have one shape, in batches of at most LARGEST numbers."""
+    """Group parameters whose matrices have one shape, in batches of at most LARGEST numbers."""
     for _, alike in groupby(sorted(parameters, key=_shape), key=_shape):
         batch: list[Tensor] = []
         for parameter in alike:
@@ -115,25 +115,25 @@ def matrices(tensor: Tensor) -> Tensor:
 
 
 def reach(parameter: Tensor) -> float:
-    """sqrt(max(1, out / in)); a single matrix is (out, in), those in a stack (E, in, out)."""
+    """Factor on the update of a shape: sqrt(max(1, out / in)). A matrix is (out, in), a stack (E, in, out)."""
     rows, columns = parameter.shape[-2:]
     return max(1.0, rows / columns if parameter.dim() == 2 else columns / rows) ** 0.5
 
 
 def orthogonalise(x_NIO: Tensor, steps: int) -> Tensor:
-    """U V' for each matrix U S V' of a batch, nearly, in so many ITERATIONS: of bf16 on CUDA, else of fp32.
+    """Approximate U V' for each matrix U S V' of a batch by the last `steps` of ITERATIONS, in bf16 on CUDA, else fp32.
 
     The root of the Gram matrix's norm bounds the largest singular value up to R^(1/4) times closer than the norm of the
-    matrix itself, and a closer bound saves a turn.
+    matrix itself, and a closer bound saves an iteration.
     """
     tall = x_NIO.shape[-2] > x_NIO.shape[-1]
     x_NRC = x_NIO.mT if tall else x_NIO  # the Gram matrix is the smaller one
     x_NRC = x_NRC / norm(x_NRC)
     if x_NRC.is_cuda:
         x_NRC = x_NRC.bfloat16()
-    for turn, (largest, a, b, c) in enumerate(ITERATIONS[-steps:]):
+    for nth, (largest, a, b, c) in enumerate(ITERATIONS[-steps:]):
         gram_NRR = x_NRC @ x_NRC.mT
-        if turn == 0:
+        if nth == 0:
             scale = largest / (ROOM * norm(gram_NRR).sqrt())
             x_NRC, gram_NRR = x_NRC * scale, gram_NRR * scale.square()
         bent_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)

@@ -1,7 +1,7 @@
-"""Weights kept in bf16 learn only if an update that is too small for them still counts on average.
+"""Round bf16 weights stochastically, so that updates too small for bf16 still count on average.
 
 bf16 keeps 8 binary digits. An update of less than half the gap between a weight and its neighbour would vanish each
-time that it is rounded to nearest. So an update is computed in fp32 and then rounded by chance: up with probability
+time that it is rounded to nearest. So an update is computed in fp32 and then rounded at random: up with probability
 (x - lower) / (upper - lower), else down, whose mean is x itself (Gupta et al. 2015, arXiv 1502.02551; for all of a
 language model's weights: Ozkara et al. 2025, arXiv 2502.20566).
 
@@ -30,7 +30,7 @@ def noise(group: dict[str, Any]) -> torch.Generator:
 
 
 def store(weight: Tensor, exact: Tensor, bits: torch.Generator | None) -> None:
-    """weight <- exact (fp32, of the same shape): rounded by chance if the weight is bf16. `exact` is used up."""
+    """weight <- exact (fp32, of the same shape), rounded stochastically if the weight is bf16. Overwrites `exact`."""
     if weight.dtype == torch.bfloat16:
         round_stochastically_(exact, bits)
     if weight.dtype != torch.float32:  # the fp32 form of an fp32 weight is the weight itself
@@ -38,7 +38,7 @@ def store(weight: Tensor, exact: Tensor, bits: torch.Generator | None) -> None:
 
 
 def round_stochastically_(x: Tensor, bits: torch.Generator | None) -> Tensor:
-    """Make each number of `x` (fp32, contiguous) one that bf16 can hold: itself, or one of its two neighbours."""
+    """Round each number of `x` (fp32, contiguous) in place to one that bf16 holds: itself or one of two neighbours."""
     count = x.numel()
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=bits)
     half = drawn.view(torch.int16)[:count].view(x.shape)  # four from each draw, between -2^15 and 2^15 - 1
@@ -47,6 +47,6 @@ def round_stochastically_(x: Tensor, bits: torch.Generator | None) -> Tensor:
 
 
 def slices(count: int) -> Iterator[slice]:
-    """`count` numbers in pieces of at most SLICE."""
+    """Cut `count` numbers into slices of at most SLICE."""
     for start in range(0, count, SLICE):
         yield slice(start, min(start + SLICE, count))

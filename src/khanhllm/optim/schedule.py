@@ -1,11 +1,11 @@
-"""How the learning rate moves: step -> factor of its peak. Pure functions, so a resumed run cannot be one step off."""
+"""The learning rate as a share of its peak, by step. Pure functions, so a resumed run cannot be one step off."""
 
 import math
 
 from khanhllm.schema import ScheduleConfig
 
 WARM = 0.05
-"""share of a time budget that a warm-up takes at most"""
+"""largest share of a time budget that a warm-up takes"""
 
 
 def factor_at(share: float, step: int, schedule: ScheduleConfig) -> float:
@@ -30,7 +30,7 @@ def factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
 
 
 def _share(step: int, start: int, end: int) -> float:
-    """How far step is on the way from start to the last step before end, 0 to 1."""
+    """The position of step between start and the last step before end, 0 to 1."""
     return min(1.0, max(0, step - start + 1) / max(1, end - start))
 
 

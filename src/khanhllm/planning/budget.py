@@ -1,5 +1,5 @@
-"""Memory at hand, and how a step is cut so that it fits: the rows of a step stay, the micro-batch shrinks, and
-activations are rebuilt only where it must be. What each cut takes is rehearsed (rehearsal.py), not guessed."""
+"""Fit a step into the memory: its rows stay, the micro-batch shrinks, and activations are recomputed only if they must
+be. simulation.py measures what each choice takes."""
 
 import re
 from bisect import bisect_left
@@ -17,11 +17,11 @@ from khanhllm.schema import Config
 from khanhllm.settings import resolve
 
 CONTEXT = 600_000_000
-"""what CUDA and its libraries take on a card before a model is there (bytes, about)"""
+"""memory that CUDA and its libraries take on a card without a model (bytes, about)"""
 SHARE = 0.95
-"""of the memory, that a plan fills: allocators leave gaps"""
+"""share of the memory that a plan fills: allocators leave gaps"""
 ENOUGH = {"cpu": 2**12, "cuda": 2**15}
-"""tokens in a micro-batch from which on more are no faster"""
+"""tokens in a micro-batch; a larger one is no faster"""
 SWITCHES: dict[str, dict[str, Any]] = {
     "--machine.checkpointing selective": {"machine": {"checkpointing": "selective"}},
     "--machine.checkpointing full": {"machine": {"checkpointing": "full"}},
@@ -34,7 +34,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a plan is for: this machine, or one that is only named."""
+    """The hardware that a plan is for: this machine, or a card known by name."""
 
     name: str
     device: str
@@ -43,15 +43,16 @@ class Hardware:
     memory: int
     """bytes that a run may fill, its process included"""
     process: int
-    """bytes that are taken before the model is there"""
+    """bytes in use before the model is made"""
     peak_flops: float | None
 
     def takes(self, config: Config, update: bool = True) -> SimulatedStep:
+        """What one step of `config` takes on this hardware; `update` as in `simulate_step`."""
         precision = "bf16" if config.machine.weights == "bf16" else self.precision
         return simulate_step(config, precision, self.device, update)
 
     def total(self, config: Config) -> int:
-        """Bytes at the fullest moment of forward and backward, the process included."""
+        """Bytes at the peak of forward and backward, the process included."""
         return self.process + self.takes(config, update=False).peak
 
 
@@ -66,17 +67,17 @@ def here(machine: Machine) -> Hardware:
         process = psutil.Process().memory_info().rss
         memory = psutil.virtual_memory().available + process
     except (OSError, psutil.Error, NotImplementedError) as error:
-        raise UserError(f"this machine's memory cannot be read ({error}); name it: --memory 8GB") from None
+        raise UserError(f"this machine's memory cannot be read ({error}); give it: --memory 8GB") from None
     return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops)
 
 
 def on(name: str, card: Card) -> Hardware:
-    """A card that is only named: bf16, as all of them can."""
+    """A card known by name; its precision is bf16, which all of them have."""
     return Hardware(name, "cuda", "bf16", round(SHARE * card.memory * 1e9), CONTEXT, card.tflops * 1e12)
 
 
 def read_size(text: str) -> int:
-    """ "8GB" -> bytes. UserError for anything else."""
+    """ "8GB" -> bytes. Raises UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match or not float(match[1]):
         raise UserError(f"--memory: {text!r} is not a size; write it like 8GB or 600MB")
@@ -84,7 +85,10 @@ def read_size(text: str) -> int:
 
 
 def fit_micro_batch(config: Config, hardware: Hardware) -> Config:
-    """The same step, cut to fit: least rebuilding first, then the largest micro-batch. UserError if nothing fits."""
+    """The same step in micro-batches that fit: with the least recomputation possible, then as large as possible.
+
+    Raises UserError if nothing fits.
+    """
     rows = micro_batch_sizes(config, ENOUGH[hardware.device])
     for checkpointing in ("none", "selective", "full"):
         least = with_micro_batch(config, 1, checkpointing)
@@ -97,7 +101,7 @@ def fit_micro_batch(config: Config, hardware: Hardware) -> Config:
             break  # the update itself is too large, however the step is cut
     takes = hardware.process + hardware.takes(with_micro_batch(config, 1, "full")).peak
     raise UserError(
-        f"nothing fits into {hardware.memory / 1e9:.2f} GB: a micro-batch of one row, everything rebuilt, takes "
+        f"nothing fits into {hardware.memory / 1e9:.2f} GB: a micro-batch of one row, everything recomputed, takes "
         f"{takes / 1e9:.2f} GB; {advice(with_micro_batch(config, 1, 'full'), hardware)}"
     )
 
@@ -109,7 +113,7 @@ def micro_batch_sizes(config: Config, enough: int) -> list[int]:
 
 
 def with_micro_batch(config: Config, rows: int, checkpointing: str | None = None) -> Config:
-    """The same rows in a step, `rows` in each micro-batch."""
+    """The config with as many rows in a step, but `rows` in each micro-batch."""
     train = {"micro_batch": rows, "accumulation": config.train.rows_per_step // rows}
     machine = {"checkpointing": checkpointing} if checkpointing else {}
     return resolve(config.model_dump(), {"train": train, "machine": machine})
@@ -118,14 +122,14 @@ def with_micro_batch(config: Config, rows: int, checkpointing: str | None = None
 def savings(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]]:
     """For each switch that changes something: bytes that it saves at the peak, and arithmetic that it adds (share)."""
     plain = hardware.takes(config, update=False)
-    found = {}
+    saved = {}
     smaller = config.optim.name.removesuffix("8bit") + "8bit"
     for switch, settings in (SWITCHES | {f"--optim.name {smaller}": {"optim": {"name": smaller}}}).items():
         other = resolve(config.model_dump(), settings)
         if other != config:
-            taken = hardware.takes(other, update=False)
-            found[switch] = (plain.peak - taken.peak, taken.flops / plain.flops - 1)
-    return found
+            switched = hardware.takes(other, update=False)
+            saved[switch] = (plain.peak - switched.peak, switched.flops / plain.flops - 1)
+    return saved
 
 
 def advice(config: Config, hardware: Hardware) -> str:
@@ -135,4 +139,4 @@ def advice(config: Config, hardware: Hardware) -> str:
     )
     if not saved:
         return "every switch is on already: take a smaller model or a shorter model.context"
-    return "most is saved by " + ", ".join(f"{switch} ({size / 1e6:,.0f} MB)" for size, switch in saved[:3])
+    return "these save most: " + ", ".join(f"{switch} ({size / 1e6:,.0f} MB)" for size, switch in saved[:3])

@@ -1,4 +1,4 @@
-"""Will a run fit, and how long will it take? Answered before training, from a simulation of its very step."""
+"""Predict before training whether a run fits and how long it takes, by simulating one of its steps."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ from khanhllm.planning.budget import Hardware
 from khanhllm.schema import Config
 
 ASSUMED = {"cuda": 0.4, "cpu": 0.6}
-"""share of the peak rate that training is taken to reach where nothing was measured"""
+"""assumed share of the peak rate that training reaches, if nothing was measured"""
 Report = dict[str, Any]
 
 
 def hardware_for(config: Config, memory: str | None = None, card_name: str | None = None) -> Hardware:
-    """The machine at hand, or a card that need not be here. memory: what may be filled instead ("8GB")."""
+    """This machine, or a card known by name. memory: size to fill instead of its own ("8GB")."""
     hardware = budget.on(*card(card_name)) if card_name else budget.here(open_machine(config.machine))
     return dataclasses.replace(hardware, memory=budget.read_size(memory)) if memory else hardware
 
 
 def plan(config: Config, hardware: Hardware) -> Report:
-    """What a run of `config` takes and how long: numbers in bytes, seconds and tokens."""
+    """The memory and time that a run of `config` takes: numbers in bytes, seconds and tokens."""
     model, train = on_paper(config.model), config.train
-    taken = hardware.takes(config)
+    step = hardware.takes(config)
     attention = 12 * len(config.model.pattern) * config.model.dim * config.model.context
     flops = flops_per_token(model)
-    rebuilt = taken.flops / (train.rows * config.model.context)
+    rebuilt = step.flops / (train.rows * config.model.context)
     rate = hardware.peak_flops * ASSUMED[hardware.device] / max(rebuilt, flops) if hardware.peak_flops else None
     return {
         "place": hardware.name,
@@ -40,11 +40,11 @@ def plan(config: Config, hardware: Hardware) -> Report:
         "active_parameters": active_parameters(model),
         "memory": hardware.memory,
         "process": hardware.process,
-        "at_peak": taken.at_peak,
-        "total": hardware.process + taken.peak,
-        "weights": taken.weights,
-        "gradients": taken.gradients,
-        "optimizer": taken.optimizer,
+        "at_peak": step.at_peak,
+        "total": hardware.process + step.peak,
+        "weights": step.weights,
+        "gradients": step.gradients,
+        "optimizer": step.optimizer,
         "micro_batch": train.micro_batch,
         "accumulation": train.accumulation,
         "checkpointing": config.machine.checkpointing,
@@ -75,18 +75,18 @@ def _time(config: Config, rate: float | None) -> Report:
 
 
 def _switches(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]]:
-    """What each other choice would save (or cost, below zero) at the peak, and the arithmetic that it adds."""
-    found = budget.savings(config, hardware)
+    """Bytes that each other choice would save at the peak (below zero: cost), and the arithmetic that it adds."""
+    changes = budget.savings(config, hardware)
     plain = hardware.takes(config, update=False)
     for rows in (config.train.rows * 2, config.train.rows // 2):
         if rows and config.train.rows_per_step % rows == 0:
-            taken = hardware.takes(budget.with_micro_batch(config, rows), update=False)
-            found[f"--train.micro_batch {rows}"] = (plain.peak - taken.peak, 0.0)
-    return found
+            other = hardware.takes(budget.with_micro_batch(config, rows), update=False)
+            changes[f"--train.micro_batch {rows}"] = (plain.peak - other.peak, 0.0)
+    return changes
 
 
 def with_measurement(config: Config, report: Report, measured: Mapping[str, Any]) -> Report:
-    """The report with what real steps took next to what was foreseen; their speed replaces the assumed one."""
+    """The report with the measurement of real steps beside it; their speed replaces the assumed one."""
     foreseen = report["total"] - report["process"]
     beside = {**measured, "foreseen_peak": foreseen, "peak_error": foreseen / measured["peak"] - 1}
     rate = _time(config, measured["tokens_per_s"]) | {"rate_from": "three real steps"}
@@ -94,6 +94,7 @@ def with_measurement(config: Config, report: Report, measured: Mapping[str, Any]
 
 
 def show(report: Report, console: Console) -> None:
+    """Print a report as a table."""
     for name, value, note in _lines(report):
         console.print(f"{name:<14} {value:>22}  {note}", markup=False, soft_wrap=True)
     console.print("\nwhat another switch would change at the peak:", markup=False)

@@ -1,12 +1,12 @@
-"""A dress rehearsal of one optimizer step, on paper: how much memory it takes is read off, not guessed.
+"""Simulate one optimizer step, to measure how much memory it takes.
 
 The real model, the real backward pass and the real optimizer run on fake tensors, which have shapes and no memory
-(torch's FakeTensorMode), while a `MemoryTrace` notes when each storage is born and when it dies. So chunked logits,
-rebuilt activations, custom gradients, autocast's copies and whatever else the code does are counted because they
-happen; a change of the model needs no change here. What it cannot see is inside a kernel: packing buffers and the like.
+(torch's FakeTensorMode), while a `MemoryTrace` notes when each storage is allocated and freed. So chunked logits,
+recomputed activations, custom gradients, autocast's copies and whatever else the code does are counted because they
+happen; a change of the model needs no change here. The trace does not see buffers inside a kernel.
 
-A step as in `step.py`: micro-batch forward and backward, clip, update. Moments exist already, and so do gradients
-where micro-batches are accumulated: it is the second step, not the first.
+The step is that of `step.py`: micro-batch forward and backward, clip, update. It is the second step of a run, not the
+first: moments exist already, and so do gradients if micro-batches are accumulated.
 """
 
 import weakref
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 def _attention_flops(query: Tensor, key: Tensor, *_args: Any, **_kwargs: Any) -> int:
-    """As if every position saw all others (PaLM's convention)."""
+    """Operations of attention as if every position saw all others (PaLM's convention)."""
     return 4 * query.numel() * key.shape[-2]
 
 
@@ -52,7 +52,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """All in bytes, but for `flops`."""
+    """What one step takes: all in bytes, except `flops`."""
 
     weights: int
     """parameters and buffers, exact"""
@@ -61,17 +61,18 @@ class SimulatedStep:
     optimizer: int
     """the optimizer's state, exact"""
     at_peak: dict[str, int]
-    """what is alive at the fullest moment of a step, by PARTS"""
+    """memory in use at the peak of a step, by PARTS"""
     flops: int
-    """multiplications and additions carried out for one micro-batch, rebuilt activations included"""
+    """multiplications and additions for one micro-batch, recomputed activations included"""
 
     @property
     def peak(self) -> int:
+        """Most memory in use at one time (bytes)."""
         return sum(self.at_peak.values())
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Births and deaths of storages (bytes), and floating-point operations, of all that runs under it."""
+    """Notes when storages are allocated and freed (bytes), and counts floating-point operations, while it is active."""
 
     def __init__(self, vocab_size: int, cpu: bool) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class MemoryTrace(TorchDispatchMode):
         self.sizes: list[int] = []
         self.part: list[str] = []
         self.events: list[int] = []
-        """the number of each storage that was born, or -1 - number where one died"""
+        """number of a storage that was allocated, or -1 - number if it was freed"""
         self.flops = 0
         self.forward = False
 
@@ -99,7 +100,7 @@ class MemoryTrace(TorchDispatchMode):
         return out
 
     def number(self, tensor: Tensor) -> int:
-        """The number of the tensor's storage, which is a new one where it has not been seen."""
+        """The number of the tensor's storage; a storage seen for the first time gets a new one."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self.names:
@@ -107,10 +108,10 @@ class MemoryTrace(TorchDispatchMode):
             self.sizes.append(storage.nbytes())
             self.part.append(self._part(tensor))
             self.events.append(number)
-            weakref.finalize(storage, self._died, address).atexit = False
+            weakref.finalize(storage, self._freed, address).atexit = False
         return self.names[address]
 
-    def _died(self, address: int) -> None:
+    def _freed(self, address: int) -> None:
         self.events.append(-1 - self.names.pop(address))
 
     def _part(self, tensor: Tensor) -> str:
@@ -119,31 +120,32 @@ class MemoryTrace(TorchDispatchMode):
         return "activations" if self.forward or torch.is_grad_enabled() else "work space"
 
     def name(self, part: str, tensors: list[Tensor]) -> int:
-        """These are `part`; returns their bytes, each storage once."""
+        """Assign tensors to a part. Returns their bytes, each storage once."""
         numbers = {self.number(tensor) for tensor in tensors}
         for number in numbers:
             self.part[number] = part
         return sum(self.sizes[number] for number in numbers)
 
     def fullest(self, start: int, end: int) -> dict[str, int]:
-        """What was alive at the fullest moment from event `start` to `end`, by part."""
+        """Memory in use at the peak between events `start` and `end`, by part."""
         alive, most, moment = 0, -1, 0
         for index, number in enumerate(self.events[:end]):
             alive += self.sizes[number] if number >= 0 else -self.sizes[-1 - number]
             if index >= start - 1 and alive > most:
                 most, moment = alive, index
         living = Counter(number if number >= 0 else -1 - number for number in self.events[: moment + 1])
-        found: Counter[str] = Counter()
+        size: Counter[str] = Counter()
         for number, times in living.items():
-            found[self.part[number]] += self.sizes[number] if times == 1 else 0
-        return {part: found[part] for part in PARTS}
+            size[self.part[number]] += self.sizes[number] if times == 1 else 0
+        return {part: size[part] for part in PARTS}
 
 
 @lru_cache(maxsize=256)
 def simulate_step(config: Config, precision: str, device: str, update: bool = True) -> SimulatedStep:
-    """One step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`.
+    """Simulate a step of `config` (micro_batch a number) on a `device` ("cpu", "cuda") that computes in `precision`.
 
-    Without `update` only forward and backward, which is several times quicker; the optimizer's state is there anyhow.
+    Without `update` only forward and backward run, which is several times quicker; the result has the optimizer's state
+    in either case.
     """
     shape, train = config.model, config.train
     trace = MemoryTrace(shape.vocab_size, cpu=device == "cpu")
@@ -174,7 +176,7 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
             moments = [value for state in optimizer.state.values() for value in state.values()]
             trace.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
     state = optim.state_size(optimizer)
-    fullest = trace.fullest(start, backward_done)  # in a second step, when the state is there already
+    fullest = trace.fullest(start, backward_done)  # a second step, in which the state exists already
     fullest["optimizer"] = state
     if update:
         fullest = max(fullest, trace.fullest(backward_done, len(trace.events)), key=lambda parts: sum(parts.values()))
@@ -184,7 +186,7 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
 def _gradient(
     model: Transformer, config: Config, machine: Machine, trace: MemoryTrace, ids_BT: Tensor, load_LE: Tensor
 ) -> None:
-    """Forward and backward of one micro-batch, as `train_step` takes it."""
+    """Run forward and backward of one micro-batch, as `train_step` does."""
     trace.forward = True
     loss, _, _ = objectives.micro_batch_loss(
         model, ids_BT[:, :-1], ids_BT[:, 1:], load_LE, config.tokens_per_step, config.loss, machine.autocast()
