@@ -241,7 +241,8 @@ def verify(folder: Path) -> None:
     """Compare every file of a folder of shards with its manifest. Prints all that differ, then raises UserError."""
     manifest = Manifest.read(folder)
     console = Console(stderr=True)
-    shards = track(manifest.shards, "reading", console=console, transient=True, disable=not console.is_terminal)
+    watched = console.is_terminal
+    shards = track(manifest.shards, "reading", console=console, transient=True) if watched else manifest.shards
     faults = [fault for shard in shards if (fault := damage(folder, shard))]
     try:
         _own_tokenizer(folder, manifest)
