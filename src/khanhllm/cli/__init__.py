@@ -89,7 +89,7 @@ def _unforeseen(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     top = Parser(prog="khanhllm", description=__doc__, epilog=EXAMPLES, formatter_class=Raw)
     top.add_argument("--version", action="version", version=f"khanhllm {__version__}")
-    shtab.add_argument_to(top, help="print what makes a shell complete commands of khanhllm, for bash, zsh or tcsh")
+    shtab.add_argument_to(top, help="print a script that makes this shell complete the commands of khanhllm")
     choices = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     for verb, add_options in _verbs():
         text = inspect.cleandoc(verb.__doc__ or "")
