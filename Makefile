@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Both make .venv when it is missing or older than the project file.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test lint lock audit clean
+.PHONY: demo test quick lint docs lock audit clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,10 +15,18 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest -n 2
 
+quick: .venv/ready
+	$(BIN)/pytest -n 2 -m "not slow"
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python scripts/config_page.py
+	$(BIN)/sphinx-build -W -n -q docs docs/_build
 
 # Both need the network. torch is chosen by the machine (CPU, CUDA), so it and its libraries stand outside the lock.
 lock:

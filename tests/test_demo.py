@@ -1,6 +1,9 @@
+import pytest
+
 from khanhllm import cli
 
 
+@pytest.mark.slow
 def test_the_story_is_told_to_its_end_twice(corpus, tmp_path, capsys):
     """On a few steps of a tiny model; the second time beside the first."""
     size = ["--model.dim", "24", "--model.vocab_size", "400", "--model.context", "32", "--train.steps", "3"]

@@ -173,6 +173,7 @@ def rows_under_kills(belt):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_replaced_and_the_rows_are_the_same(lay):
     whole = rows(lay(), 300)
     assert rows_under_kills(lay("killed")) == whole and not children()
@@ -185,6 +186,7 @@ def test_a_child_that_always_dies_stops_the_run(lay, monkeypatch):
     assert caught.value.exit_code == 75
 
 
+@pytest.mark.slow
 def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch):
     whole = rows(lay(), 150)
     monkeypatch.setattr(heartbeat, "SILENT", 4.0)
@@ -204,6 +206,7 @@ def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch)
     assert not children() and not list(belt.folder.glob(".train-*"))
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path, monkeypatch):
     belt = lay()
     impatient = "import sys, time; from khanhllm.data import belt_worker; belt_worker.WORK = -4; "
@@ -218,6 +221,7 @@ def test_a_child_that_hangs_though_its_threads_go_on_stops_the_run(lay, tmp_path
         rows(belt, 1)
 
 
+@pytest.mark.slow
 def test_slow_work_beats_and_work_that_shows_nothing_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT", 0.01)
     monkeypatch.setattr(heartbeat, "SILENT", 0.3)
@@ -316,6 +320,7 @@ def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
     assert mixture in belt.describe()
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_on_after_its_child_was_killed(mixture, lay):
     whole = rows(lay(source=mixture), 300)
     belt = lay("killed", source=mixture)

@@ -28,6 +28,8 @@ from khanhllm.data.sources import Source
 from khanhllm.errors import UserError
 from khanhllm.schema import DataConfig
 
+pytestmark = pytest.mark.slow
+
 WORDS = """the of and to that have with be river mountain garden winter letter window silver morning engine doctor
 village harbour captain music paper bridge forest teacher market kitchen summer island carpenter painting journey
 thunder compass lantern orchard sailor castle meadow evening shadow blanket""".split()

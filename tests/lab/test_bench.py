@@ -25,6 +25,7 @@ def test_the_dense_twin_has_the_same_arithmetic(pattern, expert_hidden):
     assert abs(total_parameters(large) - (total_parameters(ours) - router)) <= 3 * 4 * model.dim * len(pattern)
 
 
+@pytest.mark.slow
 def test_a_step_is_compared_in_turns(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "SMALL", {"model": tiny().model.model_dump(), "train": {"micro_batch": 2}})
     monkeypatch.setattr(bench, "HUGGING_FACE", ["hf eager", "hf nonsense"])
@@ -56,6 +57,7 @@ def test_what_hugging_face_has_no_word_for_is_refused(own):
         as_qwen3_moe(tiny(**own).model, "eager")
 
 
+@pytest.mark.slow
 def test_a_contender_that_cannot_run_says_why():
     candidate = Candidate.enter("hf nonsense", tiny())
     assert candidate.fault

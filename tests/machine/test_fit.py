@@ -31,6 +31,7 @@ def compiling(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_blocks_compile_whole_and_once(style, checkpointing, compiling):

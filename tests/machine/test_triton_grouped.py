@@ -29,6 +29,7 @@ def hold_the_laws(interpret: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     triton.__version__ < "3.7" and numpy.__version__ >= "2.4", reason="this triton's interpreter breaks on numpy 2.4"
 )

@@ -52,6 +52,7 @@ def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
         budget.fit_micro_batch(CONFIG, hardware(1000))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
     assert cli.main(["plan", "card-8gb", "--card", "RTX 4060", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -14,7 +14,10 @@ from khanhllm.chaos.arena import Arena
 from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from khanhllm.settings import read_toml, resolve, to_toml
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 
+pytestmark = pytest.mark.slow
+
 DRAWS = int(os.environ.get("KHANHLLM_FUZZ", "200"))
 KEYS = [(section, key) for section, values in Config() for key, _ in values]
 NASTY: list[Any] = [

@@ -28,6 +28,8 @@ from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
+pytestmark = pytest.mark.slow
+
 TB = 2**40
 MOST_MEMORY = 200e6
 PATIENCE = 20

@@ -21,6 +21,8 @@ from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
+pytestmark = pytest.mark.slow
+
 HALVES = {"weights": "bf16"}
 RUNGS = {
     "fp32": {"precision": "fp32"},

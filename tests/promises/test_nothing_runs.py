@@ -81,6 +81,7 @@ print("quiet")
 """
 
 
+@pytest.mark.slow
 def test_imports_and_help_ask_nobody():
     done = subprocess.run([sys.executable, "-c", OFFLINE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr

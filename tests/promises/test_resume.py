@@ -64,7 +64,7 @@ def cache(tmp_path_factory):
         {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}},
         {"model": {"pattern": "DD"}},
         {"machine": {"weights": "bf16"}},
-        {"machine": {"compile": "on"}},
+        pytest.param({"machine": {"compile": "on"}}, marks=pytest.mark.slow),
         {"machine": {"weights": "bf16", "gradients": "bf16"}, "optim": {"name": "adamw8bit"}, "model": {"dim": 64}},
     ],
     ids=[

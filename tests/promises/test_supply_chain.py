@@ -60,3 +60,16 @@ def test_the_lock_has_a_hash_for_every_file_and_the_versions_of_the_tests():
 
 def test_the_lock_brings_no_gigabytes():
     assert not [name for name in pinned("requirements.lock") if re.match(r"(torch|triton|nvidia|cuda)", name)]
+
+
+def lower_bounds() -> dict[str, str]:
+    """Of each dependency, and of what the extra `all` brings."""
+    extras = PROJECT["optional-dependencies"]
+    brought = re.search(r"\[(.+)\]", extras["all"][0])[1].split(",")
+    lines = [*PROJECT["dependencies"], *(line for extra in brought for line in extras[extra])]
+    found = [re.fullmatch(r"([\w-]+)(?:\[.+\])?>=([\d.]+)", line) for line in lines if not line.startswith("khanhllm[")]
+    return {bound[1].lower().replace("_", "-"): bound[2] for bound in found}
+
+
+def test_the_lowest_versions_are_the_bounds_of_the_project():
+    assert pinned("constraints-lowest.txt") == lower_bounds()

@@ -246,6 +246,7 @@ def test_a_file_that_cannot_be_opened_again_is_a_failed_save(tmp_path, monkeypat
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_saving_starts_no_second_team_of_threads(tmp_path):
     """More OpenMP threads than cores would make every later operation of the training sleep and wake."""
     code = f"""
