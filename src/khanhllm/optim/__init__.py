@@ -84,7 +84,7 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
             raise UserError(f"optim.name {name}: {missing}; or use {plain}") from None
         reason = str(error).splitlines()[0]
         raise UserError(f"optim.name: {name} needs bitsandbytes, which fails here ({reason}); use {plain}") from None
-    return AdamW8bit(parameters, **settings) if config.name == "adamw8bit" else Muon8bit(parameters, **settings)
+    return {"adamw8bit": AdamW8bit, "muon8bit": Muon8bit}[config.name](parameters, **settings)
 
 
 def state_shapes(
