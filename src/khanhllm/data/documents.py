@@ -201,7 +201,10 @@ def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
 
 
 def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
-    """The texts of a csv or tsv file. Rows are counted as a spreadsheet does: the header is row 1."""
+    """The texts of a csv or tsv file. Rows are counted as a spreadsheet does: the header is row 1.
+
+    A tsv file has no quoting: a quote is a character of the text, and every line is a row.
+    """
     row = 1
 
     def lines() -> Iterator[str]:
@@ -215,8 +218,9 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 raise UserError(f"{where}, row {row} {fault}; convert it to UTF-8") from None
 
     csv.field_size_limit(FIELD)
-    comma = "\t" if where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz")) else ","
-    rows = csv.reader(lines(), delimiter=comma, strict=True)
+    tabs = where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz"))
+    quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    rows = csv.reader(lines(), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
     try:
         header = [name.strip() for name in next(rows)]
         if not any(header):
@@ -226,7 +230,8 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
         row = 2
         for cells in rows:
             if cells and len(cells) != len(header):
-                raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}")
+                why = "; tsv has no quoting, so a field with a tab or a line break belongs in a csv" if tabs else ""
+                raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}{why}")
             if cells:
                 yield cells[place]
             row += 1
