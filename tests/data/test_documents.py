@@ -139,6 +139,19 @@ def test_a_column_of_another_usual_name_is_found(tmp_path, column):
     assert read(write(tmp_path / "a.jsonl", lines.encode())) == TEXTS
 
 
+def test_a_table_of_books_is_read_book_by_book(tmp_path):
+    books = [f"{number} {'a very long book ' * 2**16}" for number in range(40)]
+    path = tmp_path / "books.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": books}), path, use_dictionary=False)
+    source = locate(str(path))
+    before, most, found = pyarrow.total_allocated_bytes(), 0, []
+    for document in Reader(source, []).read_file(source.files[0]):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        found.append(document.text)
+    assert found == books
+    assert most < 8 * len(books[0])
+
+
 def test_text_comes_first_and_a_named_column_wins(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"body": "x", "article": "y", "text": "z", "my own": "w"}\n')
     assert [read(f"{path}{end}") for end in ("", "#body", "#my own")] == [["z"], ["x"], ["w"]]

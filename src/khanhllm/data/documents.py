@@ -40,6 +40,8 @@ BLOCK = 2**18
 """bytes read at once"""
 ZST_BLOCK = 2**9
 """packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
+ROWS_BYTES = 2**20
+"""of a parquet table unpacked at once, at least one row"""
 FIELD = 2**27
 """longest field of a csv file (characters); a quote that is never closed runs into this limit"""
 
@@ -192,12 +194,21 @@ def _cut(text: str, most: int) -> int:
 
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a parquet table; no other column is read."""
-    with ParquetFile(raw, page_checksum_verification=True) as table:
+    with ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as table:
         column = text_column(table.schema_arrow.names, wanted, where)
-        batches = table.iter_batches(batch_size=1000, columns=[column])
-        texts = (text for batch in batches for text in batch.column(column).to_pylist())
+        batches = (
+            batch
+            for group in range(table.num_row_groups)
+            for batch in table.iter_batches(_at_once(table.metadata.row_group(group)), [group], [column])
+        )
+        texts = (text.as_py() for batch in batches for text in batch.column(column))
         for number, text in enumerate(texts, 1):
             yield _text(text, column, f"{where}, row {number}")
+
+
+def _at_once(group: Any) -> int:
+    """How many rows of a row group to unpack at once: about ROWS_BYTES of them."""
+    return int(min(max(ROWS_BYTES * group.num_rows // max(group.total_byte_size, 1), 1), 1000))
 
 
 def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
