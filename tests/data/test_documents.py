@@ -152,6 +152,68 @@ def test_a_table_of_books_is_read_book_by_book(tmp_path):
     assert most < 8 * len(books[0])
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 123456789\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.csv"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
+    said = complaint(write(tmp_path / name, POINTER))
+    assert f"{name} is only a Git LFS pointer" in said and "git lfs pull" in said
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html>\n<p>text", b"\xef\xbb\xbf \n<html lang='en'><p>text"])
+def test_a_page_is_no_text(tmp_path, page):
+    for name in ("a.txt", "a.md", "a.jsonl", "a.csv"):
+        assert f"{name} is a web page" in complaint(write(tmp_path / name, page))
+    assert read(write(tmp_path / "b.txt", b"Of <html> and its friends.")) == ["Of <html> and its friends."]
+
+
+def test_a_page_on_the_web_is_refused_at_once(tmp_path):
+    write(tmp_path / "a.txt", b"no doctype here")
+    write(tmp_path / "b.jsonl.gz", b"<!doctype html>a login page")
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def guess_type(self, path):
+            asked.append(path)
+            return "text/html; charset=utf-8"
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        assert "a.txt is a web page (text/html)" in complaint(f"{root}/a.txt")
+        assert "b.jsonl.gz is a web page" in complaint(f"{root}/b.jsonl.gz")
+        server.shutdown()
+    assert len(asked) == 4  # a look and a download of each
+
+
+def test_a_file_packed_in_secret_is_named_with_the_way_out(tmp_path):
+    secret = gzip.compress(JSON)
+    for name, way in (("a.jsonl", "rename it to a.jsonl.gz"), ("a.parquet", "unpack it first")):
+        said = complaint(write(tmp_path / name, secret))
+        assert f"{name} is packed by gzip" in said and way in said
+    said = complaint(write(tmp_path / "b.jsonl", zstandard.compress(JSON)))
+    assert "is packed by zstd" in said and "rename it to b.jsonl.zst" in said
+    assert "packed by zip, though its name does not say so; unpack it first" in complaint(
+        write(tmp_path / "a.txt", b"PK\x03\x04")
+    )
+
+
+def test_a_zstandard_window_that_is_too_large_is_said(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    said = complaint(write(tmp_path / "a.jsonl.zst", packer.compress(JSON) + packer.flush()))
+    assert "a window above 128 MB" in said and "zstd -d --long=31" in said and "damaged" not in said
+
+
+def test_lines_that_end_in_carriage_returns_are_said(tmp_path):
+    assert "row 1: a carriage return ends a line" in complaint(write(tmp_path / "a.csv", b"id,text\r1,a\r2,b\r"))
+
+
 def test_text_comes_first_and_a_named_column_wins(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"body": "x", "article": "y", "text": "z", "my own": "w"}\n')
     assert [read(f"{path}{end}") for end in ("", "#body", "#my own")] == [["z"], ["x"], ["w"]]

@@ -13,6 +13,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -40,10 +41,21 @@ BLOCK = 2**18
 """bytes read at once"""
 ZST_BLOCK = 2**9
 """packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
+HEAD = 512
+"""bytes that show what a file is"""
+PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>])", re.IGNORECASE)
+PACKERS = ((b"\x1f\x8b", "gzip", ".gz"), (b"\x28\xb5\x2f\xfd", "zstd", ".zst"), (b"PK\x03\x04", "zip", ".zip"))
+"""their first bytes, names and endings"""
 ROWS_BYTES = 2**20
 """of a parquet table unpacked at once, at least one row"""
 FIELD = 2**27
 """longest field of a csv file (characters); a quote that is never closed runs into this limit"""
+
+CSV_FAULTS = {
+    "end of data": "a quoted field is never closed; is the file cut?",
+    "new-line character": "a carriage return ends a line; save the file with line feeds (\\n or \\r\\n)",
+}
+"""what messages of the csv library mean"""
 
 # datatrove's log is for clusters; users get a UserError. Here, so that every process that unpickles a reader runs it.
 logger.disable("datatrove")
@@ -102,6 +114,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
         with as_user_error(where), folder.open(filepath, "rb") as raw:
+            _check_beginning(raw, where, filepath)
             for number, text in enumerate(self._texts(raw, where, form)):
                 if text.strip():
                     yield Document(text=text, id=f"{filepath}/{number}")
@@ -119,9 +132,24 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         return _pieces(_decoded(raw, where), self.source.document_bytes)
 
 
+def _check_beginning(raw: Any, where: str, name: str) -> None:
+    """Raise UserError if the first bytes show that a file is something other than its name says."""
+    head = raw.read(HEAD)
+    raw.seek(0)
+    bare = name.partition("?")[0]
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{where} is only a Git LFS pointer to the file; type `git lfs pull` in its repository")
+    if kind(name) not in ("page", "warc") and PAGE.match(head):
+        raise UserError(f"{where} is a web page, not a file of text; give the address or the file of the text itself")
+    for magic, packer, ending in PACKERS:
+        if head.startswith(magic) and not bare.lower().endswith(ending):
+            way = f"rename it to {Path(bare).name}{ending}" if kind(bare + ending) else "unpack it first"
+            raise UserError(f"{where} is packed by {packer}, though its name does not say so; {way}")
+
+
 def _download(where: str, path: Path, patience: float) -> None:
     if not where.startswith("hf://"):
-        fetch(where, path, patience=patience, check=_check_packed)
+        fetch(where, path, patience=patience, check=_check_packed, page=kind(where) != "text")
         return
     from huggingface_hub import get_token, hf_hub_url
 
@@ -136,6 +164,8 @@ def _download(where: str, path: Path, patience: float) -> None:
 def _check_packed(path: Path) -> None:
     """Read a packed file to its end, where its checksum is. Raises the library's error if it is damaged."""
     name = path.name.removesuffix(".part")
+    with path.open("rb") as raw:
+        _check_beginning(raw, name, name)
     if name.endswith(".parquet"):
         ParquetFile(path).metadata  # noqa: B018
     elif name.endswith((".gz", ".zst")):
@@ -247,7 +277,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 yield cells[place]
             row += 1
     except csv.Error as error:
-        why = "a quoted field is never closed; is the file cut?" if "end of data" in str(error) else error
+        why = next((meaning for mark, meaning in CSV_FAULTS.items() if mark in str(error)), error)
         raise UserError(f"{where}, row {row}: {why}") from None
 
 
@@ -266,18 +296,24 @@ def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
     name = where.partition("?")[0].lower()
     if name.endswith(".zst"):
-        return _unzstd(raw)
+        return _unzstd(raw, where)
     file = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def _unzstd(raw: Any) -> Iterator[bytes]:
+def _unzstd(raw: Any, where: str) -> Iterator[bytes]:
     """Unpack zstandard. Raises EOFError for a frame without its end, which zstandard's own reader accepts."""
     frame = None
     block = raw.read(ZST_BLOCK)
     while block:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
-        unpacked = frame.decompress(block)
+        try:
+            unpacked = frame.decompress(block)
+        except zstandard.ZstdError as error:
+            if "too much memory" not in str(error):
+                raise
+            fault = "was packed with a window above 128 MB (zstd --long)"
+            raise UserError(f"{where} {fault}; unpack it by `zstd -d --long=31`, then pack it without --long") from None
         yield from (unpacked[at : at + BLOCK] for at in range(0, len(unpacked), BLOCK))
         block = frame.unused_data
         frame = None if frame.eof else frame
