@@ -214,6 +214,16 @@ def test_lines_that_end_in_carriage_returns_are_said(tmp_path):
     assert "row 1: a carriage return ends a line" in complaint(write(tmp_path / "a.csv", b"id,text\r1,a\r2,b\r"))
 
 
+def test_an_empty_text_beside_a_full_column_gives_the_full_one(tmp_path):
+    rows = [{"text": "", "content": "one"}, {"text": "two", "content": "x"}, {"text": None, "content": "three"}]
+    whole = ["one", "two", "three"]
+    assert read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())) == whole
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == whole
+    assert read(write(tmp_path / "a.csv", b"text,content\n,one\ntwo,x\n ,three\n")) == whole
+    assert read(f"{tmp_path}/a.parquet#text") == ["two"]
+
+
 def test_text_comes_first_and_a_named_column_wins(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"body": "x", "article": "y", "text": "z", "my own": "w"}\n')
     assert [read(f"{path}{end}") for end in ("", "#body", "#my own")] == [["z"], ["x"], ["w"]]

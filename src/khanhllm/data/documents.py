@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 
 from khanhllm.data.fetch import Denied, fetch
-from khanhllm.data.source_syntax import text_column
+from khanhllm.data.source_syntax import filled, text_columns
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind
 from khanhllm.data.warc import pages
 from khanhllm.errors import UserError
@@ -223,17 +223,25 @@ def _cut(text: str, most: int) -> int:
 
 
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
-    """The texts of a parquet table; no other column is read."""
+    """The texts of a parquet table; only columns that may hold them are read."""
     with ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as table:
-        column = text_column(table.schema_arrow.names, wanted, where)
+        columns = text_columns(table.schema_arrow.names, wanted, where)
+        columns = [name for name in columns if _holds_text(table.schema_arrow, name)] or columns[:1]
         batches = (
             batch
             for group in range(table.num_row_groups)
-            for batch in table.iter_batches(_at_once(table.metadata.row_group(group)), [group], [column])
+            for batch in table.iter_batches(_at_once(table.metadata.row_group(group)), [group], columns)
         )
-        texts = (text.as_py() for batch in batches for text in batch.column(column))
-        for number, text in enumerate(texts, 1):
-            yield _text(text, column, f"{where}, row {number}")
+        rows = (values for batch in batches for values in zip(*map(batch.column, columns), strict=True))
+        for number, values in enumerate(rows, 1):
+            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+            column = filled(columns, row)
+            yield _text(row[column], column, f"{where}, row {number}")
+
+
+def _holds_text(schema: Any, name: str) -> bool:
+    kind = str(schema.field(schema.get_field_index(name)).type)
+    return "string" in kind and not kind.startswith(("list", "struct", "map"))
 
 
 def _at_once(group: Any) -> int:
@@ -266,15 +274,15 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
         header = [name.strip() for name in next(rows)]
         if not any(header):
             raise UserError(f"{where} has no header; its first row must name the columns")
-        column = text_column(header, wanted, f"{where}, row 1")
-        place = header.index(column)
+        columns = text_columns(header, wanted, f"{where}, row 1")
         row = 2
         for cells in rows:
             if cells and len(cells) != len(header):
                 why = "; tsv has no quoting, so a field with a tab or a line break belongs in a csv" if tabs else ""
                 raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}{why}")
             if cells:
-                yield cells[place]
+                texts = dict(zip(reversed(header), reversed(cells), strict=True))  # of equal names the first counts
+                yield texts[filled(columns, texts)]
             row += 1
     except csv.Error as error:
         why = next((meaning for mark, meaning in CSV_FAULTS.items() if mark in str(error)), error)
@@ -289,7 +297,7 @@ def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
             record = _parsed(line, place)
             if not isinstance(record, dict):
                 raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
-            column = text_column(list(record), wanted, place)
+            column = filled(text_columns(list(record), wanted, place), record)
             yield _text(record[column], column, place)
 
 
