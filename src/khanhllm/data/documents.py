@@ -281,7 +281,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 why = "; tsv has no quoting, so a field with a tab or a line break belongs in a csv" if tabs else ""
                 raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}{why}")
             if cells:
-                texts = dict(zip(reversed(header), reversed(cells), strict=True))  # of equal names the first counts
+                texts = {name: cells[header.index(name)] for name in columns}
                 yield texts[filled(columns, texts)]
             row += 1
     except csv.Error as error:
