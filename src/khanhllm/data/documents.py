@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from hashlib import blake2b
+from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,7 @@ from pyarrow.parquet import ParquetFile
 
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.source_syntax import filled, text_columns
-from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind
+from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind, piece_bytes
 from khanhllm.data.warc import pages
 from khanhllm.errors import UserError
 
@@ -129,7 +130,9 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
-        return _pieces(_decoded(raw, where), self.source.document_bytes)
+        most = self.source.document_bytes or piece_bytes(raw.seek(0, SEEK_END))
+        raw.seek(0)
+        return _pieces(_decoded(raw, where), most)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:
