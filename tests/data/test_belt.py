@@ -19,7 +19,7 @@ from khanhllm.data import belt_setup, documents, heartbeat, prepare
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.belt_notes import RECIPE, Recipe
 from khanhllm.data.belt_worker import BeltWorker
-from khanhllm.data.ensure import ensure
+from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.shards import Shards
 from khanhllm.data.writer import text_hash
 from khanhllm.errors import UserError
@@ -318,6 +318,18 @@ def test_a_mixture_keeps_its_shares_and_any_shard_is_made_again(mixture, lay):
         BeltWorker(belt.folder, 5.0).make(again)
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
     assert mixture in belt.describe()
+
+
+def test_a_mixture_whose_shards_are_shorter_than_a_row_is_refused(mixture, corpus, lay):
+    belt = lay(source=mixture, shard_tokens=256)
+    said = r"data\.shard_tokens = 256 are shorter than one row of 257 tokens .*; raise data\.shard_tokens$"
+    with pytest.raises(UserError, match=said):
+        Belt(belt.folder, 256, 1, 10**9, 5.0)
+    with pytest.raises(UserError, match=said):
+        check_rows_fit(mixture, 256, 256)
+    check_rows_fit(mixture, 256, 255)
+    check_rows_fit(str(corpus), 256, 256)
+    assert len(rows(Belt(belt.folder, 255, 1, 10**9, 5.0), 20)) == 20
 
 
 @pytest.mark.slow

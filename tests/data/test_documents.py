@@ -47,6 +47,14 @@ def table(path, texts=TEXTS, column="text"):
     return path
 
 
+LINES = [text.replace("\n", " ") for text in TEXTS]
+"""for tsv, whose fields hold no line breaks"""
+
+
+def tabbed(texts=LINES, column="text", end="\r\n"):
+    return "".join(f"{number}\t{text}{end}" for number, text in [("id", column), *enumerate(texts)]).encode()
+
+
 def sheet(texts=TEXTS, column="text", delimiter=",", end="\r\n"):
     out = io.StringIO(newline="")
     rows = [["id", column], *([str(number), text] for number, text in enumerate(texts))]
@@ -63,16 +71,16 @@ def packed(tmp_path):
         write(tmp_path / "a.jsonl.zst", frames),
         table(tmp_path / "a.parquet"),
         write(tmp_path / "a.csv", sheet() + b"\r\n"),
-        write(tmp_path / "a.tsv", b"\xef\xbb\xbf" + sheet(column=" text", delimiter="\t", end="\n")),
+        write(tmp_path / "a.tsv", b"\xef\xbb\xbf" + tabbed(column=" text", end="\n")),
         write(tmp_path / "a.csv.gz", gzip.compress(sheet())),
-        write(tmp_path / "b.tsv.gz", gzip.compress(sheet(delimiter="\t"))),
+        write(tmp_path / "b.tsv.gz", gzip.compress(tabbed())),
     ]
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "BLOCK", 700)
     for path in packed(tmp_path):
-        assert read(path) == TEXTS, path.name
+        assert read(path) == (LINES if ".tsv" in path.name else TEXTS), path.name
 
 
 def test_a_file_cut_in_the_middle_is_named(tmp_path):
@@ -131,6 +139,91 @@ def test_a_column_of_another_usual_name_is_found(tmp_path, column):
     assert read(write(tmp_path / "a.jsonl", lines.encode())) == TEXTS
 
 
+def test_a_table_of_books_is_read_book_by_book(tmp_path):
+    books = [f"{number} {'a very long book ' * 2**16}" for number in range(40)]
+    path = tmp_path / "books.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": books}), path, use_dictionary=False)
+    source = locate(str(path))
+    before, most, found = pyarrow.total_allocated_bytes(), 0, []
+    for document in Reader(source, []).read_file(source.files[0]):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        found.append(document.text)
+    assert found == books
+    assert most < 8 * len(books[0])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 123456789\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.csv"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
+    said = complaint(write(tmp_path / name, POINTER))
+    assert f"{name} is only a Git LFS pointer" in said and "git lfs pull" in said
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html>\n<p>text", b"\xef\xbb\xbf \n<html lang='en'><p>text"])
+def test_a_page_is_no_text(tmp_path, page):
+    for name in ("a.txt", "a.md", "a.jsonl", "a.csv"):
+        assert f"{name} is a web page" in complaint(write(tmp_path / name, page))
+    assert read(write(tmp_path / "b.txt", b"Of <html> and its friends.")) == ["Of <html> and its friends."]
+
+
+def test_a_page_on_the_web_is_refused_at_once(tmp_path):
+    write(tmp_path / "a.txt", b"no doctype here")
+    write(tmp_path / "b.jsonl.gz", b"<!doctype html>a login page")
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def guess_type(self, path):
+            asked.append(path)
+            return "text/html; charset=utf-8"
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        assert "a.txt is a web page (text/html)" in complaint(f"{root}/a.txt")
+        assert "b.jsonl.gz is a web page" in complaint(f"{root}/b.jsonl.gz")
+        server.shutdown()
+    assert len(asked) == 4  # a look and a download of each
+
+
+def test_a_file_packed_in_secret_is_named_with_the_way_out(tmp_path):
+    secret = gzip.compress(JSON)
+    for name, way in (("a.jsonl", "rename it to a.jsonl.gz"), ("a.parquet", "unpack it first")):
+        said = complaint(write(tmp_path / name, secret))
+        assert f"{name} is packed by gzip" in said and way in said
+    said = complaint(write(tmp_path / "b.jsonl", zstandard.compress(JSON)))
+    assert "is packed by zstd" in said and "rename it to b.jsonl.zst" in said
+    assert "packed by zip, though its name does not say so; unpack it first" in complaint(
+        write(tmp_path / "a.txt", b"PK\x03\x04")
+    )
+
+
+def test_a_zstandard_window_that_is_too_large_is_said(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    said = complaint(write(tmp_path / "a.jsonl.zst", packer.compress(JSON) + packer.flush()))
+    assert "a window above 128 MB" in said and "zstd -d --long=31" in said and "damaged" not in said
+
+
+def test_lines_that_end_in_carriage_returns_are_said(tmp_path):
+    assert "row 1: a carriage return ends a line" in complaint(write(tmp_path / "a.csv", b"id,text\r1,a\r2,b\r"))
+
+
+def test_an_empty_text_beside_a_full_column_gives_the_full_one(tmp_path):
+    rows = [{"text": "", "content": "one"}, {"text": "two", "content": "x"}, {"text": None, "content": "three"}]
+    whole = ["one", "two", "three"]
+    assert read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())) == whole
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == whole
+    assert read(write(tmp_path / "a.csv", b"text,content\n,one\ntwo,x\n ,three\n")) == whole
+    assert read(f"{tmp_path}/a.parquet#text") == ["two"]
+
+
 def test_text_comes_first_and_a_named_column_wins(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"body": "x", "article": "y", "text": "z", "my own": "w"}\n')
     assert [read(f"{path}{end}") for end in ("", "#body", "#my own")] == [["z"], ["x"], ["w"]]
@@ -139,10 +232,24 @@ def test_text_comes_first_and_a_named_column_wins(tmp_path):
     assert f"{path}, line 1 has no text column 'title'; it has: body, article, text, my own; name one" in said
 
 
-@given(st.lists(st.text(alphabet='ab,"\t\n\ré€😀', min_size=1).filter(str.strip)), st.sampled_from([",", "\t"]))
-def test_a_csv_field_comes_through_whole(tmp_path_factory, texts, delimiter):
-    path = tmp_path_factory.getbasetemp() / ("a.csv" if delimiter == "," else "a.tsv")
-    assert read(write(path, sheet(texts, delimiter=delimiter))) == texts
+@given(st.lists(st.text(alphabet='ab,"\t\n\ré€😀', min_size=1).filter(str.strip)))
+def test_a_csv_field_comes_through_whole(tmp_path_factory, texts):
+    path = tmp_path_factory.getbasetemp() / "a.csv"
+    assert read(write(path, sheet(texts))) == texts
+
+
+@given(st.lists(st.text(alphabet="ab,\"' é€😀", min_size=1).filter(str.strip)))
+def test_a_tsv_field_comes_through_whole_and_its_quotes_are_text(tmp_path_factory, texts):
+    path = tmp_path_factory.getbasetemp() / "a.tsv"
+    assert read(write(path, tabbed(texts))) == texts
+
+
+def test_every_row_of_a_tsv_is_a_document_whatever_its_quotes(tmp_path):
+    rows = [f"row {number} is here" for number in range(40)]
+    rows[5], rows[9], rows[20] = '"opened and never closed', 'closed late" and on', '"quoted" at its start'
+    assert read(write(tmp_path / "a.tsv", tabbed(rows))) == rows
+    said = complaint(write(tmp_path / "b.tsv", b'id\ttext\n1\t"two\nlines"\n'))
+    assert "row 3 has 1 fields, but the header names 2; tsv has no quoting" in said
 
 
 def test_a_csv_field_may_be_long_and_its_column_named(tmp_path):

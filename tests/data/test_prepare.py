@@ -113,6 +113,33 @@ def test_two_documents_are_enough_for_both_splits(tmp_path, validation, number):
         assert sum(shard.documents for shard in manifest.shards) == number
 
 
+def test_a_held_out_share_far_from_the_one_asked_for_is_said(corpus, tmp_path, capfd):
+    (tmp_path / "two.jsonl").write_text(lines([text(1, 20), text(2, 2000)]), encoding="utf-8")
+    manifest = prepare(str(tmp_path / "two.jsonl"), TOKENIZER, tmp_path / "out", validation=0.01)
+    held = sum(shard.bytes for shard in manifest.of("validation"))
+    share = held / sum(shard.bytes for shard in manifest.shards)
+    heard = " ".join(capfd.readouterr().err.split())
+    assert f"held out for validation: {share:.1%} of the text, where data.validation asks for 1.0%" in heard
+    assert "only 2 of them" in heard
+    prepare(str(corpus), TOKENIZER, tmp_path / "fair", validation=0.1, workers=1)
+    assert "held out for validation" not in capfd.readouterr().err
+
+
+def test_a_file_that_is_added_moves_no_document_of_plain_text(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+
+    def novel(first, paragraphs):
+        return "".join(f"{text(first + number)}\n\n" for number in range(paragraphs))
+
+    (folder / "a.txt").write_text(novel(0, 2000), encoding="utf-8")
+    prepare(str(folder), TOKENIZER, tmp_path / "one", validation=0.1)
+    (folder / "b.txt").write_text(novel(5000, 3000), encoding="utf-8")
+    prepare(str(folder), TOKENIZER, tmp_path / "two", validation=0.1)
+    for split in ("train", "validation"):
+        assert set(documents(tmp_path / "one", split)) < set(documents(tmp_path / "two", split))
+
+
 def test_one_document_or_none_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, said in ((json.dumps({"text": "only one"}) * 1, "single document"), ("\n", "holds no text")):

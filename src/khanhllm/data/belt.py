@@ -21,7 +21,7 @@ import numpy as np
 
 from khanhllm.data.belt_notes import GLANCE, RECIPE, Made, Recipe, note_path
 from khanhllm.data.heartbeat import Heartbeat
-from khanhllm.data.shards import Manifest, shuffled
+from khanhllm.data.shards import Manifest, shuffled, too_short
 from khanhllm.errors import UserError
 
 TRIES = 3
@@ -44,6 +44,10 @@ class Belt:
         manifest = Manifest.read(folder)
         self.source = manifest.source
         self.vocab_size = manifest.vocab_size
+        if (
+            len(self.recipe.weights) > 1 and self.recipe.shard_tokens <= context
+        ):  # a mixture never ends, nor would a lap
+            raise UserError(too_short(self.recipe.shard_tokens, context))
         self._settings = [str(ahead), str(disk), str(patience)]
 
     @property

@@ -13,10 +13,12 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from hashlib import blake2b
+from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,8 +33,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 
 from khanhllm.data.fetch import Denied, fetch
-from khanhllm.data.source_syntax import text_column
-from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind
+from khanhllm.data.source_syntax import filled, text_columns
+from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind, piece_bytes
 from khanhllm.data.warc import pages
 from khanhllm.errors import UserError
 
@@ -40,8 +42,21 @@ BLOCK = 2**18
 """bytes read at once"""
 ZST_BLOCK = 2**9
 """packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
+HEAD = 512
+"""bytes that show what a file is"""
+PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>])", re.IGNORECASE)
+PACKERS = ((b"\x1f\x8b", "gzip", ".gz"), (b"\x28\xb5\x2f\xfd", "zstd", ".zst"), (b"PK\x03\x04", "zip", ".zip"))
+"""their first bytes, names and endings"""
+ROWS_BYTES = 2**20
+"""of a parquet table unpacked at once, at least one row"""
 FIELD = 2**27
 """longest field of a csv file (characters); a quote that is never closed runs into this limit"""
+
+CSV_FAULTS = {
+    "end of data": "a quoted field is never closed; is the file cut?",
+    "new-line character": "a carriage return ends a line; save the file with line feeds (\\n or \\r\\n)",
+}
+"""what messages of the csv library mean"""
 
 # datatrove's log is for clusters; users get a UserError. Here, so that every process that unpickles a reader runs it.
 logger.disable("datatrove")
@@ -100,6 +115,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
         with as_user_error(where), folder.open(filepath, "rb") as raw:
+            _check_beginning(raw, where, filepath)
             for number, text in enumerate(self._texts(raw, where, form)):
                 if text.strip():
                     yield Document(text=text, id=f"{filepath}/{number}")
@@ -114,12 +130,29 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
-        return _pieces(_decoded(raw, where), self.source.document_bytes)
+        most = self.source.document_bytes or piece_bytes(raw.seek(0, SEEK_END))
+        raw.seek(0)
+        return _pieces(_decoded(raw, where), most)
+
+
+def _check_beginning(raw: Any, where: str, name: str) -> None:
+    """Raise UserError if the first bytes show that a file is something other than its name says."""
+    head = raw.read(HEAD)
+    raw.seek(0)
+    bare = name.partition("?")[0]
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{where} is only a Git LFS pointer to the file; type `git lfs pull` in its repository")
+    if kind(name) not in ("page", "warc") and PAGE.match(head):
+        raise UserError(f"{where} is a web page, not a file of text; give the address or the file of the text itself")
+    for magic, packer, ending in PACKERS:
+        if head.startswith(magic) and not bare.lower().endswith(ending):
+            way = f"rename it to {Path(bare).name}{ending}" if kind(bare + ending) else "unpack it first"
+            raise UserError(f"{where} is packed by {packer}, though its name does not say so; {way}")
 
 
 def _download(where: str, path: Path, patience: float) -> None:
     if not where.startswith("hf://"):
-        fetch(where, path, patience=patience, check=_check_packed)
+        fetch(where, path, patience=patience, check=_check_packed, page=kind(where) != "text")
         return
     from huggingface_hub import get_token, hf_hub_url
 
@@ -134,6 +167,8 @@ def _download(where: str, path: Path, patience: float) -> None:
 def _check_packed(path: Path) -> None:
     """Read a packed file to its end, where its checksum is. Raises the library's error if it is damaged."""
     name = path.name.removesuffix(".part")
+    with path.open("rb") as raw:
+        _check_beginning(raw, name, name)
     if name.endswith(".parquet"):
         ParquetFile(path).metadata  # noqa: B018
     elif name.endswith((".gz", ".zst")):
@@ -191,17 +226,37 @@ def _cut(text: str, most: int) -> int:
 
 
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
-    """The texts of a parquet table; no other column is read."""
-    with ParquetFile(raw, page_checksum_verification=True) as table:
-        column = text_column(table.schema_arrow.names, wanted, where)
-        batches = table.iter_batches(batch_size=1000, columns=[column])
-        texts = (text for batch in batches for text in batch.column(column).to_pylist())
-        for number, text in enumerate(texts, 1):
-            yield _text(text, column, f"{where}, row {number}")
+    """The texts of a parquet table; only columns that may hold them are read."""
+    with ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as table:
+        columns = text_columns(table.schema_arrow.names, wanted, where)
+        columns = [name for name in columns if _holds_text(table.schema_arrow, name)] or columns[:1]
+        batches = (
+            batch
+            for group in range(table.num_row_groups)
+            for batch in table.iter_batches(_at_once(table.metadata.row_group(group)), [group], columns)
+        )
+        rows = (values for batch in batches for values in zip(*map(batch.column, columns), strict=True))
+        for number, values in enumerate(rows, 1):
+            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+            column = filled(columns, row)
+            yield _text(row[column], column, f"{where}, row {number}")
+
+
+def _holds_text(schema: Any, name: str) -> bool:
+    kind = str(schema.field(schema.get_field_index(name)).type)
+    return "string" in kind and not kind.startswith(("list", "struct", "map"))
+
+
+def _at_once(group: Any) -> int:
+    """How many rows of a row group to unpack at once: about ROWS_BYTES of them."""
+    return int(min(max(ROWS_BYTES * group.num_rows // max(group.total_byte_size, 1), 1), 1000))
 
 
 def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
-    """The texts of a csv or tsv file. Rows are counted as a spreadsheet does: the header is row 1."""
+    """The texts of a csv or tsv file. Rows are counted as a spreadsheet does: the header is row 1.
+
+    A tsv file has no quoting: a quote is a character of the text, and every line is a row.
+    """
     row = 1
 
     def lines() -> Iterator[str]:
@@ -215,23 +270,25 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 raise UserError(f"{where}, row {row} {fault}; convert it to UTF-8") from None
 
     csv.field_size_limit(FIELD)
-    comma = "\t" if where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz")) else ","
-    rows = csv.reader(lines(), delimiter=comma, strict=True)
+    tabs = where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz"))
+    quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    rows = csv.reader(lines(), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
     try:
         header = [name.strip() for name in next(rows)]
         if not any(header):
             raise UserError(f"{where} has no header; its first row must name the columns")
-        column = text_column(header, wanted, f"{where}, row 1")
-        place = header.index(column)
+        columns = text_columns(header, wanted, f"{where}, row 1")
         row = 2
         for cells in rows:
             if cells and len(cells) != len(header):
-                raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}")
+                why = "; tsv has no quoting, so a field with a tab or a line break belongs in a csv" if tabs else ""
+                raise UserError(f"{where}, row {row} has {len(cells)} fields, but the header names {len(header)}{why}")
             if cells:
-                yield cells[place]
+                texts = {name: cells[header.index(name)] for name in columns}
+                yield texts[filled(columns, texts)]
             row += 1
     except csv.Error as error:
-        why = "a quoted field is never closed; is the file cut?" if "end of data" in str(error) else error
+        why = next((meaning for mark, meaning in CSV_FAULTS.items() if mark in str(error)), error)
         raise UserError(f"{where}, row {row}: {why}") from None
 
 
@@ -243,25 +300,31 @@ def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
             record = _parsed(line, place)
             if not isinstance(record, dict):
                 raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
-            column = text_column(list(record), wanted, place)
+            column = filled(text_columns(list(record), wanted, place), record)
             yield _text(record[column], column, place)
 
 
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
     name = where.partition("?")[0].lower()
     if name.endswith(".zst"):
-        return _unzstd(raw)
+        return _unzstd(raw, where)
     file = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def _unzstd(raw: Any) -> Iterator[bytes]:
+def _unzstd(raw: Any, where: str) -> Iterator[bytes]:
     """Unpack zstandard. Raises EOFError for a frame without its end, which zstandard's own reader accepts."""
     frame = None
     block = raw.read(ZST_BLOCK)
     while block:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
-        unpacked = frame.decompress(block)
+        try:
+            unpacked = frame.decompress(block)
+        except zstandard.ZstdError as error:
+            if "too much memory" not in str(error):
+                raise
+            fault = "was packed with a window above 128 MB (zstd --long)"
+            raise UserError(f"{where} {fault}; unpack it by `zstd -d --long=31`, then pack it without --long") from None
         yield from (unpacked[at : at + BLOCK] for at in range(0, len(unpacked), BLOCK))
         block = frame.unused_data
         frame = None if frame.eof else frame

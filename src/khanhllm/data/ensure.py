@@ -2,11 +2,21 @@
 
 from pathlib import Path
 
-from khanhllm.data.shards import MANIFEST, Manifest
+from khanhllm.data.shards import MANIFEST, Manifest, too_short
 from khanhllm.data.tokenizer import Tokenizer, check_fits
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.schema import DataConfig
+
+
+def check_rows_fit(source: str, shard_tokens: int, context: int) -> None:
+    """Raise UserError if the shards of a mixture, which has no end, might be too short for even one row."""
+    if shard_tokens > context or there(Path(source) / MANIFEST):
+        return
+    from khanhllm.data.sources import components
+
+    if len(components(source)) > 1:
+        raise UserError(too_short(shard_tokens, context))
 
 
 def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:

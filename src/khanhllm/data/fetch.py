@@ -65,13 +65,14 @@ def fetch(
     token: str = "",
     patience: float = 600.0,
     check: Callable[[Path], None] | None = None,
+    page: bool = True,
 ) -> Path:
     """Download `url` to `path`, unless it is there already; returns `path`.
 
     sha256: the hash that the file must have; empty: that which the hub publishes with its large files. token: sent to
     the server of `url`, but to none that it redirects to. patience: seconds without a new byte until `fetch` gives up.
-    check: reads the file and raises if it is damaged. Raises UserError; its subclass Denied if the server wants another
-    token.
+    check: reads the file and raises if it is damaged, a UserError if another try cannot help. page: whether the file may
+    be a web page. Raises UserError; its subclass Denied if the server wants another token.
     """
     if path.exists():
         return path
@@ -81,7 +82,7 @@ def fetch(
     while True:
         pause = random.random() * wait
         try:
-            published = _download(url, part, token)
+            published = _download(url, part, token, page)
             _verify(part, sha256 or published, check)
             part.replace(path)
             _validator(part).unlink(missing_ok=True)
@@ -110,7 +111,7 @@ def _why(error: Exception) -> str:
     return next((cause for mark, cause in causes.items() if mark in text), text.splitlines()[0][:120])
 
 
-def _download(url: str, part: Path, token: str) -> str:
+def _download(url: str, part: Path, token: str, page: bool) -> str:
     """Complete `part`, or raise. Returns the sha256 that the server publishes for it, or ""."""
     have, validator = _size(part), _saved_version(part)
     headers = {"User-Agent": "khanhllm", "Accept-Encoding": "identity"}
@@ -121,6 +122,9 @@ def _download(url: str, part: Path, token: str) -> str:
     with requests.get(url, headers=headers, stream=True, timeout=(CONNECT, STALL)) as answer:
         start, total = _span(answer, have, part)
         published = _published(answer)
+        if not page and answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/html":
+            _forget(part)
+            raise UserError(f"{url} is a web page (text/html), not a file of text; give the address of the text itself")
         if not start:
             _forget(part)
             _validator(part).write_text(json.dumps(_version(answer)), encoding="utf-8")
@@ -201,6 +205,9 @@ def _verify(part: Path, sha256: str, check: Callable[[Path], None] | None) -> No
                 raise _Damaged("its sha256 is not the published one")
         if check:
             check(part)
+    except UserError:
+        _forget(part)
+        raise
     except Exception as error:
         _forget(part)
         raise _Damaged(f"wrong bytes arrived ({_why(error)})") from None

@@ -3,7 +3,7 @@
 A datatrove pipeline reads and writes groups of files that the source alone decides, so the shards are the same bytes
 whatever the number of workers and of tasks, and wherever they run (executors.py). A hash of its text decides whether a
 document is held out for validation: two copies of a text are always in the same split, and adding files moves no
-document.
+document. (A text file is cut into documents by its own size alone.)
 
 If a run needs only some tokens, tasks run in waves until a prefix of them holds enough. Results beyond the prefix are
 dropped, so again the number of workers does not matter. Everything is written aside and published by one rename: a
@@ -91,9 +91,25 @@ def prepare(
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens "
         f"in {time.monotonic() - started:.0f} s: {out}"
     )
+    if note := _share_note(manifest):
+        say(note)
     if manifest.cleaning:
         console().print(table(manifest.cleaning))
     return manifest
+
+
+def _share_note(manifest: Manifest) -> str:
+    """What to say if the share of the text that is held out differs much from the share asked for; else ""."""
+    held = sum(shard.bytes for shard in manifest.of("validation"))
+    share = held / max(1, sum(shard.bytes for shard in manifest.shards))
+    asked = manifest.validation
+    if asked / 2 <= share <= 2 * asked:
+        return ""
+    documents = sum(shard.documents for shard in manifest.shards)
+    return (
+        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; whole documents "
+        f"are held out, and there are only {documents:,} of them: shorter documents, or more, come closer"
+    )
 
 
 @contextmanager

@@ -218,6 +218,12 @@ class Shards:
                 raise UserError(fault)
 
 
+def too_short(shard_tokens: int, context: int) -> str:
+    """What to say when shards made while training have no room for a row."""
+    row = f"one row of {context + 1} tokens (model.context + 1)"
+    return f"shards of data.shard_tokens = {shard_tokens} are shorter than {row}; raise data.shard_tokens"
+
+
 def damage(folder: Path, shard: Shard) -> str:
     """One line about a shard whose file is missing or whose sha256 is not the manifest's; empty if it is intact."""
     path = folder / shard.file

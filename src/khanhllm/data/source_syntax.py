@@ -4,12 +4,14 @@ import glob
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from khanhllm.errors import UserError
 
 COLUMNS = ("text", "content", "document", "body", "article")
-"""columns tried in this order when the source names none"""
+"""columns tried in this order, row by row, when the source names none"""
 
 
 def with_column(source: str) -> tuple[str, str]:
@@ -27,13 +29,18 @@ def _exists(source: str) -> bool:
     return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))  # noqa: PTH207, absolute patterns
 
 
-def text_column(names: list[str], wanted: str, where: str) -> str:
-    """The column that holds the text. Raises UserError that lists the existing ones."""
-    column = next((name for name in ([wanted] if wanted else COLUMNS) if name in names), None)
-    if column is None:
+def text_columns(names: list[str], wanted: str, where: str) -> list[str]:
+    """The columns that may hold the text, in order. Raises UserError that lists the existing ones if there is none."""
+    columns = [name for name in ([wanted] if wanted else COLUMNS) if name in names]
+    if not columns:
         existing = ", ".join(" ".join(name.split())[:40] for name in names) or "nothing"
         raise UserError(f"{where} has no text column '{wanted or 'text'}'; it has: {existing}; name one: SRC#column")
-    return column
+    return columns
+
+
+def filled(columns: list[str], row: Mapping[str, Any]) -> str:
+    """The first of the columns that holds text in this row; the first one if none does."""
+    return next((name for name in columns if isinstance(text := row[name], str) and text.strip()), columns[0])
 
 
 MOST = 100_000

@@ -57,7 +57,7 @@ class Source:
     fingerprint: str
     """changes when a local file does"""
     document_bytes: int
-    """about how long the pieces of a text file are (characters)"""
+    """about how long the pieces of a text file are (characters); 0: the size of each file decides, see `piece_bytes`"""
     column: str = ""
     """column of the text in json lines and tables; empty means the first usual name that is there"""
     validation: tuple[str, ...] = ()
@@ -217,8 +217,12 @@ def _local(source: str, root: Path, paths: list[Path]) -> Source:
     files = _shuffled(list(stats))
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
     sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)
-    fingerprint = blake2b(repr((str(root.resolve()), listing)).encode("utf-8", "surrogateescape")).hexdigest()
-    return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, _document_bytes(sum(sizes)))
+    most = _by_total(sum(sizes))
+    if not _cuts_alike(files, sizes, most) and source != "stdlib":  # nobody adds files to the library
+        most = 0
+    recipe = (str(root.resolve()), listing, *(["each file cut by its own size"] if not most else []))
+    fingerprint = blake2b(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()
+    return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, most)
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -234,12 +238,27 @@ def _stat(path: Path) -> os.stat_result:
 
 def _remote(source: str, root: str, names: list[str], size: int = 0) -> Source:
     sizes = (size,) * len(names)
-    return Source(source, root, tuple(_shuffled(names)), sizes, source, _document_bytes(size or 2**22))
+    return Source(source, root, tuple(_shuffled(names)), sizes, source, _by_total(size or 2**22))
 
 
-def _document_bytes(total: int) -> int:
-    """Where text files are cut: small enough for a few dozen documents, large enough to keep most files whole."""
+def piece_bytes(size: int) -> int:
+    """Where a text file of so many bytes is cut: small enough for a few dozen documents of a novel, large enough to keep
+    short files whole. Its own size alone decides, so another file moves no cut."""
+    return min(max(size // 64, 2**12), 2**20)
+
+
+def _by_total(total: int) -> int:
+    """Where all text files of a source are cut, by the size of the whole source: the rule of older shards.
+
+    It is still followed wherever both rules cut alike, so that those shards are found again.
+    """
     return min(max(total // 64, 2**11), 2**20)
+
+
+def _cuts_alike(names: list[str], sizes: tuple[int, ...], most: int) -> bool:
+    """Whether cutting text files at `most` is the same as cutting each by its own size."""
+    texts = [size for name, size in zip(names, sizes, strict=True) if kind(name) == "text"]
+    return all(piece_bytes(size) == most or size <= min(most, piece_bytes(size)) for size in texts)
 
 
 def _listed(source: str) -> tuple[str, list[str]]:

@@ -24,7 +24,7 @@ from khanhllm import optim
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.belt_notes import RECIPE
-from khanhllm.data.ensure import ensure
+from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
@@ -275,6 +275,7 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
     data = Path(saved.get("folder", ""))
     own = {"source": str(data), "tokenizer": ""} if saved and there(data / MANIFEST) else {}
+    check_rows_fit(own.get("source", config.data.source), config.data.shard_tokens, config.model.context)
     needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
     data = ensure(config.data.model_copy(update=own), config.model.vocab_size, round(needed))
     tokenizer = Tokenizer.load(data / "tokenizer.json")
