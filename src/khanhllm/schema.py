@@ -45,7 +45,7 @@ class ModelConfig(Section):
     experts: Annotated[int, Field(ge=1, le=512)] = 8
     """experts in each mixture layer"""
     experts_per_token: Annotated[int, Field(ge=1, le=512)] = 2
-    """experts that each token is sent to (top k)"""
+    """experts that each token is sent to (top k); with 1, the router's probability weighs the answer (Switch)"""
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
     """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
     three: cheaper, and no tool for Qwen3-MoE can read it"""
