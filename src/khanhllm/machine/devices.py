@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import psutil
 import torch
 
-from khanhllm.cpu import cores
 from khanhllm.errors import UserError
+from khanhllm.limits import cores, memory
 from khanhllm.machine.backends import BackendName, probe
 from khanhllm.machine.cards import known_peak
 from khanhllm.schema import MachineConfig
@@ -72,10 +72,8 @@ class Machine:
             free, total = torch.cuda.mem_get_info(self.device)
             name = f"{torch.cuda.get_device_name(self.device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         else:
-            memory = psutil.virtual_memory()
-            name = (
-                f"{torch.get_num_threads()} threads, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-            )
+            free, total = memory()
+            name = f"{torch.get_num_threads()} threads, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         return f"{self.device} ({name}), {self.precision}, compile {'on' if self.compile else 'off'}"
 
 
