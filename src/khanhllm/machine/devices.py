@@ -65,6 +65,8 @@ class Machine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
 
     def describe(self) -> str:
         """Device, memory, precision and compile in one line."""
@@ -92,9 +94,17 @@ def open_machine(config: MachineConfig) -> Machine:
     )
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # a CPU under Linux and macOS
+    "not enough memory",  # a CPU under Windows
+    "out of memory",  # MPS, and CUDA outside torch's allocator
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER
+)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that memory ran out. On a CPU only its text says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error means that memory ran out. But for torch's own allocator on CUDA, only its text says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _device(wanted: str) -> torch.device:
