@@ -81,7 +81,7 @@ class ModelConfig(Section):
         modern = ("value_embedding", "pair_embedding", "embedding_skip")
         if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
             raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
-        if self.experts_per_token > self.experts:
+        if self.moe_layers and self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self
 
