@@ -70,6 +70,13 @@ def test_experts_without_rows(backend, counts):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_second_derivative_of_experts_is_refused_not_wrong():
+    mixture = build(tiny()).blocks[1].feedforward
+    x = torch.randn(1, 9, 32, generator=G, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(mixture(x)[0].sum() + x.pow(3).sum(), x, create_graph=True)
+
+
 def test_attention_is_softmax_of_scaled_products_over_the_past():
     attention = build(tiny("classic")).blocks[0].attention.double()
     x = torch.randn(2, 7, 32, generator=G, dtype=torch.float64)
