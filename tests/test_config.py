@@ -59,6 +59,11 @@ def test_a_wrong_key_is_one_line_that_names_it(settings, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_without_mixture_layers_asks_nothing_of_experts():
+    model = resolve({"model": {"pattern": "DD", "experts": 1}}).model
+    assert active_parameters(on_paper(model)) == total_parameters(on_paper(model))
+
+
 KEYS = [(section, key) for section, values in Config() for key, _ in values]
 JUNK = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers()))
 

@@ -45,7 +45,7 @@ class ModelConfig(Section):
     experts: Annotated[int, Field(ge=1, le=512)] = 8
     """experts in each mixture layer"""
     experts_per_token: Annotated[int, Field(ge=1, le=512)] = 2
-    """experts that each token is sent to (top k)"""
+    """experts that each token is sent to (top k); with 1, the router's probability weighs the answer (Switch)"""
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
     """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
     three: cheaper, and no tool for Qwen3-MoE can read it"""
@@ -81,7 +81,7 @@ class ModelConfig(Section):
         modern = ("value_embedding", "pair_embedding", "embedding_skip")
         if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
             raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
-        if self.experts_per_token > self.experts:
+        if self.moe_layers and self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self
 

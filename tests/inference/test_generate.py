@@ -28,6 +28,11 @@ def test_always_one_of_the_tokens(logits, sampling):
     assert 0 <= choose(torch.tensor(logits), sampling, torch.Generator()) < len(logits)
 
 
+def test_a_temperature_next_to_nothing_is_none():
+    for temperature in (1e-46, 1e-30, 9e-7):
+        assert drawn(Sampling(temperature=temperature), times=3) == {1}
+
+
 def test_greedy_with_the_cache_is_greedy_without():
     model, machine = build(tiny()), plain_machine()
     ids = [5, 17, 200, 3]

@@ -52,6 +52,14 @@ def test_the_gradient_can_be_asked_for_twice():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
 
 
+def test_a_second_derivative_is_refused_not_wrong():
+    """Autograd cannot look into the custom backward pass: beside another term, its part would be missing in silence."""
+    x, weight = (torch.randn(n, 8, generator=G, requires_grad=True) for n in (10, 20))
+    total = objectives.token_nll(x, weight, torch.arange(10), 4).sum() + x.pow(3).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, x, create_graph=True)
+
+
 def test_even_routing_scores_one_and_collapse_scores_experts():
     even, collapsed = torch.ones(1, 8), torch.eye(8)[:1]
     assert objectives.load_balance(even, even).item() == 1

@@ -70,6 +70,13 @@ def test_experts_without_rows(backend, counts):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_second_derivative_of_experts_is_refused_not_wrong():
+    mixture = build(tiny()).blocks[1].feedforward
+    x = torch.randn(1, 9, 32, generator=G, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(mixture(x)[0].sum() + x.pow(3).sum(), x, create_graph=True)
+
+
 def test_attention_is_softmax_of_scaled_products_over_the_past():
     attention = build(tiny("classic")).blocks[0].attention.double()
     x = torch.randn(2, 7, 32, generator=G, dtype=torch.float64)
@@ -97,6 +104,27 @@ def test_router_weights_sum_to_one_and_come_best_first():
     assert (choice.weight_TK[:, 0] >= choice.weight_TK[:, 1]).all()
     assert torch.allclose(routing.prob_E.sum(), torch.tensor(50.0))
     assert routing.load_E.tolist() == torch.bincount(choice.expert_TK.flatten(), minlength=4).tolist()
+
+
+@pytest.mark.parametrize("more", [{}, {"router_bias": True}, {"style": "classic"}], ids=str)
+def test_the_loss_of_the_tokens_alone_moves_the_router_whatever_the_number_of_experts(more):
+    """With one expert per token, a weight that is renormalised is 1, and the router learns nothing from the loss."""
+    ids = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(0))
+    lengths = []
+    for per_token in (1, 2):
+        model = build(tiny(experts_per_token=per_token, **more))
+        model(ids[:, :-1], ids[:, 1:])[0].mean().backward()
+        lengths.append(model.blocks[1].feedforward.router.weight.grad.norm().item())
+    assert lengths[0] > 1e-4 * lengths[1] > 0
+
+
+def test_a_single_expert_s_weight_is_its_probability():
+    router = build(tiny(experts_per_token=1)).blocks[1].feedforward.router
+    x = torch.randn(50, 32, generator=G)
+    best = (x @ router.weight.T).softmax(-1).max(-1)
+    choice, _ = router(x)
+    assert torch.allclose(choice.weight_TK, best.values[:, None])
+    assert torch.equal(choice.expert_TK, best.indices[:, None])
 
 
 def test_bf16_autocast_leaves_the_router_in_fp32():

@@ -41,6 +41,52 @@ def test_every_direction_counts_the_same(shape, steps, least, many):
     assert straight.min() > 0.79 and straight.max() < 1.21
 
 
+REACH = {1: 0.22, 2: 0.056, 3: 0.0132, 4: 0.0032, 5: 0.0008}
+"""smallest singular value, relative to the largest, that so many iterations bring near 1"""
+
+
+def spectrum(kind: int, rank: int, dice: torch.Generator) -> torch.Tensor:
+    """Singular values up to 1: as of a random matrix, a power law, many orders of magnitude, a few large, equal."""
+    chance = torch.rand(rank, generator=dice, dtype=torch.float64)
+    return [
+        torch.linalg.svdvals(torch.randn(rank, rank, generator=dice, dtype=torch.float64)),
+        torch.arange(1, rank + 1, dtype=torch.float64) ** -(0.2 + 2 * chance[0]),
+        10 ** (-5 * chance),
+        torch.where(chance > 0.8, 1.0, 0.01 * chance),
+        torch.ones(rank, dtype=torch.float64),
+    ][kind]
+
+
+@pytest.mark.parametrize("steps", REACH)
+def test_singular_values_end_near_one_whatever_the_shape_and_the_spectrum(steps):
+    """None above 1.2 and none within reach below 0.8, by an SVD in fp64."""
+    dice = torch.Generator().manual_seed(steps)
+    for trial in range(100):
+        rows, columns = torch.randint(1, 65, (2,), generator=dice).tolist()
+        left, right = (
+            torch.linalg.qr(torch.randn(size, min(rows, columns), generator=dice, dtype=torch.float64))[0]
+            for size in (rows, columns)
+        )
+        values = spectrum(trial % 5, min(rows, columns), dice)
+        size = 10 ** (8 * torch.rand(1, generator=dice).item() - 4)
+        turned = muon.orthogonalise((size * (left * values) @ right.T).float()[None], steps)[0].double()
+        along = (left.T @ turned @ right).diagonal()
+        within = values >= REACH[steps] * len(values) ** 0.25 * values.max()  # as loose as the bound can be
+        assert torch.linalg.svdvals(turned).max() < 1.205, (trial, rows, columns)
+        assert not within.any() or along[within].min() > 0.795, (trial, rows, columns)
+
+
+@pytest.mark.parametrize("steps", REACH)
+def test_each_polynomial_leaves_what_the_next_one_takes(steps):
+    """At every point between 0 and the largest value at the input, in fp64."""
+    chain = muon.ITERATIONS[-steps:]
+    s = torch.linspace(0, chain[0][0] / muon.ROOM, 200_001, dtype=torch.float64)
+    for (_, a, b, c), following in zip(chain, [*chain[1:], None], strict=True):
+        s = a * s + b * s**3 + c * s**5
+        assert s.min() >= 0
+        assert s.max() < (1.0003 * following[0] if following else 1.2)  # four digits of each coefficient are written
+
+
 def test_size_does_not_matter_and_zero_stays_zero():
     x = random(2, 16, 24)
     assert torch.allclose(muon.orthogonalise(1e6 * x, 5), muon.orthogonalise(1e-6 * x, 5), atol=1e-4)

@@ -29,6 +29,17 @@ def test_logits_equal_those_of_transformers(kv_heads, pattern):
     assert ours.std() > 0.05  # not equal because both are nothing
 
 
+def test_one_expert_per_token_is_theirs_without_renormalising():
+    model = build(tiny(pattern="DMDM", experts_per_token=1))
+    with torch.no_grad():  # wide enough that the experts' weight is seen
+        for block in model.blocks[1::2]:
+            block.feedforward.experts.down.mul_(20)
+    ids = torch.randint(300, (3, 32), generator=torch.Generator().manual_seed(1))
+    assert not qwen3_moe.settings(model.config)["norm_topk_prob"]
+    with torch.no_grad():
+        assert (model.logits(ids) - as_qwen3_moe(model)(ids).logits).abs().max() < 1e-4
+
+
 def test_one_wrong_weight_is_seen():
     model = build(tiny(pattern="DMDM"))
     theirs = as_qwen3_moe(model)

@@ -29,6 +29,15 @@ def test_it_computes_what_the_dense_model_did(dense, tmp_path):
         assert torch.allclose(before.model.logits(ids), after.model.logits(ids), atol=1e-5)
 
 
+def test_one_expert_alone_is_the_dense_model(dense, tmp_path):
+    words = ["upcycle", str(dense), "--out", str(tmp_path / "mixture"), "--experts", "1", "--experts-per-token", "1"]
+    assert cli.main(words) == 0
+    before, after = open_run(dense), open_run(tmp_path / "mixture")
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        assert torch.allclose(before.model.logits(ids), after.model.logits(ids), atol=1e-5)
+
+
 def test_it_goes_on_with_new_rows(dense, tmp_path):
     mixture = tmp_path / "mixture"
     assert cli.main(["upcycle", str(dense), "--out", str(mixture), "--pattern", "MMM"]) == 0
@@ -43,6 +52,9 @@ def test_what_cannot_be_upcycled(dense, tmp_path, capsys):
     for wrong in (["--pattern", "DM"], ["--pattern", "DDD"], ["--experts", "0"], ["--experts-per-token", "9"]):
         assert cli.main([*words, *wrong]) == 2
         assert not mixture.exists()
+    assert cli.main([*words, "--experts-per-token", "1"]) == 2
+    assert "--experts-per-token 1: the router's probability would weigh" in capsys.readouterr().err
+    assert not mixture.exists()
     assert cli.main(words) == 0
     assert cli.main(words) == 2
     assert cli.main(["upcycle", str(mixture), "--out", str(tmp_path / "twice")]) == 2

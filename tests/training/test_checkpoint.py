@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import build, save, tiny
-from khanhllm import optim
+from khanhllm import limits, optim
 from khanhllm.errors import UserError
 from khanhllm.schema import OptimConfig
 from khanhllm.training import checkpoint
@@ -167,7 +167,7 @@ def test_what_is_saved_is_the_moment_of_the_call(room, tmp_path, monkeypatch):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     go_on = slowly(monkeypatch)
     if not room:
-        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+        monkeypatch.setattr(limits, "memory", lambda: limits.Memory(0, 0))
         go_on.set()
     with checkpoint.Saver(tmp_path, keep=2) as saver:
         saver.begin(1, model, optimizer, {})

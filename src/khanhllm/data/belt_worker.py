@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import psutil
 
-from khanhllm.cpu import cores
 from khanhllm.data.belt_notes import GLANCE, RECIPE, Made, Position, Recipe, ShardStart, note_path, spool
 from khanhllm.data.clean import Cleaner
 from khanhllm.data.documents import Reader
@@ -33,6 +32,7 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import Growing, batched, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import publish
+from khanhllm.limits import cores
 
 
 class BeltWorker:

@@ -23,7 +23,6 @@ from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from khanhllm.cpu import cores
 from khanhllm.data.clean import COMPARING, steps_of
 from khanhllm.data.documents import Reader
 from khanhllm.data.duplicates import Signatures, merge, removals, reports_of
@@ -32,6 +31,7 @@ from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path
 from khanhllm.errors import UserError
+from khanhllm.limits import cores
 
 
 class Unfinished(Exception):

@@ -40,7 +40,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "num_experts": model.experts,
         "num_experts_per_tok": model.experts_per_token,
-        "norm_topk_prob": True,
+        "norm_topk_prob": model.experts_per_token > 1,  # see Router
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, letter in enumerate(model.pattern) if letter == "D"],
         "tie_word_embeddings": False,

@@ -26,6 +26,10 @@ def write(model: Transformer, tokenizer: Tokenizer, machine: Machine, prompt: st
         yield rest
 
 
+COLDEST = 1e-6
+"""temperatures below it take the likeliest token: dividing by them would overflow"""
+
+
 @torch.inference_mode()
 def continuation(
     model: Transformer, ids: list[int], sampling: Sampling, machine: Machine, vocab_size: int
@@ -54,7 +58,7 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """Draw one token id from the distribution that the settings leave. Raises UserError if a logit is not finite."""
     if not torch.isfinite(logits_V).all():
         raise UserError("the model answers with numbers that are not finite: its weights are broken; take another run")
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return int(logits_V.argmax())
     logits_V = (logits_V - logits_V.max()) / sampling.temperature
     if 0 < sampling.top_k < len(logits_V):

@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from khanhllm.cpu import cores
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
+from khanhllm.limits import cores
 from khanhllm.machine.devices import Machine, matmul_rate, open_machine
 from khanhllm.machine.fit import fit
 from khanhllm.model import Transformer

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import psutil
 import torch
 
-from khanhllm.cpu import cores
 from khanhllm.errors import UserError
+from khanhllm.limits import cores, memory
 from khanhllm.machine.backends import BackendName, probe
 from khanhllm.machine.cards import known_peak
 from khanhllm.schema import MachineConfig
@@ -65,6 +65,8 @@ class Machine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
 
     def describe(self) -> str:
         """Device, memory, precision and compile in one line."""
@@ -72,10 +74,8 @@ class Machine:
             free, total = torch.cuda.mem_get_info(self.device)
             name = f"{torch.cuda.get_device_name(self.device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         else:
-            memory = psutil.virtual_memory()
-            name = (
-                f"{torch.get_num_threads()} threads, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-            )
+            free, total = memory()
+            name = f"{torch.get_num_threads()} threads, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         return f"{self.device} ({name}), {self.precision}, compile {'on' if self.compile else 'off'}"
 
 
@@ -94,9 +94,17 @@ def open_machine(config: MachineConfig) -> Machine:
     )
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # a CPU under Linux and macOS
+    "not enough memory",  # a CPU under Windows
+    "out of memory",  # MPS, and CUDA outside torch's allocator
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER
+)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that memory ran out. On a CPU only its text says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error means that memory ran out. But for torch's own allocator on CUDA, only its text says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _device(wanted: str) -> torch.device:

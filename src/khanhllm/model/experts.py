@@ -157,6 +157,8 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: autograd cannot look inside
+            raise RuntimeError("a mixture of experts has no second derivative")
         x_TD, weight_N, token_N, inverse_TK, end_E, down, *rest = ctx.saved_tensors
         ups, inputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         del rest

@@ -53,6 +53,8 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph: autograd cannot look inside, and would leave this part out unsaid
+            raise RuntimeError("the loss of the tokens has no second derivative")
         if ctx.of_sum and not any(grad_T.stride()):  # an expanded scalar: seen without waiting for the device
             x_grad_TD, weight_grad_VD = (gradient.mul_(grad_T[0]) for gradient in ctx.of_sum)
             ctx.of_sum = None  # scaled in place, so they serve only once

@@ -29,11 +29,14 @@ class Choice(NamedTuple):
     expert_TK: Tensor
     """the experts of each token, best first (int64)"""
     weight_TK: Tensor
-    """how much each one's answer counts; sums to 1 per token (fp32)"""
+    """how much each one's answer counts (fp32); sums to 1 per token, but for K = 1: see Router"""
 
 
 class Router(nn.Module):
     """Softmax over all experts, of which the K largest are renormalised to sum to 1.
+
+    With K = 1 the weight is the probability itself, as in Switch (arXiv 2101.03961, eq. 2): renormalised it would be 1
+    whatever the router says, and the loss would give the router no gradient.
 
     A biased router adds a bias to each probability before it takes the largest, and only there: it moves tokens from
     busy experts to idle ones without a loss on the weights (Wang et al. 2024, arXiv 2408.15664).
@@ -55,7 +58,7 @@ class Router(nn.Module):
             else:
                 expert_TK = (prob_TE.detach() + self.bias_E).topk(self.per_token, dim=-1).indices
                 top_TK = prob_TE.gather(-1, expert_TK)
-            weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
+            weight_TK = top_TK if self.per_token == 1 else top_TK / top_TK.sum(dim=-1, keepdim=True)
             routing = Routing(
                 load_E=_count(expert_TK, len(self.weight)),
                 prob_E=prob_TE.sum(dim=0),

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from khanhllm import limits
 from khanhllm.errors import UserError
 from khanhllm.machine.cards import Card
 from khanhllm.machine.devices import Machine
@@ -57,18 +58,24 @@ class Hardware:
 
 
 def here(machine: Machine) -> Hardware:
-    """This machine, as it is now."""
+    """This machine, as it is now: what is free, and what this process holds already."""
     if machine.device.type == "cuda":
-        whole = torch.cuda.mem_get_info(machine.device)[1]
-        return Hardware(
-            str(machine.device), "cuda", machine.precision, round(SHARE * whole), CONTEXT, machine.peak_flops
-        )
+        memory = round(SHARE * _card_memory(machine.device))
+        return Hardware(str(machine.device), "cuda", machine.precision, memory, CONTEXT, machine.peak_flops)
     try:
         process = psutil.Process().memory_info().rss
-        memory = psutil.virtual_memory().available + process
+        free, total = limits.memory()
+        memory = min(total, free + process)
     except (OSError, psutil.Error, NotImplementedError) as error:
         raise UserError(f"this machine's memory cannot be read ({error}); give it: --memory 8GB") from None
     return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops)
+
+
+def _card_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device for this process, its context included: what others use of the card is theirs."""
+    free, whole = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * whole + CONTEXT
+    return min(whole, round(allowed), free + torch.cuda.memory_reserved(device) + CONTEXT)
 
 
 def on(name: str, card: Card) -> Hardware:

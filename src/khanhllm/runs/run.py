@@ -38,7 +38,7 @@ class ExpertChoices(NamedTuple):
     expert_LTK: Tensor
     """best first (int64)"""
     weight_LTK: Tensor
-    """how much each one's answer counts; sums to 1 for each token (fp32)"""
+    """how much each one's answer counts (fp32); sums to 1 for each token if K is 2 or more"""
 
 
 @dataclass(frozen=True)

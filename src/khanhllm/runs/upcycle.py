@@ -2,7 +2,8 @@
 upcycling, Komatsuzaki et al. 2023, arXiv 2212.05055).
 
 A token's weights sum to 1 and all experts answer alike, so at first the mixture computes what the dense model did, to
-the last rounding; then the experts see different tokens and part.
+the last rounding; then the experts see different tokens and part. With one expert per token, the weight is the router's
+probability, which differs from token to token: no scale of the experts makes up for it, so that is refused.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     """Write `out`, a run at step 0 that holds the mixture, and return its config; `khanhllm train --resume` goes on.
 
     pattern: which layers become mixtures, "" for every other one. The rows that the dense run trained on are not read
-    again. Raises UserError if the run is no dense one, or the shape makes no sense.
+    again. Raises UserError if the run is no dense one, or the mixture could not begin as the dense model.
     """
     refuse_to_overwrite(out, resume=False)
     dense = open_run(run)
@@ -33,6 +34,11 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     pattern = pattern or ("DM" * layers)[:layers]
     if len(pattern) != layers or set(pattern) - {"D", "M"} or "M" not in pattern:
         raise UserError(f"--pattern {pattern[:60]!r} must say D or M for each of the {layers} layers, with an M")
+    if experts_per_token == 1 < experts:
+        raise UserError(
+            "--experts-per-token 1: the router's probability would weigh the only answer, so the mixture would not "
+            "begin as the dense model; use 2 or more"
+        )
     shape = {"pattern": pattern, "experts": experts, "experts_per_token": experts_per_token, "expert_hidden": 0}
     config = resolve(dense.config.model_dump(), {"model": shape}, where="upcycle")
     model = Transformer(config.model)

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from khanhllm import optim
+from khanhllm import limits, optim
 from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read
 from khanhllm.schema import Natural
@@ -102,7 +101,7 @@ class Saver:
     def begin(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Take what is to be saved, now. Where there is no memory for a copy, this waits until it is written."""
         whole = snapshot(step, model, optimizer, state)
-        copy = psutil.virtual_memory().available > 1.5 * whole.bytes
+        copy = limits.memory().free > 1.5 * whole.bytes
         self._writing = self._pool.submit(self._write, whole.copied() if copy else whole)
         if not copy:
             wait([self._writing])

@@ -1,0 +1,37 @@
+"""What a machine says and does, whatever the device: words of errors, and settings of the process."""
+
+import pytest
+
+from khanhllm.machine.devices import out_of_memory
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 4000000000 bytes. Error code 12 (Cannot allocate memory)",
+        "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried to allocate "
+        "4000000000 bytes.",
+        "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB). Tried "
+        "to allocate 256.00 MB on private pool.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "HIP out of memory. Tried to allocate 2.00 GiB",
+    ],
+)
+def test_every_platform_s_words_for_memory_that_ran_out(words):
+    assert out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "shapes do not match",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA error: an illegal memory access was encountered",
+        "out of resource: shared memory, Required: 102400, Hardware limit: 101376",
+    ],
+)
+def test_other_errors_are_not_taken_for_it(words):
+    assert not out_of_memory(RuntimeError(words))
