@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data import documents
+from khanhllm.data import documents, sources, walk
 from khanhllm.data.documents import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
@@ -73,6 +73,10 @@ def packed(tmp_path):
         write(tmp_path / "a.csv", sheet() + b"\r\n"),
         write(tmp_path / "a.tsv", b"\xef\xbb\xbf" + tabbed(column=" text", end="\n")),
         write(tmp_path / "a.csv.gz", gzip.compress(sheet())),
+        write(tmp_path / "a.ndjson", JSON),
+        write(tmp_path / "lines.json", JSON),
+        write(tmp_path / "array.json", b"\xef\xbb\xbf" + json.dumps([{"id": 1, "text": t} for t in TEXTS]).encode()),
+        write(tmp_path / "pretty.json", json.dumps([{"text": text} for text in TEXTS], indent=2).encode()),
         write(tmp_path / "b.tsv.gz", gzip.compress(tabbed())),
     ]
 
@@ -85,7 +89,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
 
 def test_a_file_cut_in_the_middle_is_named(tmp_path):
     for path in packed(tmp_path):
-        if path.suffix not in (".jsonl", ".tsv"):
+        if path.suffix not in (".jsonl", ".ndjson", ".tsv") and path.name != "lines.json":
             path.write_bytes(path.read_bytes()[:-9])
             assert path.name in complaint(path)
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -142,7 +146,7 @@ def test_a_column_of_another_usual_name_is_found(tmp_path, column):
 def test_a_table_of_books_is_read_book_by_book(tmp_path):
     books = [f"{number} {'a very long book ' * 2**16}" for number in range(40)]
     path = tmp_path / "books.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": books}), path, use_dictionary=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": books}), path, use_dictionary=False, write_batch_size=1)
     source = locate(str(path))
     before, most, found = pyarrow.total_allocated_bytes(), 0, []
     for document in Reader(source, []).read_file(source.files[0]):
@@ -298,6 +302,43 @@ def test_a_single_novel_becomes_many_documents_cut_at_blank_lines(tmp_path):
     texts = read(write(tmp_path / "novel.txt", b"\xef\xbb\xbf" + novel.encode()))
     assert "".join(texts) == novel
     assert 20 < len(texts) < 200 and all(text.endswith("\n\n") for text in texts)
+
+
+def test_a_bad_item_of_a_json_file_is_named_with_its_number(tmp_path):
+    path, good = tmp_path / "a.json", '{"text": "fine"}'
+    for content, expected in {
+        f'[{good}, {{"text": }}]': ", item 2 is not valid JSON",
+        f'[{good}, {{"text": "cut': ", item 2 is not valid JSON",
+        f"[{good},{good}": "the array has no end",
+        f'[{good}, {{"text": 7}}]': ", item 2: 'text' must be text, not int",
+        f"[{good}, 7]": ", item 2 is not a JSON object",
+        f"{good}\n{good} x": ", item 3 is not valid JSON",
+        f'{good}\n{{"text": {"[" * 100_000}': ", item 2 is not valid JSON",
+    }.items():
+        assert expected in complaint(write(path, content.encode()))
+    assert read(write(path, f"[ {good} ,\n{good}]\n".encode())) == ["fine", "fine"]
+    assert read(write(path, f"{good}{good}".encode())) == ["fine", "fine"]
+
+
+def test_text_of_other_endings_is_read(tmp_path):
+    novel = "".join(f"Chapter {number}. {'It was a dark night. ' * 20}\n\n" for number in range(300))
+    for name, data in {"a.text": novel.encode(), "a.txt.gz": gzip.compress(novel.encode())}.items():
+        assert "".join(read(write(tmp_path / name, data))) == novel
+
+
+def test_a_page_gives_its_main_text(tmp_path, monkeypatch):
+    body = "".join(f"<p>Paragraph {number} of the café tells a story of its own.</p>" for number in range(20))
+    page = f"<html><title>t</title><body><nav><a href=x>Menu</a></nav><main>{body}</main></body></html>"
+    path = write(tmp_path / "a.html", page.encode())
+    (text,) = read(path)
+    assert "Paragraph 7 of the café" in text and "<p>" not in text and "Menu" not in text
+    write(tmp_path / "b.txt", b"text")
+    assert set(locate(str(tmp_path)).files) == {"a.html", "b.txt"}
+    for room in (sources, walk):
+        monkeypatch.setattr(room, "can_read_pages", lambda: False)
+    assert locate(str(tmp_path)).left_out == ((".html (needs khanhllm[web])", 1),)
+    with pytest.raises(UserError, match=r"pip install 'khanhllm\[web\]'"):
+        locate(str(path))
 
 
 def test_files_of_a_folder_stay_whole(tmp_path):

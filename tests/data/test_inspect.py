@@ -125,6 +125,13 @@ def test_files_that_cannot_be_read_are_listed_and_the_rest_goes_on(texts, tmp_pa
     assert "The quick brown fox" in out
 
 
+def test_what_is_left_out_is_said(texts, tmp_path, capsys):
+    assert "left out" not in seen(capsys, "show", texts)
+    (tmp_path / "good.txt").write_text(SENTENCE)
+    (tmp_path / "picture.png").write_bytes(b"x")
+    assert f"left out of {tmp_path}: 1 .png\n" in seen(capsys, "show", tmp_path)
+
+
 def test_a_huge_line_takes_no_long_time(tokenizer, tmp_path, capsys):
     (tmp_path / "line.jsonl").write_text(json.dumps({"text": SENTENCE.strip() * 500_000}))
     started = time.monotonic()

@@ -140,6 +140,25 @@ def test_a_file_that_is_added_moves_no_document_of_plain_text(tmp_path):
         assert set(documents(tmp_path / "one", split)) < set(documents(tmp_path / "two", split))
 
 
+def test_what_is_left_out_is_said_once_each_time(corpus, tmp_path, capfd, monkeypatch):
+    for name in ("a.png", "b.png", "settings.json"):
+        (corpus / name).write_bytes(b"{}")
+    said = f"left out of {corpus}: 2 .png, 1 .json without texts"
+
+    def heard():
+        return [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+
+    prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1)
+    assert heard() == [said]
+    for _ in range(2):
+        ensure(settings(corpus, tmp_path), 300, 1000)
+        assert heard() == [said]
+    monkeypatch.setattr(module, "WHOLE", 100)
+    for _ in range(2):
+        ensure(settings(corpus, tmp_path), 300, 1000)
+        assert heard() == [said]
+
+
 def test_one_document_or_none_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, said in ((json.dumps({"text": "only one"}) * 1, "single document"), ("\n", "holds no text")):

@@ -4,6 +4,7 @@ import http.server
 import socket
 import threading
 import time
+from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
 
@@ -40,6 +41,62 @@ def test_shards_inside_a_folder_of_texts_are_no_text(folder):
     assert locate(str(folder)).files == ("a.txt",)
     with pytest.raises(UserError, match="holds prepared shards"):
         locate(str(folder / "deep"))
+
+
+def test_what_is_left_out_is_counted_by_kind(folder):
+    for name in ("b.png", "deep/c.PNG", "x.tar.gz", "Makefile", ".secret", "package.json", "shards/manifest.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"name": "x"}', encoding="utf-8")
+    (folder / "shards" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    found = locate(str(folder))
+    assert dict(found.left_out) == {
+        ".png": 3,
+        ".tar.gz": 1,
+        "without ending": 1,
+        "hidden": 1,
+        ".json without texts": 1,
+        ".hidden/": 1,
+        "__pycache__/": 1,
+        "folder of shards": 1,
+    }
+    assert found.left_out_line().startswith(f"left out of {folder}: 3 .png, 1 ")
+    assert dict(locate(f"{folder}/*").left_out)[".png"] == 2
+    assert locate(str(folder / "a.txt")).left_out_line() == ""
+    with pytest.raises(UserError, match=r"these are 1 \.png$"):
+        locate(f"{folder}/deep/*.PNG")
+
+
+def test_a_json_of_texts_is_told_from_settings(folder):
+    for name, content in {
+        "array.json": '[\n {"id": 1, "text": "x"}]',
+        "lines.json": '{"id": 1, "content": "x"}\n{"id": 2, "content": "y"}\n',
+        "named.json": '{"title": "x"}',
+        "numbers.json": '[1, 2, "text"]',
+    }.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    texts = {name for name in locate(str(folder)).files if name.endswith(".json")}
+    assert texts == {"array.json", "lines.json"}
+    assert "named.json" in locate(f"{folder}#title").files
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    disk, folder = tmp_path / "disk", tmp_path / "texts"
+    for place in (disk / "wiki" / "deep", folder / "own"):
+        place.mkdir(parents=True)
+        (place / "a.txt").write_text("text", encoding="utf-8")
+    for link, target in {
+        "wiki": disk / "wiki",
+        "zwiki": disk / "wiki",
+        "again": folder / "own",
+        "own/loop": folder,
+        "up": tmp_path,
+    }.items():
+        (folder / link).symlink_to(target)
+    (disk / "wiki" / "back").symlink_to(disk)
+    found = locate(str(folder))
+    assert set(found.files) == {"own/a.txt", "wiki/deep/a.txt"}
+    assert dict(found.left_out) == {"link to a folder above": 2}
+    assert len(locate(f"{folder}/**/*.txt").files) == len(locate(f"{folder}/*/**/*.txt").files) == 2
 
 
 def test_the_order_depends_on_names_alone_and_is_not_alphabetical(tmp_path):
@@ -245,10 +302,16 @@ def test_what_is_not_marked_is_trained_on_before_what_is_held_out():
 
 
 class Hub:
-    files = tuple(f"datasets/some/test/{name}" for name in ("data/train.csv", "data/test.csv", "data/more/x.csv"))
+    files = tuple(
+        f"datasets/some/test/{name}"
+        for name in ("data/train.csv", "data/test.csv", "data/more/x.csv", "infos.json", "x.png")
+    )
 
     def isfile(self, path):
         return path in self.files
+
+    def glob(self, pattern):
+        return [name for name in self.files if fnmatch(name, pattern)]
 
     def find(self, path):
         return [name for name in self.files if name.startswith(path + "/")]
@@ -258,6 +321,7 @@ class Hub:
     ("end", "root", "files"),
     [
         ("", "/data", {"train.csv"}),
+        ("/*.json", "", {"infos.json"}),
         (":test", "/data", {"test.csv"}),
         ("/data/:train#body", "/data", {"train.csv"}),
         ("/data/test.csv", "/data", {"test.csv"}),
@@ -269,6 +333,8 @@ def test_a_split_of_the_hub(monkeypatch, end, root, files):
     monkeypatch.setattr("huggingface_hub.HfFileSystem", Hub)
     found = locate(f"hf://datasets/some/test{end}")
     assert (found.root, set(found.files)) == (f"hf://datasets/some/test{root}", files)
+    if not end:
+        assert dict(found.left_out) == {".json": 1, ".png": 1, "of other splits": 2}
     for wrong, said in ((":dev", "splits seen: test, train"), (":train[:9%]", "is not the name of a split")):
         with pytest.raises(UserError, match=said):
             locate(f"hf://datasets/some/test{wrong}")

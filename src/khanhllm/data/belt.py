@@ -44,9 +44,7 @@ class Belt:
         manifest = Manifest.read(folder)
         self.source = manifest.source
         self.vocab_size = manifest.vocab_size
-        if (
-            len(self.recipe.weights) > 1 and self.recipe.shard_tokens <= context
-        ):  # a mixture never ends, nor would a lap
+        if len(self.recipe.weights) > 1 and self.recipe.shard_tokens <= context:  # else it makes shards for ever
             raise UserError(too_short(self.recipe.shard_tokens, context))
         self._settings = [str(ahead), str(disk), str(patience)]
 

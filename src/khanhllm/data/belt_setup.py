@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def create_belt(
     )
     recipe = Recipe(
         version=VERSION,
-        sources=tuple(asdict(source) for source, _ in sources),
+        sources=tuple(_deciding(source) for source, _ in sources),
         weights=tuple(weight for _, weight in sources),
         tokenizer=tokenizer.sha256,
         dtype=dtype,
@@ -71,6 +71,11 @@ def create_belt(
     )
     (folder / RECIPE).write_text(recipe.model_dump_json(), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
+
+
+def _deciding(source: Source) -> dict[str, Any]:
+    """The fields of a source that decide its shards."""
+    return {key: value for key, value in asdict(source).items() if key != "left_out"}
 
 
 class _Held(NamedTuple):

@@ -33,9 +33,11 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 
 from khanhllm.data.fetch import Denied, fetch
+from khanhllm.data.json_values import values
 from khanhllm.data.source_syntax import filled, text_columns
-from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, kind, piece_bytes
-from khanhllm.data.warc import pages
+from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, piece_bytes
+from khanhllm.data.walk import kind
+from khanhllm.data.warc import page, pages
 from khanhllm.errors import UserError
 
 BLOCK = 2**18
@@ -126,13 +128,17 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         if form == "warc":
             name = where.partition("?")[0].lower()
             return pages(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, where)
+        if form == "page":
+            return iter([page(raw.read())])
         if form != "text":
-            return {"table": _rows, "lines": _records, "sheet": _cells}[form](raw, where, self.source.column)
+            read = {"table": _rows, "lines": _records, "json": _items, "sheet": _cells}[form]
+            return read(raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
-        most = self.source.document_bytes or piece_bytes(raw.seek(0, SEEK_END))
+        packed = where.partition("?")[0].lower().endswith(".gz")
+        most = self.source.document_bytes or piece_bytes(raw.seek(0, SEEK_END) * (4 if packed else 1))
         raw.seek(0)
-        return _pieces(_decoded(raw, where), most)
+        return _pieces(_decoded(gzip.GzipFile(fileobj=raw) if packed else raw, where), most)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:
@@ -288,7 +294,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 yield texts[filled(columns, texts)]
             row += 1
     except csv.Error as error:
-        why = next((meaning for mark, meaning in CSV_FAULTS.items() if mark in str(error)), error)
+        why = next((meaning for mark, meaning in CSV_FAULTS.items() if mark in str(error)), str(error))
         raise UserError(f"{where}, row {row}: {why}") from None
 
 
@@ -302,6 +308,16 @@ def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
             column = filled(text_columns(list(record), wanted, place), record)
             yield _text(record[column], column, place)
+
+
+def _items(raw: Any, where: str, wanted: str) -> Iterator[str]:
+    """The texts of a .json file: an array of objects, or objects one after the other."""
+    for number, record in enumerate(values(_decoded(raw, where), where), 1):
+        place = f"{where}, item {number}"
+        if not isinstance(record, dict):
+            raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
+        column = filled(text_columns(list(record), wanted, place), record)
+        yield _text(record[column], column, place)
 
 
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:

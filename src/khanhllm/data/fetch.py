@@ -71,8 +71,8 @@ def fetch(
 
     sha256: the hash that the file must have; empty: that which the hub publishes with its large files. token: sent to
     the server of `url`, but to none that it redirects to. patience: seconds without a new byte until `fetch` gives up.
-    check: reads the file and raises if it is damaged, a UserError if another try cannot help. page: whether the file may
-    be a web page. Raises UserError; its subclass Denied if the server wants another token.
+    check: reads the file and raises if it is damaged, a UserError if another try cannot help. page: whether the file
+    may be a web page. Raises UserError; its subclass Denied if the server wants another token.
     """
     if path.exists():
         return path

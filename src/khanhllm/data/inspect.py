@@ -22,8 +22,9 @@ from khanhllm.data.clean import counted as cleaned
 from khanhllm.data.clean import table
 from khanhllm.data.documents import Reader
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
-from khanhllm.data.sources import KINDS, Source, locate
+from khanhllm.data.sources import Source, locate
 from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.data.walk import KINDS
 from khanhllm.draw import counted, histogram, horizontal_bars, visible
 from khanhllm.errors import UserError
 
@@ -91,6 +92,8 @@ def _show_text(console: Console, source: Source, tokenizer_file: str | None, doc
     tokenizer = Tokenizer.load(Path(tokenizer_file)) if tokenizer_file else None
     size = f"about {source.size:,} bytes of text" if source.size else "size unknown"
     console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
+    if left_out := source.left_out_line():
+        console.print(visible(left_out))
     reader = Reader(source, [])
     parts = ((_sample_doc(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
     seen = _print_sample(console, parts, documents, sample)

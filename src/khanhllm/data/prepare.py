@@ -71,6 +71,7 @@ def prepare(
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
     located = locate(source)
+    _say_left_out(located)
     steps = ", ".join(steps_of(clean))
     Cleaner(steps)  # raises now, not in an hour, if something is not installed
     if (compares := _comparing(steps)) and is_remote(source):
@@ -107,8 +108,8 @@ def _share_note(manifest: Manifest) -> str:
         return ""
     documents = sum(shard.documents for shard in manifest.shards)
     return (
-        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; whole documents "
-        f"are held out, and there are only {documents:,} of them: shorter documents, or more, come closer"
+        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; "
+        f"whole documents are held out, and there are only {documents:,} of them: shorter ones, or more, come closer"
     )
 
 
@@ -237,7 +238,10 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     folder = Path(data.cache) / _folder_name(data.source, recipe)
     if given:
         check_fits(given.vocab_size, vocab_size, data.tokenizer)
-    if not there(folder / MANIFEST):
+    if there(folder / MANIFEST):
+        for part, _ in parts:
+            _say_left_out(part)
+    else:
         _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
     return folder
 
@@ -270,6 +274,8 @@ def _make(
             )
             return
         sources = [(locate(part) if isinstance(part, str) else part, weight) for part, weight in parts]
+        for located, _ in sources:
+            _say_left_out(located)
         # a short run must not read a long sample: no vocabulary averages more than 8 bytes a token
         sample = min(sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
         with aside(folder) as new:
@@ -279,6 +285,11 @@ def _make(
                 new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, patience, clean
             )
             new.rename(folder)
+
+
+def _say_left_out(source: str | Source) -> None:
+    if isinstance(source, Source) and (line := source.left_out_line()):
+        say(line)
 
 
 def _comparing(steps: str) -> str:

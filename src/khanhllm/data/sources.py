@@ -1,8 +1,9 @@
 """Find the files of a source string.
 
 Files are ordered by a hash of their names, so any prefix of the list is a fair sample of the whole: a run that needs
-little of a large source reads little of it, and the tokenizer's sample is the beginning of the list. Nothing here opens
-a file. A remote server gets one request with a short timeout, so that a missing network shows within seconds.
+little of a large source reads little of it, and the tokenizer's sample is the beginning of the list. Nothing here
+opens a file, except a .json, to see whether it holds documents. A remote server gets one request with a short timeout,
+so that a missing network shows within seconds.
 """
 
 import glob
@@ -13,32 +14,32 @@ import stat
 import sysconfig
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
 from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_column, with_split
+from khanhllm.data.walk import KINDS, ending, kind, matching, once, readable, walk
+from khanhllm.data.warc import can_read_pages
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.settings import did_you_mean
 
-TEXT = (".txt", ".md", ".rst", ".py")
-LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-TABLES = (".parquet",)
-SHEETS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-WEB = (".warc", ".warc.gz", ".wet", ".wet.gz")
-KINDS = {"text": TEXT, "lines": LINES, "table": TABLES, "sheet": SHEETS, "warc": WEB}
 PACKED = (".gz", ".zst", ".parquet")
-ALLOWED = f"known endings: {' '.join(ending for endings in KINDS.values() for ending in endings)}"
+ALLOWED = f"known endings: {' '.join(chain.from_iterable(KINDS.values()))}"
 LOCAL_HELP = "use text that is here: --data stdlib, or a file, or a folder"
 LOGIN = "if the dataset is private or gated, type `hf auth login` or set HF_TOKEN, and accept its terms on its page"
 
 C4 = "hf://datasets/allenai/c4/en"
 C4_FILES = (("train", 1024), ("validation", 8))
+MOST_KINDS = 10
+"""of what is left out that are named"""
 PATIENCE = 5.0
 """seconds to wait for a server's first answer"""
 
@@ -62,6 +63,15 @@ class Source:
     """column of the text in json lines and tables; empty means the first usual name that is there"""
     validation: tuple[str, ...] = ()
     """files of the source's own validation split; without one, documents are held out by a hash of their text"""
+    left_out: tuple[tuple[str, int], ...] = ()
+    """what a folder or pattern also holds, but is not read: its kind, and how often; decides nothing"""
+
+    def left_out_line(self) -> str:
+        """What is left out, as one line; "" if it is nothing."""
+        parts = [f"{number:,} {what}" for what, number in self.left_out[:MOST_KINDS]]
+        rest = sum(number for _, number in self.left_out[MOST_KINDS:])
+        parts += [f"{rest:,} of other kinds"] if rest else []
+        return f"left out of {self.name}: {', '.join(parts)}" if parts else ""
 
     @property
     def size(self) -> int:
@@ -117,18 +127,19 @@ def locate(source: str) -> Source:
             f"{source} is a mixture; look at its sources one by one: {', '.join(name for name, _ in parts)}"
         )
     place, column = with_column(source)
-    located = _without_column(place)
+    located = _without_column(place, column)
     if not column:
         return located
-    if all(kind(name) == "text" for name in located.files):
+    if all(kind(name) in ("text", "page") for name in located.files):
         raise UserError(f"{place} is plain text, which has no column '{column}'; leave out #{column}")
     return replace(located, name=source, column=column, fingerprint=f"{located.fingerprint}#{column}")
 
 
-def _without_column(source: str) -> Source:
+def _without_column(source: str, column: str) -> Source:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _local(source, root, [path for path in _walk(root) if path.suffix in (".py", ".txt", ".rst")])
+        walked = walk(root, Counter(), links=False)
+        return _local(source, root, [path for path in walked if path.suffix in (".py", ".txt", ".rst")])
     if source == "c4":
         _ask(_hub(), source)
         names, held = (
@@ -137,7 +148,8 @@ def _without_column(source: str) -> Source:
         return replace(_remote(source, C4, names), validation=tuple(held))
     if source.startswith("hf://"):
         _ask(_hub(), source)
-        return _remote(source, *_listed(source))
+        folder, names, left_out = _listed(source)
+        return _remote(source, folder, names, left_out=left_out)
     if source.startswith(("http://", "https://")):
         urls = expanded(source)
         size = _ask(urls[0], source, must_exist=True)  # one request: the others should exist and be as large
@@ -146,30 +158,33 @@ def _without_column(source: str) -> Source:
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
     try:
-        return _on_disk(source)
+        return _on_disk(source, column)
     except OSError as error:  # a name too long, or a folder without permission
         raise UserError(f"cannot read {source}: {error.strerror}") from None
 
 
-def _on_disk(source: str) -> Source:
+def _on_disk(source: str, column: str) -> Source:
+    left_out = Counter[str]()
     path = _with_home(source)
     if path.is_dir():
         if (path / "manifest.json").exists():
             raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
-        files = [file for file in _walk(path) if kind(file.name)]
+        files = readable(walk(path, left_out), column, left_out)
         if not files:
-            raise UserError(f"the folder {path} holds no text files; {ALLOWED}")
-        return _local(source, path, files)
+            what = f"; it holds {_in_words(left_out)}" if left_out else ""
+            raise UserError(f"the folder {path} holds no text files; {ALLOWED}{what}")
+        return _local(source, path, files, left_out)
     if path.is_file():
+        if kind(path.name) == "page" and not can_read_pages():
+            raise UserError(f"to read {source}, install Resiliparse: pip install 'khanhllm[web]'")
         return _local(source, path.parent, [path.with_name(_known(path.name, source))])
     if glob.has_magic(source):
-        every = glob.glob(str(path), recursive=True)  # noqa: PTH207, Path.glob takes no absolute patterns
-        matching = [file for file in map(Path, every) if file.is_file()]
-        files = [file for file in matching if kind(file.name)]
+        matched = once(file for file in matching(path) if file.is_file())
+        files = readable(matched, column, left_out)
         if not files:
-            why = f"only files of unknown kind; {ALLOWED}" if matching else "nothing"
+            why = f"only files of unknown kind; {ALLOWED}; these are {_in_words(left_out)}" if matched else "nothing"
             raise UserError(f"the pattern {source} matches {why}")
-        return _local(source, Path(os.path.commonpath([file.parent for file in files])), files)
+        return _local(source, Path(os.path.commonpath([file.parent for file in files])), files, left_out)
     guess = did_you_mean(source, ["stdlib", "c4"])
     raise UserError(f"there is no file, folder or source named {source}{guess}; {LOCAL_HELP}")
 
@@ -182,21 +197,8 @@ def _with_home(source: str) -> Path:
         return Path(source)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        # a folder of shards may lie inside the folder of texts; its vocab.txt is not text to train on
-        if "manifest.json" in names and "tokenizer.json" in names:
-            folders.clear()
-            continue
-        skip = {"__pycache__", "site-packages", "dist-packages"}
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def kind(name: str) -> str:
-    """The kind of a file, a key of KINDS, by its ending; "" if it is unknown."""
-    name = name.partition("?")[0].lower()
-    return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), "")
+def _in_words(left_out: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {what}" for what, number in left_out.most_common(MOST_KINDS))
 
 
 def _known(name: str, source: str) -> str:
@@ -209,7 +211,7 @@ def _shuffled(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: blake2b(name.encode("utf-8", "surrogateescape")).digest())
 
 
-def _local(source: str, root: Path, paths: list[Path]) -> Source:
+def _local(source: str, root: Path, paths: list[Path], left_out: Counter[str] | None = None) -> Source:
     stats = {path.relative_to(root).as_posix(): _stat(path) for path in paths}
     for name, status in stats.items():
         if not status.st_size and name.lower().endswith(PACKED):
@@ -222,7 +224,12 @@ def _local(source: str, root: Path, paths: list[Path]) -> Source:
         most = 0
     recipe = (str(root.resolve()), listing, *(["each file cut by its own size"] if not most else []))
     fingerprint = blake2b(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()
-    return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, most)
+    counts = _counts(left_out or Counter())
+    return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, most, left_out=counts)
+
+
+def _counts(left_out: Counter[str]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -236,14 +243,18 @@ def _stat(path: Path) -> os.stat_result:
     return status
 
 
-def _remote(source: str, root: str, names: list[str], size: int = 0) -> Source:
+def _remote(
+    source: str, root: str, names: list[str], size: int = 0, left_out: tuple[tuple[str, int], ...] = ()
+) -> Source:
     sizes = (size,) * len(names)
-    return Source(source, root, tuple(_shuffled(names)), sizes, source, _by_total(size or 2**22))
+    return Source(source, root, tuple(_shuffled(names)), sizes, source, _by_total(size or 2**22), left_out=left_out)
 
 
 def piece_bytes(size: int) -> int:
-    """Where a text file of so many bytes is cut: small enough for a few dozen documents of a novel, large enough to keep
-    short files whole. Its own size alone decides, so another file moves no cut."""
+    """Where a text file of so many bytes is cut: a novel into a few dozen documents, a short file not at all.
+
+    Its own size alone decides, so another file moves no cut.
+    """
     return min(max(size // 64, 2**12), 2**20)
 
 
@@ -261,8 +272,11 @@ def _cuts_alike(names: list[str], sizes: tuple[int, ...], most: int) -> bool:
     return all(piece_bytes(size) == most or size <= min(most, piece_bytes(size)) for size in texts)
 
 
-def _listed(source: str) -> tuple[str, list[str]]:
-    """Root and file names of a file, folder or pattern on the hub."""
+def _listed(source: str) -> tuple[str, list[str], tuple[tuple[str, int], ...]]:
+    """Root and file names of a file, folder or pattern on the hub, and what is left out of it.
+
+    A .json or .html file may be anything, so it is taken only where the source names this ending.
+    """
     from huggingface_hub import HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -279,13 +293,17 @@ def _listed(source: str) -> tuple[str, list[str]]:
             if error.response.status_code not in (401, 403):
                 raise
             raise UserError(f"{source}: the hub answers {error.response.status_code}; {LOGIN}") from None
-    files = [str(name) for name in names if kind(str(name))]
+    taken = [str(name) for name in names if kind(str(name))]
+    files = [name for name in taken if kind(name) not in ("json", "page") or path.endswith(ending(name))]
+    left_out = Counter(ending(Path(str(name)).name) for name in names if str(name) not in files)
     if not files:
         raise UserError(f"{source} holds no text files that exist and can be read; {ALLOWED}")
     if split or not single:
-        files = _chosen(files, split, source)
+        chosen = _chosen(files, split, source)
+        left_out.update(["of other splits"] * (len(files) - len(chosen)))
+        files = chosen
     root, relative = common_folder(files)
-    return f"hf://{root}", relative
+    return f"hf://{root}", relative, _counts(left_out)
 
 
 def _chosen(files: list[str], split: str, source: str) -> list[str]:

@@ -21,7 +21,7 @@ def pages(raw: Any, where: str) -> Iterator[str]:
 
     raw: an open file of bytes.
     """
-    if not (importlib.util.find_spec("warcio") and importlib.util.find_spec("resiliparse")):
+    if not (importlib.util.find_spec("warcio") and can_read_pages()):
         raise UserError(f"to read {where}, install warcio and Resiliparse: pip install 'khanhllm[web]'")
     iterator = importlib.import_module("warcio.archiveiterator").ArchiveIterator
     records = type("Quiet", (iterator,), {"INC_RECORD": ""})(raw)  # else warcio prints a line
@@ -46,6 +46,16 @@ def pages(raw: Any, where: str) -> Iterator[str]:
         raise UserError(f"{where}, record {number} is damaged: {why}; copy or download the file again") from None
 
 
+def can_read_pages() -> bool:
+    """Whether the library that reads pages is installed."""
+    return importlib.util.find_spec("resiliparse") is not None
+
+
+def page(content: bytes) -> str:
+    """The main text of one page."""
+    return _readable(content, "utf-8", HTML[0])
+
+
 def _type(record: Any) -> str:
     """The media type of a record that is a text, else ""."""
     if record.rec_type == "conversion":
@@ -59,9 +69,13 @@ def _type(record: Any) -> str:
 
 
 def _text(content: bytes, form: str, record: Any) -> str:
-    encoding = importlib.import_module("resiliparse.parse.encoding")
     declared = "" if record.rec_type == "conversion" else record.http_headers.get_header("Content-Type")
     charset = declared.lower().partition("charset=")[2].strip(" \"';") or "utf-8"
+    return _readable(content, charset, form)
+
+
+def _readable(content: bytes, charset: str, form: str) -> str:
+    encoding = importlib.import_module("resiliparse.parse.encoding")
     try:
         text = content.decode(charset)
     except (ValueError, LookupError):
