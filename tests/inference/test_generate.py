@@ -23,6 +23,16 @@ def test_what_the_settings_leave():
     assert drawn(Sampling(temperature=1, min_p=0.3)) == {1, 2}
 
 
+def test_the_temperature_divides_the_logits():
+    """Two tokens a logit apart are drawn as often as exp(1 / temperature) says."""
+    for temperature in (0.5, 1.0, 2.0):
+        sampling = Sampling(temperature=temperature, min_p=0)
+        dice = torch.Generator().manual_seed(0)
+        draws = [choose(torch.tensor([1.0, 0.0]), sampling, dice) for _ in range(2000)]
+        expected = 1 / (1 + 2.718281828 ** (1 / temperature))
+        assert abs(sum(draws) / 2000 - expected) < 0.035  # three standard deviations
+
+
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=20), st.builds(Sampling))
 def test_always_one_of_the_tokens(logits, sampling):
     assert 0 <= choose(torch.tensor(logits), sampling, torch.Generator()) < len(logits)

@@ -1,8 +1,19 @@
 """What a machine says and does, whatever the device: words of errors, and settings of the process."""
 
 import pytest
+import torch
 
-from khanhllm.machine.devices import out_of_memory
+from khanhllm.machine.devices import Machine, out_of_memory
+
+
+@pytest.mark.parametrize(("precision", "products"), [("tf32", "high"), ("fp32", "highest"), ("bf16", "highest")])
+def test_only_tf32_rounds_the_products_of_fp32(precision, products):
+    before = torch.get_float32_matmul_precision()
+    try:
+        Machine(torch.device("cpu"), precision, compile=False, experts="loop").take_process()
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,14 @@ def compiling(monkeypatch):
 
 
 @pytest.mark.slow
+def test_without_gradients_nothing_is_compiled(compiling):
+    """Validation and generation have a new shape each time."""
+    fitted = fit(build(tiny()), compiling, "full")
+    with torch.no_grad():
+        fitted.logits(torch.zeros(1, 9, dtype=torch.long))
+    assert not counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_blocks_compile_whole_and_once(style, checkpointing, compiling):

@@ -60,6 +60,21 @@ def test_a_second_derivative_is_refused_not_wrong():
         torch.autograd.grad(total, x, create_graph=True)
 
 
+def test_the_gradient_of_the_head_is_summed_in_fp32_under_autocast():
+    """64 equal chunks give exactly 64 times the gradient of one: a sum kept in bf16 would be rounded on the way."""
+    x, weight = torch.randn(8, 16, generator=G), torch.randn(20, 16, generator=G)
+    targets = torch.randint(20, (8,), generator=G)
+
+    def gradient(times):
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            nll = objectives.token_nll(x.repeat(times, 1), leaf, targets.repeat(times), 8)
+        nll.sum().backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(64), 64 * gradient(1))
+
+
 def test_even_routing_scores_one_and_collapse_scores_experts():
     even, collapsed = torch.ones(1, 8), torch.eye(8)[:1]
     assert objectives.load_balance(even, even).item() == 1

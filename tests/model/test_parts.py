@@ -147,6 +147,39 @@ def test_bf16_autocast_is_near_fp32_on_both_roads(backend):
     assert (near - exact).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("kind", [SwiGLUExperts, Relu2Experts])
+def test_the_gradient_of_the_router_s_weights_is_summed_in_fp32_under_autocast(kind):
+    """The sum over features is not rounded to bf16 at its end: it would be equal to its own rounding."""
+    experts = kind(4, 16, 64)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0, 0.5, generator=G)
+    weight = torch.full((40, 2), 0.5, requires_grad=True)
+    expert = torch.rand(40, 4, generator=G).topk(2).indices
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = experts(
+            torch.randn(40, 16, generator=G), Choice(expert, weight), torch.bincount(expert.flatten(), minlength=4)
+        )
+    y.float().square().sum().backward()
+    assert (weight.grad.bfloat16().float() != weight.grad).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_the_weights_begin_as_the_docstring_says(style):
+    model = build(tiny(style, dim=256, hidden=256, expert_hidden=256, vocab_size=1000, pattern="DMDM"))
+    sigma = 0.64 / 256**0.5
+    expected = {
+        "head.weight": sigma / 2,
+        "out.weight": sigma / 8**0.5,
+        "down.weight": sigma / 8**0.5,
+        "query.weight": sigma,
+    }
+    for name, parameter in model.named_parameters():
+        for ending, deviation in expected.items():
+            if name.endswith(ending):
+                assert parameter.std().item() == pytest.approx(deviation, rel=0.05), name
+
+
 def test_the_square_of_relu():
     dense = build(tiny(feedforward="relu2")).blocks[0].feedforward
     x = torch.randn(2, 9, 32, generator=G)

@@ -18,13 +18,15 @@ IDS = torch.randint(300, (ROWS, CONTEXT + 1), generator=GENERATOR)
 LAST_LOAD = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
 
 
-def gradient(micro_batch: int, load: str, balance: float = 0.3, style: str = "modern") -> list[torch.Tensor]:
+def gradient(
+    micro_batch: int, load: str, balance: float = 0.3, style: str = "modern", pattern: str = "DM"
+) -> list[torch.Tensor]:
     settings = {
         "train": {"micro_batch": micro_batch, "accumulation": ROWS // micro_batch},
         "loss": {"load": load, "balance": balance, "router_z": 0.1, "chunk": 40},
         "optim": {"clip": 0},
     }
-    config = resolve(tiny(style).model_dump(), settings)
+    config = resolve(tiny(style, pattern=pattern).model_dump(), settings)
     model = build(config).double()
     found: list[torch.Tensor] = []
     optimizer = SimpleNamespace(
@@ -34,7 +36,7 @@ def gradient(micro_batch: int, load: str, balance: float = 0.3, style: str = "mo
     )
     parts = SimpleNamespace(config=config, model=model, machine=plain_machine(), optimizer=optimizer, flops_per_token=1)
     batches = [Batch(rows[:, :-1], rows[:, 1:], 0) for rows in IDS.split(micro_batch)]
-    step.train_step(parts, step.State(0, 0, LAST_LOAD), iter(batches))
+    step.train_step(parts, step.State(0, 0, LAST_LOAD.expand(pattern.count("M"), 4)), iter(batches))
     return found
 
 
@@ -51,15 +53,19 @@ def test_accumulated_equals_whole(micro_batch, load, style):
     assert farthest(gradient(micro_batch, load, style=style), gradient(ROWS, load, style=style)) < 1e-6
 
 
-def test_the_gradient_is_that_of_the_formula_of_one_batch():
-    """load = "current" is Switch's formula over all tokens of the step, differentiated by autograd."""
-    config = tiny()
-    model = build(config).double()
-    nll, (routing,) = model(IDS[:, :-1], IDS[:, 1:])
-    balance = objectives.load_balance(routing.load_E, routing.prob_E)
-    loss = nll.mean() + 0.3 * balance + 0.1 * routing.z / nll.numel()
+@pytest.mark.parametrize("pattern", ["DM", "DMM", "MMM"])
+def test_the_gradient_is_that_of_the_formula_of_one_batch(pattern):
+    """load = "current" is Switch's formula over all tokens of the step, summed over layers, differentiated by
+    autograd."""
+    model = build(tiny(pattern=pattern)).double()
+    nll, routings = model(IDS[:, :-1], IDS[:, 1:])
+    loss = nll.mean()
+    for routing in routings:
+        loss = loss + 0.3 * objectives.load_balance(routing.load_E, routing.prob_E) + 0.1 * routing.z / nll.numel()
     loss.backward()
-    assert farthest(gradient(2, "current"), [parameter.grad for parameter in model.parameters()]) < 1e-6
+    assert (
+        farthest(gradient(2, "current", pattern=pattern), [parameter.grad for parameter in model.parameters()]) < 1e-6
+    )
 
 
 def test_balance_reaches_the_router_and_the_load_matters():
@@ -69,6 +75,15 @@ def test_balance_reaches_the_router_and_the_load_matters():
     )
     assert (without - previous).abs().max() > 1e-4
     assert (previous - current).abs().max() > 1e-4
+
+
+def test_a_step_moves_the_router_s_biases_against_its_load():
+    learner = Learner.new(tiny(router_bias=True, pattern="DMM"), plain_machine())
+    _, row = step.train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))
+    for block, load_E in zip(learner.model.blocks[1:], row["load_per_layer"], strict=True):
+        expected = learner.config.loss.bias_rate * (0.25 - load_E).sign()
+        assert torch.allclose(block.feedforward.router.bias_E, expected)
+        assert block.feedforward.router.bias_E.any()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

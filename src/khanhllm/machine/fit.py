@@ -69,8 +69,12 @@ def _backend(name: str, shape: ModelConfig) -> Backend:
         from khanhllm.machine import triton_grouped  # only here, as triton may be missing
 
         return triton_grouped.BACKEND
-    aligned = shape.dim % 8 == shape.expert_width % 8 == 0  # grouped_mm wants rows of 16 bytes
-    return GROUPED if name == "grouped" and aligned else LOOP
+    return GROUPED if name == "grouped" and aligned(shape) else LOOP
+
+
+def aligned(shape: ModelConfig) -> bool:
+    """Whether grouped_mm takes experts of this shape: it wants rows of 16 bytes."""
+    return shape.dim % 8 == shape.expert_width % 8 == 0
 
 
 def _checkpoint_activations(model: Transformer, selective: bool) -> None:
