@@ -173,12 +173,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike for unusual text"
         )
-    if good:
-        restored = _restore(parts, good)
-    else:
-        learner.model.initialise(torch.Generator().manual_seed(learner.config.train.seed))
-        learner.optimizer.state.clear()
-        restored = learner.start()
+    restored = _restore(parts, good) if good else learner.restart()
     for group in learner.optimizer.param_groups:
         group["step"] = -1
     checkpoint.reject_after(parts.run, restored.step)
