@@ -29,8 +29,10 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    names = [name for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    # whoever started us with a signal ignored, as nohup does, wants it ignored; None is another library's handler
+    wanted = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield stop
     finally:
