@@ -6,14 +6,16 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 from conftest import tiny
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, saver
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 
@@ -217,7 +219,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
         return honest(run, whole)
 
     monkeypatch.setattr(checkpoint, "write", full_after_5)
-    with pytest.raises(UserError, match=r"No space.*intact.*--resume"):
+    with pytest.raises(UserError, match=r"No space.*step-0000004, for --resume"):
         train(config(corpus, cache, train={"save_every": 2}), tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     with (tmp_path / "run" / "training_log.csv").open() as file:
@@ -246,3 +248,60 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
     assert checkpoint.newest(run).name == "step-0000011"
     with pytest.raises(UserError, match="longer --for"):
         train(config(corpus, cache, train={"seconds": 11}), run, resume=True)
+
+
+def test_the_last_save_waits_for_room(corpus, cache, tmp_path, monkeypatch, capsys):
+    """The disk fills up after the beginning, and has room again while the last save waits."""
+    free, waits = [10**9], []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+
+    def pass_time(seconds):
+        waits.append(seconds)
+        free[0] = 10**9 if len(waits) == 3 else free[0]
+
+    monkeypatch.setattr(saver.time, "sleep", pass_time)
+    honest = training_run.train_step
+
+    def filling(*arguments):
+        free[0] = 1000
+        return honest(*arguments)
+
+    monkeypatch.setattr(training_run, "train_step", filling)
+    train(config(corpus, cache, train={"save_every": 0}), tmp_path / "run")
+    assert "make room there: this waits for it up to 10 minutes" in capsys.readouterr().out
+    assert len(waits) == 3 and checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "PATIENCE", -1)
+    honest = training_run.train_step
+
+    def filling(*arguments):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        return honest(*arguments)
+
+    monkeypatch.setattr(training_run, "train_step", filling)
+    with pytest.raises(UserError, match=r"0 MB free, a checkpoint takes .*; nothing of this run is saved"):
+        train(config(corpus, cache), tmp_path / "run")
+
+
+def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, tmp_path, monkeypatch, capsys):
+    """Refused if not even one fits, and then the folder holds no run; a warning if fewer fit than are kept."""
+    train(config(corpus, cache), tmp_path / "all")
+    (size,) = {_tensor_bytes(path) for path in checkpoint.steps(tmp_path / "all")}
+    free = [size - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    with pytest.raises(UserError, match=r"the disk of .*run has .* MB free, a checkpoint takes .* MB: make room"):
+        train(config(corpus, cache), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.toml").exists()
+    for room, keep, save_every, warned in ((3, 2, 5, 0), (2.9, 2, 5, 3), (1, 2, 0, 0), (1.9, 1, 5, 2)):
+        free[0] = size * room
+        train(config(corpus, cache, train={"keep": keep, "save_every": save_every}), tmp_path / f"{room}")
+        told = capsys.readouterr().out
+        assert ("make room" in told) == (f"{warned} checkpoints will take" in told) == bool(warned), told
+
+
+def _tensor_bytes(path):
+    return sum(
+        tensor.nbytes for name in ("model", "optimizer") for tensor in load_file(path / f"{name}.safetensors").values()
+    )

@@ -39,14 +39,14 @@ from khanhllm.planning import budget
 from khanhllm.schema import Config, Sampling, TrainConfig
 from khanhllm.settings import read_toml, refuse_to_overwrite, resolve, write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.checkpoint import Saver
 from khanhllm.training.guard import Diverged, Guard
+from khanhllm.training.saver import Saver, room_for
 from khanhllm.training.step import Learner, NoRows, State, train_step
 
+A_LONG_RUN = 10**9
+"""steps of a run that is given its time"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
-FAILURES = 3
-"""saves that fail in a row until the run stops"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
             if due(state.step, train.eval_every) or finished:
                 row |= validate(parts, train.eval_tokens)
             log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
-            _report_save(saver, log)
+            saver.report()
             if due(state.step, train.save_every) or last:
                 _save(parts, state, log, saver, must=last)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
@@ -125,15 +125,16 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
             _check_continuable(config, folder, saved)
         parts = assemble(config, folder, saved, machine)
         state = _restore(parts, last) if last else parts.learner.start()
+        tight = _room(parts, state)
         with (
             stop_signals() as stop,
             Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
-            Saver(folder, config.train.keep) as saver,
+            Saver(folder, config.train.keep, log.say) as saver,
         ):
             parts.tokenizer.save(folder / "tokenizer.json")
             write_config(config, folder)
             checkpoint.reject_after(folder, state.step, paper)
-            for line in _introduction(parts, state):
+            for line in filter(None, (*_introduction(parts, state), tight)):
                 log.say(line)
             try:
                 yield parts, state, log, saver, stop
@@ -163,7 +164,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     """After several rejected steps in a row: load weights and moments of the last good checkpoint, and skip the rows
     read since then. Raises Diverged if that has been tried often enough."""
     learner, guard = parts.learner, state.guard
-    _report_save(saver, log, patient=True)
+    saver.report(patient=True)
     good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
     where = f"step {int(good.name[5:])}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
@@ -235,8 +236,7 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
-    """Begin to save. must: wait until it is written, and raise UserError if that fails."""
-    _report_save(saver, log, patient=True)
+    """Begin to save; `must` as in Saver.save."""
     log.flush()
     extra = {
         "cursor": state.cursor,
@@ -246,24 +246,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
     }
-    saver.begin(state.step, parts.learner.model, parts.learner.optimizer, extra)
-    if must:
-        _report_save(saver, log, patient=True, must=True)
-
-
-def _report_save(saver: Saver, log: Log, patient: bool = False, must: bool = False) -> None:
-    """Log what became of the last save. Raises UserError if it failed and `must` succeed, or failed FAILURES times in a
-    row. patient: wait for it."""
-    try:
-        path = saver.outcome(patient)
-    except OSError as error:
-        fault = f"a checkpoint could not be saved: {error}"
-        if must or saver.failures == FAILURES:
-            raise UserError(f"{fault}; the checkpoints before it are intact, and --resume goes on from them") from None
-        log.say(f"{fault}; training goes on, the checkpoints before it are intact")
-        return
-    if path:
-        log.say(f"saved {path}")
+    saver.save(state.step, parts.learner.model, parts.learner.optimizer, extra, must)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
@@ -327,6 +310,14 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
         yield f"resumed after step {state.step}"
+
+
+def _room(parts: Parts, state: State) -> str:
+    """What `room_for` says of the saves to come."""
+    train, learner = parts.config.train, parts.learner
+    left = A_LONG_RUN if train.seconds else train.steps - state.step
+    saves = -(-left // train.save_every) if train.save_every else min(left, 1)
+    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), train.keep, saves)
 
 
 @contextmanager
