@@ -222,10 +222,16 @@ def test_one_put_aside_keeps_its_reason(tmp_path):
     (tmp_path / "checkpoints" / "step-0000003" / "state.json").write_text("{}")
     checkpoint.reject_after(tmp_path, 1)
     reasons = {path.parent.name: path.read_text() for path in (tmp_path / "checkpoints").glob("*/reason.txt")}
+    assert list(reasons) == ["step-0000003.rejected"]  # and no other: each takes as much room as a checkpoint
     assert "state.json" in reasons["step-0000003.rejected"]
-    assert reasons["step-0000002.rejected"] == "the run went back to step 1\n"
     checkpoint.prune(tmp_path, 1)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    save(tmp_path, 2, model, optimizer, {})
+    checkpoint.reject_after(tmp_path, 1)
+    (left,) = (tmp_path / "checkpoints").glob("*.rejected")
+    assert (left / "reason.txt").read_text() == "the run went back to step 1\n"
+    checkpoint.reject_after(tmp_path, 1)  # nothing to put aside: the reason of the last time stays
+    assert left.exists()
 
 
 def test_saving_in_bad_times_deletes_nothing(tmp_path):

@@ -131,10 +131,12 @@ def prune(run: Path, keep: int) -> None:
 
 
 def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
-    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again.
+    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again. Only the newest
+    of all that were put aside is kept, as each is as large as a checkpoint.
 
     paper: see `newest`; with it, a file that claims more than there can be is not read to its end.
     """
+    newest_aside = None
     for path in steps(run):
         if int(path.name[5:]) > step:
             fault = verify(path, paper) or f"the run went back to step {step}"
@@ -142,6 +144,10 @@ def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)
             (aside / "reason.txt").write_text(f"{fault}\n", encoding="utf-8")
+            newest_aside = newest_aside or aside
+    for old in (run / "checkpoints").glob("step-*.rejected") if newest_aside else ():
+        if old != newest_aside:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def to_stderr(text: str) -> None:
