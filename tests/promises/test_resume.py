@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from conftest import tiny
 from khanhllm.errors import UserError
+from khanhllm.runs.run import open_run
 from khanhllm.schema import Config
-from khanhllm.settings import resolve
+from khanhllm.settings import resolve, write_config
 from khanhllm.training import checkpoint, saver
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
@@ -305,3 +306,20 @@ def _tensor_bytes(path):
     return sum(
         tensor.nbytes for name in ("model", "optimizer") for tensor in load_file(path / f"{name}.safetensors").values()
     )
+
+
+def test_another_model_is_not_called_damage(corpus, cache, tmp_path):
+    whole = config(corpus, cache)
+    train(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
+    for change in ({"model": {"dim": 64}}, {"model": {"pattern": "DDM"}}):
+        with pytest.raises(UserError, match=r"was trained with another model\.(dim|pattern)"):
+            train(config(corpus, cache, **change), tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in before}
+    write_config(config(corpus, cache, model={"dim": 64}), tmp_path / "run")
+    for use in (
+        lambda: train(config(corpus, cache, model={"dim": 64}), tmp_path / "run", resume=True),
+        lambda: open_run(tmp_path / "run"),
+    ):
+        with pytest.raises(UserError, match=r"of another model than its config\.toml describes.*check model\.\* keys"):
+            use()

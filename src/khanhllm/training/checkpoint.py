@@ -35,6 +35,8 @@ from khanhllm.training.guard import Guard
 FORMAT = 2
 LONGEST_HEADER = 2**24
 """no model of ours needs a longer list of its tensors (bytes)"""
+OTHER_MODEL = "check model.* keys"
+"""how a fault ends that lies in the model's config, not in the checkpoint"""
 Say = Callable[[str], None]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -164,19 +166,22 @@ def newest(
     if there is none.
 
     paper: the run's model, of which only the shapes are read; a checkpoint of other shapes is then none of its own.
-    Raises UserError if there are checkpoints but each of them is broken.
+    Raises UserError if there are checkpoints but each of them is broken, or of another model.
     """
     found = steps(run)
-    whole = 0
+    whole, faults = 0, []
     for path in found:
         fault = verify(path, paper)
         if fault:
             say(f"checkpoint {path.name} rejected: {fault}")
+            faults.append(fault)
         elif suits(read_state(path)):
             return path
         else:
             whole += 1
     if found and not whole:
+        if other := [fault for fault in faults if fault.endswith(OTHER_MODEL)]:
+            raise UserError(f"{run} holds checkpoints of another model than its config.toml describes: {other[0]}")
         raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder (--run)")
     return None
 
@@ -253,7 +258,7 @@ def _compare(path: Path, model: nn.Module) -> None:
         ours, theirs = wanted.get(name), saved.get(name)
         if ours is None or theirs is None or tuple(ours.shape) != theirs[1]:
             has, needs = theirs and theirs[1], ours if ours is None else tuple(ours.shape)
-            raise UserError(f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; check model.* keys")
+            raise UserError(f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; {OTHER_MODEL}")
         if theirs[0] not in ("F32", "BF16"):
             raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
 

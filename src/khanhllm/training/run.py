@@ -118,11 +118,13 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
     if config.train.micro_batch == "auto":
         config = budget.fit_micro_batch(config, budget.here(machine))
     with _locked(folder):
+        if resume and checkpoint.steps(folder):
+            _check_same(config, folder)
         paper = on_paper(config.model)
         last = checkpoint.newest(folder, paper=paper) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
-            _check_continuable(config, folder, saved)
+            _check_longer(config, folder, saved)
         parts = assemble(config, folder, saved, machine)
         state = _restore(parts, last) if last else parts.learner.start()
         tight = _room(parts, state)
@@ -265,19 +267,24 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
 
 
-def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> None:
-    """What a resumed run cannot change, refused before anything is opened."""
+def _check_same(config: Config, folder: Path) -> None:
+    """What a resumed run cannot change, refused before its checkpoints are read."""
     kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
-    if not config.train.seconds and config.train.steps <= saved["step"]:
-        raise UserError(f"{folder} has {saved['step']} steps already; to continue, give a larger --steps")
-    if 0 < config.train.seconds <= saved["seconds"]:
-        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
     fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
     changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
     changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
     changed += ["train.seed"] if config.train.seed != kept.train.seed else []
     if changed:
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
+
+
+def _check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
+    """A resumed run must have something left to do."""
+    train, step = config.train, saved["step"]
+    if not train.seconds and train.steps <= step:
+        raise UserError(f"{folder} has {step} steps already; to continue, give a larger --steps")
+    if 0 < train.seconds <= saved["seconds"]:
+        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
 
 
 def _restore(parts: Parts, path: Path) -> State:
