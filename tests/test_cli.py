@@ -243,3 +243,27 @@ def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "RuntimeError: first line" in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_config_of_a_run_means_that_run(trained, tmp_path, monkeypatch):
+    """Its folder, and not runs/config; any other file gives the folder its name."""
+    seen = []
+    monkeypatch.setattr(
+        "khanhllm.training.run.train", lambda _config, folder, resume: seen.append((folder, resume)) or ""
+    )
+    kept, other = trained / "run" / "config.toml", tmp_path / "config.toml"
+    other.write_text(kept.read_text())
+    for words in (
+        ["--resume", "--config", kept],
+        ["--config", kept],
+        ["--config", other],
+        ["--config", kept, "--run", "x"],
+    ):
+        assert cli.main(["train", *map(str, words)]) == 0
+    assert cli.main(["train", "--config", str(kept), "--twin", "active"]) == 0
+    assert cli.main(["train", "nano", "--config", str(kept)]) == 0
+    assert cli.main(["train", "--config", str(trained / "tiny.toml")]) == 0
+    run = trained / "run"
+    assert [folder for folder, _ in seen] == [
+        run, run, Path("runs/config"), Path("x"), trained / "run-twin", Path("runs/nano"), Path("runs/tiny")
+    ]  # fmt: skip
