@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from khanhllm.errors import UserError
-from khanhllm.log.run_log import FILE, Log, columns
+from khanhllm.log.run_log import FILE, Log, columns, lacks_validation
 from khanhllm.log.terminal import panel
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
@@ -353,3 +353,23 @@ print("nobody reads this")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(lines(tmp_path)) == 4
+
+
+def test_a_missing_validation_is_filled_in(tmp_path):
+    """The file is then byte for byte that of a run whose row had it at once."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    score = {"val_ce": 2.7182817, "val_bpb": 1.1, "val_bytes": 7, "val_tokens": 3}
+    for folder, last in ((whole, score), (parts, {})):
+        with Log.open(folder, config(), console=pipe()) as log:
+            for step in (1, 2, 3):
+                log.add(row(step, **(last if step == 3 else {})))
+    assert lacks_validation(parts, config(), 3) and not lacks_validation(whole, config(), 3)
+    assert not lacks_validation(parts, config(), 4)
+    console = pipe()
+    with Log.open(parts, config(), start_step=3, console=console) as log:
+        log.complete(score)
+        assert log.terminal.story.best_ce == 2.7182817
+        log.add(row(4))
+    assert "validation after step 3: 2.7183 (1.100 bits/byte)" in printed(console)
+    assert lines(parts)[:4] == lines(whole) and len(lines(parts)) == 5

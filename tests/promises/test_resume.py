@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import signal
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,7 +100,7 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_p
 
     for step in (7, 13, None):  # 7 and 13 lie between checkpoints, and 13 is a second resume
         stop_after(step)
-        train(whole, tmp_path / "pieces", resume=step != 7)
+        assert train(whole, tmp_path / "pieces", resume=step != 7) == ("SIGTERM" if step else "")
     assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
     assert len(outcome(tmp_path / "whole")[1]) == 20
 
@@ -249,6 +250,44 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
     assert checkpoint.newest(run).name == "step-0000011"
     with pytest.raises(UserError, match="longer --for"):
         train(config(corpus, cache, train={"seconds": 11}), run, resume=True)
+
+
+@pytest.mark.parametrize("moment", ["in the step", "in the validation"])
+def test_a_validation_that_a_signal_cut_short_is_made_up_for(moment, corpus, cache, tmp_path, monkeypatch):
+    """Also that of the last step, which ends the run. Bit for bit, log and samples included."""
+    whole = config(corpus, cache)
+    assert train(whole, tmp_path / "whole") == ""
+    honest_step, honest_score, pieces = training_run.train_step, training_run.score, tmp_path / "pieces"
+    stopping = False
+
+    def step(*arguments):
+        nonlocal stopping
+        result = honest_step(*arguments)
+        stopping = result[0].step == at
+        if stopping and moment == "in the step":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    def score(model, windows, *arguments):
+        if stopping and moment == "in the validation":
+            first = next(windows)
+            os.kill(os.getpid(), signal.SIGTERM)
+            windows = chain([first], windows)
+        return honest_score(model, windows, *arguments)
+
+    monkeypatch.setattr(training_run, "train_step", step)
+    monkeypatch.setattr(training_run, "score", score)
+    for at in (8, 12, 20):  # 12 is a second resume, and after 20 nothing is left but its validation
+        stopping = False
+        assert train(whole, pieces, resume=at != 8) == "SIGTERM"
+        _, rows = outcome(pieces)
+        assert len(rows) == at and not rows[-1]["val_ce"]
+    stopping = False
+    assert train(whole, pieces, resume=True) == ""
+    assert outcome(pieces) == outcome(tmp_path / "whole")
+    assert (pieces / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    with pytest.raises(UserError, match="20 steps already"):
+        train(whole, pieces, resume=True)
 
 
 def test_the_last_save_waits_for_room(corpus, cache, tmp_path, monkeypatch, capsys):

@@ -9,20 +9,22 @@ from khanhllm.schema import Config
 from khanhllm.settings import folder_for, preset, preset_names, read_toml, with_length
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> int:
     """Train a model from a preset, a TOML file and single options; later ones win.
 
     The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
-    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume
-    continues.
+    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
+    end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number for any signal. --resume
+    continues. A signal that was ignored at the start, as under nohup, stays ignored.
     """
     folder = _folder(options)
     config = with_length(
         *_layers(options, folder), steps=options.steps, time=options.time, tokens=options.tokens, where="train"
     )
+    from khanhllm.machine.signals import exit_code
     from khanhllm.training import run
 
-    run.train(_twin(options, config), folder, resume=options.resume)
+    return exit_code(run.train(_twin(options, config), folder, resume=options.resume))
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -87,11 +89,12 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     knobs(parser)
 
 
-def demo(options: argparse.Namespace) -> None:
+def demo(options: argparse.Namespace) -> int:
     """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes."""
     from khanhllm import demo
+    from khanhllm.machine.signals import exit_code
 
-    demo.tell(Path(options.run), given(options))
+    return exit_code(demo.tell(Path(options.run), given(options)))
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:

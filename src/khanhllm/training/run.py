@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -31,7 +32,7 @@ from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
 from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
-from khanhllm.log.run_log import Log
+from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine.devices import Machine, open_machine, out_of_memory
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
@@ -64,8 +65,9 @@ class Parts:
         return self.learner.config
 
 
-def train(config: Config, folder: Path, resume: bool = False) -> None:
-    """Train until `config.train.steps`, or until its time is used up, or until a signal asks to stop.
+def train(config: Config, folder: Path, resume: bool = False) -> str:
+    """Train until `config.train.steps`, or until its time is used up, or until a signal asks to stop. Returns the name
+    of that signal; empty if the run is finished.
 
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
@@ -73,7 +75,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
         train = parts.config.train
         rows = _batches(parts, state, stop)
         started = time.perf_counter() - (state.share or 0) * train.seconds
-        first, last, finished = state.step + 1, False, False
+        first, finished = state.step + 1, _make_up(parts, state, log, stop)
+        last = finished or bool(stop.asked)
         while not last:
             try:
                 state, row = train_step(parts.learner, state, rows)
@@ -96,9 +99,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
                 continue
             seconds = time.perf_counter() - started
             state, finished = _progress(train, state, seconds, saver, log)
-            last = finished or bool(stop.asked)
             if due(state.step, train.eval_every) or finished:
-                row |= validate(parts, train.eval_tokens)
+                row |= validate(parts, train.eval_tokens, stop) or {}
+                finished = finished and "val_ce" in row
+            last = finished or bool(stop.asked)
             log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
             saver.report()
             if due(state.step, train.save_every) or last:
@@ -107,6 +111,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
                 _write_sample(parts, state.step, log)
         if not finished:
             log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
+        return "" if finished else stop.asked
 
 
 @contextmanager
@@ -133,6 +138,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
             Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
             Saver(folder, config.train.keep, log.say) as saver,
         ):
+            stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(folder / "tokenizer.json")
             write_config(config, folder)
             checkpoint.reject_after(folder, state.step, paper)
@@ -215,12 +221,41 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def validate(parts: Parts, tokens: int) -> Score:
-    """Score the first `tokens` tokens of the validation documents, always the same ones."""
-    windows = islice(parts.validation.windows(), -(-tokens // parts.config.model.context))
-    rows = parts.config.train.rows
+class _Stopped(Exception):
+    """A signal asks to stop while the validation is at work."""
+
+
+def validate(parts: Parts, tokens: int, stop: Stop) -> Score | None:
+    """Score the first `tokens` tokens of the validation documents, always the same ones. None if a signal asks to stop:
+    a resumed run then makes up for it, from the same weights."""
+
+    def windows() -> Iterator[np.ndarray]:
+        for window in islice(parts.validation.windows(), -(-tokens // parts.config.model.context)):
+            if stop.asked:
+                raise _Stopped
+            yield window
+
     learner = parts.learner
-    return score(learner.model, windows, parts.tokenizer.token_bytes, learner.machine, rows)
+    try:
+        return score(learner.model, windows(), parts.tokenizer.token_bytes, learner.machine, parts.config.train.rows)
+    except _Stopped:
+        return None
+
+
+def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
+    """Validate after the step that a resumed run starts from, if a signal cut that short, so that its log is the
+    uninterrupted one's. Returns whether that finishes the run."""
+    train = parts.config.train
+    finished = state.share is None and state.step == train.steps
+    if not (due(state.step, train.eval_every) or finished) or not lacks_validation(parts.run, parts.config, state.step):
+        return False
+    found = validate(parts, train.eval_tokens, stop)
+    if found is None:
+        return False
+    log.complete(found)
+    if finished and train.sample_tokens:
+        _write_sample(parts, state.step, log)
+    return finished
 
 
 def _write_sample(parts: Parts, step: int, log: Log) -> None:
@@ -281,7 +316,8 @@ def _check_same(config: Config, folder: Path) -> None:
 def _check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
     """A resumed run must have something left to do."""
     train, step = config.train, saved["step"]
-    if not train.seconds and train.steps <= step:
+    done = train.steps <= step and not (train.steps == step and lacks_validation(folder, config, step))
+    if not train.seconds and done:
         raise UserError(f"{folder} has {step} steps already; to continue, give a larger --steps")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
