@@ -181,7 +181,8 @@ def newest(
             whole += 1
     if found and not whole:
         if other := [fault for fault in faults if fault.endswith(OTHER_MODEL)]:
-            raise UserError(f"{run} holds checkpoints of another model than its config.toml describes: {other[0]}")
+            what = f"{run} holds checkpoints of another model than its config.toml describes: {other[0]}"
+            raise UserError(f"{what}, or start again in another folder (--run)")
         raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder (--run)")
     return None
 
