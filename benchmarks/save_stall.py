@@ -15,7 +15,7 @@ from pathlib import Path
 from khanhllm.data.batches import random_batches
 from khanhllm.machine.devices import open_machine
 from khanhllm.settings import preset, resolve
-from khanhllm.training.checkpoint import Saver
+from khanhllm.training.saver import Saver
 from khanhllm.training.step import Learner, train_step
 
 

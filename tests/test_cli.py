@@ -3,7 +3,9 @@
 import gzip
 import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from conftest import tiny
 from khanhllm import cli
 from khanhllm.settings import to_toml
+from khanhllm.training import run
 
 VERBS = ["tokenizer", "prepare", "train", "generate", "evaluate", "doctor", "demo", "data"]
 
@@ -243,3 +246,46 @@ def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "RuntimeError: first line" in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_config_of_a_run_means_that_run(trained, tmp_path, monkeypatch):
+    """Its folder, and not runs/config; any other file gives the folder its name."""
+    seen = []
+    monkeypatch.setattr(
+        "khanhllm.training.run.train", lambda _config, folder, resume: seen.append((folder, resume)) or ""
+    )
+    kept, other = trained / "run" / "config.toml", tmp_path / "config.toml"
+    other.write_text(kept.read_text())
+    for words in (
+        ["--resume", "--config", kept],
+        ["--config", kept],
+        ["--config", other],
+        ["--config", kept, "--run", "x"],
+    ):
+        assert cli.main(["train", *map(str, words)]) == 0
+    assert cli.main(["train", "--config", str(kept), "--twin", "active"]) == 0
+    assert cli.main(["train", "nano", "--config", str(kept)]) == 0
+    assert cli.main(["train", "--config", str(trained / "tiny.toml")]) == 0
+    run = trained / "run"
+    assert [folder for folder, _ in seen] == [
+        run, run, Path("runs/config"), Path("x"), trained / "run-twin", Path("runs/nano"), Path("runs/tiny")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 128 + 10), ("SIGHUP", 129)])
+def test_a_training_that_a_signal_stopped_ends_with_its_code(name, code, trained, tmp_path, monkeypatch):
+    """So that in `train && evaluate` the second does not follow a Ctrl-C; saved it is all the same."""
+    honest = run.train_step
+
+    def stopping(*arguments):
+        result = honest(*arguments)
+        if result[0].step == 2:
+            os.kill(os.getpid(), getattr(signal, name))
+        return result
+
+    monkeypatch.setattr(run, "train_step", stopping)
+    words = ["train", "--config", str(trained / "run" / "config.toml"), "--run", str(tmp_path / "run")]
+    assert cli.main(words) == code
+    assert (tmp_path / "run" / "checkpoints" / "step-0000002").exists()
+    monkeypatch.undo()
+    assert cli.main([*words, "--resume"]) == 0

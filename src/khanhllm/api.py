@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from khanhllm.errors import UserError, missing_extra
 from khanhllm.schema import Config
-from khanhllm.settings import nested, preset, preset_names, read_toml, resolve, with_length
+from khanhllm.settings import folder_for, nested, preset, preset_names, read_toml, resolve, with_length
 
 if TYPE_CHECKING:
     from khanhllm.draw import Floats
@@ -74,7 +74,7 @@ def train(
     from khanhllm.runs.run import open_run
     from khanhllm.training import run as training
 
-    folder = Path("runs") / Path(preset).stem if run is None else Path(run)
+    folder = folder_for(preset) if run is None else Path(run)
     kept = folder / "config.toml"
     base = read_toml(kept) if resume and kept.exists() else _settings(preset)
     source = {} if data is None else {"data": {"source": str(data)}}

@@ -25,19 +25,18 @@ from khanhllm.training.run import train
 PROMPT = "import os\nimport sys\n\n\ndef main("
 
 
-def tell(folder: Path, settings: Mapping[str, Any]) -> None:
+def tell(folder: Path, settings: Mapping[str, Any]) -> str:
     """Train the nano preset on the standard library's text and show the result. If `folder` holds a run, picks a new
-    one."""
+    one. Returns the name of the signal that stopped the training; empty if none did."""
     folder = _free(folder)
     config = resolve(preset("nano"), settings, where="demo")
     console = Console(highlight=False)
     started = time.perf_counter()
     console.rule("[bold]KhanhLLM builds a small castle")
     console.print(_plan(config), markup=False)
-    train(config, folder)
+    if stopped := train(config, folder):
+        return stopped
     opened = open_run(folder, config.machine)
-    if opened.step < config.train.steps:
-        return
     console.rule("[bold]What it learned")
     _curve(console, folder)
     windows = list(held_out(opened).windows())
@@ -49,6 +48,7 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> None:
     _sample(console, opened)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
     console.print(NEXT.format(run=folder, steps=2 * config.train.steps), markup=False, soft_wrap=True)
+    return ""
 
 
 def _free(folder: Path) -> Path:

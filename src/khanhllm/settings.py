@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from khanhllm.errors import UserError
-from khanhllm.files import publish, read
+from khanhllm.files import publish, read, there
 from khanhllm.schema import Config, Section
 
 PRESETS = Path(__file__).parent / "presets"
@@ -197,6 +197,14 @@ def read_config(run: Path) -> Config:
     if not file.exists():
         raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
     return resolve(read_toml(file), where=str(file))
+
+
+def folder_for(name: str) -> Path:
+    """The run folder for a preset or TOML file if none is named: runs/NAME; a run's own for its config.toml."""
+    kept = Path(name)
+    if kept.name == "config.toml" and there(kept.with_name("training_log.csv")):
+        return kept.parent
+    return Path("runs") / kept.stem
 
 
 def write_config(config: Config, folder: Path) -> None:

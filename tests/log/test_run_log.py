@@ -1,5 +1,9 @@
+import errno
 import io
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,7 @@ import torch
 from rich.console import Console
 
 from khanhllm.errors import UserError
-from khanhllm.log.run_log import FILE, Log, columns
+from khanhllm.log.run_log import FILE, Log, columns, lacks_validation
 from khanhllm.log.terminal import panel
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
@@ -294,3 +298,78 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'khanhllm\[tensorboard\]'"):
         Log.open(tmp_path, config(tensorboard=True), console=pipe())
+
+
+class Gone(io.StringIO):
+    """A terminal that is closed at some moment; then every write fails."""
+
+    gone = False
+
+    def write(self, text):
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "at the end"])
+def test_a_closed_terminal_ends_nothing(tmp_path, moment, monkeypatch):
+    monkeypatch.setattr("khanhllm.log.terminal.REDRAW", 0)
+    terminal = Gone()
+    outputs = sys.stdout, sys.stderr
+    terminal.gone = moment == "before"
+    console = Console(file=terminal, force_terminal=True, width=80, height=24)
+    with Log.open(tmp_path, config(), console=console) as log:
+        for step in range(1, 5):
+            log.add(row(step))
+            terminal.gone = terminal.gone or (moment == "between" and step == 2)
+            log.say(f"after step {step}")
+        terminal.gone = True
+    assert len(lines(tmp_path)) == 5
+    assert len((tmp_path / "messages.txt").read_text().splitlines()) == 4
+    assert (sys.stdout, sys.stderr) == outputs, "the panel no longer catches what others print"
+
+
+def test_the_panel_of_a_closed_terminal_leaves_no_write_behind(tmp_path):
+    """What stays in the buffer of stdout would fail at the end of the process and make its exit code 120."""
+    code = f"""
+import errno, os, pty, sys
+from pathlib import Path
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from test_run_log import config, row
+from khanhllm.log.run_log import Log
+master, slave = pty.openpty()
+os.dup2(slave, 1)
+os.close(slave)
+with Log.open(Path({str(tmp_path)!r}), config()) as log:
+    assert log.terminal.live
+    log.add(row(1))
+    os.close(master)
+    for step in (2, 3):
+        log.terminal.drawn = 0
+        log.add(row(step))
+print("nobody reads this")
+"""
+    environment = os.environ | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(lines(tmp_path)) == 4
+
+
+def test_a_missing_validation_is_filled_in(tmp_path):
+    """The file is then byte for byte that of a run whose row had it at once."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    score = {"val_ce": 2.7182817, "val_bpb": 1.1, "val_bytes": 7, "val_tokens": 3}
+    for folder, last in ((whole, score), (parts, {})):
+        with Log.open(folder, config(), console=pipe()) as log:
+            for step in (1, 2, 3):
+                log.add(row(step, **(last if step == 3 else {})))
+    assert lacks_validation(parts, config(), 3) and not lacks_validation(whole, config(), 3)
+    assert not lacks_validation(parts, config(), 4)
+    console = pipe()
+    with Log.open(parts, config(), start_step=3, console=console) as log:
+        log.complete(score)
+        assert log.terminal.story.best_ce == 2.7182817
+        log.add(row(4))
+    assert "validation after step 3: 2.7183 (1.100 bits/byte)" in printed(console)
+    assert lines(parts)[:4] == lines(whole) and len(lines(parts)) == 5

@@ -31,7 +31,6 @@ def compiling(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
 def test_without_gradients_nothing_is_compiled(compiling):
     """Validation and generation have a new shape each time."""
     fitted = fit(build(tiny()), compiling, "full")
@@ -40,6 +39,7 @@ def test_without_gradients_nothing_is_compiled(compiling):
     assert not counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_blocks_compile_whole_and_once(style, checkpointing, compiling):

@@ -12,7 +12,7 @@ from conftest import tiny
 from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
 from khanhllm.machine.devices import open_machine
-from khanhllm.model import objectives
+from khanhllm.model import Transformer, objectives
 from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
@@ -128,3 +128,37 @@ def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(corpus, cache, tmp
     monkeypatch.undo()
     train(config(corpus, cache), tmp_path / "run", resume=True)
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_back_at_the_beginning_everything_is_as_it_was_then(weights, corpus, cache, tmp_path, monkeypatch):
+    """A step was accepted, three were not, and nothing was saved. Then memory runs out in the first step of the second
+    try: that is no update that had begun, and the step is taken again with the same rows."""
+    poisoned(monkeypatch, lambda cursor: 4 < cursor <= 16)
+    settings = config(corpus, cache, train={"save_every": 0, "steps": 5}, machine={"weights": weights})
+    steps, honest = [], training_run.train_step
+    drawn, draw = [], Transformer.initialise
+    monkeypatch.setattr(
+        Transformer, "initialise", lambda model, generator: drawn.append(model) or draw(model, generator)
+    )
+
+    def watched(learner, state, rows):
+        steps.append((state.step, state.cursor))
+        if len(steps) == 5:
+            fresh = Learner.new(settings, learner.machine)
+            now, then = learner.model.state_dict(), fresh.model.state_dict()
+            assert now.keys() == then.keys() and all(torch.equal(now[name], then[name]) for name in now)
+            assert all(now[name].dtype == then[name].dtype for name in now)
+            assert drawn.count(learner.model) == 1, "a generator of the CPU draws no weights on another device"
+            assert not learner.optimizer.state
+            assert [group["step"] for group in learner.optimizer.param_groups] == [-1] * len(
+                fresh.optimizer.param_groups
+            )
+            raise RuntimeError("can't allocate memory")
+        return honest(learner, state, rows)
+
+    monkeypatch.setattr(training_run, "train_step", watched)
+    train(settings, tmp_path / "run")
+    assert steps == [(0, 0), (1, 4), (2, 8), (3, 12), (0, 16), *((step, 16 + 4 * step) for step in range(5))]
+    _, rows = outcome(tmp_path / "run")
+    assert [int(row["tokens"]) // 32 for row in rows] == [20, 24, 28, 32, 36]

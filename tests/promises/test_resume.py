@@ -5,15 +5,19 @@ import hashlib
 import os
 import shutil
 import signal
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 from conftest import tiny
 from khanhllm.errors import UserError
+from khanhllm.runs.run import open_run
 from khanhllm.schema import Config
-from khanhllm.settings import resolve
-from khanhllm.training import checkpoint
+from khanhllm.settings import resolve, write_config
+from khanhllm.training import checkpoint, saver
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 
@@ -96,7 +100,7 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_p
 
     for step in (7, 13, None):  # 7 and 13 lie between checkpoints, and 13 is a second resume
         stop_after(step)
-        train(whole, tmp_path / "pieces", resume=step != 7)
+        assert train(whole, tmp_path / "pieces", resume=step != 7) == ("SIGTERM" if step else "")
     assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
     assert len(outcome(tmp_path / "whole")[1]) == 20
 
@@ -217,7 +221,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
         return honest(run, whole)
 
     monkeypatch.setattr(checkpoint, "write", full_after_5)
-    with pytest.raises(UserError, match=r"No space.*intact.*--resume"):
+    with pytest.raises(UserError, match=r"No space.*step-0000004, for --resume"):
         train(config(corpus, cache, train={"save_every": 2}), tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     with (tmp_path / "run" / "training_log.csv").open() as file:
@@ -246,3 +250,115 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
     assert checkpoint.newest(run).name == "step-0000011"
     with pytest.raises(UserError, match="longer --for"):
         train(config(corpus, cache, train={"seconds": 11}), run, resume=True)
+
+
+@pytest.mark.parametrize("moment", ["in the step", "in the validation"])
+def test_a_validation_that_a_signal_cut_short_is_made_up_for(moment, corpus, cache, tmp_path, monkeypatch):
+    """Also that of the last step, which ends the run. Bit for bit, log and samples included."""
+    whole = config(corpus, cache)
+    assert train(whole, tmp_path / "whole") == ""
+    honest_step, honest_score, pieces = training_run.train_step, training_run.score, tmp_path / "pieces"
+    stopping = False
+
+    def step(*arguments):
+        nonlocal stopping
+        result = honest_step(*arguments)
+        stopping = result[0].step == at
+        if stopping and moment == "in the step":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    def score(model, windows, *arguments):
+        if stopping and moment == "in the validation":
+            first = next(windows)
+            os.kill(os.getpid(), signal.SIGTERM)
+            windows = chain([first], windows)
+        return honest_score(model, windows, *arguments)
+
+    monkeypatch.setattr(training_run, "train_step", step)
+    monkeypatch.setattr(training_run, "score", score)
+    for at in (8, 12, 20):  # 12 is a second resume, and after 20 nothing is left but its validation
+        stopping = False
+        assert train(whole, pieces, resume=at != 8) == "SIGTERM"
+        _, rows = outcome(pieces)
+        assert len(rows) == at and not rows[-1]["val_ce"]
+    stopping = False
+    assert train(whole, pieces, resume=True) == ""
+    assert outcome(pieces) == outcome(tmp_path / "whole")
+    assert (pieces / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    with pytest.raises(UserError, match="20 steps already"):
+        train(whole, pieces, resume=True)
+
+
+def test_the_last_save_waits_for_room(corpus, cache, tmp_path, monkeypatch, capsys):
+    """The disk fills up after the beginning, and has room again while the last save waits."""
+    free, waits = [10**9], []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+
+    def pass_time(seconds):
+        waits.append(seconds)
+        free[0] = 10**9 if len(waits) == 3 else free[0]
+
+    monkeypatch.setattr(saver.time, "sleep", pass_time)
+    honest = training_run.train_step
+
+    def filling(*arguments):
+        free[0] = 1000
+        return honest(*arguments)
+
+    monkeypatch.setattr(training_run, "train_step", filling)
+    train(config(corpus, cache, train={"save_every": 0}), tmp_path / "run")
+    assert "make room there: this waits for it up to 10 minutes" in capsys.readouterr().out
+    assert len(waits) == 3 and checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "PATIENCE", -1)
+    honest = training_run.train_step
+
+    def filling(*arguments):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        return honest(*arguments)
+
+    monkeypatch.setattr(training_run, "train_step", filling)
+    with pytest.raises(UserError, match=r"0 MB free, a checkpoint takes .*; nothing of this run is saved"):
+        train(config(corpus, cache), tmp_path / "run")
+
+
+def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, tmp_path, monkeypatch, capsys):
+    """Refused if not even one fits, and then the folder holds no run; a warning if fewer fit than are kept."""
+    train(config(corpus, cache), tmp_path / "all")
+    (size,) = {_tensor_bytes(path) for path in checkpoint.steps(tmp_path / "all")}
+    free = [size - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    with pytest.raises(UserError, match=r"the disk of .*run has .* MB free, a checkpoint takes .* MB: make room"):
+        train(config(corpus, cache), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.toml").exists()
+    for room, keep, save_every, warned in ((3, 2, 5, 0), (2.9, 2, 5, 3), (1, 2, 0, 0), (1.9, 1, 5, 2)):
+        free[0] = size * room
+        train(config(corpus, cache, train={"keep": keep, "save_every": save_every}), tmp_path / f"{room}")
+        told = capsys.readouterr().out
+        assert ("make room" in told) == (f"{warned} checkpoints will take" in told) == bool(warned), told
+
+
+def _tensor_bytes(path):
+    return sum(
+        tensor.nbytes for name in ("model", "optimizer") for tensor in load_file(path / f"{name}.safetensors").values()
+    )
+
+
+def test_another_model_is_not_called_damage(corpus, cache, tmp_path):
+    whole = config(corpus, cache)
+    train(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
+    for change in ({"model": {"dim": 64}}, {"model": {"pattern": "DDM"}}):
+        with pytest.raises(UserError, match=r"was trained with another model\.(dim|pattern)"):
+            train(config(corpus, cache, **change), tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in before}
+    write_config(config(corpus, cache, model={"dim": 64}), tmp_path / "run")
+    for use in (
+        lambda: train(config(corpus, cache, model={"dim": 64}), tmp_path / "run", resume=True),
+        lambda: open_run(tmp_path / "run"),
+    ):
+        with pytest.raises(UserError, match=r"of another model than its config\.toml describes.*check model\.\* keys"):
+            use()

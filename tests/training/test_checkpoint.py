@@ -16,6 +16,7 @@ from khanhllm import limits, optim
 from khanhllm.errors import UserError
 from khanhllm.schema import OptimConfig
 from khanhllm.training import checkpoint
+from khanhllm.training.saver import Saver
 
 
 @pytest.fixture(params=["adamw", "adamw8bit", "muon", "muon8bit"])
@@ -169,7 +170,7 @@ def test_what_is_saved_is_the_moment_of_the_call(room, tmp_path, monkeypatch):
     if not room:
         monkeypatch.setattr(limits, "memory", lambda: limits.Memory(0, 0))
         go_on.set()
-    with checkpoint.Saver(tmp_path, keep=2) as saver:
+    with Saver(tmp_path, keep=2) as saver:
         saver.begin(1, model, optimizer, {})
         assert (saver.outcome() is None) == room
         with torch.no_grad():
@@ -185,7 +186,7 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write", full)
-    with checkpoint.Saver(tmp_path, keep=2) as saver:
+    with Saver(tmp_path, keep=2) as saver:
         for failures in (1, 2):
             saver.begin(1, *one_step(build(tiny())), {})
             with pytest.raises(OSError, match="No space"):
@@ -221,15 +222,21 @@ def test_one_put_aside_keeps_its_reason(tmp_path):
     (tmp_path / "checkpoints" / "step-0000003" / "state.json").write_text("{}")
     checkpoint.reject_after(tmp_path, 1)
     reasons = {path.parent.name: path.read_text() for path in (tmp_path / "checkpoints").glob("*/reason.txt")}
+    assert list(reasons) == ["step-0000003.rejected"]  # and no other: each takes as much room as a checkpoint
     assert "state.json" in reasons["step-0000003.rejected"]
-    assert reasons["step-0000002.rejected"] == "the run went back to step 1\n"
     checkpoint.prune(tmp_path, 1)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    save(tmp_path, 2, model, optimizer, {})
+    checkpoint.reject_after(tmp_path, 1)
+    (left,) = (tmp_path / "checkpoints").glob("*.rejected")
+    assert (left / "reason.txt").read_text() == "the run went back to step 1\n"
+    checkpoint.reject_after(tmp_path, 1)  # nothing to put aside: the reason of the last time stays
+    assert left.exists()
 
 
 def test_saving_in_bad_times_deletes_nothing(tmp_path):
     model, optimizer = one_step(build(tiny()))
-    with checkpoint.Saver(tmp_path, keep=1) as saver:
+    with Saver(tmp_path, keep=1) as saver:
         for step, rejected in ((1, 0), (2, 0), (3, 1)):
             saver.begin(step, model, optimizer, {"guard": {"rejected": rejected}})
             saver.outcome(patient=True)
@@ -252,7 +259,7 @@ def test_saving_starts_no_second_team_of_threads(tmp_path):
     code = f"""
 import psutil, torch
 from pathlib import Path
-from khanhllm.training.checkpoint import Saver
+from khanhllm.training.saver import Saver
 torch.set_num_threads(2)
 model = torch.nn.Linear(512, 512)
 optimizer = torch.optim.AdamW(model.parameters())
@@ -265,3 +272,9 @@ with Saver(Path({str(tmp_path)!r}), keep=1) as saver:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 1  # the saver's own
+
+
+def test_its_size_is_known_before_the_first_step(trained):
+    model, optimizer = trained
+    fresh = optim.build(model, OptimConfig(name=type(optimizer).__name__.lower()))
+    assert checkpoint.size(model, fresh) == checkpoint.snapshot(1, model, optimizer, {}).bytes

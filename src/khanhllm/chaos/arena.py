@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from khanhllm.errors import UserError
-from khanhllm.log.run_log import FILE, TIMING
+from khanhllm.log.run_log import FILE, TIMING, lacks_validation
+from khanhllm.machine.signals import exit_code
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
@@ -76,8 +77,10 @@ class Arena:
         return folder, time.monotonic() - begun
 
     def finished(self, folder: Path) -> bool:
-        """Whether the run has saved its last step."""
-        return (folder / "checkpoints" / f"step-{TRAIN['steps']:07d}").exists()
+        """Whether the run has saved its last step, and validated after it."""
+        config = self.config()
+        saved = folder / "checkpoints" / f"step-{config.train.steps:07d}"
+        return saved.exists() and not lacks_validation(folder, config, config.train.steps)
 
     def start(self, config: Config, folder: Path, limit: int = 0) -> ForkServerProcess:
         """Start a training in a process of its own; it resumes the run in the folder, if any. limit: see `_train`."""
@@ -98,11 +101,12 @@ def _train(config: Config, folder: Path, limit: int) -> None:
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        train(config, folder, resume=(folder / "config.toml").exists())
+        stopped = train(config, folder, resume=(folder / "config.toml").exists())
     except UserError as error:
         with suppress(OSError):  # the limit may leave no room for it
             os.write(written, f"{error}\n".encode())
         raise SystemExit(error.exit_code) from None
+    raise SystemExit(exit_code(stopped))
 
 
 def end(process: ForkServerProcess) -> int | None:

@@ -44,12 +44,14 @@ def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
             process = arena.start(arena.config(), folder)
             wait_until(partial(_rows_beyond, folder, _rows(folder)), process)  # it has begun to train
             time.sleep(chance.uniform(0, seconds / TOGETHER / 2))
+            number = chance.choice(SIGNALS)
             if process.is_alive() and process.pid:
-                os.kill(process.pid, chance.choice(SIGNALS))
+                os.kill(process.pid, number)
             code = end(process)
             newest = checkpoint.newest(folder)
             at = int(newest.name[5:]) if newest else 0
-            faults.append("" if code == 0 and at == _rows(folder) else f"exit code {code}, saved step {at}")
+            expected = 0 if arena.finished(folder) else 128 + number
+            faults.append("" if code == expected and at == _rows(folder) else f"exit code {code}, saved step {at}")
         last = _to_the_end(arena, folder, calm)
         yield from [fault or last for fault in faults]
 

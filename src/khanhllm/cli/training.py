@@ -6,32 +6,35 @@ from pathlib import Path
 from khanhllm.cli.arguments import given, knobs, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import preset, preset_names, read_toml, with_length
+from khanhllm.settings import folder_for, preset, preset_names, read_toml, with_length
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> int:
     """Train a model from a preset, a TOML file and single options; later ones win.
 
     The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
-    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C finishes the step, saves and exits; --resume
-    continues.
+    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
+    end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number for any signal. --resume
+    continues. A signal that was ignored at the start, as under nohup, stays ignored.
     """
     folder = _folder(options)
     config = with_length(
         *_layers(options, folder), steps=options.steps, time=options.time, tokens=options.tokens, where="train"
     )
+    from khanhllm.machine.signals import exit_code
     from khanhllm.training import run
 
-    run.train(_twin(options, config), folder, resume=options.resume)
+    return exit_code(run.train(_twin(options, config), folder, resume=options.resume))
 
 
 def _folder(options: argparse.Namespace) -> Path:
     if options.run:
         return Path(options.run)
-    name = options.preset or (Path(options.config).stem if options.config is not None else None)
+    name = options.preset or options.config
     if not name:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
-    return Path("runs") / (f"{name}-twin" if options.twin else name)
+    folder = folder_for(name)
+    return folder.parent / f"{folder.resolve().name}-twin" if options.twin else folder
 
 
 def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, object]]]:
@@ -65,9 +68,15 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "                      [--resume] [--section.key VALUE ...]"
     )
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
-    parser.add_argument("--config", metavar="FILE", help="a whole TOML, or a few keys of one")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a whole TOML, or a few keys of one; the config.toml of a run means that run's folder",
+    )
     parser.add_argument("--data", metavar="SRC", help="where the text comes from; the same as --data.source")
-    parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/PRESET)")
+    parser.add_argument(
+        "--run", metavar="DIR", help="the run folder (default runs/PRESET, or runs/NAME for --config NAME.toml)"
+    )
     parser.add_argument("--steps", metavar="N", help="optimizer steps; the same as --train.steps")
     parser.add_argument("--for", dest="time", metavar="TIME", help="time to train for, as 480s, 90m, 8h or 1d12h")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as 300M or 5B")
@@ -80,11 +89,12 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     knobs(parser)
 
 
-def demo(options: argparse.Namespace) -> None:
+def demo(options: argparse.Namespace) -> int:
     """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes."""
     from khanhllm import demo
+    from khanhllm.machine.signals import exit_code
 
-    demo.tell(Path(options.run), given(options))
+    return exit_code(demo.tell(Path(options.run), given(options)))
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ row: TensorBoard takes every number, the CSV those that `columns` names.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,6 +31,8 @@ from khanhllm.schema import Config
 
 FILE = "training_log.csv"
 MESSAGES = "messages.txt"
+LARGEST = 2**30
+"""size of the largest log that is read (bytes)"""
 TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".1f", "seconds": ".2f"}
 
 
@@ -89,6 +91,17 @@ class Log:
         self._try(self.csv.file.close)
         self.csv, earlier = Csv.open(Path(self.csv.file.name), self.csv.columns, step)
         self.terminal.story = self.terminal.story.cut(step, earlier)
+
+    def complete(self, score: Mapping[str, Any]) -> None:
+        """Give the last row, which was written without it, its validation, and say so."""
+        self.flush()
+        self.csv.fill_in(score)
+        story = self.terminal.story
+        story.checked = story.row = story.row | dict(score)
+        story.best_ce = min(story.best_ce, score["val_ce"])
+        if self.board:
+            self._try(_write_board, self.board, {"step": story.step, **score})
+        self.say(f"validation after step {story.step}: {score['val_ce']:.4f} ({score['val_bpb']:.3f} bits/byte)")
 
     def say(self, text: str) -> None:
         """Show a message, after the steps that it follows, and keep it in messages.txt. Markup and escapes in it have
@@ -185,6 +198,20 @@ class Csv:
         self.file.write((",".join(_cell(name, row.get(name)) for name in self.columns) + "\n").encode())
         self.file.flush()
 
+    def fill_in(self, values: Mapping[str, Any]) -> None:
+        """Put values into empty cells of the last row, in one rename. Raises UserError."""
+        path = Path(self.file.name)
+        try:
+            self.file.close()
+            *before, last, _end = read(path, LARGEST).decode().split("\n")
+            cells = [
+                cell or _cell(name, values.get(name)) for name, cell in zip(self.columns, last.split(","), strict=True)
+            ]
+            publish(path, "\n".join([*before, ",".join(cells), ""]), durable=True)
+            self.file = path.open("ab", buffering=1 << 20)
+        except OSError as error:
+            raise UserError(f"cannot use {path}: {error.strerror}") from None
+
     def sync(self) -> None:
         """Force the file to disk."""
         self.file.flush()
@@ -200,7 +227,7 @@ def _cell(name: str, value: int | float | None) -> str:
 
 def _rows_up_to(path: Path, names: list[str], step: int) -> Iterator[tuple[str, Row]]:
     """Each line up to `step`, as text and as numbers. Skips a line that a crash has cut."""
-    header, *lines = read(path, 2**30).decode(errors="replace").split("\n")
+    header, *lines = read(path, LARGEST).decode(errors="replace").split("\n")
     if lines and header != ",".join(names):
         raise UserError(f"{path} has other columns than this run; choose another folder (--run) or move the file away")
     for line in lines[:-1]:  # what follows the last line feed was cut off
@@ -209,6 +236,14 @@ def _rows_up_to(path: Path, names: list[str], step: int) -> Iterator[tuple[str, 
             row = {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
             if int(cells[0]) <= step:
                 yield line, row
+
+
+def lacks_validation(run: Path, config: Config, step: int) -> bool:
+    """Whether the log has the row of a step, but not its validation, which a signal cut short."""
+    with suppress(OSError):
+        rows = [row for _, row in _rows_up_to(run / FILE, columns(config.model.moe_layers), step)]
+        return bool(rows) and rows[-1]["step"] == step and "val_ce" not in rows[-1]
+    return False
 
 
 def _open_board(run: Path, start_step: int) -> Any:

@@ -1,11 +1,12 @@
 """What a run looks like in a terminal: a live panel for a person, plain lines for a file or a pipe."""
 
+import os
 import sys
 import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf, nan
 from statistics import fmean
@@ -92,15 +93,17 @@ class Terminal:
     def open(self) -> None:
         """Show the panel, if there is one."""
         if self.live:
-            self.live.start()
-            self._draw()
+            with self._silent_if_gone():
+                self.live.start()
+                self._draw()
 
     def show(self, row: Row) -> None:
         """Take the row of a step, and draw the panel or print a line when it is due."""
         self.story.add(row)
         if self.live:
             if time.monotonic() - self.drawn >= REDRAW:
-                self._draw()
+                with self._silent_if_gone():
+                    self._draw()
         elif self.story.step % self.every == 0 or row.get("val_ce") is not None or self.story.step == self.story.steps:
             self._print_line()
 
@@ -116,10 +119,26 @@ class Terminal:
             if self.shown != self.story.step:
                 self._print_line()
             return
+        with self._silent_if_gone():
+            try:
+                self._draw()
+            finally:
+                self.live.stop()
+
+    @contextmanager
+    def _silent_if_gone(self) -> Iterator[None]:
+        """Print nothing more once the terminal of the panel has gone, as when its window is closed: the training
+        continues."""
         try:
-            self._draw()
-        finally:
-            self.live.stop()
+            yield
+        except OSError:
+            live, self.live, self.console.quiet = self.live, None, True
+            with suppress(OSError, IndexError):  # the latter where it never came to start
+                live.stop()  # type: ignore[union-attr]
+            with suppress(OSError, ValueError):  # what is still buffered would fail again at exit, and change its code
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.console.file.fileno())
+                os.close(nowhere)
 
     def _print_line(self) -> None:
         self.shown = self.story.step

@@ -1,9 +1,11 @@
 """Signals that ask a training to stop: it finishes the step, saves, and ends."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -15,10 +17,18 @@ class Stop:
 
     asked = ""
     """name of the signal that came; empty if none"""
+    over_panel = False
+    """whether stdout shows a live panel; the answer then covers its bottom line, so that the next drawing fits"""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        self.asked = signal.Signals(number).name
+        name = signal.Signals(number).name
+        self.asked = self.asked or name
+        text = f"{name}: stopping after this step; again to end at once, without saving"
+        stream = sys.stdout if self.over_panel else sys.stderr
+        # past the stream's buffer, whose lock the interrupted code may hold; closed or absent streams hear nothing
+        with suppress(OSError, ValueError, AttributeError):
+            os.write(stream.fileno(), (f"\r{text}" if self.over_panel else f"{text}\n").encode())
 
 
 @contextmanager
@@ -29,10 +39,17 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    names = [name for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in map(signal.Signals.__getitem__, names)}
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    # whoever started us with a signal ignored, as nohup does, wants it ignored; None is another library's handler
+    wanted = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_code(name: str) -> int:
+    """What a process that a signal has stopped ends with, as shells have it: 130 for SIGINT. 0 for no name."""
+    return 128 + signal.Signals[name] if name else 0

@@ -4,18 +4,17 @@ It is written aside as `step-N.tmp`, every file is forced to disk and read back,
 comes last, and one rename publishes it. A reader takes the newest one whose every byte agrees with its manifest.
 Tensors are in safetensors and all else in JSON: nothing that is loaded can run code.
 
-The training waits only for a copy of its tensors in memory; a thread writes that while it goes on.
+saver.py saves them while the training goes on.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from khanhllm import limits, optim
+from khanhllm import optim
 from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read
 from khanhllm.schema import Natural
@@ -36,6 +35,8 @@ from khanhllm.training.guard import Guard
 FORMAT = 2
 LONGEST_HEADER = 2**24
 """no model of ours needs a longer list of its tensors (bytes)"""
+OTHER_MODEL = "check model.* keys"
+"""how a fault ends that lies in the model's config, not in the checkpoint"""
 Say = Callable[[str], None]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -86,59 +87,19 @@ class Snapshot:
         return replace(self, model=model, optimizer=optimizer)
 
 
-class Saver:
-    """Saves on a thread of its own, one checkpoint at a time, and keeps the newest `keep` of a run."""
-
-    def __init__(self, run: Path, keep: int) -> None:
-        self.run, self.keep = run, keep
-        self.failures = 0
-        """in a row"""
-        self.seconds = 0.0
-        """that the last one took to write"""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-
-    def begin(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Take what is to be saved, now. Where there is no memory for a copy, this waits until it is written."""
-        whole = snapshot(step, model, optimizer, state)
-        copy = limits.memory().free > 1.5 * whole.bytes
-        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole)
-        if not copy:
-            wait([self._writing])
-
-    def outcome(self, patient: bool = False) -> Path | None:
-        """The checkpoint that was written since the last call, if any. Waits for it if `patient`.
-
-        Raises OSError if it could not be written.
-        """
-        if self._writing is None or not (patient or self._writing.done()):
-            return None
-        writing, self._writing = self._writing, None
-        self.failures += 1
-        path = writing.result()
-        self.failures = 0
-        return path
-
-    def _write(self, whole: Snapshot) -> Path:
-        started = time.perf_counter()
-        path = write(self.run, whole)
-        if not whole.state.get("guard", {}).get("rejected"):  # else the last good one may be among those
-            prune(self.run, self.keep)
-        self.seconds = time.perf_counter() - started
-        return path
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-
 def snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
     """The tensors themselves, not copies."""
     tensors, numbers = _flatten(model, optimizer)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
+
+
+def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors of a checkpoint, known before the first step."""
+    moments = (kept for each in optim.state_shapes(optimizer).values() for kept in each.values())
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) + sum(
+        math.prod(shape) * kind.itemsize for kind, shape in moments
+    )
 
 
 def write(run: Path, whole: Snapshot) -> Path:
@@ -167,22 +128,28 @@ def write(run: Path, whole: Snapshot) -> Path:
 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints. Each was read back before it was published."""
-    for old in _steps(run)[keep:]:
+    for old in steps(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
-    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again.
+    """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again. Only the newest
+    of all that were put aside is kept, as each is as large as a checkpoint.
 
     paper: see `newest`; with it, a file that claims more than there can be is not read to its end.
     """
-    for path in _steps(run):
+    newest_aside = None
+    for path in steps(run):
         if int(path.name[5:]) > step:
             fault = verify(path, paper) or f"the run went back to step {step}"
             aside = path.with_suffix(".rejected")
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)
             (aside / "reason.txt").write_text(f"{fault}\n", encoding="utf-8")
+            newest_aside = newest_aside or aside
+    for old in (run / "checkpoints").glob("step-*.rejected") if newest_aside else ():
+        if old != newest_aside:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def to_stderr(text: str) -> None:
@@ -199,19 +166,23 @@ def newest(
     if there is none.
 
     paper: the run's model, of which only the shapes are read; a checkpoint of other shapes is then none of its own.
-    Raises UserError if there are checkpoints but each of them is broken.
+    Raises UserError if there are checkpoints but each of them is broken, or of another model.
     """
-    found = _steps(run)
-    whole = 0
+    found = steps(run)
+    whole, faults = 0, []
     for path in found:
         fault = verify(path, paper)
         if fault:
             say(f"checkpoint {path.name} rejected: {fault}")
+            faults.append(fault)
         elif suits(read_state(path)):
             return path
         else:
             whole += 1
     if found and not whole:
+        if other := [fault for fault in faults if fault.endswith(OTHER_MODEL)]:
+            what = f"{run} holds checkpoints of another model than its config.toml describes: {other[0]}"
+            raise UserError(f"{what}, or start again in another folder (--run)")
         raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder (--run)")
     return None
 
@@ -288,9 +259,7 @@ def _compare(path: Path, model: nn.Module) -> None:
         ours, theirs = wanted.get(name), saved.get(name)
         if ours is None or theirs is None or tuple(ours.shape) != theirs[1]:
             has, needs = theirs and theirs[1], ours if ours is None else tuple(ours.shape)
-            raise UserError(
-                f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; check model.* keys"
-            )
+            raise UserError(f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; {OTHER_MODEL}")
         if theirs[0] not in ("F32", "BF16"):
             raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
 
@@ -387,7 +356,7 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def _steps(run: Path) -> list[Path]:
+def steps(run: Path) -> list[Path]:
     """Published checkpoints, newest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -31,7 +32,7 @@ from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
 from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
-from khanhllm.log.run_log import Log
+from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine.devices import Machine, open_machine, out_of_memory
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
@@ -39,14 +40,14 @@ from khanhllm.planning import budget
 from khanhllm.schema import Config, Sampling, TrainConfig
 from khanhllm.settings import read_toml, refuse_to_overwrite, resolve, write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.checkpoint import Saver
 from khanhllm.training.guard import Diverged, Guard
+from khanhllm.training.saver import Saver, room_for
 from khanhllm.training.step import Learner, NoRows, State, train_step
 
+A_LONG_RUN = 10**9
+"""steps of a run that is given its time"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
-FAILURES = 3
-"""saves that fail in a row until the run stops"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Parts:
         return self.learner.config
 
 
-def train(config: Config, folder: Path, resume: bool = False) -> None:
-    """Train until `config.train.steps`, or until its time is used up, or until a signal asks to stop.
+def train(config: Config, folder: Path, resume: bool = False) -> str:
+    """Train until `config.train.steps`, or until its time is used up, or until a signal asks to stop. Returns the name
+    of that signal; empty if the run is finished.
 
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
@@ -73,7 +75,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
         train = parts.config.train
         rows = _batches(parts, state, stop)
         started = time.perf_counter() - (state.share or 0) * train.seconds
-        first, last, finished = state.step + 1, False, False
+        first, finished = state.step + 1, _make_up(parts, state, log, stop)
+        last = finished or bool(stop.asked)
         while not last:
             try:
                 state, row = train_step(parts.learner, state, rows)
@@ -96,17 +99,19 @@ def train(config: Config, folder: Path, resume: bool = False) -> None:
                 continue
             seconds = time.perf_counter() - started
             state, finished = _progress(train, state, seconds, saver, log)
-            last = finished or bool(stop.asked)
             if due(state.step, train.eval_every) or finished:
-                row |= validate(parts, train.eval_tokens)
+                row |= validate(parts, train.eval_tokens, stop) or {}
+                finished = finished and "val_ce" in row
+            last = finished or bool(stop.asked)
             log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
-            _report_save(saver, log)
+            saver.report()
             if due(state.step, train.save_every) or last:
                 _save(parts, state, log, saver, must=last)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
                 _write_sample(parts, state.step, log)
         if not finished:
             log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
+        return "" if finished else stop.asked
 
 
 @contextmanager
@@ -118,22 +123,26 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
     if config.train.micro_batch == "auto":
         config = budget.fit_micro_batch(config, budget.here(machine))
     with _locked(folder):
+        if resume and checkpoint.steps(folder):
+            _check_same(config, folder)
         paper = on_paper(config.model)
         last = checkpoint.newest(folder, paper=paper) if resume else None
         saved = checkpoint.read_state(last) if last else {}
         if last:
-            _check_continuable(config, folder, saved)
+            _check_longer(config, folder, saved)
         parts = assemble(config, folder, saved, machine)
         state = _restore(parts, last) if last else parts.learner.start()
+        tight = _room(parts, state)
         with (
             stop_signals() as stop,
             Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
-            Saver(folder, config.train.keep) as saver,
+            Saver(folder, config.train.keep, log.say) as saver,
         ):
+            stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(folder / "tokenizer.json")
             write_config(config, folder)
             checkpoint.reject_after(folder, state.step, paper)
-            for line in _introduction(parts, state):
+            for line in filter(None, (*_introduction(parts, state), tight)):
                 log.say(line)
             try:
                 yield parts, state, log, saver, stop
@@ -163,7 +172,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     """After several rejected steps in a row: load weights and moments of the last good checkpoint, and skip the rows
     read since then. Raises Diverged if that has been tried often enough."""
     learner, guard = parts.learner, state.guard
-    _report_save(saver, log, patient=True)
+    saver.report(patient=True)
     good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
     where = f"step {int(good.name[5:])}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
@@ -173,12 +182,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike for unusual text"
         )
-    if good:
-        restored = _restore(parts, good)
-    else:
-        learner.model.initialise(torch.Generator().manual_seed(learner.config.train.seed))
-        learner.optimizer.state.clear()
-        restored = learner.start()
+    restored = _restore(parts, good) if good else learner.restart()
     for group in learner.optimizer.param_groups:
         group["step"] = -1
     checkpoint.reject_after(parts.run, restored.step)
@@ -217,12 +221,41 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def validate(parts: Parts, tokens: int) -> Score:
-    """Score the first `tokens` tokens of the validation documents, always the same ones."""
-    windows = islice(parts.validation.windows(), -(-tokens // parts.config.model.context))
-    rows = parts.config.train.rows
+class _Stopped(Exception):
+    """A signal asks to stop while the validation is at work."""
+
+
+def validate(parts: Parts, tokens: int, stop: Stop) -> Score | None:
+    """Score the first `tokens` tokens of the validation documents, always the same ones. None if a signal asks to stop:
+    a resumed run then makes up for it, from the same weights."""
+
+    def windows() -> Iterator[np.ndarray]:
+        for window in islice(parts.validation.windows(), -(-tokens // parts.config.model.context)):
+            if stop.asked:
+                raise _Stopped
+            yield window
+
     learner = parts.learner
-    return score(learner.model, windows, parts.tokenizer.token_bytes, learner.machine, rows)
+    try:
+        return score(learner.model, windows(), parts.tokenizer.token_bytes, learner.machine, parts.config.train.rows)
+    except _Stopped:
+        return None
+
+
+def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
+    """Validate after the step that a resumed run starts from, if a signal cut that short, so that its log is the
+    uninterrupted one's. Returns whether that finishes the run."""
+    train = parts.config.train
+    finished = state.share is None and state.step == train.steps
+    if not (due(state.step, train.eval_every) or finished) or not lacks_validation(parts.run, parts.config, state.step):
+        return False
+    found = validate(parts, train.eval_tokens, stop)
+    if found is None:
+        return False
+    log.complete(found)
+    if finished and train.sample_tokens:
+        _write_sample(parts, state.step, log)
+    return finished
 
 
 def _write_sample(parts: Parts, step: int, log: Log) -> None:
@@ -240,8 +273,7 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
-    """Begin to save. must: wait until it is written, and raise UserError if that fails."""
-    _report_save(saver, log, patient=True)
+    """Begin to save; `must` as in Saver.save."""
     log.flush()
     extra = {
         "cursor": state.cursor,
@@ -251,24 +283,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
     }
-    saver.begin(state.step, parts.learner.model, parts.learner.optimizer, extra)
-    if must:
-        _report_save(saver, log, patient=True, must=True)
-
-
-def _report_save(saver: Saver, log: Log, patient: bool = False, must: bool = False) -> None:
-    """Log what became of the last save. Raises UserError if it failed and `must` succeed, or failed FAILURES times in a
-    row. patient: wait for it."""
-    try:
-        path = saver.outcome(patient)
-    except OSError as error:
-        fault = f"a checkpoint could not be saved: {error}"
-        if must or saver.failures == FAILURES:
-            raise UserError(f"{fault}; the checkpoints before it are intact, and --resume goes on from them") from None
-        log.say(f"{fault}; training goes on, the checkpoints before it are intact")
-        return
-    if path:
-        log.say(f"saved {path}")
+    saver.save(state.step, parts.learner.model, parts.learner.optimizer, extra, must)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
@@ -288,19 +303,25 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
 
 
-def _check_continuable(config: Config, folder: Path, saved: dict[str, Any]) -> None:
-    """What a resumed run cannot change, refused before anything is opened."""
+def _check_same(config: Config, folder: Path) -> None:
+    """What a resumed run cannot change, refused before its checkpoints are read."""
     kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
-    if not config.train.seconds and config.train.steps <= saved["step"]:
-        raise UserError(f"{folder} has {saved['step']} steps already; to continue, give a larger --steps")
-    if 0 < config.train.seconds <= saved["seconds"]:
-        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
     fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
     changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
     changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
     changed += ["train.seed"] if config.train.seed != kept.train.seed else []
     if changed:
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
+
+
+def _check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
+    """A resumed run must have something left to do."""
+    train, step = config.train, saved["step"]
+    done = train.steps <= step and not (train.steps == step and lacks_validation(folder, config, step))
+    if not train.seconds and done:
+        raise UserError(f"{folder} has {step} steps already; to continue, give a larger --steps")
+    if 0 < train.seconds <= saved["seconds"]:
+        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
 
 
 def _restore(parts: Parts, path: Path) -> State:
@@ -333,6 +354,14 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
         yield f"resumed after step {state.step}"
+
+
+def _room(parts: Parts, state: State) -> str:
+    """What `room_for` says of the saves to come."""
+    train, learner = parts.config.train, parts.learner
+    left = A_LONG_RUN if train.seconds else train.steps - state.step
+    saves = -(-left // train.save_every) if train.save_every else min(left, 1)
+    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), train.keep, saves)
 
 
 @contextmanager

@@ -36,18 +36,30 @@ class Learner:
 
     @classmethod
     def new(cls, config: Config, machine: Machine) -> "Learner":
-        model = Transformer(config.model, config.loss.chunk)
-        model.initialise(torch.Generator().manual_seed(config.train.seed))
+        model = initial_model(config)
         keep_freed_memory(is_small(model))
         kind = config.machine
         model = fit(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         optimizer = optim.build(model, config.optim, config.train.seed)
         return cls(config, machine, model, optimizer, flops_per_token(model))
 
+    def restart(self) -> "State":
+        """Bring back the weights that the run began with, without moments."""
+        self.model.load_state_dict(initial_model(self.config).state_dict())
+        self.optimizer.state.clear()
+        return self.start()
+
     def start(self) -> "State":
         shape = self.config.model
         load_LE = objectives.even_load(len(shape.moe_layers), shape.experts).to(self.machine.device)
         return State(0, 0, load_LE, share=0.0 if self.config.train.seconds else None)
+
+
+def initial_model(config: Config) -> Transformer:
+    """The model that a run of this config begins with: drawn in fp32 on the CPU, whatever machine it then goes to."""
+    model = Transformer(config.model, config.loss.chunk)
+    model.initialise(torch.Generator().manual_seed(config.train.seed))
+    return model
 
 
 @dataclass(frozen=True)
