@@ -125,21 +125,6 @@ def test_a_held_out_share_far_from_the_one_asked_for_is_said(corpus, tmp_path, c
     assert "held out for validation" not in capfd.readouterr().err
 
 
-def test_a_file_that_is_added_moves_no_document_of_plain_text(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-
-    def novel(first, paragraphs):
-        return "".join(f"{text(first + number)}\n\n" for number in range(paragraphs))
-
-    (folder / "a.txt").write_text(novel(0, 2000), encoding="utf-8")
-    prepare(str(folder), TOKENIZER, tmp_path / "one", validation=0.1)
-    (folder / "b.txt").write_text(novel(5000, 3000), encoding="utf-8")
-    prepare(str(folder), TOKENIZER, tmp_path / "two", validation=0.1)
-    for split in ("train", "validation"):
-        assert set(documents(tmp_path / "one", split)) < set(documents(tmp_path / "two", split))
-
-
 def test_what_is_left_out_is_said_once_each_time(corpus, tmp_path, capfd, monkeypatch):
     for name in ("a.png", "b.png", "settings.json"):
         (corpus / name).write_bytes(b"{}")

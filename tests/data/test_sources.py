@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from fnmatch import fnmatch
-from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -113,24 +112,6 @@ def test_the_fingerprint_follows_the_files(folder):
     assert locate(str(folder)).fingerprint == before
     (folder / "a.txt").write_text("changed it", encoding="utf-8")
     assert locate(str(folder)).fingerprint != before
-
-
-def test_the_fingerprint_changes_where_a_file_is_cut_in_another_way_than_before_and_only_there(tmp_path):
-    def before(found):
-        listing = [
-            (name, (tmp_path / name).stat().st_size, (tmp_path / name).stat().st_mtime_ns) for name in found.files
-        ]
-        return blake2b(repr((str(tmp_path.resolve()), listing)).encode()).hexdigest()
-
-    (tmp_path / "a.txt").write_text("a" * 2**19, encoding="utf-8")
-    alone = locate(str(tmp_path))
-    assert alone.fingerprint == before(alone) and alone.document_bytes == 2**13
-    (tmp_path / "b.jsonl").write_text("b" * 2**20, encoding="utf-8")
-    more = locate(str(tmp_path))
-    assert more.fingerprint != before(more) and not more.document_bytes
-    (tmp_path / "a.txt").write_text("short enough", encoding="utf-8")
-    short = locate(str(tmp_path))
-    assert short.fingerprint == before(short)
 
 
 def test_a_column_is_named_behind_the_path(folder):

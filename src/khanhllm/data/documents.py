@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from hashlib import blake2b
-from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +34,7 @@ from pyarrow.parquet import ParquetFile
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
 from khanhllm.data.source_syntax import filled, text_columns
-from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote, piece_bytes
+from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
 from khanhllm.data.walk import kind
 from khanhllm.data.warc import page, pages
 from khanhllm.errors import UserError
@@ -136,9 +135,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         packed = where.partition("?")[0].lower().endswith(".gz")
-        most = self.source.document_bytes or piece_bytes(raw.seek(0, SEEK_END) * (4 if packed else 1))
-        raw.seek(0)
-        return _pieces(_decoded(gzip.GzipFile(fileobj=raw) if packed else raw, where), most)
+        return _pieces(_decoded(gzip.GzipFile(fileobj=raw) if packed else raw, where), self.source.document_bytes)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:

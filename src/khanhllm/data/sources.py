@@ -58,7 +58,7 @@ class Source:
     fingerprint: str
     """changes when a local file does"""
     document_bytes: int
-    """about how long the pieces of a text file are (characters); 0: the size of each file decides, see `piece_bytes`"""
+    """about how long the pieces of a text file are (characters)"""
     column: str = ""
     """column of the text in json lines and tables; empty means the first usual name that is there"""
     validation: tuple[str, ...] = ()
@@ -219,12 +219,8 @@ def _local(source: str, root: Path, paths: list[Path], left_out: Counter[str] | 
     files = _shuffled(list(stats))
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
     sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)
-    most = _by_total(sum(sizes))
-    if not _cuts_alike(files, sizes, most) and source != "stdlib":  # nobody adds files to the library
-        most = 0
-    recipe = (str(root.resolve()), listing, *(["each file cut by its own size"] if not most else []))
-    fingerprint = blake2b(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()
-    counts = _counts(left_out or Counter())
+    fingerprint = blake2b(repr((str(root.resolve()), listing)).encode("utf-8", "surrogateescape")).hexdigest()
+    most, counts = _document_bytes(sum(sizes)), _counts(left_out or Counter())
     return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, most, left_out=counts)
 
 
@@ -247,29 +243,14 @@ def _remote(
     source: str, root: str, names: list[str], size: int = 0, left_out: tuple[tuple[str, int], ...] = ()
 ) -> Source:
     sizes = (size,) * len(names)
-    return Source(source, root, tuple(_shuffled(names)), sizes, source, _by_total(size or 2**22), left_out=left_out)
+    return Source(
+        source, root, tuple(_shuffled(names)), sizes, source, _document_bytes(size or 2**22), left_out=left_out
+    )
 
 
-def piece_bytes(size: int) -> int:
-    """Where a text file of so many bytes is cut: a novel into a few dozen documents, a short file not at all.
-
-    Its own size alone decides, so another file moves no cut.
-    """
-    return min(max(size // 64, 2**12), 2**20)
-
-
-def _by_total(total: int) -> int:
-    """Where all text files of a source are cut, by the size of the whole source: the rule of older shards.
-
-    It is still followed wherever both rules cut alike, so that those shards are found again.
-    """
+def _document_bytes(total: int) -> int:
+    """Where text files are cut: small enough for a few dozen documents, large enough to keep most files whole."""
     return min(max(total // 64, 2**11), 2**20)
-
-
-def _cuts_alike(names: list[str], sizes: tuple[int, ...], most: int) -> bool:
-    """Whether cutting text files at `most` is the same as cutting each by its own size."""
-    texts = [size for name, size in zip(names, sizes, strict=True) if kind(name) == "text"]
-    return all(piece_bytes(size) == most or size <= min(most, piece_bytes(size)) for size in texts)
 
 
 def _listed(source: str) -> tuple[str, list[str], tuple[tuple[str, int], ...]]:
