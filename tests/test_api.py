@@ -12,6 +12,7 @@ import torch
 import khanhllm
 from khanhllm import UserError
 from khanhllm.cli.arguments import given
+from khanhllm.machine import devices
 from khanhllm.runs.evaluate import score_run
 
 KNOBS = {
@@ -163,3 +164,35 @@ def test_the_score_of_a_run_is_that_of_the_command(trained):
     _, folder = trained
     score = score_run(folder / "run")
     assert score["val_tokens"] > 100
+
+
+def test_tf32_is_set_where_it_is_asked_for(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(devices, "_precision", lambda wanted, _device: wanted)  # as on an NVIDIA GPU
+    for precision in ("fp32", "tf32"):
+        khanhllm.load(trained[1] / "run", device="cpu", precision=precision)
+    assert asked == ["high"]
+
+
+def test_of_a_text_longer_than_the_context_nothing_is_lost(trained):
+    """Every token is scored, and what follows is read off the end."""
+    run, _ = trained
+    text = "import json, logging\n" * 20
+    ids = run.tokenizer.encode(text)
+    score = run.score(text)
+    assert (score["val_tokens"], score["val_bytes"]) == (len(ids), len(text))
+    with torch.no_grad():
+        last = run.model.logits(torch.tensor([ids[-32:]]))[0, -1, : run.tokenizer.vocab_size]
+    assert run.next(text, k=1)[0][1] == pytest.approx(last.softmax(-1).max().item())
+
+
+def test_looking_at_the_experts_leaves_no_hook(trained):
+    run, _ = trained
+    run.experts("x")
+    assert not [module for module in run.model.modules() if module._forward_hooks]
+
+
+def test_the_history_has_every_column_of_the_log(trained):
+    log = trained[1] / "run" / "training_log.csv"
+    assert list(khanhllm.history(trained[1] / "run")) == log.read_text().splitlines()[0].split(",")

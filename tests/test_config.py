@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import tiny
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, missing_extra
+from khanhllm.files import publish
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.schema import Config
-from khanhllm.settings import amount, preset, preset_names, resolve, seconds, to_toml
+from khanhllm.settings import amount, preset, preset_names, resolve, seconds, to_toml, with_length
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -101,3 +102,21 @@ def test_amounts():
     assert [amount(text) for text in ("5B", "300m", "1_000", "1.5k")] == [5 * 10**9, 3 * 10**8, 1000, 1500]
     with pytest.raises(UserError, match="5B"):
         amount("many")
+
+
+@pytest.mark.parametrize("length", [{"steps": 5}, {"tokens": "5k"}])
+def test_a_length_in_steps_or_tokens_replaces_a_time(length):
+    assert with_length({"train": {"seconds": 60}}, **length, where="").train.seconds == 0
+
+
+def test_what_cannot_be_published_leaves_nothing_aside(tmp_path):
+    (tmp_path / "taken").mkdir()  # no file takes the place of a folder
+    with pytest.raises(OSError):
+        publish(tmp_path / "taken", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_part_of_a_missing_module_names_its_extra():
+    missing = missing_extra(ModuleNotFoundError("No module named 'pyarrow.parquet'", name="pyarrow.parquet"))
+    assert "khanhllm[data]" in str(missing)
+    assert missing_extra(ModuleNotFoundError("No module named 'ours'", name="ours")) is None

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,3 +72,11 @@ def test_the_same_seed_writes_the_same():
         for seed in (1, 1, 2)
     )
     assert first == second != other
+
+
+def test_a_cache_holds_no_more_than_the_context():
+    model = build(tiny())
+    cache = model.new_cache()
+    with torch.no_grad(), pytest.raises(ValueError, match="33 positions"):
+        for length in (32, 1):
+            model.logits(torch.ones(1, length, dtype=torch.long), cache)

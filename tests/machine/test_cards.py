@@ -1,8 +1,13 @@
 """A card is found by the words that people and drivers use for it."""
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+from conftest import plain_machine
 from khanhllm.errors import UserError
+from khanhllm.machine import devices
 from khanhllm.machine.cards import card, known_peak
 
 
@@ -48,3 +53,19 @@ def test_a_card_of_another_name_has_no_peak(driver):
 def test_an_unknown_card_is_one_line_that_guesses():
     with pytest.raises(UserError, match="did you mean RTX 4090"):
         card("RTX 4099")
+
+
+@pytest.mark.parametrize(("precision", "products"), [("fp32", "highest"), ("bf16", "highest"), ("tf32", "high")])
+def test_the_process_multiplies_as_the_machine_says(precision, products, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    dataclasses.replace(plain_machine(), precision=precision).take_process()
+    assert asked == [products]
+
+
+def test_a_machine_is_measured_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(devices, "_peak", lambda device: measured.append(device) or 1e12)
+    machine = plain_machine()
+    assert machine.peak_flops == machine.peak_flops == 1e12
+    assert len(measured) == 1

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from conftest import build, plain_machine, tiny
+from khanhllm.machine import fit as fit_module
 from khanhllm.machine.fit import fit
 
 G = torch.Generator().manual_seed(4)
@@ -58,3 +59,12 @@ def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
     assert not torch.equal(loads[0], loads[1])
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2  # of four blocks
+
+
+def test_without_gradients_nothing_is_compiled_or_recomputed(compiling, monkeypatch):
+    """Generation and validation have many shapes, each of which would be compiled."""
+    monkeypatch.setattr(fit_module, "checkpoint", lambda *_, **__: pytest.fail("recomputed"))
+    fitted = fit(build(tiny()), compiling, "full")
+    with torch.no_grad():
+        fitted.logits(torch.ones(1, 5, dtype=torch.long))
+    assert not counters["stats"]["unique_graphs"]

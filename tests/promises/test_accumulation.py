@@ -1,5 +1,6 @@
 """One step is one step, however it is cut: 1x8, 2x4 and 8x1 micro-batches give the same gradient, balance included."""
 
+from math import log
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +97,13 @@ def test_the_log_knows_the_uneven_load_of_the_whole_step(micro_batch):
             buffer[:2] = 10.0
     _, row = step.train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))
     assert (row["max_violation"].item(), row["least_share"].item()) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_the_log_has_router_z_per_token(micro_batch):
+    """A router whose scores are all zero has a z of ln(experts) squared at every token."""
+    settings = {"train": {"micro_batch": micro_batch, "accumulation": 4 // micro_batch}}
+    learner = Learner.new(resolve(tiny().model_dump(), settings), plain_machine())
+    learner.model.blocks[1].feedforward.router.weight.data.zero_()
+    _, row = step.train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))
+    assert row["router_z"].item() == pytest.approx(log(4) ** 2, rel=1e-5)

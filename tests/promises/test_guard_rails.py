@@ -162,3 +162,14 @@ def test_back_at_the_beginning_everything_is_as_it_was_then(weights, corpus, cac
     assert steps == [(0, 0), (1, 4), (2, 8), (3, 12), (0, 16), *((step, 16 + 4 * step) for step in range(5))]
     _, rows = outcome(tmp_path / "run")
     assert [int(row["tokens"]) // 32 for row in rows] == [20, 24, 28, 32, 36]
+
+
+def test_the_load_of_a_rejected_step_is_forgotten():
+    """Or the next step would be balanced against what a bad batch did."""
+    learner = Learner.new(tiny(), open_machine(tiny().machine))
+    rows = random_batches(learner.config, learner.machine.device)
+    good, _ = train_step(learner, learner.start(), rows)
+    with spoiled(next(learner.model.parameters()), 0, nan, micro_batch=0):
+        bad, row = train_step(learner, good, rows)
+    assert row["fault"]
+    assert torch.equal(bad.load_LE, good.load_LE)

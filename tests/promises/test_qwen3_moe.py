@@ -49,7 +49,19 @@ def test_one_wrong_weight_is_seen():
         assert (model.logits(ids) - theirs(ids).logits).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("key", ["value_embedding", "embedding_skip", "router_bias"])
-def test_a_shape_that_they_do_not_have_is_refused_by_name(key):
-    with pytest.raises(UserError, match=rf"model\.{key} True is unknown to Qwen3-MoE"):
-        qwen3_moe.settings(tiny(**{key: True}).model)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"style": "classic"},
+        {"feedforward": "relu2"},
+        {"value_embedding": True},
+        {"pair_embedding": 64},
+        {"embedding_skip": True},
+        {"router_bias": True},
+    ],
+    ids=lambda shape: next(iter(shape)),
+)
+def test_a_shape_that_they_do_not_have_is_refused_by_name(shape):
+    ((key, value),) = shape.items()
+    with pytest.raises(UserError, match=rf"model\.{key} {value} is unknown to Qwen3-MoE"):
+        qwen3_moe.settings(tiny(**shape).model)

@@ -5,21 +5,24 @@ import hashlib
 import os
 import shutil
 import signal
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import tiny
 from khanhllm.errors import UserError
 from khanhllm.runs.run import open_run
-from khanhllm.schema import Config
+from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import resolve, write_config
 from khanhllm.training import checkpoint, saver
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
+from khanhllm.training.step import State
 
 TIMING = {"tokens_per_s", "mfu", "waiting", "memory_mb", "seconds"}
 
@@ -362,3 +365,11 @@ def test_another_model_is_not_called_damage(corpus, cache, tmp_path):
     ):
         with pytest.raises(UserError, match=r"of another model than its config\.toml describes.*check model\.\* keys"):
             use()
+
+
+def test_a_run_by_time_ends_while_there_is_time_to_save():
+    """Half of ten seconds were used up, a step takes one: after it there is time for another and two to save, not 4."""
+    state, log = State(5, 0, torch.empty(0), share=0.5), SimpleNamespace(expect=lambda _steps: None)
+    for saving, last in ((2, False), (4, True)):
+        progress = training_run._progress(TrainConfig(seconds=10), state, 6, SimpleNamespace(seconds=saving), log)
+        assert progress == (replace(state, share=0.6), last)

@@ -278,3 +278,17 @@ def test_its_size_is_known_before_the_first_step(trained):
     model, optimizer = trained
     fresh = optim.build(model, OptimConfig(name=type(optimizer).__name__.lower()))
     assert checkpoint.size(model, fresh) == checkpoint.snapshot(1, model, optimizer, {}).bytes
+
+
+def test_the_sign_of_a_zero_is_a_byte_too(tmp_path, monkeypatch):
+    """What was written is compared as bytes: as numbers, 0 equals -0, and NaN not even itself."""
+    honest = checkpoint.save_file
+    checkpoint.write(tmp_path, checkpoint.Snapshot(1, {"one": torch.tensor([torch.nan])}, {}, {}))
+
+    def lying(tensors, path):
+        honest(tensors, path)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x80")
+
+    monkeypatch.setattr(checkpoint, "save_file", lying)
+    with pytest.raises(OSError, match="reads back differently"):
+        checkpoint.write(tmp_path, checkpoint.Snapshot(2, {"one": torch.zeros(1)}, {}, {}))
