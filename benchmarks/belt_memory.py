@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 from khanhllm.data.belt import Belt
-from khanhllm.data.documents import Reader
 from khanhllm.data.ensure import ensure
+from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.schema import DataConfig
 

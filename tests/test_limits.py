@@ -12,7 +12,8 @@ from khanhllm import limits, optim
 from khanhllm.machine.devices import Machine
 from khanhllm.planning import budget
 from khanhllm.schema import OptimConfig
-from khanhllm.training import saver
+from khanhllm.training import checkpoint
+from khanhllm.training.saver import Saver
 
 GB = 10**9
 UNLIMITED = 9223372036854771712
@@ -126,11 +127,11 @@ def test_a_checkpoint_is_copied_only_where_the_group_has_room(machine, tmp_path,
     optimizer = optim.build(model, OptimConfig())
     copied = []
     honest = checkpoint.Snapshot.copied
-    monkeypatch.setattr(saver.Snapshot, "copied", lambda self: copied.append(1) or honest(self))
+    monkeypatch.setattr(checkpoint.Snapshot, "copied", lambda self: copied.append(1) or honest(self))
     (tmp_path / "run").mkdir()
     for step, used, copies in ((1, 0, 1), (2, GB, 1)):  # room at first, none then
         machine({"proc/self/cgroup": "0::/"} | v2(memory_max=GB, memory_current=used))
-        with saver.Saver(tmp_path / "run", keep=9) as saver:
+        with Saver(tmp_path / "run", keep=9) as saver:
             saver.begin(step, model, optimizer, {})
             assert saver.outcome(patient=True)
         assert len(copied) == copies

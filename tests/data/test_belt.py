@@ -15,7 +15,7 @@ from words import TOKENIZER, lines, text
 
 from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import belt as module
-from khanhllm.data import belt_setup, documents, heartbeat, prepare
+from khanhllm.data import belt_setup, heartbeat, prepare, readers
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.belt_notes import RECIPE, Recipe
 from khanhllm.data.belt_worker import BeltWorker
@@ -128,8 +128,8 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
 def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_path, monkeypatch, kept):
     monkeypatch.setattr(belt_setup, "KEPT", kept)
     monkeypatch.setattr(prepare, "KEPT", kept)
-    patient, fetch = [], documents.fetch
-    monkeypatch.setattr(documents, "fetch", lambda *a, **more: patient.append(more["patience"]) or fetch(*a, **more))
+    patient, fetch = [], readers.fetch
+    monkeypatch.setattr(readers, "fetch", lambda *a, **more: patient.append(more["patience"]) or fetch(*a, **more))
     with FaultyServer(corpus) as server:
         source = f"{server.url}/{{0..3}}.jsonl"
         data = DataConfig(source=source, cache=str(tmp_path), validation=0.1, shard_tokens=1000, patience=7)

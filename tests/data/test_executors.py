@@ -9,9 +9,9 @@ import pytest
 from words import TOKENIZER, lines, text
 
 from khanhllm.cli import main
-from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Execution
 from khanhllm.data.prepare import prepare
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source
 from khanhllm.errors import UserError

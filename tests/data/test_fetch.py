@@ -7,8 +7,8 @@ import pytest
 
 from khanhllm.chaos.server import KINDS, FaultyServer
 from khanhllm.data import fetch as module
-from khanhllm.data.documents import _check_packed
 from khanhllm.data.fetch import fetch
+from khanhllm.data.readers import _check_packed
 from khanhllm.errors import UserError
 
 DATA = random.Random(0).randbytes(300_000)

@@ -103,7 +103,7 @@ def run(code):
 
 
 READ = """
-from khanhllm.data.documents import Reader
+from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 found = locate({source!r})
 print(sorted(document.text for name in found.files for document in Reader(found, []).read_file(name)))

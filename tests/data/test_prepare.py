@@ -10,9 +10,9 @@ import pytest
 from words import TOKENIZER, lines, text
 
 from khanhllm.data import prepare as module
-from khanhllm.data.documents import Reader
 from khanhllm.data.ensure import ensure
 from khanhllm.data.prepare import prepare, train_on
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Manifest, Shards
 from khanhllm.data.sources import Source, locate
 from khanhllm.data.tokenizer import train_tokenizer

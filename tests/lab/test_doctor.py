@@ -9,8 +9,8 @@ import torch
 from conftest import build, plain_machine, tiny
 from khanhllm import optim
 from khanhllm.lab import doctor
+from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine
-from khanhllm.machine.fit import fit
 from khanhllm.optim import state_bytes
 from khanhllm.planning import budget
 from khanhllm.schema import MachineConfig
@@ -58,7 +58,7 @@ def test_its_memory_is_what_a_step_holds(name, halves):
     config = resolve(tiny(dim=64, hidden=128).model_dump(), {"optim": {"name": name}, "machine": halves})
     machine = plain_machine()
     model = build(config)
-    fit(model, machine, "none", config.machine.weights, config.machine.gradients)
+    adapt(model, machine, "none", config.machine.weights, config.machine.gradients)
     optimizer = optim.build(model, config.optim)
     ids = torch.arange(64).view(2, 32)
     with replace(machine, precision="bf16").autocast() if halves else machine.autocast():

@@ -12,7 +12,7 @@ from khanhllm import optim
 from khanhllm.data.batches import random_batches
 from khanhllm.lab import measure
 from khanhllm.model.counts import flops_per_token
-from khanhllm.model.objectives import micro_batch_loss, token_nll
+from khanhllm.model.losses import micro_batch_loss, token_nll
 from khanhllm.planning.simulation import MemoryTrace, simulate_step
 from khanhllm.schema import LossConfig
 from khanhllm.settings import resolve

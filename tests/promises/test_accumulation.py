@@ -8,7 +8,7 @@ import torch
 
 from conftest import build, plain_machine, tiny
 from khanhllm.data.batches import Batch, random_batches
-from khanhllm.model import objectives
+from khanhllm.model import losses
 from khanhllm.settings import resolve
 from khanhllm.training import step
 from khanhllm.training.step import Learner
@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_the_formula_of_one_batch(pattern):
     nll, routings = model(IDS[:, :-1], IDS[:, 1:])
     loss = nll.mean()
     for routing in routings:
-        loss = loss + 0.3 * objectives.load_balance(routing.load_E, routing.prob_E) + 0.1 * routing.z / nll.numel()
+        loss = loss + 0.3 * losses.load_balance(routing.load_E, routing.prob_E) + 0.1 * routing.z / nll.numel()
     loss.backward()
     assert (
         farthest(gradient(2, "current", pattern=pattern), [parameter.grad for parameter in model.parameters()]) < 1e-6

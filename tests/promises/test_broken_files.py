@@ -15,9 +15,9 @@ import pytest
 import zstandard
 
 from khanhllm import cli
-from khanhllm.data.documents import Reader
 from khanhllm.data.ensure import ensure
 from khanhllm.data.prepare import prepare
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Shards
 from khanhllm.data.sources import locate
 from khanhllm.data.tokenizer import Tokenizer, train_tokenizer

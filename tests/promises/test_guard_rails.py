@@ -12,7 +12,7 @@ from conftest import tiny
 from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
 from khanhllm.machine.devices import open_machine
-from khanhllm.model import Transformer, objectives
+from khanhllm.model import Transformer, losses
 from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
@@ -55,14 +55,14 @@ def poisoned(monkeypatch, bad):
 
     def spoiled_step(learner, state, batches):
         micro_batches = list(islice(batches, learner.config.train.accumulation))
-        forward = objectives.micro_batch_loss
+        forward = losses.micro_batch_loss
 
         def spoiled_loss(*inputs):
             loss, nll, routing = forward(*inputs)
             return loss, (nll * nan if bad(micro_batches[0].cursor) else nll), routing
 
         with monkeypatch.context() as patch:
-            patch.setattr(objectives, "micro_batch_loss", spoiled_loss)
+            patch.setattr(losses, "micro_batch_loss", spoiled_loss)
             return honest(learner, state, iter(micro_batches))
 
     monkeypatch.setattr(training_run, "train_step", spoiled_step)

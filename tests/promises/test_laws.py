@@ -5,7 +5,7 @@ import torch
 
 from conftest import build, tiny
 from khanhllm.lab import doctor
-from khanhllm.machine import fit
+from khanhllm.machine import adapt
 from khanhllm.model import attention, moe, router
 from khanhllm.model.experts import LOOP
 
@@ -102,6 +102,6 @@ def test_rebuilding_really_happens(monkeypatch, machine):
     monkeypatch.setattr(
         router.Router, "forward", lambda *a: asked.update(router=asked["router"] + 1) or honest_router(*a)
     )
-    model = fit.fit(build(tiny()), machine, "full")
+    model = adapt.adapt(build(tiny()), machine, "full")
     doctor._gradients(model)
     assert asked == {"answer": 2, "router": 1}

@@ -18,7 +18,7 @@ from khanhllm.chaos.trainers import TOGETHER
 from khanhllm.data import fetch
 from khanhllm.data.belt_setup import create_belt
 from khanhllm.data.belt_worker import BeltWorker
-from khanhllm.data.documents import Reader
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST
 from khanhllm.data.sources import locate
 from khanhllm.data.tokenizer import Tokenizer, train_tokenizer

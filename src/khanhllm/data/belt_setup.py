@@ -8,7 +8,7 @@ import numpy as np
 
 from khanhllm.data.belt_notes import RECIPE, Recipe, spool
 from khanhllm.data.clean import Cleaner, counted
-from khanhllm.data.documents import Reader
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer

@@ -24,8 +24,8 @@ import psutil
 
 from khanhllm.data.belt_notes import GLANCE, RECIPE, Made, Position, Recipe, ShardStart, note_path, spool
 from khanhllm.data.clean import Cleaner
-from khanhllm.data.documents import Reader
 from khanhllm.data.heartbeat import WORK, beat, heartbeat_path
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Manifest
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer

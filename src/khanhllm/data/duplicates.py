@@ -28,7 +28,7 @@ from datatrove.pipeline.dedup.minhash import (
 from datatrove.pipeline.dedup.sentence_dedup import SentenceDedupSignature, SentenceFindDedups
 
 from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Removals, steps_of
-from khanhllm.data.documents import Reader
+from khanhllm.data.readers import Reader
 from khanhllm.data.writer import report_path
 from khanhllm.errors import UserError
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from khanhllm.data.clean import COMPARING, steps_of
-from khanhllm.data.documents import Reader
 from khanhllm.data.duplicates import Signatures, merge, removals, reports_of
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer

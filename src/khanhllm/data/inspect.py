@@ -20,7 +20,7 @@ from rich.text import Text
 from khanhllm.data.belt_notes import Made
 from khanhllm.data.clean import counted as cleaned
 from khanhllm.data.clean import table
-from khanhllm.data.documents import Reader
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
 from khanhllm.data.sources import Source, locate
 from khanhllm.data.tokenizer import Tokenizer

@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
-from khanhllm.data.documents import Reader
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer

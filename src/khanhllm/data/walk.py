@@ -18,6 +18,7 @@ TABLES = (".parquet",)
 SHEETS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 WEB = (".warc", ".warc.gz", ".wet", ".wet.gz")
 PAGES = (".html", ".htm")
+# readers.py reads each kind.
 KINDS = {"text": TEXT, "lines": LINES, "json": JSON, "table": TABLES, "sheet": SHEETS, "page": PAGES, "warc": WEB}
 BEGINNING = 2**16
 """bytes of a .json file that show whether it holds documents"""

@@ -17,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
 from khanhllm.data.clean import Cleaner, Removals
-from khanhllm.data.documents import Reader
+from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Dtype, Shard, Split, Tally, dtype_for
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError

@@ -23,8 +23,8 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
 from khanhllm.limits import cores
+from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, matmul_rate, open_machine
-from khanhllm.machine.fit import fit
 from khanhllm.model import Transformer
 from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import preset, resolve
@@ -206,7 +206,7 @@ def _untrained(machine: Machine) -> Transformer:
     with torch.device(machine.device):
         model = Transformer(config.model)
     model.initialise()
-    return fit(model, machine, "none")
+    return adapt(model, machine, "none")
 
 
 def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
@@ -250,7 +250,7 @@ def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Con
 
 
 def _texts(source: str, most: int) -> Iterator[str]:
-    from khanhllm.data.documents import Reader
+    from khanhllm.data.readers import Reader
     from khanhllm.data.sources import locate
 
     located = locate(source)

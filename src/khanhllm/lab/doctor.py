@@ -22,14 +22,14 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.errors import UserError
+from khanhllm.machine.adapt import adapt, aligned
 from khanhllm.machine.devices import Machine, open_machine
-from khanhllm.machine.fit import aligned, fit
 from khanhllm.machine.precision import keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.model.experts import GROUPED, LOOP
+from khanhllm.model.losses import even_load, load_balance, micro_batch_loss
 from khanhllm.model.moe import MoE
-from khanhllm.model.objectives import even_load, load_balance, micro_batch_loss
 from khanhllm.planning import budget
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, LossConfig, MachineConfig, OptimConfig
@@ -128,7 +128,7 @@ def rebuilt_activations_change_nothing(model: Transformer) -> Finding:
     noise = _gap(_gradients(model)[0], plain_gradients)
     gap, same_routing = 0.0, True
     for kind in ("selective", "full"):
-        gradients, load = _gradients(fit(copy.deepcopy(model), machine, kind))
+        gradients, load = _gradients(adapt(copy.deepcopy(model), machine, kind))
         same_routing &= torch.equal(load, plain_load)
         gap = max(gap, _gap(gradients, plain_gradients))
     measured = f"largest gradient difference {gap:.1e}, routing {'the same' if same_routing else 'differs'}"
@@ -247,7 +247,7 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
             config = small_copy(config)
         model = Transformer(config.model)
         model.initialise(torch.Generator().manual_seed(0))
-        model = fit(model, machine)
+        model = adapt(model, machine)
         yield first_loss_is_chance(model)
     elif (Path(patient) / "config.toml").exists():
         yield from _surroundings(open_machine(wanted))

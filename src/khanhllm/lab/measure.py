@@ -18,8 +18,8 @@ import torch
 from khanhllm import optim
 from khanhllm.data.batches import random_batches
 from khanhllm.errors import UserError
+from khanhllm.machine.adapt import is_small
 from khanhllm.machine.devices import Machine, keep_freed_memory, open_machine
-from khanhllm.machine.fit import is_small
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
 from khanhllm.training.step import Learner, train_step

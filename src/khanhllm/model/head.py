@@ -4,7 +4,7 @@ vocabulary) matrix of them, as large as all activations together, never exists."
 import torch
 from torch import Tensor, nn
 
-from khanhllm.model.objectives import token_nll
+from khanhllm.model.losses import token_nll
 
 
 class Head(nn.Module):

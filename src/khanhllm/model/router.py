@@ -1,8 +1,8 @@
 """The router sends each token to its top K experts (Shazeer et al. 2017, arXiv 1701.06538).
 
 It computes in fp32 whatever the rest does, because rounding would send tokens with a near-tie to another expert. It
-returns what the step must know about the routing and stores nothing, so recomputed or compiled forwards cannot count it
-twice.
+returns what the step must know about the routing (losses.py makes the balancing loss of it) and stores nothing, so
+recomputed or compiled forwards cannot count it twice.
 """
 
 from typing import NamedTuple

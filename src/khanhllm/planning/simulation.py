@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from khanhllm import optim
+from khanhllm.machine.adapt import adapt
 from khanhllm.machine.backends import BackendName
 from khanhllm.machine.devices import Machine
-from khanhllm.machine.fit import fit
-from khanhllm.model import Transformer, objectives
+from khanhllm.model import Transformer, losses
 from khanhllm.schema import Config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "work space")
@@ -155,7 +155,7 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
     with fake:
         model = Transformer(shape, config.loss.chunk)
         kind = config.machine
-        model = fit(model, machine, kind.checkpointing, kind.weights, kind.gradients)
+        model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         ids_BT = torch.zeros(train.rows, shape.context + 1, dtype=torch.int64)
         load_LE = torch.zeros(len(shape.moe_layers), shape.experts)
     optimizer = optim.build(model, config.optim)
@@ -188,7 +188,7 @@ def _gradient(
 ) -> None:
     """Run forward and backward of one micro-batch, as `train_step` does."""
     trace.forward = True
-    loss, _, _ = objectives.micro_batch_loss(
+    loss, _, _ = losses.micro_batch_loss(
         model, ids_BT[:, :-1], ids_BT[:, 1:], load_LE, config.tokens_per_step, config.loss, machine.autocast()
     )
     trace.forward = False

@@ -41,7 +41,7 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
 
 def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Each document of a source as training sees it: after an end-of-text."""
-    from khanhllm.data.documents import Reader
+    from khanhllm.data.readers import Reader
     from khanhllm.data.sources import locate
 
     place = locate(source)

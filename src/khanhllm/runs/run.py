@@ -16,8 +16,8 @@ from khanhllm.errors import UserError
 from khanhllm.files import foreign
 from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
+from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, open_machine
-from khanhllm.machine.fit import fit
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper
 from khanhllm.model.router import Router
@@ -158,7 +158,7 @@ def open_run(run: Path, machine_config: MachineConfig | None = None) -> Run:
     with torch.device(machine.device):
         model = Transformer(config.model, config.loss.chunk)
     halves = machine.precision == "bf16" and "bf16" in (config.machine.weights, wanted.weights)
-    fit(model, machine, weights="bf16" if halves else "fp32")
+    adapt(model, machine, weights="bf16" if halves else "fp32")
     checkpoint.load_model(path, model)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:

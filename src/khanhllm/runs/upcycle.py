@@ -13,7 +13,7 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.errors import UserError
-from khanhllm.model import Transformer, objectives
+from khanhllm.model import Transformer, losses
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, ModelConfig
 from khanhllm.settings import refuse_to_overwrite, resolve, write_config
@@ -45,7 +45,7 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     model.initialise(torch.Generator().manual_seed(config.train.seed))  # what is left of it: the routers
     model.load_state_dict(_weights(dense.model.state_dict(), config.model), strict=False)
     state = {key: dense.state[key] for key in ("cursor", "data", "folder")}
-    state |= {"load": objectives.even_load(len(config.model.moe_layers), experts).tolist(), "seconds": 0.0}
+    state |= {"load": losses.even_load(len(config.model.moe_layers), experts).tolist(), "seconds": 0.0}
     out.mkdir(parents=True, exist_ok=True)
     dense.tokenizer.save(out / "tokenizer.json")
     optimizer = optim.build(model, config.optim, config.train.seed)

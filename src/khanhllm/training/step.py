@@ -14,9 +14,9 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.data.batches import Batch
+from khanhllm.machine.adapt import adapt, is_small
 from khanhllm.machine.devices import Machine, keep_freed_memory
-from khanhllm.machine.fit import fit, is_small
-from khanhllm.model import Transformer, objectives
+from khanhllm.model import Transformer, losses
 from khanhllm.model.counts import flops_per_token
 from khanhllm.model.router import Routing, move_biases, stack
 from khanhllm.optim import schedule
@@ -39,7 +39,7 @@ class Learner:
         model = initial_model(config)
         keep_freed_memory(is_small(model))
         kind = config.machine
-        model = fit(model, machine, kind.checkpointing, kind.weights, kind.gradients)
+        model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         optimizer = optim.build(model, config.optim, config.train.seed)
         return cls(config, machine, model, optimizer, flops_per_token(model))
 
@@ -51,7 +51,7 @@ class Learner:
 
     def start(self) -> "State":
         shape = self.config.model
-        load_LE = objectives.even_load(len(shape.moe_layers), shape.experts).to(self.machine.device)
+        load_LE = losses.even_load(len(shape.moe_layers), shape.experts).to(self.machine.device)
         return State(0, 0, load_LE, share=0.0 if self.config.train.seconds else None)
 
 
@@ -96,7 +96,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     load_LE = load_for_balance(learner, state, micro_batches)
     sums: list[Tensor] = []
     for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
-        loss, nll, routing_L = objectives.micro_batch_loss(
+        loss, nll, routing_L = losses.micro_batch_loss(
             learner.model, *batch[:2], load_LE, config.tokens_per_step, config.loss, learner.machine.autocast()
         )
         loss.backward()  # type: ignore[no-untyped-call]
@@ -139,7 +139,7 @@ def _row(learner: Learner, state: State, routing_L: Routing, took: float, waited
     }
     if not share_LE.numel():
         return row
-    balance_L = objectives.load_balance(routing_L.load_E, routing_L.prob_E)
+    balance_L = losses.load_balance(routing_L.load_E, routing_L.prob_E)
     return row | {
         "balance": balance_L.mean(),
         "router_z": routing_L.z.mean() / config.tokens_per_step,

@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data import documents, sources, walk
-from khanhllm.data.documents import Reader
+from khanhllm.data import readers, sources, walk
+from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
 
@@ -82,7 +82,7 @@ def packed(tmp_path):
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK", 700)
+    monkeypatch.setattr(readers, "BLOCK", 700)
     for path in packed(tmp_path):
         assert read(path) == (LINES if ".tsv" in path.name else TEXTS), path.name
 
@@ -263,7 +263,7 @@ def test_a_csv_field_may_be_long_and_its_column_named(tmp_path):
 
 
 def test_a_bad_csv_row_is_named_with_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "FIELD", 1000)
+    monkeypatch.setattr(readers, "FIELD", 1000)
     path = tmp_path / "a.csv"
     good = b'id,text\n1,"two\nlines"\n'
     for bad, expected in {
@@ -283,7 +283,7 @@ def test_a_bad_csv_row_is_named_with_its_number(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 7, 2**18])
 def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     path = tmp_path / "latin.txt"
     for data, offset in ((b"plain caf\xe9 au lait", 9), ("é".encode() * 50 + b"\xff", 100), (b"abc\xc3", 3)):
         said = complaint(write(path, data))
@@ -292,9 +292,9 @@ def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path, monkeypatch, b
 
 @given(st.text(alphabet="ab \n\ré€😀", max_size=400), st.integers(1, 50), st.integers(1, 60))
 def test_pieces_of_a_text_joined_are_the_text(text, most, block):
-    pieces = list(documents._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
+    pieces = list(readers._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
     assert "".join(pieces) == text and max(map(len, pieces)) <= most
-    assert pieces == list(documents._pieces(iter([text]), most))
+    assert pieces == list(readers._pieces(iter([text]), most))
 
 
 def test_a_single_novel_becomes_many_documents_cut_at_blank_lines(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from conftest import build, plain_machine, tiny
-from khanhllm.machine import fit as fit_module
-from khanhllm.machine.fit import fit
+from khanhllm.machine import adapt as fit_module
+from khanhllm.machine.adapt import adapt
 
 G = torch.Generator().manual_seed(4)
 
@@ -34,7 +34,7 @@ def compiling(monkeypatch):
 
 def test_without_gradients_nothing_is_compiled(compiling):
     """Validation and generation have a new shape each time."""
-    fitted = fit(build(tiny()), compiling, "full")
+    fitted = adapt(build(tiny()), compiling, "full")
     with torch.no_grad():
         fitted.logits(torch.zeros(1, 9, dtype=torch.long))
     assert not counters["stats"]["unique_graphs"]
@@ -45,7 +45,7 @@ def test_without_gradients_nothing_is_compiled(compiling):
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
     """No graph break, and another routing does not compile again."""
-    fitted = fit(build(tiny(style, pattern="DMDM")), compiling, checkpointing)
+    fitted = adapt(build(tiny(style, pattern="DMDM")), compiling, checkpointing)
     batches = torch.randint(300, (3, 2, 33), generator=G)
     loads = []
     for number, ids in enumerate(batches):
@@ -64,7 +64,7 @@ def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
 def test_without_gradients_nothing_is_compiled_or_recomputed(compiling, monkeypatch):
     """Generation and validation have many shapes, each of which would be compiled."""
     monkeypatch.setattr(fit_module, "checkpoint", lambda *_, **__: pytest.fail("recomputed"))
-    fitted = fit(build(tiny()), compiling, "full")
+    fitted = adapt(build(tiny()), compiling, "full")
     with torch.no_grad():
         fitted.logits(torch.ones(1, 5, dtype=torch.long))
     assert not counters["stats"]["unique_graphs"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from khanhllm.model import objectives
+from khanhllm.model import losses
 
 G = torch.Generator().manual_seed(2)
 
@@ -14,7 +14,7 @@ def test_chunked_loss_and_gradients_equal_the_whole():
     whole = F.cross_entropy(x @ weight.T, targets, reduction="none")
     theirs = torch.autograd.grad((whole * upstream).sum(), (x, weight))
     for chunk in (1, 10, 37, 100):
-        nll = objectives.token_nll(x, weight, targets, chunk)
+        nll = losses.token_nll(x, weight, targets, chunk)
         ours = torch.autograd.grad((nll * upstream).sum(), (x, weight))
         assert torch.allclose(nll.double(), whole, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
@@ -27,10 +27,10 @@ def test_chunked_loss_and_gradients_equal_the_whole():
 )
 def test_rows_of_logits_exist_by_the_chunk_and_are_made_once(upstream, times, monkeypatch):
     rows = []
-    honest = objectives._nll
-    monkeypatch.setattr(objectives, "_nll", lambda x, *rest: rows.append(len(x)) or honest(x, *rest))
+    honest = losses._nll
+    monkeypatch.setattr(losses, "_nll", lambda x, *rest: rows.append(len(x)) or honest(x, *rest))
     x = torch.randn(100, 8, requires_grad=True)
-    objectives.token_nll(x, torch.randn(20, 8), torch.zeros(100, dtype=torch.long), 16).backward(upstream)
+    losses.token_nll(x, torch.randn(20, 8), torch.zeros(100, dtype=torch.long), 16).backward(upstream)
     assert max(rows) == 16
     assert sum(rows) == 100 * times
 
@@ -41,13 +41,13 @@ def test_the_gradient_of_a_step_asks_for_one_number():
     seen = []
     flat = nll.flatten().requires_grad_()
     flat.register_hook(lambda grad: seen.append(grad.stride()))
-    objectives.share_of_step(flat.view(4, 8), prob, z, torch.rand(2, 3), 32, 0.1, 0.1).backward()
+    losses.share_of_step(flat.view(4, 8), prob, z, torch.rand(2, 3), 32, 0.1, 0.1).backward()
     assert seen == [(0,)]
 
 
 def test_the_gradient_can_be_asked_for_twice():
     x, weight = (torch.randn(n, 8, generator=G, requires_grad=True) for n in (10, 20))
-    total = objectives.token_nll(x, weight, torch.arange(10), 4).sum()
+    total = losses.token_nll(x, weight, torch.arange(10), 4).sum()
     first, second = (torch.autograd.grad(3 * total, (x, weight), retain_graph=True) for _ in range(2))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
 
@@ -55,7 +55,7 @@ def test_the_gradient_can_be_asked_for_twice():
 def test_a_second_derivative_is_refused_not_wrong():
     """Autograd cannot look into the custom backward pass: beside another term, its part would be missing in silence."""
     x, weight = (torch.randn(n, 8, generator=G, requires_grad=True) for n in (10, 20))
-    total = objectives.token_nll(x, weight, torch.arange(10), 4).sum() + x.pow(3).sum()
+    total = losses.token_nll(x, weight, torch.arange(10), 4).sum() + x.pow(3).sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(total, x, create_graph=True)
 
@@ -68,7 +68,7 @@ def test_the_gradient_of_the_head_is_summed_in_fp32_under_autocast():
     def gradient(times):
         leaf = weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            nll = objectives.token_nll(x.repeat(times, 1), leaf, targets.repeat(times), 8)
+            nll = losses.token_nll(x.repeat(times, 1), leaf, targets.repeat(times), 8)
         nll.sum().backward()
         return leaf.grad
 
@@ -77,18 +77,18 @@ def test_the_gradient_of_the_head_is_summed_in_fp32_under_autocast():
 
 def test_even_routing_scores_one_and_collapse_scores_experts():
     even, collapsed = torch.ones(1, 8), torch.eye(8)[:1]
-    assert objectives.load_balance(even, even).item() == 1
-    assert objectives.load_balance(collapsed, collapsed).item() == 8
+    assert losses.load_balance(even, even).item() == 1
+    assert losses.load_balance(collapsed, collapsed).item() == 8
 
 
 def test_balance_is_per_layer():
     """Opposite collapses in two layers must not cancel."""
-    assert objectives.load_balance(torch.eye(2), torch.eye(2)).tolist() == [2, 2]
+    assert losses.load_balance(torch.eye(2), torch.eye(2)).tolist() == [2, 2]
 
 
 def test_shares_add_up():
     nll, prob, z = (torch.rand(*shape, generator=G) for shape in ((8, 4), (2, 3), (2,)))
     load = torch.rand(2, 3, generator=G).softmax(-1)
-    whole = objectives.share_of_step(nll, prob, z, load, 32, 0.1, 0.01)
-    half = [objectives.share_of_step(part, prob / 2, z / 2, load, 32, 0.1, 0.01) for part in nll.split(4)]
+    whole = losses.share_of_step(nll, prob, z, load, 32, 0.1, 0.01)
+    half = [losses.share_of_step(part, prob / 2, z / 2, load, 32, 0.1, 0.01) for part in nll.split(4)]
     assert torch.allclose(sum(half), whole)

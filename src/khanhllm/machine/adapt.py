@@ -1,4 +1,4 @@
-"""Fit a model to the machine, from outside and in this order: bf16 weights, device, experts' backend, activation
+"""Adapt a model to the machine, from outside and in this order: bf16 weights, device, experts' backend, activation
 checkpointing, compile. The model's own code and the names of its parameters stay as they are."""
 
 import logging
@@ -37,7 +37,7 @@ def is_small(model: Transformer) -> bool:
     return total_parameters(model) < LARGE
 
 
-def fit(
+def adapt(
     model: Transformer, machine: Machine, checkpointing: str = "none", weights: str = "fp32", gradients: str = "fp32"
 ) -> Transformer:
     """Change the model in place and return it.
