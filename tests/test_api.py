@@ -99,6 +99,13 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
         (lambda: run.generate("x", temprature=1), "did you mean temperature"),
         (lambda: run.logits("word " * 100), "sees 32 at once"),
         (lambda: run.score(""), "no text to score"),
+        (lambda: run.score(None), "must be a str, got NoneType"),
+        (lambda: run.stream(b"x"), "must be a str, got bytes"),
+        (lambda: run.next("x", k=0), "k must be a whole number of at least 1, got 0"),
+        (lambda: run.generate("x", n=-1), "n must be a whole number of at least 1, got -1"),
+        (lambda: run.generate("x", seed="y"), "seed"),
+        (lambda: khanhllm.train("nano", run=tmp_path / "none", resume=True), "holds no run to resume"),
+        (lambda: khanhllm.train("nano", data="", run=tmp_path / "x"), "source of text is empty"),
         (lambda: khanhllm.load(tmp_path), "not a run folder"),
         (lambda: khanhllm.load(folder / "run", device="banana"), "machine.device"),
         (lambda: khanhllm.history(tmp_path), "not a run folder"),
@@ -138,6 +145,23 @@ def test_it_trains_off_the_main_thread_and_lets_its_memory_go(trained, tmp_path)
     thread.join()
     assert found[0].step == 2
     assert gc.get_freeze_count() == 0
+
+
+def test_a_script_without_a_guard_trains_once(tmp_path):
+    """Worker processes that prepare the data do not run the script again."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for nth in range(3):  # more than one group of files, so that there are workers
+        (texts / f"{nth}.txt").write_text("some words to learn from, and a line feed\n\n" * 120_000)
+    knobs = {**KNOBS, "data.cache": str(tmp_path / "shards"), "data.workers": 2, "data.tokenizer_sample": 10_000}
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import khanhllm\nprint('begun')\n"
+        f"khanhllm.train('nano', data={str(texts)!r}, run={str(tmp_path / 'run')!r}, steps=1, **{knobs!r})\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1 and "Traceback" not in done.stderr
 
 
 def test_importing_is_light():

@@ -76,7 +76,9 @@ def train(
 
     folder = folder_for(preset) if run is None else Path(run)
     kept = folder / "config.toml"
-    base = read_toml(kept) if resume and kept.exists() else _settings(preset)
+    if resume and not kept.exists():
+        raise UserError(f"{folder} holds no run to resume; leave resume out to begin one")
+    base = read_toml(kept) if resume else _settings(preset)
     source = {} if data is None else {"data": {"source": str(data)}}
     chosen = with_length(base, source, nested(knobs), steps=steps, time=time, tokens=tokens, where="train")
     training.train(chosen, folder, resume=resume)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -187,7 +188,7 @@ class Job:
             return
         workers = min(self.workers, wave)
         threads = max(1, cores() // workers)
-        LocalPipelineExecutor(
+        executor = LocalPipelineExecutor(
             pipeline=[step(threads, workers > 1)],
             tasks=tasks,
             workers=workers,
@@ -195,7 +196,9 @@ class Job:
             skip_completed=False,
             local_tasks=wave,
             local_rank_offset=first,
-        ).run()
+        )
+        with _main_stays_here():
+            executor.run()
 
     def _submit(self, step: PipelineStep) -> None:
         """Submit the tasks to Slurm, unless it has them already. Raises Unfinished; the same command publishes."""
@@ -236,6 +239,20 @@ class Job:
 
     def _report(self, group: int) -> Report:
         return Report.model_validate_json(report_path(self.reports, group).read_bytes())
+
+
+@contextmanager
+def _main_stays_here() -> Iterator[None]:
+    """Within this context, new worker processes do not import the script that runs: a script that trains would begin
+    another training in each of them. The workers need only this package."""
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 class _Slurm(SlurmPipelineExecutor):  # type: ignore[misc]

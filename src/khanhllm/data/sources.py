@@ -121,6 +121,8 @@ def is_remote(source: str) -> bool:
 
 def locate(source: str) -> Source:
     """Find the files of a source. Raises UserError if there are none or, within seconds, if the network is missing."""
+    if not source.strip():
+        raise UserError("the source of text is empty; name a file, a folder or an address (data.source)")
     parts = components(source)
     if len(parts) > 1:
         raise UserError(

@@ -68,11 +68,14 @@ class Run:
 
         Raises UserError for a setting that makes no sense.
         """
+        _check_text(prompt)
         return write(self.model, self.tokenizer, self.machine, prompt, checked(Sampling, sampling, "generate"))
 
     def generate(self, prompt: str = "", n: int = 1, **sampling: Any) -> list[str]:
         """`n` continuations of a prompt, without the prompt; the first has the `seed` given (0), the next seed + 1."""
-        seed = int(sampling.pop("seed", 0))
+        _whole("n", n)
+        seed = checked(Sampling, sampling, "generate").seed
+        sampling.pop("seed", None)
         return ["".join(self.stream(prompt, seed=seed + nth, **sampling)) for nth in range(n)]
 
     @torch.inference_mode()
@@ -87,6 +90,7 @@ class Run:
     @torch.inference_mode()
     def next(self, text: str, k: int = 10) -> list[tuple[str, float]]:
         """The `k` likeliest tokens to follow a text, with their probabilities; of a long text, its end is read."""
+        _whole("k", k)
         logits_V = self._logits(self._ids(text)[-self.config.model.context :])[-1, : self.tokenizer.vocab_size]
         found = logits_V.softmax(dim=-1).topk(min(k, len(logits_V)))
         pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
@@ -138,11 +142,22 @@ class Run:
         return out
 
     def _ids(self, text: str) -> list[int]:
+        _check_text(text)
         return [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
 
     def _logits(self, ids: list[int]) -> Tensor:
         with self.machine.autocast():
             return self.model.logits(torch.tensor([ids], device=self.machine.device))[0]
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"a text must be a str, got {type(text).__name__}")
+
+
+def _whole(name: str, number: object) -> None:
+    if not isinstance(number, int) or number < 1:
+        raise UserError(f"{name} must be a whole number of at least 1, got {number!r}")
 
 
 def open_run(run: Path, machine_config: MachineConfig | None = None) -> Run:
