@@ -147,6 +147,17 @@ def test_it_trains_off_the_main_thread_and_lets_its_memory_go(trained, tmp_path)
     assert gc.get_freeze_count() == 0
 
 
+def test_training_gives_the_process_its_threads_back(trained, tmp_path):
+    run, _ = trained
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        khanhllm.train("nano", run=tmp_path / "run", steps=1, **{**KNOBS, **_data(run)})
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_script_without_a_guard_trains_once(tmp_path):
     """Worker processes that prepare the data do not run the script again."""
     texts = tmp_path / "texts"

@@ -119,6 +119,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
     """Everything that a training needs, opened in an order that finds mistakes before long work, and closed again."""
     refuse_to_overwrite(folder, resume)
     machine = open_machine(config.machine)
+    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     machine.take_process()
     if config.train.micro_batch == "auto":
         config = budget.fit_micro_batch(config, budget.here(machine))
@@ -147,6 +148,8 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
             try:
                 yield parts, state, log, saver, stop
             finally:
+                torch.set_num_threads(threads)
+                torch.set_float32_matmul_precision(products)
                 gc.unfreeze()
                 if parts.learner.machine.compile:
                     torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
