@@ -4,7 +4,7 @@ import gzip
 import io
 
 import pytest
-from test_documents import complaint, read
+from test_readers import complaint, read
 
 from khanhllm.data import warc as module
 from khanhllm.data.sources import locate
