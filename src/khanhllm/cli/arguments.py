@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
 
 from khanhllm.errors import UserError
-from khanhllm.schema import Config, MachineConfig
-from khanhllm.settings import did_you_mean, nested, resolve
+from khanhllm.schema import Config
+from khanhllm.settings import did_you_mean, nested
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,15 +43,6 @@ def knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Confi
 def given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The dotted options that were typed, as config settings."""
     return nested({name: value for name, value in vars(options).items() if "." in name})
-
-
-def take_machine(settings: dict[str, dict[str, Any]]) -> MachineConfig:
-    """The machine that the options ask for, with this process's threads and precision of products set for it."""
-    config = resolve(settings).machine
-    from khanhllm.machine.devices import open_machine
-
-    open_machine(config).take_process()
-    return config
 
 
 def short(section: str, key: str, value: Any) -> dict[str, dict[str, Any]]:

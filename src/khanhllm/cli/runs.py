@@ -5,19 +5,20 @@ import json
 import sys
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs, take_machine
+from khanhllm.cli.arguments import given, knobs
 from khanhllm.schema import Sampling
-from khanhllm.settings import checked
+from khanhllm.settings import checked, resolve
 
 
 def generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained model; the text streams as it is made."""
     sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate")
-    machine = take_machine(given(options))
+    machine = resolve(given(options)).machine
     from khanhllm.draw import visible
     from khanhllm.runs.run import open_run
 
     opened = open_run(Path(options.run), machine)
+    opened.machine.take_process()
     shown = visible if sys.stdout.isatty() else str
     print(options.prompt, end="", flush=True)
     for piece in opened.stream(options.prompt, **sampling.model_dump()):
@@ -36,9 +37,13 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure the cross entropy (nats per token) and the bits per byte of a run on text that it held out."""
-    from khanhllm.runs.evaluate import score_run
+    machine = resolve(given(options)).machine
+    from khanhllm.runs.evaluate import score_opened
+    from khanhllm.runs.run import open_run
 
-    score = score_run(Path(options.run), options.data, take_machine(given(options)))
+    opened = open_run(Path(options.run), machine)
+    opened.machine.take_process()
+    score = score_opened(opened, options.data)
     if options.json:
         print(json.dumps(score))
     else:

@@ -15,7 +15,11 @@ from khanhllm.schema import MachineConfig
 
 def score_run(run: Path, source: str | None = None, machine_config: MachineConfig | None = None) -> Score:
     """Score a run on all that it held out, or on every byte of another source."""
-    opened = open_run(run, machine_config)
+    return score_opened(open_run(run, machine_config), source)
+
+
+def score_opened(opened: Run, source: str | None = None) -> Score:
+    """`score_run` of a run that is open already."""
     return opened.score_windows(windows_of(source, opened) if source else held_out(opened).windows())
 
 
