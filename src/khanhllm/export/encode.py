@@ -1,0 +1,98 @@
+"""The same function as a model of another shape: what an architecture elsewhere does not have, written in what it has.
+
+Each takes and returns a shape and its weights by name, in our own terms, so that our own code can compute both.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from khanhllm.errors import UserError
+from khanhllm.schema import ModelConfig
+
+Weights = dict[str, Tensor]
+LARGEST_HALF = 65_504
+STEEPEST = 2**10
+
+
+def as_swiglu(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """relu2 layers as swiglu layers: relu(u)^2 = lim silu(s u) u / s.
+
+    With gate = s up and down' = down / s each inner unit is off by at most 0.48 / s^2: u^2 / (1 + exp(s |u|)) at its
+    largest. s is 1,024, or less where s u could leave the range of half precision.
+    """
+    if model.feedforward == "swiglu":
+        return model, weights
+    encoded = dict(weights)
+    for name, up in weights.items():
+        layer, _, part = name.partition(".feedforward.")
+        if not part.endswith(("up", "up.weight")):
+            continue
+        # a row w reads x = gain n with |n| = sqrt(D), so |w x| <= |w gain| sqrt(D)
+        gain_D = weights[f"{layer}.feedforward_norm.weight"]
+        read = up * gain_D if up.ndim == 2 else up.mT * gain_D
+        most = float(read.norm(dim=-1).max()) * math.sqrt(model.dim)
+        steepness = min(STEEPEST, 2 ** math.floor(math.log2(LARGEST_HALF / max(most, 1e-30))))
+        gate, down = (name.replace("up", other, 1) for other in ("gate", "down"))
+        encoded[gate] = up * steepness
+        encoded[down] = weights[down] / steepness
+    return model.model_copy(update={"feedforward": "swiglu"}), encoded
+
+
+def as_mixtures(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """Every dense layer as a mixture, for architectures in which all layers are one.
+
+    The layer is cut into K pieces, which are the experts 0 .. K-1 and once more the last K. The routers' rows of the
+    first are +w and of the last -w, all others zero: whatever the sign of w x, the softmax prefers one whole set, each
+    with weight 1/K, which the pieces' down matrices take back. With fewer than 2 K experts, every one is the whole
+    layer. All experts get the width of the widest, filled with zeros. UserError for K = 1, where the router's
+    probability stays as a weight.
+    """
+    if model.experts_per_token == 1 and model.moe_layers and "D" in model.pattern:
+        raise UserError("with model.experts_per_token 1 a dense layer cannot be written as a mixture; export without it")
+    experts, chosen = model.experts, model.experts_per_token
+    pieces = chosen if experts >= 2 * chosen else 1
+    width = max(model.expert_width, math.ceil(model.hidden / pieces))
+    encoded = {}
+    for name, weight in weights.items():
+        layer, _, part = name.partition(".feedforward.")
+        if ".experts." in name:
+            side = 1 if part.endswith("down") else 2
+            encoded[name] = _widen(weight, width, side)
+        elif part in ("gate.weight", "up.weight", "down.weight"):
+            short = part.removesuffix(".weight")
+            matrix = weight.T  # (in, out), as stacked experts are
+            side = 0 if short == "down" else 1
+            share = math.ceil(model.hidden / pieces)
+            cut = [_widen(piece, width, side) for piece in _widen(matrix, share * pieces, side).split(share, side)]
+            whole = torch.stack(cut) * (pieces if short == "down" else 1)
+            if pieces == 1:
+                stack = whole.expand(experts, -1, -1).contiguous()
+            else:
+                stack = whole.new_zeros(experts, *whole.shape[1:])
+                stack[:pieces], stack[-pieces:] = whole, whole
+            encoded[f"{layer}.feedforward.experts.{short}"] = stack
+            if short == "gate":
+                encoded[f"{layer}.feedforward.router.weight"] = _signs(model, weights, layer, pieces)
+        else:
+            encoded[name] = weight
+    shape = {"pattern": "M" * len(model.pattern), "expert_hidden": width, "hidden": width}
+    return model.model_copy(update=shape), encoded
+
+
+def _widen(weight: Tensor, size: int, side: int) -> Tensor:
+    """`weight` with zeros appended up to `size` along `side`."""
+    shape = list(weight.shape)
+    shape[side] = size - shape[side]
+    return torch.cat((weight, weight.new_zeros(shape)), side)
+
+
+def _signs(model: ModelConfig, weights: Weights, layer: str, pieces: int) -> Tensor:
+    """The router of a dense layer: (E, D)."""
+    gain_D = weights[f"{layer}.feedforward_norm.weight"]
+    row_D = torch.randn(model.dim, generator=torch.Generator().manual_seed(0)).to(gain_D.dtype)
+    router_ED = gain_D.new_zeros(model.experts, model.dim)
+    if model.experts >= 2 * model.experts_per_token:
+        router_ED[:pieces], router_ED[-pieces:] = row_D, -row_D
+    return router_ED
