@@ -20,6 +20,7 @@ from khanhllm.errors import UserError, missing_extra
 VERBS = {
     "training": ("train", "demo"),
     "runs": ("generate", "evaluate", "compare", "upcycle"),
+    "export": ("export", "import_"),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
     "lab": ("doctor", "bench", "chaos"),
@@ -94,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     for verb, add_options in _verbs():
         text = inspect.cleandoc(verb.__doc__ or "")
         parser = choices.add_parser(
-            verb.__name__, help=text.splitlines()[0], description=text, formatter_class=Raw, allow_abbrev=False
+            verb.__name__.rstrip("_"),
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=Raw,
+            allow_abbrev=False,
         )
         parser.set_defaults(verb=verb, parser=parser)
         add_options(parser)

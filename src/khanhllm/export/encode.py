@@ -50,7 +50,9 @@ def as_mixtures(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weig
     probability stays as a weight.
     """
     if model.experts_per_token == 1 and model.moe_layers and "D" in model.pattern:
-        raise UserError("with model.experts_per_token 1 a dense layer cannot be written as a mixture; export without it")
+        raise UserError(
+            "with model.experts_per_token 1 a dense layer cannot be written as a mixture; export without it"
+        )
     experts, chosen = model.experts, model.experts_per_token
     pieces = chosen if experts >= 2 * chosen else 1
     width = max(model.expert_width, math.ceil(model.hidden / pieces))
