@@ -240,7 +240,8 @@ def test_a_model_that_ours_cannot_be_is_refused_by_its_key(tmp_path, tokenizer, 
 
 @pytest.mark.parametrize(
     "shape",
-    "one_weight": damage_weight("lm_head.weight", lambda t: torch.cat((t[:1] * 2, t[1:]))),
+    [{"style": "classic"}, {"value_embedding": True}, {"pair_embedding": 64}, {"embedding_skip": True},
+     {"router_bias": True}],
     ids=lambda shape: next(iter(shape)),
 )  # fmt: skip
 def test_a_shape_that_they_do_not_have_is_refused_by_name(tmp_path, tokenizer, shape):
@@ -280,7 +281,7 @@ def set_config(**keys):
 
 
 DAMAGES = {
-    "one_weight": damage_weight("model.layers.1.mlp.experts.2.up_proj.weight", lambda t: torch.cat((t[:1] * 2, t[1:]))),
+    "one_weight": damage_weight("lm_head.weight", lambda t: torch.cat((t[:1] * 2, t[1:]))),
     "swapped": swap_gate_and_up,
     "lost_norm": lose_a_norm,
     "rope_base": set_config(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_theta=500.0),
