@@ -16,8 +16,8 @@ FLOORS = """
     optim machine
     log inference planning
     training
-    runs
     export
+    runs
     lab chaos
     api demo
     cli

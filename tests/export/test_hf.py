@@ -18,7 +18,6 @@ from khanhllm.inference.generate import continuation
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Sampling
 from khanhllm.settings import preset, resolve, write_config
-from khanhllm.training import checkpoint
 
 transformers = pytest.importorskip("transformers")
 TEXT = "Once upon a time there was a house with eight rooms, of which two were open. 12 345 äöü 你好 \n\n  def f(x):\n"
@@ -62,7 +61,7 @@ def a_run(folder, tokenizer, scale=4.0, **model):
 
 
 def exported(run, out, **options):
-    return export(run.checkpoint.parents[1], "hf", out, say=lambda _: None, **options)
+    return export(run.checkpoint, "hf", out, say=lambda _: None, **options)
 
 
 def theirs(folder, **options):
@@ -316,9 +315,11 @@ def test_a_damaged_checkpoint_or_a_taken_place_is_refused(tmp_path, tokenizer):
         exported(run, tmp_path / "link")
     with pytest.raises(UserError, match="'q8_0' cannot be written for hf"):
         exported(run, tmp_path / "out", dtype="q8_0")
-    (checkpoint.steps(tmp_path / "run")[0] / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="intact"):
-        exported(run, tmp_path / "out")
+    command = ["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]
+    assert main([*command, "--step", "2"]) == 2
+    (run.checkpoint / "model.safetensors").write_bytes(b"nothing")
+    assert main(command) == main([*command, "--step", "3"]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_have_the_usual_modes_and_the_card_the_figures(tmp_path, tokenizer):
@@ -331,6 +332,11 @@ def test_files_have_the_usual_modes_and_the_card_the_figures(tmp_path, tokenizer
     card = (folder / "README.md").read_text()
     assert "logits differ by at most" in card
     assert 'from_pretrained("out"' in card
+
+
+def test_an_open_run_exports_itself(tmp_path, tokenizer):
+    run = a_run(tmp_path / "run", tokenizer)
+    assert largest_difference(run, run.export(tmp_path / "out")) < 1e-4
 
 
 def test_the_command_line(tmp_path, tokenizer, capsys):

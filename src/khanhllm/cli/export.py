@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from khanhllm.settings import read_config
+
 
 def export(options: argparse.Namespace) -> None:
     """Write a trained model for other tools: a folder for transformers and vLLM, or a GGUF file for llama.cpp.
@@ -10,9 +12,11 @@ def export(options: argparse.Namespace) -> None:
     What was written is read back and compared with the run's own model before it is published.
     """
     from khanhllm.export.exporting import export
+    from khanhllm.runs.run import find_checkpoint
 
+    run = Path(options.run)
     export(
-        Path(options.run),
+        find_checkpoint(run, read_config(run), options.step),
         options.to,
         Path(options.out),
         dtype=options.dtype,
@@ -34,6 +38,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="KIND", default="", help="f32, f16, bf16 or (gguf) q8_0 (f32 for hf, f16 for gguf)"
     )
+    parser.add_argument("--step", metavar="N", type=int, help="the checkpoint to take (the newest)")
     parser.add_argument(
         "--compatible",
         action="store_true",

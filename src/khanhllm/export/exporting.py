@@ -13,7 +13,6 @@ from khanhllm.export import check, encode, gguf, hf, remote
 from khanhllm.export.card import card
 from khanhllm.export.encode import Weights
 from khanhllm.export.shape import check_stock
-from khanhllm.files import foreign
 from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.schema import ModelConfig
 from khanhllm.settings import read_config
@@ -26,7 +25,7 @@ REMEDY = "--to hf --remote-code writes it with model code of its own"
 
 
 def export(
-    run: Path,
+    path: Path,
     to: str,
     out: Path,
     *,
@@ -36,20 +35,17 @@ def export(
     compared: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the newest intact checkpoint of a run as a folder for transformers ("hf") or as a GGUF file ("gguf").
+    """Write a checkpoint of a run as a folder for transformers ("hf") or as a GGUF file ("gguf").
 
+    path: the folder of the checkpoint.
     dtype: f32, f16, bf16, and for gguf q8_0; by default f32 for hf, f16 for gguf. compatible: every layer a mixture,
     for tools that know Qwen3-MoE in no other form. remote_code: with our own model code, for shapes that transformers
     has no architecture for. Raises UserError; `out` is then as it was.
     """
     dtype = dtype or USUAL.get(to, "")
     _check_request(to, out, dtype, compatible, remote_code)
+    run = path.parents[1]
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
-    if fault := foreign(run):
-        raise UserError(f"{fault}; a run folder must hold its own files")
-    path = checkpoint.newest(run, paper=on_paper(config.model))
-    if path is None:
-        raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
     weights = load_file(path / "model.safetensors")  # mapped, not read
     shape, encoded = config.model, weights
     if not remote_code:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from khanhllm.export import hf
 from khanhllm.export.check import assembled
-from khanhllm.runs.start import write_start
 from khanhllm.schema import Config
 from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.training.start import write_start
 
 
 def import_model(folder: Path, out: Path, context: int | None = None) -> Config:

@@ -141,6 +141,14 @@ class Run:
         write_config(self.config, out)
         return out
 
+    def export(
+        self, folder: str | Path, to: str = "hf", dtype: str = "", compatible: bool = False, remote_code: bool = False
+    ) -> Path:
+        """Write the checkpoint that was opened for other tools; see `khanhllm.export.exporting.export`."""
+        from khanhllm.export.exporting import export
+
+        return export(self.checkpoint, to, Path(folder), dtype=dtype, compatible=compatible, remote_code=remote_code)
+
     def _ids(self, text: str) -> list[int]:
         _check_text(text)
         return [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
@@ -160,14 +168,28 @@ def _whole(name: str, number: object) -> None:
         raise UserError(f"{name} must be a whole number of at least 1, got {number!r}")
 
 
+def find_checkpoint(run: Path, config: Config, step: int | None = None) -> Path:
+    """The newest intact checkpoint of a run, or that of `step`. UserError if there is none."""
+    if fault := foreign(run):
+        raise UserError(f"{fault}; a run folder must hold its own files")
+    paper = on_paper(config.model)
+    if step is None:
+        path = checkpoint.newest(run, paper=paper)
+        if path is None:
+            raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
+        return path
+    kept = {int(path.name[5:]): path for path in checkpoint.steps(run)}
+    if step not in kept:
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(kept))) or 'none'}")
+    if damage := checkpoint.verify(kept[step], paper):
+        raise UserError(f"{kept[step]} is not intact: {damage}")
+    return kept[step]
+
+
 def open_run(run: Path, machine_config: MachineConfig | None = None) -> Run:
     """Open the newest intact checkpoint of a run folder, on the machine at hand. UserError if there is none."""
     config = read_config(run)
-    if fault := foreign(run):
-        raise UserError(f"{fault}; a run folder must hold its own files")
-    path = checkpoint.newest(run, paper=on_paper(config.model))
-    if path is None:
-        raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
+    path = find_checkpoint(run, config)
     wanted = machine_config or MachineConfig()
     machine = open_machine(wanted)
     with torch.device(machine.device):

@@ -14,9 +14,9 @@ from torch import Tensor
 from khanhllm.errors import UserError
 from khanhllm.model import Transformer
 from khanhllm.runs.run import open_run
-from khanhllm.runs.start import write_start
 from khanhllm.schema import Config, ModelConfig
 from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.training.start import write_start
 
 
 def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token: int) -> Config:
