@@ -23,7 +23,26 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from khanhllm.data.tokenizer import _BYTE_OF, SPECIALS
 
 RESULTS = Path(__file__).parent / "results" / "pretokenizers.json"
-LANGUAGES = "hi bn ta te th my km ar he hy ka el ru ko ja zh_Hans vi fr".split()
+LANGUAGES = [
+    "hi",
+    "bn",
+    "ta",
+    "te",
+    "th",
+    "my",
+    "km",
+    "ar",
+    "he",
+    "hy",
+    "ka",
+    "el",
+    "ru",
+    "ko",
+    "ja",
+    "zh_Hans",
+    "vi",
+    "fr",
+]
 # the names that llama.cpp gives them; its own gpt-4o differs from the original in just what matters here, marks
 PATTERNS = {
     "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

@@ -379,3 +379,20 @@ def test_a_mixture_trains_its_own_tokenizer_and_is_found_again(tmp_path, mixture
     assert ensure(data, 300, 1000) != folder
     with pytest.raises(UserError, match="give it to khanhllm train --data"):
         prepare.prepare(mixture, TOKENIZER, tmp_path / "out", validation=0.1)
+
+
+def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
+    (corpus / "bad.jsonl").write_bytes(lines([text(0)]).encode() + b"{")
+    identity = lay(cache="refuses", source=corpus / "0.jsonl").sha256
+    folder = lay(bad="skip").folder
+    worker = BeltWorker(folder, 60.0)
+    made = [worker.make(0)]
+    while not made[-1].last:
+        made.append(worker.make(len(made)))
+    again = BeltWorker(folder, 60.0)
+    assert [again.make(nth) for nth in range(len(made))] == made
+    counts = [dict(note.following.positions[0].skipped).get(".jsonl", 0) for note in made]
+    assert counts[0] == 0 and counts[-1] == 1
+    skipping = lay(cache="skips", source=corpus / "0.jsonl", bad="skip")
+    assert skipping.sha256 != identity
+    assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]

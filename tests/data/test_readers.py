@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data import readers, sources, walk
+from khanhllm.data import plain, readers, sources, walk
 from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
@@ -292,9 +292,9 @@ def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path, monkeypatch, b
 
 @given(st.text(alphabet="ab \n\ré€😀", max_size=400), st.integers(1, 50), st.integers(1, 60))
 def test_pieces_of_a_text_joined_are_the_text(text, most, block):
-    pieces = list(readers._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
+    pieces = list(plain._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
     assert "".join(pieces) == text and max(map(len, pieces)) <= most
-    assert pieces == list(readers._pieces(iter([text]), most))
+    assert pieces == list(plain._pieces(iter([text]), most))
 
 
 def test_a_single_novel_becomes_many_documents_cut_at_blank_lines(tmp_path):

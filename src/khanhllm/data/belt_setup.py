@@ -17,6 +17,7 @@ from khanhllm.errors import UserError
 
 HELD_OUT = 2**21
 """text held out for validation (bytes), if the source has as much"""
+BAD = ("bad", "refuse")
 KEPT = 2**31
 """downloads kept for the worker, which reads the source from its beginning again (bytes)"""
 
@@ -74,8 +75,8 @@ def create_belt(
 
 
 def _deciding(source: Source) -> dict[str, Any]:
-    """The fields of a source that decide its shards."""
-    return {key: value for key, value in asdict(source).items() if key != "left_out"}
+    """The fields of a source that decide its shards; the newest one only if it is set, so older belts keep theirs."""
+    return {key: value for key, value in asdict(source).items() if key != "left_out" and (key, value) != BAD}
 
 
 class _Held(NamedTuple):

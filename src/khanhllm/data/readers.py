@@ -5,16 +5,16 @@ Slurm and Ray executors. One point differs on purpose. datatrove logs and skips 
 with one line that names the file and the place, because nobody would notice missing text before the end of the
 training.
 
-A text file has no documents of its own, so the reader cuts it at blank lines, into enough pieces that even a single
-novel has some to hold out. Memory holds one block of a file and one document.
+With data.bad = skip it stops reading that file instead, counts it, and goes on with the next. Memory holds one block of
+a file and one document.
 """
 
-import codecs
 import csv
 import gzip
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from hashlib import blake2b
@@ -33,14 +33,13 @@ from pyarrow.parquet import ParquetFile
 
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
+from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
 from khanhllm.data.source_syntax import filled, text_columns
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
-from khanhllm.data.walk import kind
+from khanhllm.data.walk import ending, kind
 from khanhllm.data.warc import page, pages
 from khanhllm.errors import UserError
 
-BLOCK = 2**18
-"""bytes read at once"""
 ZST_BLOCK = 2**9
 """packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
 HEAD = 512
@@ -89,6 +88,8 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         self.keep = keep
         self.blank = 0
         """documents that hold only white space, which the reader skips"""
+        self.skipped = Counter[str]()
+        """files that it could not read to their end, by ending (data.bad = skip)"""
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -114,6 +115,14 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                 shutil.rmtree(path.parent, ignore_errors=True)
 
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
+        try:
+            yield from self._read(folder, filepath, where)
+        except UserError:
+            if self.source.bad == "refuse":
+                raise
+            self.skipped[ending(Path(filepath.partition("?")[0]).name)] += 1
+
+    def _read(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
         with as_user_error(where), folder.open(filepath, "rb") as raw:
             _check_beginning(raw, where, filepath)
@@ -134,8 +143,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return read(raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
-        packed = where.partition("?")[0].lower().endswith(".gz")
-        return _pieces(_decoded(gzip.GzipFile(fileobj=raw) if packed else raw, where), self.source.document_bytes)
+        return documents(decoded(_unpacked(raw, where), where), self.source.document_bytes)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:
@@ -147,9 +155,9 @@ def _check_beginning(raw: Any, where: str, name: str) -> None:
         raise UserError(f"{where} is only a Git LFS pointer to the file; type `git lfs pull` in its repository")
     if kind(name) not in ("page", "warc") and PAGE.match(head):
         raise UserError(f"{where} is a web page, not a file of text; give the address or the file of the text itself")
-    for magic, packer, ending in PACKERS:
-        if head.startswith(magic) and not bare.lower().endswith(ending):
-            way = f"rename it to {Path(bare).name}{ending}" if kind(bare + ending) else "unpack it first"
+    for magic, packer, suffix in PACKERS:
+        if head.startswith(magic) and not bare.lower().endswith(suffix):
+            way = f"rename it to {Path(bare).name}{suffix}" if kind(bare + suffix) else "unpack it first"
             raise UserError(f"{where} is packed by {packer}, though its name does not say so; {way}")
 
 
@@ -188,46 +196,6 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _decoded(raw: Any, where: str) -> Iterator[str]:
-    """A text file as pieces of text, without the byte order mark that some editors leave."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    start = 0
-    while True:
-        block = raw.read(BLOCK)
-        waiting = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            offset = start - waiting + error.start
-            raise UserError(f"{where} is not UTF-8 text (byte {offset}); convert it to UTF-8") from None
-        if (at := block.find(b"\0")) >= 0:  # as in UTF-16 and in binary files
-            raise UserError(f"{where} holds a NUL byte (byte {start + at}); is it text? Convert it to UTF-8")
-        yield text if start else text.removeprefix("\ufeff")
-        if not block:
-            return
-        start += len(block)
-
-
-def _pieces(texts: Iterator[str], most: int) -> Iterator[str]:
-    """Cut a stream of text into documents of at most `most` characters; joined, they are the text again."""
-    pending = ""
-    for text in texts:
-        pending += text
-        while len(pending) > most:
-            cut = _cut(pending, most)
-            yield pending[:cut]
-            pending = pending[cut:]
-    yield pending
-
-
-def _cut(text: str, most: int) -> int:
-    """The best place to cut in the second half of the allowed length: a blank line, else a line, else a word."""
-    for mark in ("\n\n", "\r\n\r\n", "\n", " "):
-        if (at := text.rfind(mark, most // 2, most)) >= 0:
-            return at + len(mark)
-    return most
-
-
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a parquet table; only columns that may hold them are read."""
     with ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as table:
@@ -263,7 +231,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
     row = 1
 
     def lines() -> Iterator[str]:
-        for number, line in enumerate(_lines(_unpacked(raw, where))):
+        for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where))):
             if b"\0" in line:
                 raise UserError(f"{where}, row {row} holds NUL bytes; is it text? Convert it to UTF-8")
             try:
@@ -297,7 +265,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
 
 def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a JSON-lines file, packed or not."""
-    for number, line in enumerate(_lines(_unpacked(raw, where)), 1):
+    for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where)), 1):
         if line.strip():
             place = f"{where}, line {number}"
             record = _parsed(line, place)
@@ -309,7 +277,7 @@ def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
 
 def _items(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a .json file: an array of objects, or objects one after the other."""
-    for number, record in enumerate(values(_decoded(raw, where), where), 1):
+    for number, record in enumerate(values(decoded(_unpacked(raw, where), where), where), 1):
         place = f"{where}, item {number}"
         if not isinstance(record, dict):
             raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")

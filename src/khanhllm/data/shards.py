@@ -104,6 +104,8 @@ class Manifest(BaseModel):
     shards: tuple[Shard, ...]
     cleaning: Cleaning | None = None
     """None: nothing was cleaned"""
+    skipped: dict[str, int] | None = None
+    """files that could not be read to their end, by ending (data.bad = skip)"""
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

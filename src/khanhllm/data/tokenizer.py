@@ -122,7 +122,7 @@ class Tokenizer:
 
     @staticmethod
     def _pattern(layout: dict[str, Any]) -> str:
-        """The name of the pre-tokenizing pattern. Raises ValueError unless it is one of ours, and all else byte-level BPE."""
+        """The name of the pre-tokenizing pattern. Raises ValueError for any other kind of tokenizer."""
         pre = layout["pre_tokenizer"] or {}
         steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
         if layout["model"]["type"] != "BPE" or steps[-1].get("type") != "ByteLevel" or layout.get("normalizer"):

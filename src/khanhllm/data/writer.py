@@ -39,6 +39,8 @@ class Report(BaseModel):
     """hashes of the group's texts"""
     tally: Tally = ()
     """what cleaning read and removed"""
+    skipped: dict[str, int] = {}
+    """files that could not be read, by ending (data.bad = skip)"""
 
     def count(self, split: Split) -> int:
         """Tokens of one split."""
@@ -96,6 +98,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
             Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as train,
             Growing(self.shards / f"validation-{group:05d}.bin.part", "validation", dtype) as held,
         ):
+            self.reader.skipped.clear()
             texts = (document.text for document in self.reader.run(rank=group))
             lowest, highest, tally = self._write(texts, cleaner, tokenizer, train, held)
         shards = []
@@ -103,7 +106,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
             if growing.tokens:
                 shards.append(growing.shard(growing.path.stem))
                 growing.path.replace(growing.path.with_suffix(""))
-        report = Report(shards=shards, lowest=lowest, highest=highest, tally=tally)
+        report = Report(shards=shards, lowest=lowest, highest=highest, tally=tally, skipped=self.reader.skipped)
         publish(report_path(self.reports, group), report.model_dump_json())
 
     def _write(
