@@ -276,8 +276,11 @@ def test_a_waiting_consumer_can_leave(lay):
 def test_too_little_text_is_said(tmp_path, lay):
     path = tmp_path / "few.jsonl"
     path.write_text('{"text": "a b"}\n', "utf-8")
-    with pytest.raises(UserError, match="single document"):
+    with pytest.raises(UserError, match="is one document"):
         lay("one", source=path)
+    path.write_text('{"text": "a b"}\n' * 3, "utf-8")
+    with pytest.raises(UserError, match=r"all 3 documents .* are the same text"):
+        lay("same", source=path)
     path.write_text('{"text": "a b"}\n{"text": "c d"}\n', "utf-8")
     with pytest.raises(Starved, match="has not one row of 17 tokens"):
         rows(lay("two", source=path), 1)
@@ -396,3 +399,11 @@ def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
     skipping = lay(cache="skips", source=corpus / "0.jsonl", bad="skip")
     assert skipping.sha256 != identity
     assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]
+
+
+def test_a_held_out_share_far_from_the_one_asked_for_is_said(lay, tmp_path, capfd):
+    for name, texts in (("two", [text(1, 20), text(2, 2000)]), ("many", [text(number) for number in range(300)])):
+        (tmp_path / f"{name}.jsonl").write_text(lines(texts), "utf-8")
+        lay(name, source=tmp_path / f"{name}.jsonl")
+        heard = " ".join(capfd.readouterr().err.split())
+        assert ("where data.validation asks for 10.0%" in heard) == (name == "two"), heard

@@ -146,7 +146,11 @@ def test_what_is_left_out_is_said_once_each_time(corpus, tmp_path, capfd, monkey
 
 def test_one_document_or_none_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
-    for content, said in ((json.dumps({"text": "only one"}) * 1, "single document"), ("\n", "holds no text")):
+    for content, said in (
+        (lines(["only one"]), "one document"),
+        (lines(["same"] * 9), "all 9 documents .* are the same text"),
+        ("\n", "holds no text"),
+    ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=said):
             prepare(str(path), TOKENIZER, tmp_path / "out", validation=0.1)

@@ -33,7 +33,7 @@ from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
-from khanhllm.data.writer import HASHES, Report, text_hash
+from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.schema import DataConfig
@@ -98,25 +98,13 @@ def prepare(
         f"{sum(shard.documents for shard in manifest.shards):,} documents in {time.monotonic() - started:.0f} s: {out}"
     )
     _say_skipped(located.name, manifest.skipped)
-    if note := _share_note(manifest):
+    held = sum(shard.bytes for shard in manifest.of("validation"))
+    total = sum(shard.bytes for shard in manifest.shards)
+    if note := share_note(held, total, validation, sum(shard.documents for shard in manifest.shards)):
         say(note)
     if manifest.cleaning:
         console().print(table(manifest.cleaning))
     return manifest
-
-
-def _share_note(manifest: Manifest) -> str:
-    """What to say if the share of the text that is held out differs much from the share asked for; else ""."""
-    held = sum(shard.bytes for shard in manifest.of("validation"))
-    share = held / max(1, sum(shard.bytes for shard in manifest.shards))
-    asked = manifest.validation
-    if asked / 2 <= share <= 2 * asked:
-        return ""
-    documents = sum(shard.documents for shard in manifest.shards)
-    return (
-        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; "
-        f"whole documents are held out, and there are only {documents:,} of them: shorter ones, or more, come closer"
-    )
 
 
 @contextmanager

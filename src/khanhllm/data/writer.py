@@ -180,6 +180,23 @@ def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list
         yield batch
 
 
+def share_note(held: int, total: int, asked: float, documents: int) -> str:
+    """What to say if the share of the text (bytes) that is held out differs much from the share asked for; else ""."""
+    share = held / max(1, total)
+    if asked / 2 <= share <= 2 * asked:
+        return ""
+    return (
+        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; "
+        f"whole documents are held out, and there are only {documents:,} of them: shorter ones, or more, come closer"
+    )
+
+
+def single_text(name: str, documents: int) -> UserError:
+    """What to raise if there is only one text, so that nothing can be held out without being trained on."""
+    what = f"all {documents:,} documents of {name} are the same text" if documents > 1 else f"{name} is one document"
+    return UserError(f"{what}, but another one must be held out for validation; give more text")
+
+
 def text_hash(raw: bytes) -> int:
     """The hash of a text, below HASHES, that decides its split."""
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
