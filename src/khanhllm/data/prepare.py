@@ -18,12 +18,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
@@ -35,7 +35,7 @@ from khanhllm.data.sources import Source, components, in_words, is_remote, locat
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
-from khanhllm.files import there
+from khanhllm.files import locked, there
 from khanhllm.schema import DataConfig
 
 WHOLE = 2**28
@@ -114,7 +114,7 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
     written = partial / "recipe.json"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with FileLock(partial / "lock", timeout=0):
+        with locked(partial / "lock"):
             if not written.exists() or written.read_text(encoding="utf-8") != recipe:
                 for old in partial.iterdir():
                     if old.is_dir():
@@ -319,15 +319,10 @@ def _alone(folder: Path) -> Iterator[None]:
     """Within this context, only this process prepares the folder; others wait, and then find it done."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        held = ExitStack()
+        line = f"another process is preparing {folder}; waiting for it"
+        held.enter_context(locked(folder.parent / f".{folder.name}.lock", lambda: say(line)))
     except OSError as error:
         raise UserError(f"cannot write {folder.parent} (data.cache): {error.strerror}") from None
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another process is preparing {folder}; waiting for it")
-        lock.acquire()
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
