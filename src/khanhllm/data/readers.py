@@ -30,6 +30,7 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
+from pyarrow.types import is_struct
 
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
@@ -199,23 +200,57 @@ def _is_utf8(path: Path) -> bool:
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a parquet table; only columns that may hold them are read."""
     with ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as table:
-        columns = text_columns(table.schema_arrow.names, wanted, where)
-        columns = [name for name in columns if _holds_text(table.schema_arrow, name)] or columns[:1]
+        schema = table.schema_arrow
+        if "." in wanted and wanted not in schema.names and _is_field(schema, wanted):
+            columns, inside = [wanted.split(".")[0]], wanted.split(".")[1:]
+        else:
+            columns, inside = text_columns(schema.names, wanted, where), []
+            columns = [name for name in columns if _holds_text(schema.field(name).type)] or columns[:1]
         batches = (
             batch
             for group in range(table.num_row_groups)
-            for batch in table.iter_batches(_at_once(table.metadata.row_group(group)), [group], columns)
+            for batch in table.iter_batches(
+                _at_once(table.metadata.row_group(group)), [group], [wanted] if inside else columns
+            )
         )
         rows = (values for batch in batches for values in zip(*map(batch.column, columns), strict=True))
         for number, values in enumerate(rows, 1):
-            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+            place = f"{where}, row {number}"
+            row = {
+                name: _utf8(_inside(value.as_py(), inside), place) for name, value in zip(columns, values, strict=True)
+            }
             column = filled(columns, row)
-            yield _text(row[column], column, f"{where}, row {number}")
+            yield _text(row[column], wanted or column, place)
 
 
-def _holds_text(schema: Any, name: str) -> bool:
-    kind = str(schema.field(schema.get_field_index(name)).type)
-    return "string" in kind and not kind.startswith(("list", "struct", "map"))
+def _is_field(schema: Any, path: str) -> bool:
+    """Whether `doc.text` is the field text of a column doc, and so on."""
+    fields = {name: schema.field(name) for name in schema.names}
+    for name in path.split("."):
+        if name not in fields:
+            return False
+        kind = fields[name].type
+        fields = {kind.field(nth).name: kind.field(nth) for nth in range(kind.num_fields)} if is_struct(kind) else {}
+    return True
+
+
+def _inside(value: Any, path: list[str]) -> Any:
+    for name in path:
+        value = (value or {}).get(name)
+    return value
+
+
+def _utf8(value: Any, where: str) -> Any:
+    """Text that a table keeps as bytes, as text."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start} of the cell); convert it to UTF-8") from None
+
+
+def _holds_text(kind: Any) -> bool:
+    name = str(kind)
+    return ("string" in name or "binary" in name) and not name.startswith(("list", "large_list", "struct", "map"))
 
 
 def _at_once(group: Any) -> int:
@@ -268,21 +303,23 @@ def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
     for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where)), 1):
         if line.strip():
             place = f"{where}, line {number}"
-            record = _parsed(line, place)
-            if not isinstance(record, dict):
-                raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
-            column = filled(text_columns(list(record), wanted, place), record)
-            yield _text(record[column], column, place)
+            yield _of_object(_parsed(line, place), wanted, place)
 
 
 def _items(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a .json file: an array of objects, or objects one after the other."""
     for number, record in enumerate(values(decoded(_unpacked(raw, where), where), where), 1):
-        place = f"{where}, item {number}"
-        if not isinstance(record, dict):
-            raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
-        column = filled(text_columns(list(record), wanted, place), record)
-        yield _text(record[column], column, place)
+        yield _of_object(record, wanted, f"{where}, item {number}")
+
+
+def _of_object(record: Any, wanted: str, place: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
+    outer, dot, inner = wanted.partition(".")
+    if dot and wanted not in record and isinstance(record.get(outer), dict):
+        return _of_object(record[outer], inner, f"{place}, '{outer}'")
+    column = filled(text_columns(list(record), wanted, place), record)
+    return _text(record[column], column, place)
 
 
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
