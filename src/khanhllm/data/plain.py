@@ -56,10 +56,18 @@ def decoded(blocks: Iterator[bytes], where: str) -> Iterator[str]:
 
 def documents(texts: Iterator[str], most: int) -> Iterator[str]:
     """The documents of a stream of text: what lies between marks, else pieces of at most `most` characters."""
-    beginning = ""
-    while len(beginning) < BEGINNING and (text := next(texts, "")):
-        beginning += text
-    return _between_marks(beginning, texts) if MARK.search(beginning) else _pieces(chain([beginning], texts), most)
+    beginning, fault = "", None
+    try:
+        while len(beginning) < BEGINNING and (text := next(texts, "")):
+            beginning += text
+    except UserError as error:  # the text before it comes first, as it would without this look ahead
+        fault = error
+    if MARK.search(beginning):
+        yield from _between_marks(beginning, texts)
+    elif beginning or not fault:
+        yield from _pieces(chain([beginning], texts), most)
+    if fault:
+        raise fault
 
 
 def _between_marks(beginning: str, texts: Iterator[str]) -> Iterator[str]:
