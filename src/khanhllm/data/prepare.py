@@ -192,7 +192,8 @@ def train_on(
         _sample(reader, share, validation, clean) for reader, (_, share) in zip(readers, shares, strict=True)
     )
     tokenizer = train_tokenizer(samples, vocab_size, progress=console().is_terminal)
-    say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
+    fewer = f" of the {vocab_size:,} asked for: the text gives no more" if tokenizer.vocab_size < vocab_size else ""
+    say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens{fewer}")
     for reader in readers:
         _say_skipped(reader.source.name, reader.skipped)
     return tokenizer

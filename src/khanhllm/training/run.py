@@ -352,6 +352,9 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
+    known, rows = parts.train.vocab_size, config.model.vocab_size
+    if known < rows:
+        yield f"the tokenizer has {known:,} tokens, so {rows - known:,} of model.vocab_size = {rows:,} rows stay unused"
     epochs = 0 if config.train.seconds else parts.train.laps(config.train.steps * config.tokens_per_step)
     if epochs > 1:
         yield f"the run reads its text {epochs:.1f} times"
