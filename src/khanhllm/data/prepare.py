@@ -3,7 +3,8 @@
 A datatrove pipeline reads and writes groups of files that the source alone decides, so the shards are the same bytes
 whatever the number of workers and of tasks, and wherever they run (executors.py). A hash of its text decides whether a
 document is held out for validation: two copies of a text are always in the same split, and adding files moves no
-document, unless it changes where long plain texts are cut (the size of the whole source decides that).
+document, unless it changes where plain text is cut: into 64ths of a source between 128 KiB and 64 MiB. The file alone
+cannot decide that, as a short text must fall into pieces where it is all there is, and stay whole among many.
 
 If a run needs only some tokens, tasks run in waves until a prefix of them holds enough. Results beyond the prefix are
 dropped, so again the number of workers does not matter. Everything is written aside and published by one rename: a
