@@ -60,13 +60,13 @@ def documents(texts: Iterator[str], most: int) -> Iterator[str]:
     try:
         while len(beginning) < BEGINNING and (text := next(texts, "")):
             beginning += text
-    except UserError as error:  # the text before it comes first, as it would without this look ahead
+    except UserError as error:
         fault = error
-    if MARK.search(beginning):
-        yield from _between_marks(beginning, texts)
-    elif beginning or not fault:
-        yield from _pieces(chain([beginning], texts), most)
-    if fault:
+    found = _between_marks(beginning, texts) if MARK.search(beginning) else _pieces(chain([beginning], texts), most)
+    if not fault:
+        yield from found
+    else:  # whole documents before the fault come first, as they would without this look ahead
+        yield from list(found)[:-1]
         raise fault
 
 
