@@ -117,6 +117,9 @@ class DataConfig(Section):
     clean: Name = ""
     """steps that clean the documents first, in order: c4, paragraphs, gopher, language:CODE, spans (repeated
     sentences), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
+    bad: Literal["refuse", "skip"] = "refuse"
+    """what to do with a file that cannot be read or is not UTF-8: end with a line that names it, or skip the rest of it
+    and count it"""
     tokens: Natural = 0
     """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
     shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24

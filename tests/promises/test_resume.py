@@ -373,3 +373,12 @@ def test_a_run_by_time_ends_while_there_is_time_to_save():
     for saving, last in ((2, False), (4, True)):
         progress = training_run._progress(TrainConfig(seconds=10), state, 6, SimpleNamespace(seconds=saving), log)
         assert progress == (replace(state, share=0.6), last)
+
+
+def test_a_vocabulary_larger_than_the_text_gives_is_said(corpus, tmp_path, capsys):
+    (tmp_path / "small.jsonl").write_text("".join(f'{{"text": "a{nth}"}}\n' for nth in range(60)), "utf-8")
+    settings = {"model": {"vocab_size": 5000, "context": 8}, "train": {"steps": 1, "sample_tokens": 0}}
+    train(config(tmp_path / "small.jsonl", tmp_path / "cache", **settings), tmp_path / "run")
+    heard = " ".join("".join(capsys.readouterr()).split())
+    assert "of the 5,000 asked for: the text gives no more" in heard
+    assert "of model.vocab_size = 5,000 rows stay unused" in heard

@@ -12,8 +12,12 @@ def tokenizer(options: argparse.Namespace) -> None:
     from khanhllm.data.prepare import train_on
 
     out = Path(options.out)
-    config = resolve({"model": {"vocab_size": options.vocab_size}, "data": {"tokenizer_sample": options.sample}})
-    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean)
+    config = resolve(
+        {"model": {"vocab_size": options.vocab_size}, "data": {"tokenizer_sample": options.sample, "bad": options.bad}}
+    )
+    tokenizer = train_on(
+        options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean, bad=config.data.bad
+    )
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} tokens; readable in {out.with_name('vocab.txt')}")
 
@@ -23,6 +27,7 @@ def tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", metavar="N", default="50000", help="tokens, special ones included (50000)")
     parser.add_argument("--out", metavar="FILE", default="tokenizer.json", help="the file to write (tokenizer.json)")
     parser.add_argument("--clean", metavar="STEPS", default="", help="as in `khanhllm prepare` (none)")
+    parser.add_argument("--bad", metavar="refuse|skip", default="refuse", help="as in `khanhllm prepare` (refuse)")
     parser.add_argument("--sample", metavar="BYTES", default="1000000000", help="most text to read (bytes, 1 GB)")
 
 
@@ -35,7 +40,7 @@ def prepare(options: argparse.Namespace) -> None:
     from khanhllm.data.prepare import prepare
     from khanhllm.data.tokenizer import Tokenizer
 
-    data = {"validation": options.validation, "workers": options.workers, "tokens": options.tokens}
+    data = {"validation": options.validation, "workers": options.workers, "tokens": options.tokens, "bad": options.bad}
     config = resolve({"data": data}, where="prepare").data
     tokenizer = Tokenizer.load(Path(options.tokenizer))
     prepare(
@@ -45,6 +50,7 @@ def prepare(options: argparse.Namespace) -> None:
         validation=config.validation,
         tokens=config.tokens,
         clean=options.clean,
+        bad=config.bad,
         execution=Execution(
             options.executor,
             options.tasks,
@@ -68,6 +74,9 @@ def prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", metavar="SHARE", default="0.01", help="share of documents held out (0.01)")
     parser.add_argument(
         "--clean", metavar="STEPS", default="", help='in order, as in "c4, spans, language:en, gopher, minhash" (none)'
+    )
+    parser.add_argument(
+        "--bad", metavar="refuse|skip", default="refuse", help="files that cannot be read: end, or skip them (refuse)"
     )
     parser.add_argument("--executor", metavar="local|slurm|ray", default="local", help="where the tasks run (local)")
     parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")

@@ -30,7 +30,7 @@ from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path
+from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, single_text
 from khanhllm.errors import UserError
 from khanhllm.limits import cores
 
@@ -104,7 +104,8 @@ class Job:
             raise UserError(f"{self.source.name} holds no text: {why}")
         lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
         if lowest == highest:
-            raise UserError(f"{self.source.name} is a single document, but one must be held out; give more text")
+            documents = sum(shard.documents for report in reports for shard in report.shards)
+            raise single_text(self.source.name, documents)
         if not any(report.count("validation") for report in reports):
             return self.run(lowest + 1)
         if not any(report.count("train") for report in reports):

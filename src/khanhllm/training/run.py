@@ -11,7 +11,7 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from khanhllm import optim
 from khanhllm.data.batches import Batch, batches
@@ -29,7 +29,7 @@ from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.files import foreign, there
+from khanhllm.files import foreign, locked, there
 from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
@@ -352,6 +352,9 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
+    known, rows = parts.train.vocab_size, config.model.vocab_size
+    if known < rows:
+        yield f"the tokenizer has {known:,} tokens, so {rows - known:,} of model.vocab_size = {rows:,} rows stay unused"
     epochs = 0 if config.train.seconds else parts.train.laps(config.train.steps * config.tokens_per_step)
     if epochs > 1:
         yield f"the run reads its text {epochs:.1f} times"
@@ -372,15 +375,13 @@ def _locked(folder: Path) -> Iterator[None]:
     """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
     if fault := foreign(folder):
         raise UserError(f"{fault}; a run folder must hold its own files")
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        held = ExitStack()
+        held.enter_context(locked(folder / ".lock"))
     except Timeout:
         raise UserError(f"another training is at work in {folder}; choose another folder with --run") from None
     except OSError as error:
         raise UserError(f"cannot use {folder} as a run folder: {error.strerror}; choose another with --run") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
