@@ -4,7 +4,7 @@ from statistics import median
 
 import pytest
 
-from khanhllm.log.alarms import STEPS, Alarms
+from khanhllm.log.alarms import DEAD, STEPS, Alarms
 from khanhllm.schema import GuardConfig, ModelConfig
 from khanhllm.training.guard import LEAST, WINDOW, Guard
 
@@ -117,3 +117,12 @@ def test_a_collapse_is_said_and_an_even_layer_is_not():
     assert not [text for _ in range(2 * STEPS) for text in Alarms([3], ModelConfig()).check(rows([0.125] * 8, 1.0))]
     one = Alarms([3], ModelConfig(experts=2, experts_per_token=2))
     assert not [text for _ in range(2 * STEPS) for text in one.check(rows([0.5, 0.5], 1.0000001))]
+
+
+def test_a_gradient_of_exactly_zero_is_said_once():
+    for shape in (ModelConfig(), ModelConfig(pattern="DD")):
+        alarms = Alarms(shape.moe_layers, shape)
+        assert not [text for _ in range(DEAD) for text in alarms.check({"grad_norm": 1e-9})]
+        heard = [text for _ in range(3 * DEAD) for text in alarms.check({"grad_norm": 0.0})]
+        assert len(heard) == 1
+        assert "--optim.lr" in heard[0]
