@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny
+from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
@@ -373,3 +374,11 @@ def test_a_run_by_time_ends_while_there_is_time_to_save():
     for saving, last in ((2, False), (4, True)):
         progress = training_run._progress(TrainConfig(seconds=10), state, 6, SimpleNamespace(seconds=saving), log)
         assert progress == (replace(state, share=0.6), last)
+
+
+def test_how_often_the_text_is_read_counts_the_rows_of_each_size_of_step(corpus, cache, tmp_path, monkeypatch):
+    told = []
+    train(config(corpus, cache), tmp_path / "run")
+    monkeypatch.setattr(Shards, "laps", lambda _shards, tokens: told.append(tokens) or 0.0)
+    train(config(corpus, cache, train={"steps": 21, "micro_batch": 64}), tmp_path / "run", resume=True)
+    assert told == [(20 * 4 + 1 * 128) * 32]

@@ -222,7 +222,9 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
-    epochs = 0 if config.train.seconds else parts.train.laps(config.train.steps * config.tokens_per_step)
+    # rows read so far may have come in steps of another size
+    tokens = state.cursor * config.model.context + (config.train.steps - state.step) * config.tokens_per_step
+    epochs = 0 if config.train.seconds else parts.train.laps(tokens)
     if epochs > 1:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
