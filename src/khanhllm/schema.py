@@ -236,7 +236,8 @@ class GuardConfig(Section):
     """reject a step if its loss is above the median of the last 128 by more than this number of robust standard
     deviations, and by a nat; 0 rejects only what is not finite"""
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3
-    """steps rejected in a row until the run goes back to its last good checkpoint"""
+    """steps rejected in a row until the run decides, by earlier rows, whether its text has changed or it must go back
+    to its last good checkpoint"""
     returns: Annotated[int, Field(ge=0, le=10_000)] = 2
     """times it goes back until it stops (exit code 76)"""
 

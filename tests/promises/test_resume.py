@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny
+from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
+from khanhllm.runs.evaluate import score_run
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import resolve, write_config
@@ -382,3 +384,19 @@ def test_a_vocabulary_larger_than_the_text_gives_is_said(corpus, tmp_path, capsy
     heard = " ".join("".join(capsys.readouterr()).split())
     assert "of the 5,000 asked for: the text gives no more" in heard
     assert "of model.vocab_size = 5,000 rows stay unused" in heard
+
+
+def test_how_often_the_text_is_read_counts_the_rows_of_each_size_of_step(corpus, cache, tmp_path, monkeypatch):
+    told = []
+    train(config(corpus, cache), tmp_path / "run")
+    monkeypatch.setattr(Shards, "laps", lambda _shards, tokens: told.append(tokens) or 0.0)
+    train(config(corpus, cache, train={"steps": 21, "micro_batch": 64}), tmp_path / "run", resume=True)
+    assert told == [(20 * 4 + 1 * 128) * 32]
+
+
+def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):
+    train(config(corpus, tmp_path / "shards", train={"steps": 1}), tmp_path / "run")
+    shutil.rmtree(tmp_path / "shards")
+    with pytest.raises(UserError, match=r"are gone; name a text to score \(--data\), or train on with --resume"):
+        score_run(tmp_path / "run")
+    assert score_run(tmp_path / "run", str(corpus))["val_tokens"]
