@@ -9,7 +9,8 @@ from khanhllm.errors import UserError, missing_extra
 from khanhllm.files import publish
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.schema import Config
-from khanhllm.settings import amount, preset, preset_names, resolve, seconds, to_toml, with_length
+from khanhllm.settings import preset, preset_names, resolve, to_toml, with_length
+from khanhllm.units import amount, seconds
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -11,7 +11,7 @@ import khanhllm
 
 ROOT = Path(khanhllm.__file__).parent
 FLOORS = """
-    errors schema settings files limits draw
+    errors units schema explain settings files limits draw
     data model
     optim machine
     log inference planning
@@ -24,7 +24,7 @@ FLOORS = """
     __main__
 """
 FLOOR = {room: floor for floor, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
-GROUND = {"errors", "schema", "settings", "files", "limits", "draw"}
+GROUND = {"errors", "units", "schema", "explain", "settings", "files", "limits", "draw"}
 """rooms of one file, which may lean on each other as files of one room do"""
 
 

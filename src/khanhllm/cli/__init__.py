@@ -15,6 +15,7 @@ import shtab
 from khanhllm import __version__
 from khanhllm.cli.arguments import Parser, Raw
 from khanhllm.errors import UserError, missing_extra
+from khanhllm.explain import did_you_mean
 
 # Each verb imports what it needs only when it runs, so that help is instant.
 VERBS = {
@@ -25,6 +26,7 @@ VERBS = {
     "lab": ("doctor", "bench", "chaos"),
 }
 """the module of this folder that has each verb, and NAME_options beside it"""
+VERB_NAMES = [verb for verbs in VERBS.values() for verb in verbs]
 
 EXAMPLES = """examples:
   khanhllm demo                              the whole way in a few minutes, offline
@@ -42,8 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     # torch's hint that it takes the plain form of a norm; it helps nobody who only trains
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     parser = _parser()
-    words = sys.argv[1:] if arguments is None else arguments
-    options, unknown = parser.parse_known_args(_help_words(words))
+    words = _help_words(sys.argv[1:] if arguments is None else arguments, parser)
+    if words and not words[0].startswith("-") and words[0] not in VERB_NAMES:
+        known = f"{did_you_mean(words[0], VERB_NAMES)}; verbs: {', '.join(VERB_NAMES)}"
+        parser.error(f"unknown verb {words[0][:60]!r}{known}")
+    options, unknown = parser.parse_known_args(words)
     if unknown:
         options.parser.refuse(unknown[0])
     try:
@@ -66,10 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(_unforeseen(error), 1)
 
 
-def _help_words(words: list[str]) -> list[str]:
+def _help_words(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Nothing typed, `help` and `help VERB` as what argparse knows."""
     if not words or words == ["help"]:
         return ["--help"]
+    if words[0] == "help" and len(words) > 2:
+        parser.error(f"help takes one verb, and {words[2][:60]!r} is one word too many")
     return [words[1], "--help"] if words[0] == "help" else words
 
 

@@ -33,6 +33,7 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path
 from khanhllm.errors import UserError
 from khanhllm.limits import cores
+from khanhllm.units import as_size
 
 
 class Unfinished(Exception):
@@ -92,7 +93,7 @@ class Job:
 
     def split(self, validation: float) -> list[Report]:
         """Run with this share for validation. If no hash falls into it, hold out the text with the lowest hash."""
-        amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
+        amount = f"about {as_size(self.source.size)} of text" if self.source.size else "text"
         limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
         say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
         for step in steps_of(self.clean):

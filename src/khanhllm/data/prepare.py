@@ -36,6 +36,7 @@ from khanhllm.data.writer import HASHES, Report, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.schema import DataConfig
+from khanhllm.units import as_size
 
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""
@@ -180,8 +181,8 @@ def train_on(
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
     shares = [(locate(name), int(weight * sample_bytes)) for name, weight in components(source)]
-    amount = sum(min(located.size or share, share) for located, share in shares) / 1e6
-    say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
+    amount = sum(min(located.size or share, share) for located, share in shares)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {as_size(amount)} of {source} (at most; a sample is enough)")
     started = time.monotonic()
     samples = chain.from_iterable(
         _sample(Reader(located, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation, clean)

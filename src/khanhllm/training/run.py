@@ -11,7 +11,7 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -272,7 +272,7 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
         with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"--- step {step}\n{text}\n")
     except OSError as error:
-        log.say(f"the sample could not be kept: {error}; training goes on")
+        log.say(f"the sample could not be kept: {error}; training continues")
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
@@ -322,7 +322,7 @@ def _check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
     train, step = config.train, saved["step"]
     done = train.steps <= step and not (train.steps == step and lacks_validation(folder, config, step))
     if not train.seconds and done:
-        raise UserError(f"{folder} has {step} steps already; to continue, give a larger --steps")
+        raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
 
@@ -372,7 +372,8 @@ def _locked(folder: Path) -> Iterator[None]:
     """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
     if fault := foreign(folder):
         raise UserError(f"{fault}; a run folder must hold its own files")
-    lock = FileLock(folder / ".lock", timeout=0)
+    kept = folder / ".lock"
+    lock = FileLock(kept, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -383,4 +384,8 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # of a training that was refused nothing stays
+            if [*folder.iterdir()] == [kept]:
+                kept.unlink()
+                folder.rmdir()
         lock.release()
