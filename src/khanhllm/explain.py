@@ -49,13 +49,18 @@ def explain(error: ValidationError, kind: type[Section], names: Mapping[str, str
 
 def sentence(error: Any) -> str:
     """What one of pydantic's errors says."""
-    kind, facts = error["type"], error.get("ctx", {})
+    kind, facts = error["type"], {name: _plain(fact) for name, fact in error.get("ctx", {}).items()}
     if kind == "string_pattern_mismatch":
         return PATTERNS.get(facts["pattern"], "is not spelled as it must be")
     if kind == "literal_error":
         return f"must be {facts['expected'].replace(chr(39), '')}"
     text = SENTENCES[kind].format(**facts) if kind in SENTENCES else error["msg"].removeprefix("Value error, ")
     return text if text.startswith("must") else f"{text[:1].lower()}{text[1:]}"
+
+
+def _plain(fact: Any) -> Any:
+    """1 instead of 1.0."""
+    return int(fact) if isinstance(fact, float) and fact.is_integer() else fact
 
 
 def _shown(given: Any) -> str:

@@ -26,7 +26,6 @@ VERBS = {
     "lab": ("doctor", "bench", "chaos"),
 }
 """the module of this folder that has each verb, and NAME_options beside it"""
-VERB_NAMES = [verb for verbs in VERBS.values() for verb in verbs]
 
 EXAMPLES = """examples:
   khanhllm demo                              the whole way in a few minutes, offline
@@ -45,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     parser = _parser()
     words = _help_words(sys.argv[1:] if arguments is None else arguments, parser)
-    if words and not words[0].startswith("-") and words[0] not in VERB_NAMES:
-        known = f"{did_you_mean(words[0], VERB_NAMES)}; verbs: {', '.join(VERB_NAMES)}"
+    verbs = [verb.__name__ for verb, _ in _verbs()]
+    if not words[0].startswith("-") and words[0] not in verbs:
+        known = f"{did_you_mean(words[0], verbs)}; verbs: {', '.join(verbs)}"
         parser.error(f"unknown verb {words[0][:60]!r}{known}")
     options, unknown = parser.parse_known_args(words)
     if unknown:

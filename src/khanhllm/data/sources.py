@@ -172,9 +172,7 @@ def _on_disk(source: str, column: str) -> Source:
     path = _with_home(source)
     if path.is_dir():
         if (path / "config.toml").exists() and (path / "training_log.csv").exists():
-            raise UserError(
-                f"{path} is a run, which holds no text; name what it was trained on (data.source in its config.toml)"
-            )
+            raise UserError(f"{path} is a run, which holds no text; name its source (data.source in its config.toml)")
         if (path / "manifest.json").exists():
             raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
         files = readable(walk(path, left_out), column, left_out)
