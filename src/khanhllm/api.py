@@ -52,7 +52,8 @@ def _without_options(text: str) -> str:
 
     def python(found: re.Match[str]) -> str:
         name = found[1]
-        return name if "." in name else ARGUMENTS.get(name, f"{name.replace('-', '_')}=")
+        bare = "." in name or text[found.end() : found.end() + 1] == ":"
+        return name if bare else ARGUMENTS.get(name, f"{name.replace('-', '_')}=")
 
     return text if "khanhllm " in text else re.sub(r"(?<![\w-])--([a-z][\w.-]*\w)", python, text)
 

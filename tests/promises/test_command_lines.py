@@ -36,6 +36,7 @@ train --resume --run run --steps 3
 train nano --config tiny.toml --data shards --run new --for 1s --twin active
 generate run --prompt text --tokens 3 --temperature 0.5 --top-k 2 --seed 1 --machine.device cpu
 evaluate run --json
+runs . --json
 evaluate run --data corpus
 compare run run --out new.png
 upcycle run --out new --pattern DM --experts 2 --experts-per-token 2
@@ -69,12 +70,14 @@ ODD_FILES: dict[str, bytes] = {
     "wrong.parquet": b"PAR1",
 }
 HOSTILE = [
-    *ODD_FILES, "", " ", "-", "--", ".", "..", "/", "/dev/full", "/dev/null", "/dev/zero", "/proc/self/mem", "~", "~nobody",
-    "pipe", "link", "locked", "locked/new", "folder", "nowhere", "nowhere/at/all", "run", "run/config.toml", "shards", "corpus",
-    "tokenizer.json", "new", "x" * 300, "x/" * 200, "a\0b", "\0", "\n", "\33[31m", "🦙", "\udcff", "[red]", "[/]", "%s%n",
-    "{0..9}", "{0..99999999}", "*", "**/*", "[", "a:nan,b:1", "corpus:1,corpus:2", "nan", "inf", "-inf", "-1", "0", "1", "1.5",
-    "1e9", "1e400", "9" * 5000, str(2**63), str(2**64), "10k", "1_0", "٣", "0x10", "1GB", "5s", "true", "auto", "cuda:7", "tpu",
-    "ftp://x/y", "file:///etc/passwd", "hf://", "DMDM", "nano", "M", "--help", "-h", "--version", "--json", "--lr", "--optim.lr",
+    *ODD_FILES, "", " ", "-", "--", ".", "..", "/", "/dev/full", "/dev/null", "/dev/zero", "/proc/self/mem",
+    "~", "~nobody", "pipe", "link", "locked", "locked/new", "folder", "nowhere", "nowhere/at/all", "run",
+    "run/config.toml", "shards", "corpus", "tokenizer.json", "new", "x" * 300, "x/" * 200, "a\0b", "\0", "\n",
+    "\33[31m", "🦙", "\udcff", "[red]", "[/]", "%s%n", "{0..9}", "{0..99999999}", "*", "**/*", "[", "a:nan,b:1",
+    "corpus:1,corpus:2", "nan", "inf", "-inf", "-1", "0", "1", "1.5", "1e9", "1e400", "9" * 5000, str(2**63),
+    str(2**64), "10k", "1_0", "٣", "0x10", "1GB", "5s", "true", "auto", "cuda:7", "tpu", "ftp://x/y",
+    "file:///etc/passwd", "hf://", "DMDM", "nano", "M", "--help", "-h", "--version", "--json", "--lr",
+    "--optim.lr",
 ]  # fmt: skip
 # http and c4 are left out: no test depends on a network
 WORDS_OF_OTHERS = re.compile(
@@ -111,7 +114,7 @@ def child(words: list[str], folder: Path) -> tuple[int, str, str]:
             os.chdir(folder)
             for number, path in ((0, Path(os.devnull)), (1, out), (2, err)):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w", closefd=False) for n in range(3))
+            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "w" if n else "r", closefd=False) for n in range(3))
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
             signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE / 2)
             code = cli.main(words)
@@ -172,10 +175,10 @@ def fuzz(draws: int, world: Path, folder: Path, tell: Callable[[str], None] = pr
         shutil.copytree(world, here)
         os.mkfifo(here / "pipe")
         (here / "link").symlink_to("link")
-        before = set(os.listdir(here))
+        before = set(here.iterdir())
         code, _, errors = child(words, here)
-        new = [here / name for name in set(os.listdir(here)) - before]
-        bare = {path.name for path in new if path.is_dir() and os.listdir(path) in ([], [".lock"])}
+        new = [path for path in set(here.iterdir()) - before if path.is_dir()]
+        bare = {path.name for path in new if {inside.name for inside in path.iterdir()} <= {".lock"}}
         if wrong := fault(code, errors, bare):
             faults.append(f"{wrong}: {shlex.join(words)[:300]!r} -> {code}: {errors[-600:]}")
         codes[code] += 1

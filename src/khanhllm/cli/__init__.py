@@ -20,7 +20,7 @@ from khanhllm.explain import did_you_mean
 # Each verb imports what it needs only when it runs, so that help is instant.
 VERBS = {
     "training": ("train", "demo"),
-    "runs": ("generate", "evaluate", "compare", "upcycle"),
+    "runs": ("runs", "generate", "evaluate", "compare", "upcycle"),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
     "lab": ("doctor", "bench", "chaos"),

@@ -85,6 +85,21 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     knobs(parser, ["machine"])
 
 
+def runs(options: argparse.Namespace) -> None:
+    """List the runs of a folder, the newest first: steps, loss, best validation, size on disk."""
+    from khanhllm.runs import listing
+
+    found = listing.runs_in(Path(options.folder))
+    print(json.dumps(found) if options.json else "\n".join(listing.lines(found)))
+
+
+def runs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", nargs="?", metavar="FOLDER", type=name, default="runs", help="where the run folders lie (runs)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON list, an object for each run")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Measure the cross entropy (nats per token) and the bits per byte of a run on text that it held out."""
     machine = resolve(given(options), where="evaluate").machine

@@ -374,6 +374,7 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{fault}; a run folder must hold its own files")
     kept = folder / ".lock"
     lock = FileLock(kept, timeout=0)
+    made = [place for place in (folder, *folder.parents) if not there(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -387,5 +388,6 @@ def _locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # of a training that was refused nothing stays
             if [*folder.iterdir()] == [kept]:
                 kept.unlink()
-                folder.rmdir()
+                for place in made:
+                    place.rmdir()
         lock.release()
