@@ -1,7 +1,7 @@
 """Any command line does its work, or is refused in one plain line; never a traceback, never "unforeseen".
 
 A command line that works is spoiled in one to three places: a hostile value, a wrong option, a word too many or too
-few. Each runs in a forked child, in a folder with files of every odd kind. 60 draws are the quick form;
+few. Each runs in a forked child, in a folder with files of every odd kind. 30 draws are the quick form;
 KHANHLLM_FUZZ=500 the long one, whose beginning they are.
 """
 
@@ -25,7 +25,7 @@ from khanhllm.settings import to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
-DRAWS = int(os.environ.get("KHANHLLM_FUZZ", "60"))
+DRAWS = int(os.environ.get("KHANHLLM_FUZZ", "30"))
 PATIENCE = 10
 """seconds after which a child is interrupted, as by Ctrl-C; some command lines are right, and long"""
 SMALL = "--model.dim 32 --model.context 32 --model.vocab_size 300 --train.steps 1"
