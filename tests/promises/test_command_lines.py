@@ -100,12 +100,12 @@ def world(corpus, tmp_path_factory):
         "prepare --data corpus --tokenizer tokenizer.json --out shards --workers 1 --validation 0.2",
         "train --config tiny.toml --data shards --run run --steps 2",
     ):
-        code, _, errors = child(line.split(), folder)
+        code, _, errors = child(line.split(), folder, patience=100)
         assert code == 0, errors
     return folder
 
 
-def child(words: list[str], folder: Path) -> tuple[int, str, str]:
+def child(words: list[str], folder: Path, patience: float = PATIENCE) -> tuple[int, str, str]:
     """Exit code, output and errors of a command line, in a child that is in `folder`."""
     out, err = folder.with_name(f"{folder.name}.out"), folder.with_name(f"{folder.name}.err")
     if (pid := os.fork()) == 0:
@@ -116,7 +116,7 @@ def child(words: list[str], folder: Path) -> tuple[int, str, str]:
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "w" if n else "r", closefd=False) for n in range(3))
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE / 2)
+            signal.setitimer(signal.ITIMER_REAL, patience, patience / 2)
             code = cli.main(words)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 98
