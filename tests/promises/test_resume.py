@@ -156,7 +156,7 @@ def test_a_full_disk_does_not_stop_the_run(corpus, cache, tmp_path, monkeypatch,
 
     monkeypatch.setattr(checkpoint, "write", sometimes_full)
     train(config(corpus, cache), tmp_path / "run")
-    assert "training goes on" in capsys.readouterr().out
+    assert "training continues" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
 
 
@@ -326,7 +326,7 @@ def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp
         return honest(*arguments)
 
     monkeypatch.setattr(training_run, "train_step", filling)
-    with pytest.raises(UserError, match=r"0 MB free, a checkpoint takes .*; nothing of this run is saved"):
+    with pytest.raises(UserError, match=r"0 bytes free, a checkpoint takes .*; nothing of this run is saved"):
         train(config(corpus, cache), tmp_path / "run")
 
 
@@ -336,7 +336,7 @@ def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, 
     (size,) = {_tensor_bytes(path) for path in checkpoint.steps(tmp_path / "all")}
     free = [size - 1]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    with pytest.raises(UserError, match=r"the disk of .*run has .* MB free, a checkpoint takes .* MB: make room"):
+    with pytest.raises(UserError, match=r"the disk of .*run has .* free, a checkpoint takes .*: make room"):
         train(config(corpus, cache), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
     for room, keep, save_every, warned in ((3, 2, 5, 0), (2.9, 2, 5, 3), (1, 2, 0, 0), (1.9, 1, 5, 2)):

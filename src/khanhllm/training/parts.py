@@ -81,7 +81,7 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
     train, step = config.train, saved["step"]
     done = train.steps <= step and not (train.steps == step and lacks_validation(folder, config, step))
     if not train.seconds and done:
-        raise UserError(f"{folder} has {step} steps already; to continue, give a larger --steps")
+        raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
 

@@ -10,7 +10,7 @@ uninterrupted one, bit for bit (same machine, same torch).
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from filelock import Timeout
 from khanhllm import optim
 from khanhllm.data.belt import Starved
 from khanhllm.errors import UserError
-from khanhllm.files import foreign, locked
+from khanhllm.files import foreign, locked, there
 from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
@@ -196,7 +196,7 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
         with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"--- step {step}\n{text}\n")
     except OSError as error:
-        log.say(f"the sample could not be kept: {error}; training goes on")
+        log.say(f"the sample could not be kept: {error}; training continues")
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
@@ -247,13 +247,22 @@ def _locked(folder: Path) -> Iterator[None]:
     """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
     if fault := foreign(folder):
         raise UserError(f"{fault}; a run folder must hold its own files")
+    kept = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not there(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = ExitStack()
-        held.enter_context(locked(folder / ".lock"))
+        held.enter_context(locked(kept))
     except Timeout:
         raise UserError(f"another training is at work in {folder}; choose another folder with --run") from None
     except OSError as error:
         raise UserError(f"cannot use {folder} as a run folder: {error.strerror}; choose another with --run") from None
     with held:
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # of a training that was refused nothing stays
+                if [*folder.iterdir()] == [kept]:
+                    kept.unlink()
+                    for place in made:
+                        place.rmdir()
