@@ -38,6 +38,7 @@ from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import locked, there
 from khanhllm.schema import DataConfig
+from khanhllm.units import as_size
 
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""
@@ -182,8 +183,8 @@ def train_on(
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
     shares = [(locate(name, bad), int(weight * sample_bytes)) for name, weight in components(source)]
-    amount = sum(min(located.size or share, share) for located, share in shares) / 1e6
-    say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
+    amount = sum(min(located.size or share, share) for located, share in shares)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {as_size(amount)} of {source} (at most; a sample is enough)")
     started = time.monotonic()
     readers = [
         Reader(located, [], spool(belt, nth) if belt else None, patience, KEPT)

@@ -29,8 +29,8 @@ from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_
 from khanhllm.data.walk import KINDS, ending, kind, matching, once, readable, walk
 from khanhllm.data.warc import can_read_pages
 from khanhllm.errors import UserError
+from khanhllm.explain import did_you_mean
 from khanhllm.files import there
-from khanhllm.settings import did_you_mean
 
 PACKED = (".gz", ".zst", ".parquet")
 ALLOWED = f"known endings: {' '.join(chain.from_iterable(KINDS.values()))}"
@@ -160,6 +160,8 @@ def _without_column(source: str, column: str) -> Source:
         )
         return replace(_remote(source, C4, names), validation=tuple(held))
     if source.startswith("hf://"):
+        if not source.removeprefix("hf://").strip("/"):
+            raise UserError(f"{source} names no dataset; write hf://datasets/ORG/NAME")
         _ask(_hub(), source)
         folder, names, left_out = _listed(source)
         return _remote(source, folder, names, left_out=left_out)
@@ -180,6 +182,8 @@ def _on_disk(source: str, column: str) -> Source:
     left_out = Counter[str]()
     path = _with_home(source)
     if path.is_dir():
+        if (path / "config.toml").exists() and (path / "training_log.csv").exists():
+            raise UserError(f"{path} is a run, which holds no text; name its source (data.source in its config.toml)")
         if (path / "manifest.json").exists():
             raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
         files = readable(walk(path, left_out), column, left_out)

@@ -222,14 +222,16 @@ class Tokenizer:
 
     def _piece(self, rank: int) -> bytes:
         if not 0 <= rank < self.vocab_size:
-            raise UserError(f"token {rank} is beyond the vocabulary of {self.vocab_size} tokens")
+            raise UserError(f"token {rank} is beyond the vocabulary of {self.vocab_size:,} tokens")
         return self._pieces[rank]
 
 
 def check_fits(tokens: int, vocab_size: int, where: str) -> None:
     """Raise UserError if a model's vocabulary is smaller than that of the tokenizer in `where`."""
     if tokens > vocab_size:
-        raise UserError(f"{where} has {tokens} tokens, more than model.vocab_size {vocab_size}; raise that to {tokens}")
+        raise UserError(
+            f"{where} has {tokens:,} tokens, more than model.vocab_size {vocab_size:,}; raise that to {tokens}"
+        )
 
 
 def _digestible(text: str, pattern: str) -> list[str]:
