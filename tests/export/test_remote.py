@@ -214,13 +214,16 @@ def test_other_types_and_attentions(pair, tmp_path):
     router = {name: tensor.dtype for name, tensor in half.state_dict().items() if ".router." in name}
     assert set(router.values()) == {torch.float32}
     assert half.head.weight.dtype == torch.bfloat16
-    for rounded in (half(some_ids()).logits, autocast(theirs, some_ids())):
+    for rounded in (half(some_ids()).logits, autocast(theirs, some_ids()).logits):
         assert (rounded - logits).abs().mean() < 0.05
+    router = theirs.blocks[model.config.moe_layers[0]].feedforward.router
+    x_ND = torch.randn(64, 32)
+    assert torch.equal(autocast(router, x_ND)[1], router(x_ND)[1])
 
 
-def autocast(model, ids):
+def autocast(module, x):
     with torch.autocast("cpu", torch.bfloat16):
-        return model(ids).logits
+        return module(x)
 
 
 @BOTH
