@@ -6,7 +6,7 @@ Each expert has tensors of its own: transformers 5 stacks them as it loads, all 
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,20 +127,17 @@ def read(folder: Path) -> Exported:
 
     Raises UserError, naming the file and the key, for what is missing, unknown, or more than our model can be.
     """
-    settings = _json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     model = from_qwen3(settings, str(folder / "config.json"))
     tied = bool(settings.get("tie_word_embeddings"))
-    with ExitStack() as stack:
-        try:
-            weights = _assembled(folder, model, _tensors(folder, stack), tied)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read the weights in {folder}: {str(error)[:200]}") from None
+    with open_tensors(folder) as tensors:
+        weights = _assembled(folder, model, tensors, tied)
     return Exported(model, weights, read_tokenizer(folder).vocab_size, settings.get("eos_token_id"))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, without what transformers puts before a text."""
-    layout = _json(folder / "tokenizer.json") | {"post_processor": None}
+    layout = read_json(folder / "tokenizer.json") | {"post_processor": None}
     return Tokenizer(json.dumps(layout, ensure_ascii=False), str(folder / "tokenizer.json"))
 
 
@@ -164,18 +161,23 @@ def _assembled(folder: Path, model: ModelConfig, theirs: dict[str, Any], tied: b
     return {name: torch.stack(found) if name in experts else found[0] for name, found in stacks.items()}
 
 
-def _tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file of each tensor, by its name."""
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """The open file of each tensor, by its name. UserError if one cannot be read."""
     single = folder / "model.safetensors"
     files = [single]
     if not single.exists():
-        places = _json(folder / INDEX).get("weight_map", {})
+        places = read_json(folder / INDEX).get("weight_map", {})
         files = sorted({folder / Path(str(file)).name for file in places.values()})
-    opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118  no mapping
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            yield {name: file for file in opened for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read the weights in {folder}: {str(error)[:200]}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_file(path, 2**28))
     except OSError as error:
