@@ -85,8 +85,8 @@ class Tokenizer:
             ranks = {_raw(piece): rank for piece, rank in vocab.items() if piece not in specials}
             self._check_order(layout["model"]["merges"], vocab, ranks, specials)
             # the same content is always written alike, so its hash identifies the tokenizer
-            self._canonical = json.dumps(layout, ensure_ascii=False)
-            self.sha256 = hashlib.sha256(self._canonical.encode()).hexdigest()
+            self.canonical = json.dumps(layout, ensure_ascii=False)
+            self.sha256 = hashlib.sha256(self.canonical.encode()).hexdigest()
             names = {rank: name.encode() for name, rank in specials.items()}
             self._byte_ids = [ranks[bytes([byte])] for byte in range(256)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -138,7 +138,7 @@ class Tokenizer:
         """Write tokenizer.json to `path`, and beside it vocab.txt, one readable token a line."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            publish(path, self._canonical)
+            publish(path, self.canonical)
             publish(path.with_name("vocab.txt"), "".join(self._readable()))
         except OSError as error:
             raise UserError(f"cannot write the tokenizer {path}: {error.strerror}") from None
