@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Both make .venv when it is missing or older than the project file.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test quick mutants lint docs lock audit clean
+.PHONY: demo test quick mutants lint docs llama lock audit clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python scripts/config_page.py
 	$(BIN)/sphinx-build -W -n -q docs docs/_build
+
+# llama.cpp itself, for the tests of exported files, which are skipped without it. Needs the network.
+llama: .venv/ready
+	$(BIN)/python scripts/llama_cpp.py
 
 # Both need the network. torch is chosen by the machine (CPU, CUDA), so it and its libraries stand outside the lock.
 lock:

@@ -64,9 +64,9 @@ def test_help_names_every_verb_in_a_whole_sentence(words, capsys):
         cli.main(words)
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for verb, _ in cli._verbs():
+    for name, verb, _ in cli._verbs():
         sentence = inspect.cleandoc(verb.__doc__).splitlines()[0]
-        assert sentence[0].isupper() and sentence.endswith(".") and f" {verb.__name__} {sentence}" in text
+        assert sentence[0].isupper() and sentence.endswith(".") and f" {name} {sentence}" in text
 
 
 def test_help_of_a_verb_and_the_version(capsys):
@@ -298,7 +298,8 @@ def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
         """Breaks."""
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "_verbs", lambda: [(broken, lambda parser: None)])
+    monkeypatch.setattr(cli, "_verbs", lambda: [("broken", broken, lambda parser: None)])
+    monkeypatch.setitem(cli.VERBS, "lab", ("broken",))
     assert cli.main(["broken"]) == 1
     error = capsys.readouterr().err
     assert "RuntimeError: first line" in error

@@ -17,6 +17,7 @@ EXTRAS = {
     ),
     "matplotlib": "plot",
     "bitsandbytes": "8bit",
+    "gguf": "export",
     "transformers": "dev",
 }
 """the extra of this package that installs each module"""

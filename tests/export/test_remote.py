@@ -1,20 +1,20 @@
 """The code that travels with an exported model computes what ours does."""
 
 import inspect
-import json
-import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from conftest import build, plain_machine, tiny
-from khanhllm.export.remote import FILES, config_json
+from khanhllm.cli import main
+from khanhllm.data.tokenizer import train_tokenizer
+from khanhllm.export import remote
+from khanhllm.export.remote import FILES
 from khanhllm.inference.generate import continuation
 from khanhllm.schema import ModelConfig, Sampling
+from khanhllm.training.start import write_start
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,7 +38,7 @@ SHAPES = {
     "everything": EVERYTHING,
 }
 BOTH = pytest.mark.parametrize("shape", [SHAPES["classic"], EVERYTHING], ids=["classic", "everything"])
-TOKENIZER = SimpleNamespace(end_of_text=0)
+TOKENIZER = train_tokenizer(["the code that travels with the model"], 270)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,11 +73,10 @@ def some_ids(rows=3, length=60):
 
 def export(model, folder):
     folder.mkdir()
-    for path in FILES:
-        shutil.copy(path, folder)
-    (folder / "config.json").write_text(json.dumps(config_json(model.config, TOKENIZER)), encoding="utf-8")
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    remote.write(folder, model.config, model.state_dict(), TOKENIZER, "f32")
+    found = remote.read(folder)
+    assert found.model == model.config.model_copy(update={"zero_out": False})
+    assert found.weights.keys() == model.state_dict().keys()
     return folder
 
 
@@ -250,3 +249,15 @@ def test_the_code_stands_alone():
         assert not any(
             line.lstrip().startswith(("import khanhllm", "from khanhllm", "from ..")) for line in path.open()
         )
+
+
+@pytest.mark.slow
+def test_the_verb_writes_what_transformers_has_no_class_for(tmp_path):
+    model = ours(EVERYTHING)
+    config = tiny().model_copy(update={"model": model.config})
+    write_start(tmp_path / "run", config, model, TOKENIZER)
+    command = ["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert main([*command, "--remote-code", "--dtype", "f16"]) == 0
+    assert load(tmp_path / "out", dtype="auto").dtype == torch.float16
+    assert "trust_remote_code=True" in (tmp_path / "out/README.md").read_text()

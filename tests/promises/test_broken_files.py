@@ -307,7 +307,7 @@ PREPARED = {
     "tokenizer an array": (("tokenizer.json", lambda raw: b"[1]"), "tokenizer.json", "is not a byte-level BPE"),
     "tokenizer of brackets": (("tokenizer.json", lambda raw: b"[" * 100_000), "tokenizer.json", "is not a byte-level"),
     "tokenizer of another": (
-        ("tokenizer.json", lambda raw: OTHER._canonical.encode()), "tokenizer.json", "does not match the shards"
+        ("tokenizer.json", lambda raw: OTHER.canonical.encode()), "tokenizer.json", "does not match the shards"
     ),
 }  # fmt: skip
 

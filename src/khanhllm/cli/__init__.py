@@ -8,7 +8,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from keyword import iskeyword
 
 import shtab
 
@@ -21,12 +22,12 @@ from khanhllm.explain import did_you_mean
 VERBS = {
     "training": ("train", "demo"),
     "runs": ("runs", "generate", "evaluate", "compare", "upcycle"),
-    "export": ("export", "import_"),
+    "export": ("export", "import"),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
     "lab": ("doctor", "bench", "chaos"),
 }
-"""the module of this folder that has each verb, and NAME_options beside it"""
+"""the module of this folder that has each verb as a function, and NAME_options beside it"""
 
 EXAMPLES = """examples:
   khanhllm demo                              the whole way in a few minutes, offline
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     parser = _parser()
     words = _help_words(sys.argv[1:] if arguments is None else arguments, parser)
-    verbs = [verb.__name__ for verb, _ in _verbs()]
+    verbs = [verb for verbs in VERBS.values() for verb in verbs]
     if not words[0].startswith("-") and words[0] not in verbs:
         known = f"{did_you_mean(words[0], verbs)}; verbs: {', '.join(verbs)}"
         parser.error(f"unknown verb {words[0][:60]!r}{known}")
@@ -99,24 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"khanhllm {__version__}")
     shtab.add_argument_to(top, help="print a script that makes this shell complete the commands of khanhllm")
     choices = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
-    for verb, add_options in _verbs():
+    for name, verb, add_options in _verbs():
         text = inspect.cleandoc(verb.__doc__ or "")
         parser = choices.add_parser(
-            verb.__name__.rstrip("_"),
-            help=text.splitlines()[0],
-            description=text,
-            formatter_class=Raw,
-            allow_abbrev=False,
+            name, help=text.splitlines()[0], description=text, formatter_class=Raw, allow_abbrev=False
         )
         parser.set_defaults(verb=verb, parser=parser)
         add_options(parser)
     return top
 
 
-def _verbs() -> list[tuple[Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]]]:
-    modules = {name: importlib.import_module(f"khanhllm.cli.{name}") for name in VERBS}
-    return [
-        (getattr(modules[name], verb), getattr(modules[name], f"{verb}_options"))
-        for name, verbs in VERBS.items()
-        for verb in verbs
-    ]
+def _verbs() -> Iterator[
+    tuple[str, Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]]
+]:
+    for module, verbs in VERBS.items():
+        found = importlib.import_module(f"khanhllm.cli.{module}")
+        for verb in verbs:
+            yield verb, getattr(found, verb + "_" * iskeyword(verb)), getattr(found, f"{verb}_options")

@@ -60,7 +60,7 @@ def import_(options: argparse.Namespace) -> None:
     print(f"{options.out}: to train it further, khanhllm train --resume --run {options.out} --data SRC --steps N")
 
 
-def import__options(parser: argparse.ArgumentParser) -> None:
+def import_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="config.json, tokenizer.json and safetensors files")
     parser.add_argument("--out", metavar="RUN", required=True, help="the run folder to write")
     parser.add_argument("--context", metavar="N", type=int, help="tokens that it sees at once (all that it can)")

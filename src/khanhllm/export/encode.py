@@ -13,14 +13,16 @@ from khanhllm.schema import ModelConfig
 
 Weights = dict[str, Tensor]
 LARGEST_HALF = 65_504
-STEEPEST = 2**10
+STEEPEST = 10
 
 
 def as_swiglu(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
     """relu2 layers as swiglu layers: relu(u)^2 = lim silu(s u) u / s.
 
-    With gate = s up and down' = down / s each inner unit is off by at most 0.48 / s^2: u^2 / (1 + exp(s |u|)) at its
-    largest. s is 1,024, or less where s u could leave the range of half precision.
+    With gate = s u each inner unit is off by at most 0.48 / s^2: u^2 / (1 + exp(s |u|)) at its largest. s is 2^10, or
+    less where s u could leave the range of half precision. The division by s is shared between up and down: half each,
+    so that in types with scales in half precision neither becomes too small, or more to up where the product of gate
+    and up, about u^2 times what is left to down, could leave that range too.
     """
     if model.feedforward == "swiglu":
         return model, weights
@@ -33,11 +35,18 @@ def as_swiglu(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weight
         gain_D = weights[f"{layer}.feedforward_norm.weight"]
         read = up * gain_D if up.ndim == 2 else up.mT * gain_D
         most = float(read.norm(dim=-1).max()) * math.sqrt(model.dim)
-        steepness = min(STEEPEST, 2 ** math.floor(math.log2(LARGEST_HALF / max(most, 1e-30))))
+        steep = min(STEEPEST, _powers(most))
+        to_up = min(steep, max(-(-steep // 2), steep - _powers(most**2)))
         gate, down = (name.replace("up", other, 1) for other in ("gate", "down"))
-        encoded[gate] = up * steepness
-        encoded[down] = weights[down] / steepness
+        encoded[gate] = up * 2.0**steep
+        encoded[name] = up / 2.0**to_up
+        encoded[down] = weights[down] / 2.0 ** (steep - to_up)
     return model.model_copy(update={"feedforward": "swiglu"}), encoded
+
+
+def _powers(number: float) -> int:
+    """How often it can be doubled in half precision."""
+    return math.floor(math.log2(LARGEST_HALF / max(number, 1e-30)))
 
 
 def as_mixtures(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

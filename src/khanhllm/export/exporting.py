@@ -20,7 +20,7 @@ from khanhllm.training import checkpoint
 
 UNCHECKED = "not compared with the model that was trained (--no-check)"
 USUAL = {"hf": "f32", "gguf": "f16"}
-DTYPES = {"hf": tuple(check.DTYPES), "gguf": gguf.DTYPES}
+DTYPES = {"hf": tuple(check.DTYPES), "gguf": tuple(gguf.DTYPES)}
 REMEDY = "--to hf --remote-code writes it with model code of its own"
 
 

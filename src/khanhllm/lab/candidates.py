@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 
 from khanhllm.data.batches import random_batches
+from khanhllm.errors import UserError
 from khanhllm.export.shape import check_stock, qwen3
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
