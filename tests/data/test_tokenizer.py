@@ -191,7 +191,7 @@ def test_it_loads_in_transformers_with_the_same_ids(trained, tmp_path):
 
 def test_an_id_beyond_the_vocabulary_is_refused(trained):
     for rank in (1500, -1):
-        with pytest.raises(UserError, match=f"token {rank} is beyond the vocabulary of 1500"):
+        with pytest.raises(UserError, match=f"token {rank} is beyond the vocabulary of 1,500"):
             trained.decode([rank])
 
 

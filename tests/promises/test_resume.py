@@ -326,7 +326,7 @@ def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp
         return honest(*arguments)
 
     monkeypatch.setattr(training_run, "train_step", filling)
-    with pytest.raises(UserError, match=r"0 bytes free, a checkpoint takes .*; nothing of this run is saved"):
+    with pytest.raises(UserError, match=r"1.0 kB free, a checkpoint takes .*; nothing of this run is saved"):
         train(config(corpus, cache), tmp_path / "run")
 
 
