@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Both make .venv when it is missing or older than the project file.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test quick lint docs llama lock audit clean
+.PHONY: demo test quick mutants lint docs llama lock audit clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest -n 2
+
+mutants: .venv/ready
+	$(BIN)/python scripts/mutants.py
 
 quick: .venv/ready
 	$(BIN)/pytest -n 2 -m "not slow"

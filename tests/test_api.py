@@ -113,9 +113,24 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
         (lambda: khanhllm.train("nano", run=folder / "run"), "already holds a run"),
         (lambda: khanhllm.train("nano", learning_rate=1), "unknown argument learning_rate"),
         (lambda: khanhllm.config("nano", **{"optim.lrr": 1}), "did you mean lr"),
+        (lambda: khanhllm.load(None), "run must be the name of a folder or file, as str or Path, got None"),
+        (lambda: khanhllm.config(5), "preset must be"),
+        (lambda: khanhllm.train("nano", time=5), "time: must be a time"),
+        (lambda: khanhllm.train("nano", steps=1, time="1s"), "give one of steps, time and tokens"),
+        (lambda: khanhllm.train("nano", data=["a"]), "data must be one source of text"),
+        (lambda: khanhllm.train("nano", run=folder / "run"), "continue it with resume=True, .* with run="),
+        (lambda: khanhllm.plan("nano", memory=-8), "memory: must be a size"),
+        (lambda: run.save(""), "needs the name of a folder"),
+        (lambda: run.save(tmp_path.parent), "is no empty folder"),
+        (lambda: run.generate("x", stop=""), "none of them empty"),
     ):
         with pytest.raises(UserError, match=said):
             wrong()
+
+
+def test_a_prompt_too_long_warns(trained):
+    with pytest.warns(UserWarning, match="sees only the last 31"):
+        trained[0].generate("word " * 100, tokens=1)
 
 
 def test_opening_a_run_changes_nothing_of_the_process(trained):

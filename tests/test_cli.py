@@ -114,6 +114,47 @@ def test_generate_streams_text(trained, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_a_prompt_from_a_file_or_the_standard_input(trained, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"import\nos\n")
+    words = ["generate", str(trained / "run"), "--tokens", "3"]
+    with file.open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert cli.main([*words, "--prompt", "-"]) == 0
+    typed = capsys.readouterr().out
+    assert cli.main([*words, "--prompt-file", str(file)]) == 0
+    assert capsys.readouterr().out == typed and typed.startswith("import\nos\n")
+    file.write_bytes(b"\xff")
+    assert "is not UTF-8" in refused(capsys, *words, "--prompt-file", file)
+    assert "cannot read the prompt" in refused(capsys, *words, "--prompt-file", tmp_path)
+
+
+def test_samples_have_seeds_of_their_own_and_stop(trained, capsys):
+    words = ["generate", str(trained / "run"), "--prompt", "import", "--tokens", "8", "--seed", "3", "--json"]
+    assert cli.main([*words, "--samples", "2"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["seed"], second["seed"]) == (3, 4) and first["text"] != second["text"]
+    assert cli.main([*words, "--stop", "never there", "--stop", first["text"][2:4]]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == first["text"].partition(first["text"][2:4])[0]
+
+
+def test_a_prompt_whose_beginning_is_forgotten_is_told(trained, capsys):
+    assert cli.main(["generate", str(trained / "run"), "--prompt", "words " * 200, "--tokens", "1"]) == 0
+    error = capsys.readouterr().err
+    assert "the model sees only the last 31" in error and len(error.splitlines()) == 1
+
+
+def test_a_refused_training_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no/such" in refused(capsys, "train", "nano", "--data", "no/such")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_no_text(trained, tmp_path, capsys):
+    words = ["train", "nano", "--data", trained / "run", "--run", tmp_path / "new"]
+    assert "is a run, which holds no text" in refused(capsys, *words)
+
+
 def test_evaluate_counts_every_byte(trained, corpus, tmp_path, capsys):
     assert cli.main(["evaluate", str(trained / "run"), "--json"]) == 0
     held_out = json.loads(capsys.readouterr().out)
@@ -159,20 +200,36 @@ def test_tokenizer_and_prepare_then_train_on_the_shards(corpus, trained, tmp_pat
         (["train", "nano", "--optim.lrr", "1"], "--optim.lr"),
         (["train", "nano", "--optim.lr", "fast"], "optim.lr"),
         (["train", "nano", "--optim.lr", "-1"], "optim.lr"),
-        (["train", "nano", "--steps", "0"], "train.steps"),
+        (["train", "nano", "--steps", "0"], "--steps: must be at least 1 (got '0')"),
         (["train", "nano", "--steps"], "--steps"),
         (["train", "nano", "--model.heads", "7"], "multiple of heads"),
         (["train", "nano", "--machine.device", "cuda:9"], "cuda:9"),
         (["train", "nano", "--machine.precision", "fp8"], "bf16"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "nano", "--data", "no/such/thing"], "no/such/thing"),
-        (["trian"], "trian"),
+        (["trian"], "did you mean train?"),
+        (["help", "train", "extra"], "one word too many"),
+        (["train", "nano", "mini"], "one word too many: 'mini'"),
+        (["train", "nano", "--lr", "1"], "did you mean --optim.lr?"),
+        (["train", "nano", "--learning-rate", "1"], "did you mean --optim.lr?"),
+        (["train", "nano", "--batch-size", "1"], "did you mean --train.micro_batch?"),
+        (["train", "nano", "--run", "-dash"], "--run=-value"),
+        (["train", "nano", "--run", ""], "the name is empty"),
+        (["train", "nano", "--steps", "10q"], "--steps: must be a whole number, such as 1000 or 10k"),
+        (["train", "nano", "--tokens", "0"], "--tokens: must be at least 1"),
+        (["train", "nano", "--for", "10k"], "--for: must be a time"),
+        (["train", "nano", "--machine.device", "tpu"], "must be auto, cpu, mps, cuda or cuda:N"),
+        (["train", "nano", "--model.pattern", "DXD"], "each D (dense) or M (mixture)"),
+        (["chaos", "--faults", "1e400"], "must be a whole number"),
+        (["generate", "no-run", "--stop", ""], "the text is empty"),
+        (["generate", "no-run", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["tokenizer", "--data", "stdlib", "--out", "/dev/full"], "cannot write the tokenizer"),
         (["generate", "no-run"], "not a run folder"),
         (["generate", "no-run", "--temperature", "hot"], "temperature"),
-        (["generate", "no-run", "--top-p", "2"], "top_p"),
+        (["generate", "no-run", "--top-p", "2"], "--top-p: must be at most 1 "),
         (["evaluate", "no-run"], "not a run folder"),
         (["doctor", "no-run"], "neither a run folder nor a preset"),
-        (["tokenizer", "--data", "stdlib", "--vocab-size", "10"], "vocab_size"),
+        (["tokenizer", "--data", "stdlib", "--vocab-size", "10"], "--vocab-size: must be at least 264"),
         (["tokenizer", "--data", "ftp://x/y"], "unknown source"),
         (["prepare", "--data", "stdlib", "--tokenizer", "no.json", "--out", "x"], "no.json"),
     ],

@@ -9,7 +9,8 @@ from khanhllm.errors import UserError, missing_extra
 from khanhllm.files import publish
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.schema import Config
-from khanhllm.settings import amount, preset, preset_names, resolve, seconds, to_toml, with_length
+from khanhllm.settings import preset, preset_names, resolve, to_toml, with_length
+from khanhllm.units import amount, seconds
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -44,7 +45,7 @@ def test_any_text_survives_toml(text):
         ({"model": {"dmi": 3}}, "unknown key model.dmi (did you mean dim?)"),
         ({"trian": {}}, "unknown key trian (did you mean train?)"),
         ({"optim": {"lr": "nan"}}, "optim.lr"),
-        ({"optim": {"lr": -1}}, "greater than 0"),
+        ({"optim": {"lr": -1}}, "must be more than 0 "),
         ({"train": {"steps": "many"}}, "train.steps"),
         ({"train": 5}, "train"),
         ({"model": {"heads": 3}}, "multiple of heads"),
@@ -89,19 +90,19 @@ def test_a_config_cannot_change():
     ("text", "expected"), [("480s", 480), ("90m", 5400), ("8h", 28800), ("1d12h", 129600), ("1.5H", 5400)]
 )
 def test_times(text, expected):
-    assert seconds(text) == expected
+    assert seconds(text, "time") == expected
 
 
 @pytest.mark.parametrize("text", ["", "8", "h", "8 hours", "-1h", "1h-2m", "nan"])
 def test_what_is_no_time(text):
     with pytest.raises(UserError, match="480s"):
-        seconds(text)
+        seconds(text, "time")
 
 
 def test_amounts():
-    assert [amount(text) for text in ("5B", "300m", "1_000", "1.5k")] == [5 * 10**9, 3 * 10**8, 1000, 1500]
+    assert [amount(text, "tokens") for text in ("5B", "300m", "1_000", "1.5k")] == [5 * 10**9, 3 * 10**8, 1000, 1500]
     with pytest.raises(UserError, match="5B"):
-        amount("many")
+        amount("many", "tokens")
 
 
 @pytest.mark.parametrize("length", [{"steps": 5}, {"tokens": "5k"}])

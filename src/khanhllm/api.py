@@ -5,6 +5,7 @@ can put right raises `khanhllm.UserError`, whose text is one line that names wha
 """
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -22,13 +23,22 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def names_what_is_missing(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A module of an extra that is not installed raises UserError with what to install."""
+NAMES = {"steps": "steps", "time": "time", "tokens": "tokens"}
+ARGUMENTS = {"for": "time=", "resume": "resume=True", "twin": "the command line's --twin"}
+"""what an option of the command line is called here, where it is not NAME= """
+
+
+def in_python(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Errors of a public function speak of its arguments instead of options; for a module of an extra that is not
+    installed, one says what to install."""
 
     @functools.wraps(function)
     def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         try:
             return function(*arguments, **named)
+        except UserError as error:
+            error.args = (_without_options(str(error)),)
+            raise
         except ModuleNotFoundError as error:
             if missing := missing_extra(error):
                 raise missing from None
@@ -37,6 +47,25 @@ def names_what_is_missing(function: Callable[Arguments, Result]) -> Callable[Arg
     return call
 
 
+def _without_options(text: str) -> str:
+    """--run as run=, --optim.lr as optim.lr; a whole command line stays one."""
+
+    def python(found: re.Match[str]) -> str:
+        name = found[1]
+        bare = "." in name or text[found.end() : found.end() + 1] == ":"
+        return name if bare else ARGUMENTS.get(name, f"{name.replace('-', '_')}=")
+
+    return text if "khanhllm " in text else re.sub(r"(?<![\w-])--([a-z][\w.-]*\w)", python, text)
+
+
+def _place(argument: str, given: object) -> Path:
+    """The path that an argument names. UserError if it is none."""
+    if not isinstance(given, str | Path) or not str(given).strip():
+        raise UserError(f"{argument} must be the name of a folder or file, as str or Path, got {given!r:.60}")
+    return Path(given)
+
+
+@in_python
 def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run":
     """The newest intact checkpoint of a run folder, ready to write, to score and to be looked into.
 
@@ -47,21 +76,23 @@ def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run
 
     from khanhllm.runs.run import open_run
 
-    opened = open_run(Path(run), resolve({"machine": {"device": device, "precision": precision}}, where="load").machine)
+    opened = open_run(
+        _place("run", run), resolve({"machine": {"device": device, "precision": precision}}, where="load").machine
+    )
     if opened.machine.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return opened
 
 
-@names_what_is_missing
+@in_python
 def train(
-    preset: str,
+    preset: str | Path,
     data: str | Path | None = None,
     run: str | Path | None = None,
     *,
     steps: int | None = None,
     time: str | None = None,
-    tokens: str | None = None,
+    tokens: str | int | None = None,
     resume: bool = False,
     **knobs: Any,
 ) -> "Run":
@@ -74,18 +105,23 @@ def train(
     from khanhllm.runs.run import open_run
     from khanhllm.training import run as training
 
-    folder = folder_for(preset) if run is None else Path(run)
+    folder = folder_for(str(_place("preset", preset))) if run is None else _place("run", run)
     kept = folder / "config.toml"
     if resume and not kept.exists():
         raise UserError(f"{folder} holds no run to resume; leave resume out to begin one")
     base = read_toml(kept) if resume else _settings(preset)
+    if data is not None and not isinstance(data, str | Path):
+        raise UserError(
+            f"data must be one source of text, as str or Path, got {data!r:.60}; a mixture is 'a.txt:1, b/:2'"
+        )
     source = {} if data is None else {"data": {"source": str(data)}}
-    chosen = with_length(base, source, nested(knobs), steps=steps, time=time, tokens=tokens, where="train")
+    chosen = with_length(base, source, nested(knobs), steps=steps, time=time, tokens=tokens, where="train", names=NAMES)
     training.train(chosen, folder, resume=resume)
     return open_run(folder, chosen.machine)
 
 
-def plan(preset: str, card: str | None = None, memory: str | None = None, **knobs: Any) -> dict[str, Any]:
+@in_python
+def plan(preset: str | Path, card: str | None = None, memory: str | None = None, **knobs: Any) -> dict[str, Any]:
     """What a run takes and how long it lasts, simulated without memory: bytes, seconds, tokens, and what each other
     switch would save.
 
@@ -99,9 +135,10 @@ def plan(preset: str, card: str | None = None, memory: str | None = None, **knob
     return planning.plan(fit_micro_batch(wanted, hardware), hardware)
 
 
-def config(preset: str, **knobs: Any) -> Config:
+@in_python
+def config(preset: str | Path, **knobs: Any) -> Config:
     """The whole, checked config of a preset (or TOML file), with single keys changed."""
-    return resolve(_settings(preset), nested(knobs), where=preset)
+    return resolve(_settings(preset), nested(knobs), where=str(preset))
 
 
 def presets() -> list[str]:
@@ -109,6 +146,7 @@ def presets() -> list[str]:
     return preset_names()
 
 
+@in_python
 def history(run: str | Path) -> "dict[str, Floats]":
     """The columns of a run's training_log.csv, one number for each step; nan where nothing was measured.
 
@@ -116,11 +154,12 @@ def history(run: str | Path) -> "dict[str, Floats]":
     """
     from khanhllm.log.pictures import read_log
 
-    log = Path(run) / "training_log.csv"
+    log = _place("run", run) / "training_log.csv"
     if not log.exists():
         raise UserError(f"{run} is not a run folder (it has no {log.name}); train one with: khanhllm train nano")
     return read_log(log, names=None)
 
 
-def _settings(name: str) -> dict[str, Any]:
-    return read_toml(Path(name)) if name.endswith(".toml") else preset(name)
+def _settings(name: str | Path) -> dict[str, Any]:
+    path = _place("preset", name)
+    return read_toml(path) if path.suffix == ".toml" else preset(str(name))

@@ -4,10 +4,19 @@
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from khanhllm.errors import UserError
 
 SMALL = 2**26
 """larger than any file of settings, notes or vocabulary (bytes)"""
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""what a file system answers that has no locks, as NFS without its lock service"""
 
 
 def read(path: Path, most: int = SMALL) -> bytes:
@@ -26,6 +35,18 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError now if a file cannot be written here, rather than after long work."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    except FileNotFoundError:
+        pass
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(errno.EACCES, f"{folder} is no folder that can be written", str(path))
+
+
 def publish(path: Path, content: str | bytes, durable: bool = False) -> None:
     """Write aside and rename, so that `path` holds the old content or the new, never half of it. Raises OSError.
 
@@ -42,6 +63,39 @@ def publish(path: Path, content: str | bytes, durable: bool = False) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within this context no other process holds the lock `path`; the system frees it however the process ends.
+
+    If another holds it: calls `waiting` and waits, or without it raises Timeout. Raises OSError. Where the file system
+    has no locks, a file beside it stands for the lock; if its process was killed on another machine, it stays, so
+    then this raises a UserError that says what to do, instead of waiting.
+    """
+    lock: BaseFileLock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not waiting:
+                raise
+            waiting()
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        mark = path.with_name(f"{path.name}.held")
+        lock = SoftFileLock(mark)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            why = "this file system has no locks, so if no process works there, on any machine, remove that file"
+            raise UserError(f"{path.parent} is in use, as {mark} says; {why}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def there(path: Path) -> bool:

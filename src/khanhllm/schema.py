@@ -6,9 +6,12 @@ Wrong input raises `UserError`: one line that names what, where and what to do. 
 with code 2.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from khanhllm.units import whole
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Natural = Annotated[int, Field(ge=0, le=2**40)]
@@ -18,7 +21,20 @@ Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 Text = Annotated[str, Field(max_length=4000)]
-Name = Annotated[Text, Field(pattern=r"^[^\x00]*$")]  # of a file; none has a NUL
+LAYERS = r"^[DM]{1,256}$"
+DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"
+NAME = r"^[^\x00]*$"
+PATTERNS = {
+    LAYERS: "must be 1 to 256 letters, each D (dense) or M (mixture)",
+    DEVICE: "must be auto, cpu, mps, cuda or cuda:N, such as cuda:1",
+    NAME: "must have no NUL character",
+}
+"""what each pattern means, for people"""
+Name = Annotated[Text, Field(pattern=NAME)]  # of a file
+
+
+def _is_whole(kind: Any) -> bool:
+    return kind is int or any(map(_is_whole, get_args(kind)))
 
 
 class Section(BaseModel):
@@ -26,11 +42,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_units(cls, given: Any) -> Any:
+        """Whole numbers may come as text such as 10k or 1GB."""
+        if not isinstance(given, Mapping):
+            return given
+        keys = {key for key, field in cls.model_fields.items() if _is_whole(field.annotation)}
+        texts = {key: whole(text) for key, text in given.items() if key in keys and isinstance(text, str)}
+        return {**given, **{key: number for key, number in texts.items() if number is not None}}
+
 
 class ModelConfig(Section):
     style: Literal["classic", "modern"] = "modern"
     """classic: LayerNorm, learned positions, GELU, biases. modern: RMSNorm, RoPE, QK-norm, SwiGLU, no biases"""
-    pattern: Annotated[str, Field(pattern=r"^[DM]{1,256}$")] = "DMDM"
+    pattern: Annotated[str, Field(pattern=LAYERS)] = "DMDM"
     """one letter per layer: D dense, M mixture of experts"""
     dim: Annotated[int, Field(ge=8, le=65536)] = 256
     """width of the residual stream (features)"""
@@ -117,6 +143,9 @@ class DataConfig(Section):
     clean: Name = ""
     """steps that clean the documents first, in order: c4, paragraphs, gopher, language:CODE, spans (repeated
     sentences), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
+    bad: Literal["refuse", "skip"] = "refuse"
+    """what to do with a file that cannot be read or is not UTF-8: end with a line that names it, or skip the rest of it
+    and count it"""
     tokens: Natural = 0
     """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
     shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24
@@ -233,13 +262,14 @@ class GuardConfig(Section):
     """reject a step if its loss is above the median of the last 128 by more than this number of robust standard
     deviations, and by a nat; 0 rejects only what is not finite"""
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3
-    """steps rejected in a row until the run goes back to its last good checkpoint"""
+    """steps rejected in a row until the run decides, by earlier rows, whether its text has changed or it must go back
+    to its last good checkpoint"""
     returns: Annotated[int, Field(ge=0, le=10_000)] = 2
     """times it goes back until it stops (exit code 76)"""
 
 
 class MachineConfig(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
+    device: Annotated[str, Field(pattern=DEVICE)] = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator found"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """fp32; tf32 matrix products; bf16 autocast with fp32 weights; auto takes the fastest the device has"""

@@ -5,8 +5,6 @@ Values come from a preset (a TOML file, chosen by its name), perhaps a TOML file
 file alone reproduces the run.
 """
 
-import difflib
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +13,19 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from khanhllm.errors import UserError
+from khanhllm.explain import did_you_mean, explain
 from khanhllm.files import publish, read, there
 from khanhllm.schema import Config, Section
+from khanhllm.units import amount, seconds
 
 PRESETS = Path(__file__).parent / "presets"
 LONGEST = 2**18
 """largest config that is read (bytes)"""
 DEEPEST = 1000
 """most dots in a line; the time to read a.b.c... grows with their square"""
+NO_NAMES: Mapping[str, str] = {}
+TYPED = {"steps": "--steps", "time": "--for", "tokens": "--tokens"}
+"""what the command line calls the lengths of a training"""
 
 
 def preset_names() -> list[str]:
@@ -33,7 +36,9 @@ def preset_names() -> list[str]:
 def preset(name: str) -> dict[str, Any]:
     """The settings of a preset, as read from its TOML file."""
     if name not in preset_names():
-        raise UserError(f"no preset named {name!r}{did_you_mean(name, preset_names())}; known: {_list(preset_names())}")
+        raise UserError(
+            f"no preset named {name!r}{did_you_mean(name, preset_names())}; known: {', '.join(preset_names())}"
+        )
     return read_toml(PRESETS / f"{name}.toml")
 
 
@@ -52,31 +57,40 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: it is nested too deep") from None
 
 
-def resolve(*layers: Mapping[str, Any], where: str = "config") -> Config:
-    """Merge settings, of which later ones win, and check them. Values may be strings, as from a command line."""
+def resolve(*layers: Mapping[str, Any], where: str = "config", names: Mapping[str, str] = NO_NAMES) -> Config:
+    """Merge settings, of which later ones win, and check them. Values may be strings, as from a command line.
+
+    names: what the user calls a key, for errors, as in {"train.steps": "--steps"}.
+    """
     merged: dict[str, Any] = {}
     for layer in (_keep_rows(merged, layer, where) for layer in layers):
         for section, values in layer.items():
             nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
             merged[section] = {**merged[section], **values} if nested else values
-    return checked(Config, merged, where)
+    return checked(Config, merged, where, names)
 
 
 def with_length(
-    *layers: Mapping[str, Any], steps: Any = None, time: str | None = None, tokens: str | None = None, where: str
+    *layers: Mapping[str, Any],
+    steps: Any = None,
+    time: Any = None,
+    tokens: Any = None,
+    where: str,
+    names: Mapping[str, str] = TYPED,
 ) -> Config:
     """`resolve` with a length of training: optimizer steps, a time such as 8h, or tokens such as 300M. At most one of
-    them; it replaces the length in the layers."""
+    them; it replaces the length in the layers. names: what the user calls the three."""
     if sum(value is not None for value in (steps, time, tokens)) > 1:
-        raise UserError("give one of --steps, --for and --tokens")
-    length: dict[str, Any] = {}
+        raise UserError(f"give one of {names['steps']}, {names['time']} and {names['tokens']}")
+    length: dict[str, Any] = {} if steps is None else {"steps": steps, "seconds": 0}
+    called = {"train.steps": names["steps" if tokens is None else "tokens"], "train.seconds": names["time"]}
     if time is not None:
-        length = {"seconds": seconds(time)}
+        length = {"seconds": seconds(time, names["time"])}
     elif tokens is not None:
-        length = {"steps": -(-amount(tokens) // resolve(*layers, where=where).tokens_per_step), "seconds": 0}
-    elif steps is not None:
-        length = {"steps": steps, "seconds": 0}
-    return resolve(*layers, {"train": length} if length else {}, where=where)
+        a_step = resolve(*layers, where=where).tokens_per_step
+        length = {"steps": -(-amount(tokens, names["tokens"]) // a_step), "seconds": 0}
+    called = called if length else {}
+    return resolve(*layers, {"train": length} if length else {}, where=where, names=called)
 
 
 def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -91,56 +105,12 @@ def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) 
 Kind = TypeVar("Kind", bound=Section)
 
 
-def checked(kind: type[Kind], settings: Mapping[str, Any], where: str) -> Kind:
-    """The settings as a `kind`. Raises UserError that names the first wrong key."""
+def checked(kind: type[Kind], settings: Mapping[str, Any], where: str, names: Mapping[str, str] = NO_NAMES) -> Kind:
+    """The settings as a `kind`. Raises UserError that names the first wrong key, as `names` calls it."""
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, kind)}") from None
-
-
-def explain(error: ValidationError, kind: type[Section]) -> str:
-    """The first error in one line: the key, what is allowed, and the given value."""
-    first = error.errors()[0]
-    key = ".".join(str(part)[:60] for part in first["loc"][:2])  # the rest is the type that pydantic tried
-    if first["type"] == "extra_forbidden":
-        for part in first["loc"][:-1]:
-            kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
-        known = list(kind.model_fields)
-        return f"unknown key {key}{did_you_mean(str(first['loc'][-1])[:60], known)}; known: {_list(known)}"
-    same = [other["msg"] for other in error.errors() if other["loc"][:2] == first["loc"][:2]]  # one for each type tried
-    message = ", or ".join(dict.fromkeys(same)).removeprefix("Value error, ")
-    given = first["input"]
-    if isinstance(given, Mapping | Section):
-        return f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]} (got {_shown(given)})"
-
-
-def _shown(given: Any) -> str:
-    try:
-        return repr(str(given)[:60])
-    except ValueError:  # more digits than Python converts
-        return "a number of thousands of digits"
-
-
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def seconds(text: str) -> float:
-    """480s, 90m, 8h, 1d12h -> seconds. Raises UserError for anything else."""
-    match = re.fullmatch(r"(?:\d+(?:\.\d+)?[smhd])+", text.strip().lower())
-    if not match:
-        raise UserError(f"{text!r} is not a time; write 480s, 90m, 8h or 1d12h")
-    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", match[0]))
-
-
-def amount(text: str) -> int:
-    """300M, 5B, 1_000_000 -> a number. Raises UserError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.strip().lower().replace("_", ""))
-    if not match:
-        raise UserError(f"{text!r} is not a number of tokens; write 300M, 5B or 1000000")
-    return round(float(match[1]) * MULTIPLES[match[2]])
+        raise UserError(f"{where}: {explain(error, kind, names)}") from None
 
 
 def nested(dotted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -152,16 +122,6 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise UserError(f"unknown argument {name}; keys of the config have a dot, as in {{'optim.lr': 1e-3}}")
         settings.setdefault(section, {})[key] = value
     return settings
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """A question with the known word nearest to `word`, in parentheses; empty if none is near."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names)
 
 
 def to_toml(config: Config) -> str:

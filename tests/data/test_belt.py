@@ -276,8 +276,11 @@ def test_a_waiting_consumer_can_leave(lay):
 def test_too_little_text_is_said(tmp_path, lay):
     path = tmp_path / "few.jsonl"
     path.write_text('{"text": "a b"}\n', "utf-8")
-    with pytest.raises(UserError, match="single document"):
+    with pytest.raises(UserError, match="is one document"):
         lay("one", source=path)
+    path.write_text('{"text": "a b"}\n' * 3, "utf-8")
+    with pytest.raises(UserError, match=r"all 3 documents .* are the same text"):
+        lay("same", source=path)
     path.write_text('{"text": "a b"}\n{"text": "c d"}\n', "utf-8")
     with pytest.raises(Starved, match="has not one row of 17 tokens"):
         rows(lay("two", source=path), 1)
@@ -379,3 +382,28 @@ def test_a_mixture_trains_its_own_tokenizer_and_is_found_again(tmp_path, mixture
     assert ensure(data, 300, 1000) != folder
     with pytest.raises(UserError, match="give it to khanhllm train --data"):
         prepare.prepare(mixture, TOKENIZER, tmp_path / "out", validation=0.1)
+
+
+def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
+    (corpus / "bad.jsonl").write_bytes(lines([text(0)]).encode() + b"{")
+    identity = lay(cache="refuses", source=corpus / "0.jsonl").sha256
+    folder = lay(bad="skip").folder
+    worker = BeltWorker(folder, 60.0)
+    made = [worker.make(0)]
+    while not made[-1].last:
+        made.append(worker.make(len(made)))
+    again = BeltWorker(folder, 60.0)
+    assert [again.make(nth) for nth in range(len(made))] == made
+    counts = [dict(note.following.positions[0].skipped).get(".jsonl", 0) for note in made]
+    assert counts[0] == 0 and counts[-1] == 1
+    skipping = lay(cache="skips", source=corpus / "0.jsonl", bad="skip")
+    assert skipping.sha256 != identity
+    assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]
+
+
+def test_a_held_out_share_far_from_the_one_asked_for_is_said(lay, tmp_path, capfd):
+    for name, texts in (("two", [text(1, 20), text(2, 2000)]), ("many", [text(number) for number in range(300)])):
+        (tmp_path / f"{name}.jsonl").write_text(lines(texts), "utf-8")
+        lay(name, source=tmp_path / f"{name}.jsonl")
+        heard = " ".join(capfd.readouterr().err.split())
+        assert ("where data.validation asks for 10.0%" in heard) == (name == "two"), heard

@@ -146,7 +146,11 @@ def test_what_is_left_out_is_said_once_each_time(corpus, tmp_path, capfd, monkey
 
 def test_one_document_or_none_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
-    for content, said in ((json.dumps({"text": "only one"}) * 1, "single document"), ("\n", "holds no text")):
+    for content, said in (
+        (lines(["only one"]), "one document"),
+        (lines(["same"] * 9), "all 9 documents .* are the same text"),
+        ("\n", "holds no text"),
+    ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=said):
             prepare(str(path), TOKENIZER, tmp_path / "out", validation=0.1)
@@ -252,3 +256,43 @@ def test_two_that_prepare_the_same_at_once_share_one_result(corpus, tmp_path, mo
     for thread in threads:
         thread.join()
     assert len(set(found)) == 1 and len(found) == 3 and len(made) == 1
+
+
+@pytest.fixture
+def partly_bad(tmp_path):
+    """A folder of 30 files, of which three cannot be read."""
+    folder = tmp_path / "partly"
+    folder.mkdir()
+    for number in range(27):
+        (folder / f"{number}.txt").write_text(text(number), "utf-8")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "latin2.txt").write_bytes(b"\xe9")
+    (folder / "cut.csv").write_bytes(b'id,text\n1,"never closed')
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_that_cannot_be_read_are_skipped_if_asked_and_counted(partly_bad, tmp_path, capsys, workers):
+    with pytest.raises(UserError, match=r"latin|cut"):
+        prepare(str(partly_bad), TOKENIZER, tmp_path / "refused", validation=0.2, workers=workers)
+    manifest = prepare(str(partly_bad), TOKENIZER, tmp_path / "out", validation=0.2, workers=workers, bad="skip")
+    assert manifest.skipped == {".txt": 2, ".csv": 1}
+    assert "2 .txt, 1 .csv" in " ".join(capsys.readouterr().err.split())
+    found = [*documents(tmp_path / "out", "train"), *documents(tmp_path / "out", "validation")]
+    assert sorted(found) == sorted(text(number) for number in range(27))
+    with pytest.raises(UserError, match=r"none of its files can be read \(data.bad = skip\)"):
+        train_on(str(partly_bad / "latin.txt"), 300, 10**6, bad="skip")
+
+
+def test_skipping_makes_other_shards_and_says_so_each_time(partly_bad, tmp_path, capsys):
+    data = DataConfig(source=str(partly_bad), cache=str(tmp_path / "cache"), validation=0.2, workers=1)
+    with pytest.raises(UserError, match=r"latin|cut"):
+        ensure(data, 300, 100)
+    skipping = data.model_copy(update={"bad": "skip"})
+    folder = ensure(skipping, 300, 100)
+    capsys.readouterr()
+    assert ensure(skipping, 300, 100) == folder
+    assert "2 .txt, 1 .csv" in " ".join(capsys.readouterr().err.split())
+    for name in ("latin.txt", "latin2.txt", "cut.csv"):
+        (partly_bad / name).unlink()
+    assert ensure(data, 300, 100) != ensure(skipping, 300, 100)

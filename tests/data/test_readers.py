@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data import readers, sources, walk
+from khanhllm.data import plain, readers, sources, walk
 from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
@@ -292,9 +292,9 @@ def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path, monkeypatch, b
 
 @given(st.text(alphabet="ab \n\ré€😀", max_size=400), st.integers(1, 50), st.integers(1, 60))
 def test_pieces_of_a_text_joined_are_the_text(text, most, block):
-    pieces = list(readers._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
+    pieces = list(plain._pieces(iter([text[at : at + block] for at in range(0, len(text), block)]), most))
     assert "".join(pieces) == text and max(map(len, pieces)) <= most
-    assert pieces == list(readers._pieces(iter([text]), most))
+    assert pieces == list(plain._pieces(iter([text]), most))
 
 
 def test_a_single_novel_becomes_many_documents_cut_at_blank_lines(tmp_path):
@@ -372,3 +372,30 @@ def quiet_handler(folder):
             pass
 
     return functools.partial(Handler, directory=str(folder))
+
+
+def test_a_field_inside_a_column_is_named_with_dots_and_an_exact_name_comes_first(tmp_path):
+    texts = ["one", "two", None]
+    rows = [{"id": 1, "doc": {"meta": {"text": text}, "n": 3}} for text in texts]
+    write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write(tmp_path / "a.json", json.dumps(rows).encode())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows, {"id": 2, "doc": None}]), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        assert read(f"{tmp_path / name}#doc.meta.text") == ["one", "two"]
+        for wrong in ("doc.text", "doc.meta.text.more", "other.text"):
+            assert "has no text column" in complaint(f"{tmp_path / name}#{wrong}")
+        assert "must be text, not int" in complaint(f"{tmp_path / name}#doc.n")
+    both = {"doc.text": "exact", "doc": {"text": "inside"}}
+    write(tmp_path / "b.jsonl", json.dumps(both).encode())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([both]), tmp_path / "b.parquet")
+    for name in ("b.jsonl", "b.parquet"):
+        assert read(f"{tmp_path / name}#doc.text") == ["exact"]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.large_binary()])
+def test_text_in_a_binary_column_is_read(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(["für".encode(), None, b"x"], kind)}), path)
+    assert read(path) == ["für", "x"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([b"ok", b"caf\xe9"], kind)}), path)
+    assert f"{path}, row 2 is not UTF-8 text (byte 3 of the cell)" in complaint(path)

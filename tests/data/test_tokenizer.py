@@ -27,6 +27,12 @@ def trained() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
+def former() -> Tokenizer:
+    """Of a run that an older version trained."""
+    return Tokenizer.load(Path(__file__).parents[1] / "golden" / "modern" / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
 def reference(trained, tmp_path_factory) -> Reference:
     path = tmp_path_factory.mktemp("reference") / "tokenizer.json"
     trained.save(path)
@@ -41,9 +47,10 @@ def test_real_text_gets_the_ids_of_the_library_that_trained(trained, reference):
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.text() | st.text(alphabet="ab1 \n\t\r\x1c\x85\u3000'sé!<|"))
+@given(st.text() | st.text(alphabet="ab1 \n\t\r\x1c\x85\u3000'sé!<|\u0301ि"))
 @example("".join(SPECIALS))
-@example("it's  we'LL\r\n\r\n  1½²x\u2028")
+@example("it's  we'LL'ſ\r\n\r\n  1½²x\u2028")
+@example("हिन्दी \u0301 \u0301! .\u0301\n\n a")
 def test_any_text_gets_the_ids_of_the_library_that_trained(trained, reference, text):
     assert trained.encode(text) == reference.encode(text).ids
     assert trained.decode(trained.encode(text)) == text
@@ -58,21 +65,65 @@ def test_batches_and_threads_change_no_id(trained):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet=" \n\x1c\x85\u3000\u200ba1"))
-@example("   a")
-@example("   \x1ca")
-@example("a   ")
-def test_cutting_long_blanks_changes_no_id(trained, text):
-    whole = trained.encode(text)
+@given(st.sampled_from(["gpt-2", "qwen35"]), st.text(alphabet=" \n\r\t\x1c\x85\u3000\u200ba1."))
+@example("gpt-2", "   a")
+@example("qwen35", "  \n  a")
+@example("qwen35", ".\n\n a")
+@example("gpt-2", "   \x1ca")
+@example("qwen35", "a   ")
+def test_cutting_long_blanks_changes_no_id(trained, former, pattern, text):
+    tokenizer = {"gpt-2": former, "qwen35": trained}[pattern]
+    whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_LONG", 0)
         patch.setattr(module, "_LONG_BLANK", module.re.compile(module._LONG_BLANK.pattern.replace("100000", "2")))
-        assert trained.encode(text) == whole
+        assert tokenizer.encode(text) == whole
 
 
-@pytest.mark.parametrize("text", [" " * 1_500_000 + "x", "a" * 1_000_000, "\n\t" * 500_000 + "x", "!a" * 300_000])
+def test_a_tokenizer_with_the_former_pattern_still_gives_the_same_ids(former):
+    """Recorded from the version that trained it."""
+    assert former.pattern == "gpt-2"
+    assert former.encode("it's 1999\n\n    is ing  \u0301") == [
+        77,
+        88,
+        11,
+        87,
+        225,
+        21,
+        29,
+        29,
+        29,
+        203,
+        269,
+        296,
+        225,
+        299,
+        225,
+        225,
+        141,
+        228,
+    ]
+
+
+def test_marks_stay_with_their_letters(trained):
+    hindi = "हिन्दी में लिखा हुआ " * 20
+    assert len(train_tokenizer([hindi], 300).encode("हिन्दी")) == 1 and trained.pattern == "qwen35"
+
+
+BLANKS = [" " * 1_500_000 + end for end in ("", "x", "\n", "\nx", "\n" + " " * 1_500_000 + "x")]
+
+
+@pytest.mark.parametrize("text", [*BLANKS, "a" * 1_000_000, "\n\t" * 500_000 + "x", "!a" * 300_000])
 def test_huge_pieces_neither_crash_nor_crawl(trained, text):
     assert trained.decode(trained.encode(text)) == text
+
+
+def test_words_without_end_are_learned_in_pieces():
+    """The trainer's time grows with the square of the longest piece."""
+    for text in ("ab" * 5_000, "one " + "x" * 1_000 + " two", "y" * 25_001, " " * 700):
+        slices = list(module._slices(text))
+        assert "".join(slices) == text and max(len(word) for part in slices for word in [*part.split(), ""]) <= 256
+    assert list(module._slices("as it was " * 1_000)) == ["as it was " * 1_000]
 
 
 def test_huge_pieces_do_not_stop_the_training():
@@ -155,7 +206,9 @@ def _broken(layout, change):
         lambda layout: layout["model"].update(type="WordPiece"),
         lambda layout: layout.update(pre_tokenizer={"type": "Whitespace"}),
         lambda layout: layout.update(pre_tokenizer=None),
-        lambda layout: layout["pre_tokenizer"].update(add_prefix_space=True),
+        lambda layout: layout["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda layout: layout["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\S+|\s+"),
+        lambda layout: layout["pre_tokenizer"]["pretokenizers"].pop(0),
         lambda layout: layout.update(normalizer={"type": "NFC"}),
         lambda layout: layout["model"]["merges"].reverse(),
         lambda layout: layout["model"]["merges"].pop(),

@@ -28,6 +28,19 @@ def test_a_table_and_a_picture(tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_other_tokenizers_are_told_apart(tmp_path, capsys):
+    for place, words in (("x", "a"), ("y", "b")):
+        (tmp_path / place).mkdir()
+        (run_folder(tmp_path / place / "r", [5, 4, 3], [1, 2, 3]) / "tokenizer.json").write_text(words)
+    one, other = tmp_path / "x" / "r", tmp_path / "y" / "r"
+    assert cli.main(["compare", str(one), str(other), "--out", str(tmp_path / "out.png")]) == 0
+    assert "different tokenizers: compare their bits per byte" in capsys.readouterr().out
+    names = [
+        log.name for log in compare._named_apart([compare.read(run) for run in (one, other, one)], [one, other, one])
+    ]
+    assert names == [str(one), str(other), f"{one} (2)"]
+
+
 def test_the_clock_of_a_resumed_run_goes_on(tmp_path):
     told = compare.read(run_folder(tmp_path / "run", [5, 4, 3, 2], [10, 20, 5, 15]))
     assert list(told.seconds) == [10, 20, 25, 35]

@@ -7,6 +7,11 @@ from khanhllm.model.counts import active_parameters, flops_per_token, total_para
 from khanhllm.model.experts import GROUPED, LOOP
 
 
+def test_tables_that_are_looked_up_cost_no_arithmetic():
+    plain, tables = (build(tiny(value_embedding=on, pair_embedding=64 * on)) for on in (False, True))
+    assert flops_per_token(plain) == flops_per_token(tables)
+
+
 @pytest.mark.parametrize("road", [LOOP, GROUPED], ids=["loop", "grouped"])
 def test_the_flops_of_a_token_are_those_that_torch_counts(road):
     """Below the head, without attention, whose kernel on a CPU torch does not count, and norms, which are vectors."""

@@ -194,5 +194,5 @@ def test_auto_settles_on_numbers_that_keep_the_rows(corpus, tmp_path):
 
 
 def test_a_micro_batch_that_is_neither_a_number_nor_auto():
-    with pytest.raises(UserError, match=r"train.micro_batch: .*integer.*, or .*'auto' \(got 'banana'\)"):
+    with pytest.raises(UserError, match=r"train.micro_batch: .*whole number.*, or auto \(got 'banana'\)"):
         resolve({"train": {"micro_batch": "banana"}})

@@ -4,6 +4,7 @@ import random
 from itertools import islice
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 from test_resume import config, outcome
@@ -11,12 +12,13 @@ from test_resume import config, outcome
 from conftest import tiny
 from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
+from khanhllm.data.shards import Shards
 from khanhllm.machine.devices import open_machine
 from khanhllm.model import Transformer, losses
 from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
-from khanhllm.training.guard import Diverged
+from khanhllm.training.guard import Diverged, Guard
 from khanhllm.training.run import train
 from khanhllm.training.step import Learner, train_step
 
@@ -128,6 +130,51 @@ def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(corpus, cache, tmp
     monkeypatch.undo()
     train(config(corpus, cache), tmp_path / "run", resume=True)
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+def other_text(monkeypatch, border):
+    """From row number `border` of the run on, rows hold only ids that the corpus never has."""
+    honest = Shards.rows_from
+
+    def rows_from(shards, cursor, seed, stopped):
+        chance = np.random.default_rng(cursor)
+        for nth, row in enumerate(honest(shards, cursor, seed, stopped), cursor):
+            yield row if nth < border else chance.integers(2, 40, len(row))
+
+    monkeypatch.setattr(Shards, "rows_from", rows_from)
+
+
+def test_a_change_of_text_is_no_divergence_and_an_ended_run_gets_over_it(corpus, cache, tmp_path, monkeypatch, capsys):
+    other_text(monkeypatch, border=240)
+    settings = config(corpus, cache, train={"steps": 90}, optim={"lr": 2e-2})
+    with monkeypatch.context() as patch, pytest.raises(Diverged):
+        patch.setattr(Guard, "text_changed", lambda *_: False)  # as it was once: a high loss is a divergence
+        train(settings, tmp_path / "ended")
+    for run in ("ended", "fresh"):
+        train(settings, tmp_path / run, resume=run == "ended")
+        assert checkpoint.newest(tmp_path / run).name == "step-0000090"
+        assert "the text has changed" in (tmp_path / run / "messages.txt").read_text()
+    assert "back to" not in (tmp_path / "fresh" / "messages.txt").read_text()
+    _, rows = outcome(tmp_path / "fresh")
+    assert sum(row["rejected"] != "0" for row in rows) <= 6
+    assert float(rows[-1]["loss"]) < float(rows[63]["loss"]), "the new text is learned"
+
+
+def test_weights_gone_wrong_are_not_taken_for_a_change_of_text(corpus, cache, tmp_path, monkeypatch):
+    honest, pending = training_run.train_step, [True]
+
+    def spoiling(learner, state, rows):
+        if state.step == 60 and pending:
+            pending.clear()
+            with torch.no_grad():
+                learner.model.head.weight.mul_(-20)
+        return honest(learner, state, rows)
+
+    monkeypatch.setattr(training_run, "train_step", spoiling)
+    train(config(corpus, cache, train={"steps": 70}, optim={"lr": 2e-2}), tmp_path / "run")
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert "back to step 60" in said
+    assert "text has changed" not in said
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny
+from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
+from khanhllm.runs.evaluate import score_run
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import resolve, write_config
@@ -154,7 +156,7 @@ def test_a_full_disk_does_not_stop_the_run(corpus, cache, tmp_path, monkeypatch,
 
     monkeypatch.setattr(checkpoint, "write", sometimes_full)
     train(config(corpus, cache), tmp_path / "run")
-    assert "training goes on" in capsys.readouterr().out
+    assert "training continues" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
 
 
@@ -324,7 +326,7 @@ def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp
         return honest(*arguments)
 
     monkeypatch.setattr(training_run, "train_step", filling)
-    with pytest.raises(UserError, match=r"0 MB free, a checkpoint takes .*; nothing of this run is saved"):
+    with pytest.raises(UserError, match=r"0 bytes free, a checkpoint takes .*; nothing of this run is saved"):
         train(config(corpus, cache), tmp_path / "run")
 
 
@@ -334,7 +336,7 @@ def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, 
     (size,) = {_tensor_bytes(path) for path in checkpoint.steps(tmp_path / "all")}
     free = [size - 1]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    with pytest.raises(UserError, match=r"the disk of .*run has .* MB free, a checkpoint takes .* MB: make room"):
+    with pytest.raises(UserError, match=r"the disk of .*run has .* free, a checkpoint takes .*: make room"):
         train(config(corpus, cache), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
     for room, keep, save_every, warned in ((3, 2, 5, 0), (2.9, 2, 5, 3), (1, 2, 0, 0), (1.9, 1, 5, 2)):
@@ -373,3 +375,28 @@ def test_a_run_by_time_ends_while_there_is_time_to_save():
     for saving, last in ((2, False), (4, True)):
         progress = training_run._progress(TrainConfig(seconds=10), state, 6, SimpleNamespace(seconds=saving), log)
         assert progress == (replace(state, share=0.6), last)
+
+
+def test_a_vocabulary_larger_than_the_text_gives_is_said(corpus, tmp_path, capsys):
+    (tmp_path / "small.jsonl").write_text("".join(f'{{"text": "a{nth}"}}\n' for nth in range(60)), "utf-8")
+    settings = {"model": {"vocab_size": 5000, "context": 8}, "train": {"steps": 1, "sample_tokens": 0}}
+    train(config(tmp_path / "small.jsonl", tmp_path / "cache", **settings), tmp_path / "run")
+    heard = " ".join("".join(capsys.readouterr()).split())
+    assert "of the 5,000 asked for: the text gives no more" in heard
+    assert "of model.vocab_size = 5,000 rows stay unused" in heard
+
+
+def test_how_often_the_text_is_read_counts_the_rows_of_each_size_of_step(corpus, cache, tmp_path, monkeypatch):
+    told = []
+    train(config(corpus, cache), tmp_path / "run")
+    monkeypatch.setattr(Shards, "laps", lambda _shards, tokens: told.append(tokens) or 0.0)
+    train(config(corpus, cache, train={"steps": 21, "micro_batch": 64}), tmp_path / "run", resume=True)
+    assert told == [(20 * 4 + 1 * 128) * 32]
+
+
+def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):
+    train(config(corpus, tmp_path / "shards", train={"steps": 1}), tmp_path / "run")
+    shutil.rmtree(tmp_path / "shards")
+    with pytest.raises(UserError, match=r"are gone; name a text to score \(--data\), or train on with --resume"):
+        score_run(tmp_path / "run")
+    assert score_run(tmp_path / "run", str(corpus))["val_tokens"]

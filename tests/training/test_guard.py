@@ -1,9 +1,10 @@
 import random
 from math import inf, nan
+from statistics import median
 
 import pytest
 
-from khanhllm.log.alarms import STEPS, Alarms
+from khanhllm.log.alarms import DEAD, STEPS, Alarms
 from khanhllm.schema import GuardConfig, ModelConfig
 from khanhllm.training.guard import LEAST, WINDOW, Guard
 
@@ -65,6 +66,35 @@ def test_returns_are_forgotten_after_a_calm_stretch():
     assert guard.accept(3.0).returns == 0
 
 
+def test_a_rise_is_the_texts_if_known_rows_are_read_as_well_as_before():
+    guard = after(falling(500))
+    level = median(guard.losses)
+    assert guard.text_changed(level + 4, level - 0.2)
+    assert guard.text_changed(level + 4, level + 1.9)
+    assert not guard.text_changed(level + 4, level + 2.1)
+    assert not guard.text_changed(level + 4, nan)
+    assert not Guard().text_changed(9.0, 2.0)
+
+
+def test_after_a_change_of_text_the_new_level_is_believed_and_a_rise_above_it_is_not():
+    guard = after(falling(500)).reject().reject().reject()
+    moved = guard.moved(8.0)
+    assert (moved.rejected, moved.spikes, median(moved.losses)) == (0, 0, pytest.approx(8.0))
+    assert not moved.fault(8.5, 1.0, CONFIG)
+    assert moved.fault(20.0, 1.0, CONFIG)
+    after([8.0 - 0.04 * step for step in range(150)], moved)
+
+
+def test_a_text_that_comes_and_goes_is_doubted_too():
+    """Else its rows would be rejected for ever: they never come often enough in a row."""
+    guard = after(falling(500))
+    for _ in range(LEAST):
+        assert not guard.doubts(CONFIG)
+        guard = guard.accept(guard.losses[-1]).reject()
+    assert guard.doubts(CONFIG)
+    assert after([guard.losses[-1]] * LEAST, guard).spikes == 0
+
+
 def rows(shares, balance):
     return {"load_per_layer": [shares], "balance_per_layer": [balance]}
 
@@ -87,3 +117,12 @@ def test_a_collapse_is_said_and_an_even_layer_is_not():
     assert not [text for _ in range(2 * STEPS) for text in Alarms([3], ModelConfig()).check(rows([0.125] * 8, 1.0))]
     one = Alarms([3], ModelConfig(experts=2, experts_per_token=2))
     assert not [text for _ in range(2 * STEPS) for text in one.check(rows([0.5, 0.5], 1.0000001))]
+
+
+def test_a_gradient_of_exactly_zero_is_said_once():
+    for shape in (ModelConfig(), ModelConfig(pattern="DD")):
+        alarms = Alarms(shape.moe_layers, shape)
+        assert not [text for _ in range(DEAD) for text in alarms.check({"grad_norm": 1e-9})]
+        heard = [text for _ in range(3 * DEAD) for text in alarms.check({"grad_norm": 0.0})]
+        assert len(heard) == 1
+        assert "--optim.lr" in heard[0]

@@ -15,11 +15,13 @@ import shtab
 from khanhllm import __version__
 from khanhllm.cli.arguments import Parser, Raw
 from khanhllm.errors import UserError, missing_extra
+from khanhllm.explain import did_you_mean
 
 # Each verb imports what it needs only when it runs, so that help is instant.
 VERBS = {
     "training": ("train", "demo"),
-    "runs": ("generate", "evaluate", "compare", "upcycle"),
+    "runs": ("runs", "generate", "evaluate", "compare", "upcycle"),
+    "export": ("export", "import_"),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
     "lab": ("doctor", "bench", "chaos"),
@@ -42,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     # torch's hint that it takes the plain form of a norm; it helps nobody who only trains
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     parser = _parser()
-    words = sys.argv[1:] if arguments is None else arguments
-    options, unknown = parser.parse_known_args(_help_words(words))
+    words = _help_words(sys.argv[1:] if arguments is None else arguments, parser)
+    verbs = [verb.__name__ for verb, _ in _verbs()]
+    if not words[0].startswith("-") and words[0] not in verbs:
+        known = f"{did_you_mean(words[0], verbs)}; verbs: {', '.join(verbs)}"
+        parser.error(f"unknown verb {words[0][:60]!r}{known}")
+    options, unknown = parser.parse_known_args(words)
     if unknown:
         options.parser.refuse(unknown[0])
     try:
@@ -66,10 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(_unforeseen(error), 1)
 
 
-def _help_words(words: list[str]) -> list[str]:
+def _help_words(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Nothing typed, `help` and `help VERB` as what argparse knows."""
     if not words or words == ["help"]:
         return ["--help"]
+    if words[0] == "help" and len(words) > 2:
+        parser.error(f"help takes one verb, and {words[2][:60]!r} is one word too many")
     return [words[1], "--help"] if words[0] == "help" else words
 
 
@@ -94,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     for verb, add_options in _verbs():
         text = inspect.cleandoc(verb.__doc__ or "")
         parser = choices.add_parser(
-            verb.__name__, help=text.splitlines()[0], description=text, formatter_class=Raw, allow_abbrev=False
+            verb.__name__.rstrip("_"),
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=Raw,
+            allow_abbrev=False,
         )
         parser.set_defaults(verb=verb, parser=parser)
         add_options(parser)

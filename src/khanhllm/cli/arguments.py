@@ -5,27 +5,82 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
 
+from khanhllm import units
 from khanhllm.errors import UserError
+from khanhllm.explain import did_you_mean
 from khanhllm.schema import Config
-from khanhllm.settings import did_you_mean, nested
+from khanhllm.settings import nested
+
+ELSEWHERE = {
+    "batch_size": "micro_batch",
+    "epochs": "steps",
+    "gradient_accumulation_steps": "accumulation",
+    "learning_rate": "lr",
+    "max_new_tokens": "tokens",
+    "max_steps": "steps",
+    "max_tokens": "tokens",
+    "n_embd": "dim",
+    "n_head": "heads",
+    "num_samples": "samples",
+    "output": "out",
+    "output_dir": "out",
+    "wd": "weight_decay",
+}
+"""what other programs call our options"""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """argparse, but an error is one line that says what to do."""
 
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            option = message.removeprefix("argument ").partition(":")[0]
+            message = f"{option} needs a value; write one that begins with a dash as {option}=-value"
         print(UserError(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"), file=sys.stderr)
         sys.exit(2)
 
     def refuse(self, word: str) -> NoReturn:
-        option = word.partition("=")[0]
-        known = did_you_mean(option, sorted(self._option_string_actions)) if option.startswith("-") else ""
-        self.error(f"unknown option {option}{known}")
+        """Say of a word that it has no place here, and which option it may stand for."""
+        if not word.startswith("-"):
+            self.error(f"one word too many: {word[:60]!r}")
+        option = word.partition("=")[0][:60]
+        self.error(f"unknown option {option}{self._like(option)}")
+
+    def _like(self, option: str) -> str:
+        """The option that may be meant, in parentheses: --lr is --optim.lr, --batch-size is --train.micro_batch."""
+        known = sorted(self._option_string_actions)
+        key = option.strip("-").lower().replace("-", "_")
+        key = ELSEWHERE.get(key, key)
+        same = [name for name in known if name.strip("-").rpartition(".")[2].replace("-", "_") == key]
+        return f" (did you mean {same[0]}?)" if same else did_you_mean(option, known)
 
 
 class Raw(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
+
+
+def name(text: str) -> str:
+    """The name of a file, folder or thing. An empty one is a shell variable that was not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a name cannot hold a NUL character")
+    return text
+
+
+def whole(text: str) -> int:
+    """A whole number from 0, such as 1000 or 10k."""
+    if (number := units.whole(text)) is None:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, such as 1000 or 10k (got {text[:60]!r})")
+    return number
+
+
+def number(text: str) -> float:
+    try:
+        return float(text[:100])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number (got {text[:60]!r})") from None
 
 
 def knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Config.model_fields)) -> None:

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from khanhllm.cli.arguments import name, whole
 from khanhllm.errors import UserError
+from khanhllm.files import check_writable
 from khanhllm.settings import resolve
 
 
@@ -12,8 +14,19 @@ def tokenizer(options: argparse.Namespace) -> None:
     from khanhllm.data.prepare import train_on
 
     out = Path(options.out)
-    config = resolve({"model": {"vocab_size": options.vocab_size}, "data": {"tokenizer_sample": options.sample}})
-    tokenizer = train_on(options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean)
+    asked = {
+        "model": {"vocab_size": options.vocab_size},
+        "data": {"tokenizer_sample": options.sample, "bad": options.bad},
+    }
+    names = {"model.vocab_size": "--vocab-size", "data.tokenizer_sample": "--sample", "data.bad": "--bad"}
+    config = resolve(asked, where="tokenizer", names=names)
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise UserError(f"cannot write the tokenizer {out}: {error.strerror}") from None
+    tokenizer = train_on(
+        options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean, bad=config.data.bad
+    )
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} tokens; readable in {out.with_name('vocab.txt')}")
 
@@ -21,8 +34,11 @@ def tokenizer(options: argparse.Namespace) -> None:
 def tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SRC", required=True, help="where the text comes from")
     parser.add_argument("--vocab-size", metavar="N", default="50000", help="tokens, special ones included (50000)")
-    parser.add_argument("--out", metavar="FILE", default="tokenizer.json", help="the file to write (tokenizer.json)")
+    parser.add_argument(
+        "--out", metavar="FILE", type=name, default="tokenizer.json", help="the file to write (tokenizer.json)"
+    )
     parser.add_argument("--clean", metavar="STEPS", default="", help="as in `khanhllm prepare` (none)")
+    parser.add_argument("--bad", metavar="refuse|skip", default="refuse", help="as in `khanhllm prepare` (refuse)")
     parser.add_argument("--sample", metavar="BYTES", default="1000000000", help="most text to read (bytes, 1 GB)")
 
 
@@ -35,8 +51,8 @@ def prepare(options: argparse.Namespace) -> None:
     from khanhllm.data.prepare import prepare
     from khanhllm.data.tokenizer import Tokenizer
 
-    data = {"validation": options.validation, "workers": options.workers, "tokens": options.tokens}
-    config = resolve({"data": data}, where="prepare").data
+    data = {"validation": options.validation, "workers": options.workers, "tokens": options.tokens, "bad": options.bad}
+    config = resolve({"data": data}, where="prepare", names={f"data.{key}": f"--{key}" for key in data}).data
     tokenizer = Tokenizer.load(Path(options.tokenizer))
     prepare(
         options.data,
@@ -45,6 +61,7 @@ def prepare(options: argparse.Namespace) -> None:
         validation=config.validation,
         tokens=config.tokens,
         clean=options.clean,
+        bad=config.bad,
         execution=Execution(
             options.executor,
             options.tasks,
@@ -59,8 +76,10 @@ def prepare(options: argparse.Namespace) -> None:
 
 def prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SRC", required=True, help="where the text comes from")
-    parser.add_argument("--tokenizer", metavar="FILE", required=True, help="tokenizer.json of `khanhllm tokenizer`")
-    parser.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", type=name, required=True, help="tokenizer.json of `khanhllm tokenizer`"
+    )
+    parser.add_argument("--out", metavar="DIR", type=name, required=True, help="the folder to write")
     parser.add_argument("--workers", metavar="N", default="0", help="processes; 0 means one for each core (0)")
     parser.add_argument(
         "--tokens", metavar="N", default="0", help="stop after this many training tokens; 0 means all (0)"
@@ -69,12 +88,15 @@ def prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clean", metavar="STEPS", default="", help='in order, as in "c4, spans, language:en, gopher, minhash" (none)'
     )
+    parser.add_argument(
+        "--bad", metavar="refuse|skip", default="refuse", help="files that cannot be read: end, or skip them (refuse)"
+    )
     parser.add_argument("--executor", metavar="local|slurm|ray", default="local", help="where the tasks run (local)")
-    parser.add_argument("--tasks", metavar="N", type=int, default=0, help="0 means one for each group of files (0)")
+    parser.add_argument("--tasks", metavar="N", type=whole, default=0, help="0 means one for each group of files (0)")
     parser.add_argument("--partition", metavar="NAME", default="", help="of slurm")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="of a task of slurm (24:00:00)")
-    parser.add_argument("--cpus", metavar="N", type=int, default=1, help="of a task of slurm (1)")
-    parser.add_argument("--mem-per-cpu", metavar="GIB", type=int, default=2, help="of a task of slurm (GiB, 2)")
+    parser.add_argument("--cpus", metavar="N", type=whole, default=1, help="of a task of slurm (1)")
+    parser.add_argument("--mem-per-cpu", metavar="GIB", type=whole, default=2, help="of a task of slurm (GiB, 2)")
 
 
 def data(options: argparse.Namespace) -> None:
@@ -97,6 +119,8 @@ def data(options: argparse.Namespace) -> None:
 def data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["show", "verify"], metavar="show|verify", help="what to do")
     parser.add_argument("source", metavar="SRC", help="where the text comes from, or a folder of prepared shards")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, to see tokens in a source of text")
-    parser.add_argument("--documents", metavar="N", type=int, default=3, help="documents to print (3)")
-    parser.add_argument("--sample", metavar="N", type=int, default=1000, help="documents to measure (1000)")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", type=name, help="tokenizer.json, to see tokens in a source of text"
+    )
+    parser.add_argument("--documents", metavar="N", type=whole, default=3, help="documents to print (3)")
+    parser.add_argument("--sample", metavar="N", type=whole, default=1000, help="documents to measure (1000)")

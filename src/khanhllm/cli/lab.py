@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs, short
+from khanhllm.cli.arguments import given, knobs, name, number, short, whole
 from khanhllm.settings import preset_names, resolve
 
 
@@ -11,12 +11,12 @@ def doctor(options: argparse.Namespace) -> int:
     """Check that a preset or a run is healthy: no leak from the future, a sane start, equal expert backends."""
     from khanhllm.lab import doctor
 
-    return doctor.examine(options.patient, resolve(given(options)).machine, as_json=options.json)
+    return doctor.examine(options.patient, resolve(given(options), where="doctor").machine, as_json=options.json)
 
 
 def doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "patient", metavar="PRESET_OR_RUN", help=f"a run folder, or one of: {', '.join(preset_names())}"
+        "patient", metavar="PRESET_OR_RUN", type=name, help=f"a run folder, or one of: {', '.join(preset_names())}"
     )
     parser.add_argument("--json", action="store_true", help="verdicts as one JSON object")
     knobs(parser, ["machine"])
@@ -30,15 +30,16 @@ def bench(options: argparse.Namespace) -> None:
     """
     from khanhllm.lab import bench
 
-    steps = resolve(short("train", "steps", options.steps), where="bench").train.steps
+    names = {"train.steps": "--steps"}
+    steps = resolve(short("train", "steps", options.steps), where="bench", names=names).train.steps
     out = Path(options.out) if options.out else None
-    bench.run(options.parts, resolve(given(options)).machine, steps, out, options.json)
+    bench.run(options.parts, resolve(given(options), where="bench").machine, steps, out, options.json)
 
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default all)")
     parser.add_argument("--steps", metavar="N", default="20", help="turns that each candidate takes (20)")
-    parser.add_argument("--out", metavar="FILE", help="where the JSON goes (default bench/DATE-DEVICE.json)")
+    parser.add_argument("--out", metavar="FILE", type=name, help="where the JSON goes (default bench/DATE-DEVICE.json)")
     parser.add_argument("--json", action="store_true", help="print it too")
     knobs(parser, ["machine"])
 
@@ -56,8 +57,8 @@ def chaos(options: argparse.Namespace) -> int:
 
 
 def chaos_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="decides all faults (0)")
-    parser.add_argument("--faults", metavar="N", type=int, default=150, help="how many to inject, about (150)")
+    parser.add_argument("--seed", metavar="N", type=whole, default=0, help="decides all faults (0)")
+    parser.add_argument("--faults", metavar="N", type=whole, default=150, help="how many to inject, about (150)")
     parser.add_argument(
-        "--minutes", metavar="M", type=float, default=0, help="begin none after so many; 0: no limit (0)"
+        "--minutes", metavar="M", type=number, default=0, help="begin none after so many; 0: no limit (0)"
     )

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from khanhllm.cli.arguments import given, knobs
+from khanhllm.cli.arguments import given, knobs, name
 from khanhllm.errors import UserError
 from khanhllm.settings import preset, preset_names, resolve
 
@@ -38,8 +38,10 @@ def plan(options: argparse.Namespace) -> None:
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
-    parser.add_argument("--memory", metavar="SIZE", help="memory to fill, as 8GB (default: what this machine has)")
-    parser.add_argument("--card", metavar="NAME", help='a graphics card, as "RTX 4090"; it need not be here')
+    parser.add_argument(
+        "--memory", metavar="SIZE", type=name, help="memory to fill, as 8GB (default: what this machine has)"
+    )
+    parser.add_argument("--card", metavar="NAME", type=name, help='a graphics card, as "RTX 4090"; it need not be here')
     parser.add_argument("--measure", action="store_true", help="run three real steps and show them beside the plan")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
     knobs(parser)

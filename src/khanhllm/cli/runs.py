@@ -3,41 +3,107 @@
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs
+from khanhllm.cli.arguments import given, knobs, name, whole
+from khanhllm.errors import UserError
+from khanhllm.files import read
 from khanhllm.schema import Sampling
-from khanhllm.settings import checked, resolve
+from khanhllm.settings import checked, read_config, resolve
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Continue a prompt with a trained model; the text streams as it is made."""
-    sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate")
-    machine = resolve(given(options)).machine
+    """Continue a prompt with a trained model; the text streams as it is made.
+
+    A prompt on the command line holds its letters as they are: \\n is a backslash and an n. A file (--prompt-file) or
+    the standard input (--prompt -) may hold any text, line breaks included, and is taken to the last byte. Several
+    samples (--samples N) have the seeds S, S + 1, ... of --seed S.
+    """
+    names = {key: f"--{key.replace('_', '-')}" for key in Sampling.model_fields}
+    sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate", names)
+    machine = resolve(given(options), where="generate").machine
+    read_config(Path(options.run))  # what is no run is refused before torch is loaded
+    prompt = _prompt(options)
     from khanhllm.draw import visible
-    from khanhllm.runs.run import open_run
+    from khanhllm.runs.run import Forgotten, open_run
 
     opened = open_run(Path(options.run), machine)
     opened.machine.take_process()
+    if lost := opened.forgotten(prompt):
+        print(f"khanhllm: {lost}", file=sys.stderr)
+    warnings.simplefilter("ignore", Forgotten)
     shown = visible if sys.stdout.isatty() else str
-    print(options.prompt, end="", flush=True)
-    for piece in opened.stream(options.prompt, **sampling.model_dump()):
-        print(shown(piece), end="", flush=True)
-    print()
+    for seed in range(sampling.seed, sampling.seed + options.samples):
+        pieces = opened.stream(prompt, options.stop, **sampling.model_dump() | {"seed": seed})
+        if options.json:
+            print(json.dumps({"seed": seed, "text": "".join(pieces)}), flush=True)
+            continue
+        if options.samples > 1:
+            print(f"--- seed {seed}")
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(shown(piece), end="", flush=True)
+        print()
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    """The text to continue: typed, from a file, or from the standard input. UserError if it is not UTF-8."""
+    if options.prompt != "-" and not options.prompt_file:
+        return str(options.prompt)
+    place = options.prompt_file or "the standard input"
+    try:
+        raw = read(Path(options.prompt_file)) if options.prompt_file else sys.stdin.buffer.read()
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt from {place}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt in {place} is not UTF-8 text") from None
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
 
 
 def generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; empty begins a fresh document")
+    parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt", metavar="TEXT", default="", help="text to continue; empty: a fresh document; -: the standard input"
+    )
+    prompt.add_argument("--prompt-file", metavar="FILE", type=name, help="a file with the text to continue (UTF-8)")
+    parser.add_argument("--samples", metavar="N", type=whole, default=1, help="continuations to write (1)")
+    parser.add_argument(
+        "--stop", metavar="TEXT", type=_stop, action="append", default=[], help="end before this text; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON object for each sample, on a line: seed, text")
     for key, field in Sampling.model_fields.items():
         text = f"{field.description} (default {field.default})"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
     knobs(parser, ["machine"])
 
 
+def runs(options: argparse.Namespace) -> None:
+    """List the runs of a folder, the newest first: steps, loss, best validation, size on disk."""
+    from khanhllm.runs import listing
+
+    found = listing.runs_in(Path(options.folder))
+    print(json.dumps(found) if options.json else "\n".join(listing.lines(found)))
+
+
+def runs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", nargs="?", metavar="FOLDER", type=name, default="runs", help="where the run folders lie (runs)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON list, an object for each run")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Measure the cross entropy (nats per token) and the bits per byte of a run on text that it held out."""
-    machine = resolve(given(options)).machine
+    machine = resolve(given(options), where="evaluate").machine
+    read_config(Path(options.run))
     from khanhllm.runs.evaluate import score_opened
     from khanhllm.runs.run import open_run
 
@@ -52,7 +118,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
     parser.add_argument("--data", metavar="SRC", help="text to score, all of it (default: what the run held out)")
     parser.add_argument("--json", action="store_true", help="one JSON object: val_ce, val_bpb, val_bytes, val_tokens")
     knobs(parser, ["machine"])
@@ -66,8 +132,10 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--out", metavar="PNG", default="compare.png", help="the picture to write (compare.png)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=name, help="run folders")
+    parser.add_argument(
+        "--out", metavar="PNG", type=name, default="compare.png", help="the picture to write (compare.png)"
+    )
 
 
 def upcycle(options: argparse.Namespace) -> None:
@@ -82,8 +150,8 @@ def upcycle(options: argparse.Namespace) -> None:
 
 
 def upcycle_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the folder of a dense run, such as --twin trains")
-    parser.add_argument("--out", metavar="DIR", required=True, help="the run folder to write")
+    parser.add_argument("run", metavar="RUN", type=name, help="the folder of a dense run, such as --twin trains")
+    parser.add_argument("--out", metavar="DIR", type=name, required=True, help="the run folder to write")
     parser.add_argument("--pattern", default="", help="D or M for each layer (every other one becomes a mixture)")
-    parser.add_argument("--experts", metavar="N", type=int, default=8, help="experts in each mixture layer (8)")
-    parser.add_argument("--experts-per-token", metavar="K", type=int, default=2, help="experts for each token (2)")
+    parser.add_argument("--experts", metavar="N", type=whole, default=8, help="experts in each mixture layer (8)")
+    parser.add_argument("--experts-per-token", metavar="K", type=whole, default=2, help="experts for each token (2)")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs, short
+from khanhllm.cli.arguments import given, knobs, name, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
 from khanhllm.settings import folder_for, preset, preset_names, read_toml, with_length
@@ -30,10 +30,10 @@ def train(options: argparse.Namespace) -> int:
 def _folder(options: argparse.Namespace) -> Path:
     if options.run:
         return Path(options.run)
-    name = options.preset or options.config
-    if not name:
+    begun_from = options.preset or options.config
+    if not begun_from:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
-    folder = folder_for(name)
+    folder = folder_for(begun_from)
     return folder.parent / f"{folder.resolve().name}-twin" if options.twin else folder
 
 
@@ -71,11 +71,15 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
+        type=name,
         help="a whole TOML, or a few keys of one; the config.toml of a run means that run's folder",
     )
     parser.add_argument("--data", metavar="SRC", help="where the text comes from; the same as --data.source")
     parser.add_argument(
-        "--run", metavar="DIR", help="the run folder (default runs/PRESET, or runs/NAME for --config NAME.toml)"
+        "--run",
+        metavar="DIR",
+        type=name,
+        help="the run folder (default runs/PRESET, or runs/NAME for --config NAME.toml)",
     )
     parser.add_argument("--steps", metavar="N", help="optimizer steps; the same as --train.steps")
     parser.add_argument("--for", dest="time", metavar="TIME", help="time to train for, as 480s, 90m, 8h or 1d12h")
@@ -98,5 +102,5 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="DIR", default="runs/demo", help="the run folder (runs/demo)")
+    parser.add_argument("--run", metavar="DIR", type=name, default="runs/demo", help="the run folder (runs/demo)")
     knobs(parser)

@@ -67,6 +67,8 @@ class Position(_Stored):
     """of text trained on so far, in all its laps"""
     tally: Tally = ()
     """what cleaning read and removed so far, in all its laps"""
+    skipped: tuple[tuple[str, int], ...] = ()
+    """files so far that could not be read to their end, by ending"""
 
 
 class ShardStart(_Stored):

@@ -8,15 +8,17 @@ import numpy as np
 
 from khanhllm.data.belt_notes import RECIPE, Recipe, spool
 from khanhllm.data.clean import Cleaner, counted
+from khanhllm.data.executors import say
 from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.writer import HASHES, Growing, text_hash
+from khanhllm.data.writer import HASHES, Growing, share_note, single_text, text_hash
 from khanhllm.errors import UserError
 
 HELD_OUT = 2**21
 """text held out for validation (bytes), if the source has as much"""
+BAD = ("bad", "refuse")
 KEPT = 2**31
 """downloads kept for the worker, which reads the source from its beginning again (bytes)"""
 
@@ -74,8 +76,8 @@ def create_belt(
 
 
 def _deciding(source: Source) -> dict[str, Any]:
-    """The fields of a source that decide its shards."""
-    return {key: value for key, value in asdict(source).items() if key != "left_out"}
+    """The fields of a source that decide its shards; the newest one only if it is set, so older belts keep theirs."""
+    return {key: value for key, value in asdict(source).items() if key != "left_out" and (key, value) != BAD}
 
 
 class _Held(NamedTuple):
@@ -88,6 +90,11 @@ class _Held(NamedTuple):
     highest: int
     """hashes of the texts read"""
     lowest_text: str
+    documents: int
+    bytes: int
+    """read"""
+    whole: bool
+    """whether these are all texts of the component"""
 
 
 def _validation(
@@ -109,9 +116,14 @@ def _validation(
     ]
     least = min(parts, key=lambda part: part.lowest)
     if least.lowest == max(part.highest for part in parts) and not any(source.validation for source, _ in sources):
-        raise UserError(f"{name} is a single document, but one must be held out; give more text")
-    texts = [text for part in parts for text in part.texts]
-    return (texts, max(part.threshold for part in parts)) if texts else ([least.lowest_text], least.lowest + 1)
+        raise single_text(name, sum(part.documents for part in parts))
+    texts = [text for part in parts for text in part.texts] or [least.lowest_text]
+    threshold = max(part.threshold for part in parts) if any(part.texts for part in parts) else least.lowest + 1
+    if all(part.whole for part in parts):  # else the share is small, as no more than HELD_OUT is needed
+        held, total = sum(len(text.encode()) for text in texts), sum(part.bytes for part in parts)
+        if note := share_note(held, total, validation, sum(part.documents for part in parts)):
+            say(note)
+    return texts, threshold
 
 
 def _held_out(reader: Reader, validation: float, most: float, clean: str) -> _Held:
@@ -121,19 +133,24 @@ def _held_out(reader: Reader, validation: float, most: float, clean: str) -> _He
     files = source.validation or source.files
     texts: list[str] = []
     size, lowest, highest, lowest_text = 0, HASHES, -1, ""
+    documents = read_bytes = 0
+    whole = not source.validation
     read = (document.text for name in files for document in reader.read_file(name))
     for text, _ in Cleaner(clean).run(read):
         raw = text.encode()
         value = text_hash(raw)
         highest = max(highest, value)
+        documents += 1
+        read_bytes += len(raw)
         if value < lowest:
             lowest, lowest_text = value, text
         if source.validation or value < threshold:
             texts.append(text)
             size += len(raw)
         if size >= most and lowest < highest:
+            whole = False
             break
     if lowest == HASHES:
         why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
         raise UserError(f"{source.name} holds no text: {why}")
-    return _Held(texts, threshold, lowest, highest, lowest_text)
+    return _Held(texts, threshold, lowest, highest, lowest_text, documents, read_bytes, whole)

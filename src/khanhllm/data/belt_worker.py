@@ -12,6 +12,7 @@ the bytes so far, and a component that ends begins again.
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain, count, islice
@@ -117,13 +118,14 @@ class BeltWorker:
         """The texts of one component, and the position after each: one lap if it is the only one, else endlessly."""
         source = self.sources[nth]
         size = start.bytes
-        cleaner = Cleaner(self.recipe.clean, start.tally)
+        cleaner, skipped = Cleaner(self.recipe.clean, start.tally), Counter(dict(start.skipped))
         for lap in count(start.lap):
             begin = start if lap == start.lap else Position()
             before = size
             for file in range(begin.file, len(source.files)):
                 first = begin.document if file == begin.file else 0
                 documents = self.readers[nth].read_file(source.files[file])
+                notes = tuple(sorted(skipped.items()))
                 for number, document in enumerate(documents):
                     self.read += 1
                     if number < first:
@@ -134,7 +136,9 @@ class BeltWorker:
                     if text and value >= self.recipe.threshold and value not in self.held_out:
                         size += len(raw)
                         place = {"lap": lap, "file": file, "document": number + 1}
-                        yield text, Position(**place, bytes=size, tally=cleaner.tally)
+                        yield text, Position(**place, bytes=size, tally=cleaner.tally, skipped=notes)
+                skipped.update(self.readers[nth].skipped)
+                self.readers[nth].skipped.clear()
             if len(self.sources) == 1:
                 return
             if size == before and (begin.file, begin.document) == (0, 0):

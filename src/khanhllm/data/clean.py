@@ -27,7 +27,7 @@ from rich.table import Table
 
 from khanhllm.data.shards import Cleaning, Removed, Tally
 from khanhllm.errors import UserError
-from khanhllm.settings import did_you_mean
+from khanhllm.explain import did_you_mean
 
 KNOWN = ("c4", "paragraphs", "gopher", "gopher-quality", "gopher-repetition", "language:CODE", "spans", "minhash")
 """c4: lines and pages by the rules of Raffel et al. 2020, section 2.2. paragraphs: three of 200 characters, as in mC4

@@ -30,9 +30,11 @@ from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path
+from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, single_text
+from khanhllm.draw import counted
 from khanhllm.errors import UserError
 from khanhllm.limits import cores
+from khanhllm.units import as_size
 
 
 class Unfinished(Exception):
@@ -92,9 +94,9 @@ class Job:
 
     def split(self, validation: float) -> list[Report]:
         """Run with this share for validation. If no hash falls into it, hold out the text with the lowest hash."""
-        amount = f"about {self.source.size / 1e6:,.0f} MB of text" if self.source.size else "text"
+        amount = f"about {as_size(self.source.size)} of text" if self.source.size else "text"
         limit = f", no more than {self.tokens:,} training tokens of it" if self.tokens else ""
-        say(f"turning {self.source.name} into tokens: {amount} in {len(self.source.files):,} files{limit}")
+        say(f"turning {self.source.name} into tokens: {amount} in {counted(len(self.source.files), 'file')}{limit}")
         for step in steps_of(self.clean):
             if step in COMPARING:
                 self._compare(step)
@@ -104,7 +106,8 @@ class Job:
             raise UserError(f"{self.source.name} holds no text: {why}")
         lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
         if lowest == highest:
-            raise UserError(f"{self.source.name} is a single document, but one must be held out; give more text")
+            documents = sum(shard.documents for report in reports for shard in report.shards)
+            raise single_text(self.source.name, documents)
         if not any(report.count("validation") for report in reports):
             return self.run(lowest + 1)
         if not any(report.count("train") for report in reports):

@@ -17,12 +17,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.data.belt_notes import Made
+from khanhllm.data.belt_notes import Made, Position, ShardStart
 from khanhllm.data.clean import counted as cleaned
 from khanhllm.data.clean import table
 from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
-from khanhllm.data.sources import Source, locate
+from khanhllm.data.sources import Source, in_words, locate
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.walk import KINDS
 from khanhllm.draw import counted, histogram, horizontal_bars, visible
@@ -111,6 +111,8 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     shards = counted(len(manifest.shards), "shard")
     console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
     console.print(_splits(manifest))
+    if skipped := _skipped_so_far(folder) or manifest.skipped:
+        console.print(f"skipped, from where they could not be read: {in_words(skipped.items())}")
     if manifest.cleaning:
         console.print(table(_cleaning_so_far(folder, manifest) or manifest.cleaning))
     parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
@@ -234,10 +236,20 @@ def _splits(manifest: Manifest) -> Table:
 
 def _cleaning_so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
     """What the cleaning of a belt has read and removed up to its newest shard; None before the first one."""
+    places = _places(folder)
+    return cleaned(manifest.cleaned_by, (place.tally for place in places)) if places else None
+
+
+def _skipped_so_far(folder: Path) -> Counter[str]:
+    """Files that a belt could not read to their end, by ending."""
+    return sum((Counter(dict(place.skipped)) for place in _places(folder)), Counter())
+
+
+def _places(folder: Path) -> tuple[Position, ...]:
+    """Where the newest shard of a belt ends, in each of its sources."""
     newest = max(folder.glob("train-?????.json"), default=None)
-    if not newest:
-        return None
-    return cleaned(manifest.cleaned_by, (place.tally for place in Made.read(newest).following.positions))
+    following: ShardStart | None = Made.read(newest).following if newest else None
+    return following.positions if following else ()
 
 
 def verify(folder: Path) -> None:

@@ -3,7 +3,8 @@
 A datatrove pipeline reads and writes groups of files that the source alone decides, so the shards are the same bytes
 whatever the number of workers and of tasks, and wherever they run (executors.py). A hash of its text decides whether a
 document is held out for validation: two copies of a text are always in the same split, and adding files moves no
-document, unless it changes where long plain texts are cut (the size of the whole source decides that).
+document, unless it changes where plain text is cut: into 64ths of a source between 128 KiB and 64 MiB. The file alone
+cannot decide that, as a short text must fall into pieces where it is all there is, and stay whole among many.
 
 If a run needs only some tokens, tasks run in waves until a prefix of them holds enough. Results beyond the prefix are
 dropped, so again the number of workers does not matter. Everything is written aside and published by one rename: a
@@ -16,13 +17,14 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
@@ -30,12 +32,13 @@ from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
-from khanhllm.data.sources import Source, components, is_remote, locate
+from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
-from khanhllm.data.writer import HASHES, Report, text_hash
+from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
-from khanhllm.files import there
+from khanhllm.files import locked, there
 from khanhllm.schema import DataConfig
+from khanhllm.units import as_size
 
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""
@@ -55,14 +58,17 @@ def prepare(
     workers: int = 0,
     execution: Execution | None = None,
     clean: str = "",
+    bad: Literal["refuse", "skip"] = "refuse",
 ) -> Manifest | None:
     """Write the shards of a source into the new folder `out`.
 
     validation: share of documents held out, in (0, 1). tokens: training tokens after which reading stops, 0 reads all.
     workers: processes, 0 means one for each core. execution: where the tasks run, instead of `workers` processes here.
-    clean: steps between reading and tokens (clean.py). Returns None while a cluster is still working. Raises UserError
-    for anything wrong with the source, and if `out` exists or cannot be written. After an error or an interruption the
-    finished groups stay aside, and the same call continues from there.
+    clean: steps between reading and tokens (clean.py). bad: what to do with files that cannot be read, as data.bad.
+
+    Returns None while a cluster is still working. Raises UserError for anything wrong with the source, and if `out`
+    exists or cannot be written. After an error or an interruption the finished groups stay aside, and the same call
+    continues from there.
     """
     execution = execution or Execution(workers=workers)
     execution.check(tokens)
@@ -70,7 +76,7 @@ def prepare(
         raise UserError(f"{out} exists already; remove it or choose another folder")
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
-    located = locate(source)
+    located = locate(source, bad)
     _say_left_out(located)
     steps = ", ".join(steps_of(clean))
     Cleaner(steps)  # raises now, not in an hour, if something is not installed
@@ -78,7 +84,8 @@ def prepare(
         raise UserError(f"{compares} reads the text twice; download {source} and prepare the files")
     started = time.monotonic()
     recipe: list[Any] = [VERSION, located.name, located.fingerprint, tokenizer.sha256, validation, tokens]
-    with _resumable(out, json.dumps(recipe + [steps] * bool(steps))) as partial:
+    recipe += [steps] * bool(steps) + [bad] * (bad == "skip")
+    with _resumable(out, json.dumps(recipe)) as partial:
         job = Job(located, tokenizer, partial, tokens, execution, steps)
         try:
             manifest = _manifest(located, tokenizer, validation, job.split(validation), steps)
@@ -89,28 +96,17 @@ def prepare(
         job.shards.rename(out)
     shutil.rmtree(partial, ignore_errors=True)
     say(
-        f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens "
-        f"in {time.monotonic() - started:.0f} s: {out}"
+        f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens of "
+        f"{sum(shard.documents for shard in manifest.shards):,} documents in {time.monotonic() - started:.0f} s: {out}"
     )
-    if note := _share_note(manifest):
+    _say_skipped(located.name, manifest.skipped)
+    held = sum(shard.bytes for shard in manifest.of("validation"))
+    total = sum(shard.bytes for shard in manifest.shards)
+    if note := share_note(held, total, validation, sum(shard.documents for shard in manifest.shards)):
         say(note)
     if manifest.cleaning:
         console().print(table(manifest.cleaning))
     return manifest
-
-
-def _share_note(manifest: Manifest) -> str:
-    """What to say if the share of the text that is held out differs much from the share asked for; else ""."""
-    held = sum(shard.bytes for shard in manifest.of("validation"))
-    share = held / max(1, sum(shard.bytes for shard in manifest.shards))
-    asked = manifest.validation
-    if asked / 2 <= share <= 2 * asked:
-        return ""
-    documents = sum(shard.documents for shard in manifest.shards)
-    return (
-        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; "
-        f"whole documents are held out, and there are only {documents:,} of them: shorter ones, or more, come closer"
-    )
 
 
 @contextmanager
@@ -120,7 +116,7 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
     written = partial / "recipe.json"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with FileLock(partial / "lock", timeout=0):
+        with locked(partial / "lock"):
             if not written.exists() or written.read_text(encoding="utf-8") != recipe:
                 for old in partial.iterdir():
                     if old.is_dir():
@@ -147,6 +143,11 @@ def aside(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
+def _say_skipped(name: str, skipped: Mapping[str, int] | None) -> None:
+    if skipped:
+        say(f"skipped, from where they cannot be read (data.bad = skip), in {name}: {in_words(skipped.items())}")
+
+
 def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: list[Report], clean: str) -> Manifest:
     return Manifest(
         version=VERSION,
@@ -159,6 +160,7 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
         validation_tokens=sum(report.count("validation") for report in reports),
         shards=tuple(shard for report in reports for shard in report.shards),
         cleaning=counted(clean, (report.tally for report in reports)),
+        skipped=sum((Counter(report.skipped) for report in reports), Counter()) or None,
     )
 
 
@@ -170,6 +172,7 @@ def train_on(
     belt: Path | None = None,
     patience: float = 600.0,
     clean: str = "",
+    bad: Literal["refuse", "skip"] = "refuse",
 ) -> Tokenizer:
     """Train a tokenizer on at most `sample_bytes` of the source's training documents, spread over its files.
 
@@ -179,16 +182,22 @@ def train_on(
 
     Memory does not grow with the source. Raises UserError for anything wrong with the source.
     """
-    shares = [(locate(name), int(weight * sample_bytes)) for name, weight in components(source)]
-    amount = sum(min(located.size or share, share) for located, share in shares) / 1e6
-    say(f"training a tokenizer of {vocab_size:,} tokens on {amount:,.0f} MB of {source} (at most; a sample is enough)")
+    shares = [(locate(name, bad), int(weight * sample_bytes)) for name, weight in components(source)]
+    amount = sum(min(located.size or share, share) for located, share in shares)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {as_size(amount)} of {source} (at most; a sample is enough)")
     started = time.monotonic()
+    readers = [
+        Reader(located, [], spool(belt, nth) if belt else None, patience, KEPT)
+        for nth, (located, _) in enumerate(shares)
+    ]
     samples = chain.from_iterable(
-        _sample(Reader(located, [], spool(belt, nth) if belt else None, patience, KEPT), share, validation, clean)
-        for nth, (located, share) in enumerate(shares)
+        _sample(reader, share, validation, clean) for reader, (_, share) in zip(readers, shares, strict=True)
     )
     tokenizer = train_tokenizer(samples, vocab_size, progress=console().is_terminal)
-    say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens")
+    fewer = f" of the {vocab_size:,} asked for: the text gives no more" if tokenizer.vocab_size < vocab_size else ""
+    say(f"trained the tokenizer in {time.monotonic() - started:.0f} s: {tokenizer.vocab_size:,} tokens{fewer}")
+    for reader in readers:
+        _say_skipped(reader.source.name, reader.skipped)
     return tokenizer
 
 
@@ -214,6 +223,7 @@ def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterato
             break
     if empty:
         why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
+        why = "none of its files can be read (data.bad = skip)" if reader.skipped else why
         raise UserError(f"{source.name} holds no text: {why}")
 
 
@@ -221,14 +231,14 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     """The folder of shards of a source of text: one from the cache, or a new one. See `ensure`."""
     steps = ", ".join(steps_of(data.clean))
     # a remote source keeps its name for now, so that an existing belt is found without a network
-    parts = [(name if is_remote(name) else locate(name), weight) for name, weight in components(data.source)]
+    parts = [(name if is_remote(name) else locate(name, data.bad), weight) for name, weight in components(data.source)]
     fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
     (first, _), *others = parts
     whole = not others and isinstance(first, Source) and first.size <= WHOLE
     given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
     recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
     recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
-    recipe += [steps] if steps else []
+    recipe += [steps] * bool(steps) + [data.bad] * (data.bad == "skip")
     recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
     if (compares := _comparing(steps)) and not whole:
         raise UserError(
@@ -241,6 +251,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
     if there(folder / MANIFEST):
         for part, _ in parts:
             _say_left_out(part)
+        _say_skipped(data.source, Manifest.read(folder).skipped)
     else:
         _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
     return folder
@@ -260,9 +271,10 @@ def _make(
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        sample, clean = data.tokenizer_sample, data.clean
+        sample = data.tokenizer_sample
+        cleaned: dict[str, Any] = {"clean": data.clean, "bad": data.bad}
         if not parts:
-            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, clean=clean)
+            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, **cleaned)
             prepare(
                 data.source,
                 tokenizer,
@@ -270,19 +282,22 @@ def _make(
                 validation=data.validation,
                 tokens=data.tokens,
                 workers=data.workers,
-                clean=data.clean,
+                **cleaned,
             )
             return
-        sources = [(locate(part) if isinstance(part, str) else part, weight) for part, weight in parts]
+        sources = [(locate(part, data.bad) if isinstance(part, str) else part, weight) for part, weight in parts]
         for located, _ in sources:
             _say_left_out(located)
         # a short run must not read a long sample: no vocabulary averages more than 8 bytes a token
         sample = min(sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
         with aside(folder) as new:
             patience = data.patience
-            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, new, patience, clean)
+            tokenizer = tokenizer or train_on(
+                data.source, vocab_size, sample, data.validation, new, patience, **cleaned
+            )
+            shard_tokens, clean = data.shard_tokens, data.clean
             create_belt(
-                new, data.source, sources, tokenizer, data.validation, data.shard_tokens, data.tokens, patience, clean
+                new, data.source, sources, tokenizer, data.validation, shard_tokens, data.tokens, patience, clean
             )
             new.rename(folder)
 
@@ -307,15 +322,10 @@ def _alone(folder: Path) -> Iterator[None]:
     """Within this context, only this process prepares the folder; others wait, and then find it done."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        held = ExitStack()
+        line = f"another process is preparing {folder}; waiting for it"
+        held.enter_context(locked(folder.parent / f".{folder.name}.lock", lambda: say(line)))
     except OSError as error:
         raise UserError(f"cannot write {folder.parent} (data.cache): {error.strerror}") from None
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another process is preparing {folder}; waiting for it")
-        lock.acquire()
-    try:
+    with held:
         yield
-    finally:
-        lock.release()

@@ -5,16 +5,16 @@ Slurm and Ray executors. One point differs on purpose. datatrove logs and skips 
 with one line that names the file and the place, because nobody would notice missing text before the end of the
 training.
 
-A text file has no documents of its own, so the reader cuts it at blank lines, into enough pieces that even a single
-novel has some to hold out. Memory holds one block of a file and one document.
+With data.bad = skip it stops reading that file instead, counts it, and goes on with the next. Memory holds one block of
+a file and one document.
 """
 
-import codecs
 import csv
 import gzip
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from hashlib import blake2b
@@ -30,17 +30,17 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
+from pyarrow.types import is_struct
 
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
+from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
 from khanhllm.data.source_syntax import filled, text_columns
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
-from khanhllm.data.walk import kind
+from khanhllm.data.walk import ending, kind
 from khanhllm.data.warc import page, pages
 from khanhllm.errors import UserError
 
-BLOCK = 2**18
-"""bytes read at once"""
 ZST_BLOCK = 2**9
 """packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
 HEAD = 512
@@ -89,6 +89,8 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         self.keep = keep
         self.blank = 0
         """documents that hold only white space, which the reader skips"""
+        self.skipped = Counter[str]()
+        """files that it could not read to their end, by ending (data.bad = skip)"""
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -114,6 +116,14 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                 shutil.rmtree(path.parent, ignore_errors=True)
 
     def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
+        try:
+            yield from self._read(folder, filepath, where)
+        except UserError:
+            if self.source.bad == "refuse":
+                raise
+            self.skipped[ending(Path(filepath.partition("?")[0]).name)] += 1
+
+    def _read(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
         with as_user_error(where), folder.open(filepath, "rb") as raw:
             _check_beginning(raw, where, filepath)
@@ -134,8 +144,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return read(raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
-        packed = where.partition("?")[0].lower().endswith(".gz")
-        return _pieces(_decoded(gzip.GzipFile(fileobj=raw) if packed else raw, where), self.source.document_bytes)
+        return documents(decoded(_unpacked(raw, where), where), self.source.document_bytes)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:
@@ -147,9 +156,9 @@ def _check_beginning(raw: Any, where: str, name: str) -> None:
         raise UserError(f"{where} is only a Git LFS pointer to the file; type `git lfs pull` in its repository")
     if kind(name) not in ("page", "warc") and PAGE.match(head):
         raise UserError(f"{where} is a web page, not a file of text; give the address or the file of the text itself")
-    for magic, packer, ending in PACKERS:
-        if head.startswith(magic) and not bare.lower().endswith(ending):
-            way = f"rename it to {Path(bare).name}{ending}" if kind(bare + ending) else "unpack it first"
+    for magic, packer, suffix in PACKERS:
+        if head.startswith(magic) and not bare.lower().endswith(suffix):
+            way = f"rename it to {Path(bare).name}{suffix}" if kind(bare + suffix) else "unpack it first"
             raise UserError(f"{where} is packed by {packer}, though its name does not say so; {way}")
 
 
@@ -188,66 +197,60 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _decoded(raw: Any, where: str) -> Iterator[str]:
-    """A text file as pieces of text, without the byte order mark that some editors leave."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    start = 0
-    while True:
-        block = raw.read(BLOCK)
-        waiting = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            offset = start - waiting + error.start
-            raise UserError(f"{where} is not UTF-8 text (byte {offset}); convert it to UTF-8") from None
-        if (at := block.find(b"\0")) >= 0:  # as in UTF-16 and in binary files
-            raise UserError(f"{where} holds a NUL byte (byte {start + at}); is it text? Convert it to UTF-8")
-        yield text if start else text.removeprefix("\ufeff")
-        if not block:
-            return
-        start += len(block)
-
-
-def _pieces(texts: Iterator[str], most: int) -> Iterator[str]:
-    """Cut a stream of text into documents of at most `most` characters; joined, they are the text again."""
-    pending = ""
-    for text in texts:
-        pending += text
-        while len(pending) > most:
-            cut = _cut(pending, most)
-            yield pending[:cut]
-            pending = pending[cut:]
-    yield pending
-
-
-def _cut(text: str, most: int) -> int:
-    """The best place to cut in the second half of the allowed length: a blank line, else a line, else a word."""
-    for mark in ("\n\n", "\r\n\r\n", "\n", " "):
-        if (at := text.rfind(mark, most // 2, most)) >= 0:
-            return at + len(mark)
-    return most
-
-
 def _rows(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a parquet table; only columns that may hold them are read."""
     with ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as table:
-        columns = text_columns(table.schema_arrow.names, wanted, where)
-        columns = [name for name in columns if _holds_text(table.schema_arrow, name)] or columns[:1]
+        schema = table.schema_arrow
+        if "." in wanted and wanted not in schema.names and _is_field(schema, wanted):
+            columns, inside = [wanted.split(".")[0]], wanted.split(".")[1:]
+        else:
+            columns, inside = text_columns(schema.names, wanted, where), []
+            columns = [name for name in columns if _holds_text(schema.field(name).type)] or columns[:1]
         batches = (
             batch
             for group in range(table.num_row_groups)
-            for batch in table.iter_batches(_at_once(table.metadata.row_group(group)), [group], columns)
+            for batch in table.iter_batches(
+                _at_once(table.metadata.row_group(group)), [group], [wanted] if inside else columns
+            )
         )
         rows = (values for batch in batches for values in zip(*map(batch.column, columns), strict=True))
         for number, values in enumerate(rows, 1):
-            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+            place = f"{where}, row {number}"
+            row = {
+                name: _utf8(_inside(value.as_py(), inside), place) for name, value in zip(columns, values, strict=True)
+            }
             column = filled(columns, row)
-            yield _text(row[column], column, f"{where}, row {number}")
+            yield _text(row[column], wanted or column, place)
 
 
-def _holds_text(schema: Any, name: str) -> bool:
-    kind = str(schema.field(schema.get_field_index(name)).type)
-    return "string" in kind and not kind.startswith(("list", "struct", "map"))
+def _is_field(schema: Any, path: str) -> bool:
+    """Whether `doc.text` is the field text of a column doc, and so on."""
+    fields = {name: schema.field(name) for name in schema.names}
+    for name in path.split("."):
+        if name not in fields:
+            return False
+        kind = fields[name].type
+        fields = {kind.field(nth).name: kind.field(nth) for nth in range(kind.num_fields)} if is_struct(kind) else {}
+    return True
+
+
+def _inside(value: Any, path: list[str]) -> Any:
+    for name in path:
+        value = (value or {}).get(name)
+    return value
+
+
+def _utf8(value: Any, where: str) -> Any:
+    """Text that a table keeps as bytes, as text."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start} of the cell); convert it to UTF-8") from None
+
+
+def _holds_text(kind: Any) -> bool:
+    name = str(kind)
+    return ("string" in name or "binary" in name) and not name.startswith(("list", "large_list", "struct", "map"))
 
 
 def _at_once(group: Any) -> int:
@@ -263,7 +266,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
     row = 1
 
     def lines() -> Iterator[str]:
-        for number, line in enumerate(_lines(_unpacked(raw, where))):
+        for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where))):
             if b"\0" in line:
                 raise UserError(f"{where}, row {row} holds NUL bytes; is it text? Convert it to UTF-8")
             try:
@@ -297,24 +300,26 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
 
 def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a JSON-lines file, packed or not."""
-    for number, line in enumerate(_lines(_unpacked(raw, where)), 1):
+    for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where)), 1):
         if line.strip():
             place = f"{where}, line {number}"
-            record = _parsed(line, place)
-            if not isinstance(record, dict):
-                raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
-            column = filled(text_columns(list(record), wanted, place), record)
-            yield _text(record[column], column, place)
+            yield _of_object(_parsed(line, place), wanted, place)
 
 
 def _items(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a .json file: an array of objects, or objects one after the other."""
-    for number, record in enumerate(values(_decoded(raw, where), where), 1):
-        place = f"{where}, item {number}"
-        if not isinstance(record, dict):
-            raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
-        column = filled(text_columns(list(record), wanted, place), record)
-        yield _text(record[column], column, place)
+    for number, record in enumerate(values(decoded(_unpacked(raw, where), where), where), 1):
+        yield _of_object(record, wanted, f"{where}, item {number}")
+
+
+def _of_object(record: Any, wanted: str, place: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{place} is not a JSON object with a text under the key '{wanted or 'text'}'")
+    outer, dot, inner = wanted.partition(".")
+    if dot and wanted not in record and isinstance(record.get(outer), dict):
+        return _of_object(record[outer], inner, f"{place}, '{outer}'")
+    column = filled(text_columns(list(record), wanted, place), record)
+    return _text(record[column], column, place)
 
 
 def _unpacked(raw: Any, where: str) -> Iterator[bytes]:

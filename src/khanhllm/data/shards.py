@@ -27,6 +27,9 @@ from khanhllm.files import read
 
 VERSION = 1
 MANIFEST = "manifest.json"
+CHECKED = 2**31
+"""size (bytes) up to which every byte of a split is checked when it is opened, which takes a second or two; for larger
+ones there is `khanhllm data verify`"""
 
 ROUNDS = 8
 """rounds of the Feistel network that shuffles"""
@@ -104,6 +107,8 @@ class Manifest(BaseModel):
     shards: tuple[Shard, ...]
     cleaning: Cleaning | None = None
     """None: nothing was cleaned"""
+    skipped: dict[str, int] | None = None
+    """files that could not be read to their end, by ending (data.bad = skip)"""
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -159,10 +164,13 @@ class Shards:
     def open(cls, folder: Path, split: str, context: int) -> "Shards":
         """Open one split, "train" or "validation", for rows of context + 1 tokens.
 
-        Raises UserError that names the file if one is missing, cut short or of another type than the manifest says, and
-        if the training split has no row.
+        Raises UserError that names the file if one is missing, cut short or of another type than the manifest says, if
+        a split of up to CHECKED bytes is damaged anywhere, and if the training split has no row.
         """
-        return cls(folder, split, context, Manifest.read(folder))
+        shards = cls(folder, split, context, Manifest.read(folder))
+        if sum(ids.nbytes for ids in shards._ids) <= CHECKED:
+            shards.verify()
+        return shards
 
     @cached_property
     def sha256(self) -> str:

@@ -15,21 +15,22 @@ import sysconfig
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from threading import Thread
+from typing import Literal
 from urllib.parse import urlsplit
 
 from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_column, with_split
 from khanhllm.data.walk import KINDS, ending, kind, matching, once, readable, walk
 from khanhllm.data.warc import can_read_pages
 from khanhllm.errors import UserError
+from khanhllm.explain import did_you_mean
 from khanhllm.files import there
-from khanhllm.settings import did_you_mean
 
 PACKED = (".gz", ".zst", ".parquet")
 ALLOWED = f"known endings: {' '.join(chain.from_iterable(KINDS.values()))}"
@@ -63,15 +64,14 @@ class Source:
     """column of the text in json lines and tables; empty means the first usual name that is there"""
     validation: tuple[str, ...] = ()
     """files of the source's own validation split; without one, documents are held out by a hash of their text"""
+    bad: Literal["refuse", "skip"] = "refuse"
+    """what to do with files that cannot be read"""
     left_out: tuple[tuple[str, int], ...] = ()
     """what a folder or pattern also holds, but is not read: its kind, and how often; decides nothing"""
 
     def left_out_line(self) -> str:
         """What is left out, as one line; "" if it is nothing."""
-        parts = [f"{number:,} {what}" for what, number in self.left_out[:MOST_KINDS]]
-        rest = sum(number for _, number in self.left_out[MOST_KINDS:])
-        parts += [f"{rest:,} of other kinds"] if rest else []
-        return f"left out of {self.name}: {', '.join(parts)}" if parts else ""
+        return f"left out of {self.name}: {in_words(self.left_out)}" if self.left_out else ""
 
     @property
     def size(self) -> int:
@@ -90,6 +90,14 @@ class Source:
             groups[-1].append(name)
             room -= size or most
         return [tuple(group) for group in groups]
+
+
+def in_words(kinds: Iterable[tuple[str, int]]) -> str:
+    """How many there are of each kind, the most frequent first."""
+    ordered = sorted(kinds, key=lambda item: (-item[1], item[0]))
+    parts = [f"{number:,} {what}" for what, number in ordered[:MOST_KINDS]]
+    rest = sum(number for _, number in ordered[MOST_KINDS:])
+    return ", ".join(parts + [f"{rest:,} of other kinds"] * bool(rest))
 
 
 def components(source: str) -> list[tuple[str, float]]:
@@ -119,8 +127,11 @@ def is_remote(source: str) -> bool:
     return any(with_column(name)[0] == "c4" or name.startswith(remote) for name, _ in components(source))
 
 
-def locate(source: str) -> Source:
-    """Find the files of a source. Raises UserError if there are none or, within seconds, if the network is missing."""
+def locate(source: str, bad: Literal["refuse", "skip"] = "refuse") -> Source:
+    """Find the files of a source. bad: what its readers do with those that cannot be read.
+
+    Raises UserError if there are none or, within seconds, if the network is missing.
+    """
     if not source.strip():
         raise UserError("the source of text is empty; name a file, a folder or an address (data.source)")
     parts = components(source)
@@ -129,7 +140,7 @@ def locate(source: str) -> Source:
             f"{source} is a mixture; look at its sources one by one: {', '.join(name for name, _ in parts)}"
         )
     place, column = with_column(source)
-    located = _without_column(place, column)
+    located = replace(_without_column(place, column), bad=bad)
     if not column:
         return located
     if all(kind(name) in ("text", "page") for name in located.files):
@@ -149,6 +160,8 @@ def _without_column(source: str, column: str) -> Source:
         )
         return replace(_remote(source, C4, names), validation=tuple(held))
     if source.startswith("hf://"):
+        if not source.removeprefix("hf://").strip("/"):
+            raise UserError(f"{source} names no dataset; write hf://datasets/ORG/NAME")
         _ask(_hub(), source)
         folder, names, left_out = _listed(source)
         return _remote(source, folder, names, left_out=left_out)
@@ -169,11 +182,13 @@ def _on_disk(source: str, column: str) -> Source:
     left_out = Counter[str]()
     path = _with_home(source)
     if path.is_dir():
+        if (path / "config.toml").exists() and (path / "training_log.csv").exists():
+            raise UserError(f"{path} is a run, which holds no text; name its source (data.source in its config.toml)")
         if (path / "manifest.json").exists():
             raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
         files = readable(walk(path, left_out), column, left_out)
         if not files:
-            what = f"; it holds {_in_words(left_out)}" if left_out else ""
+            what = f"; it holds {in_words(left_out.items())}" if left_out else ""
             raise UserError(f"the folder {path} holds no text files; {ALLOWED}{what}")
         return _local(source, path, files, left_out)
     if path.is_file():
@@ -184,7 +199,11 @@ def _on_disk(source: str, column: str) -> Source:
         matched = once(file for file in matching(path) if file.is_file())
         files = readable(matched, column, left_out)
         if not files:
-            why = f"only files of unknown kind; {ALLOWED}; these are {_in_words(left_out)}" if matched else "nothing"
+            why = (
+                f"only files of unknown kind; {ALLOWED}; these are {in_words(left_out.items())}"
+                if matched
+                else "nothing"
+            )
             raise UserError(f"the pattern {source} matches {why}")
         return _local(source, Path(os.path.commonpath([file.parent for file in files])), files, left_out)
     guess = did_you_mean(source, ["stdlib", "c4"])
@@ -197,10 +216,6 @@ def _with_home(source: str) -> Path:
         return Path(source).expanduser()
     except RuntimeError:
         return Path(source)
-
-
-def _in_words(left_out: Counter[str]) -> str:
-    return ", ".join(f"{number:,} {what}" for what, number in left_out.most_common(MOST_KINDS))
 
 
 def _known(name: str, source: str) -> str:

@@ -2,8 +2,12 @@
 
 Two libraries share the work. `tokenizers` learns the merges and defines the file format, so tokenizer.json loads in
 transformers and other runtimes. `tiktoken` encodes: the same ids, several times faster. They agree because of two
-facts that loading checks: the pre-tokenizing pattern is GPT-2's, which every runtime knows by name, and ids grow in the
-order in which merges were learned, so "lowest id first" and "earliest merge first" are the same rule.
+facts that loading checks: the pre-tokenizing pattern is one that other runtimes know by name, and ids grow in the order
+in which merges were learned, so "lowest id first" and "earliest merge first" are the same rule.
+
+New tokenizers use the pattern of Qwen 3.5, `qwen35` in llama.cpp. It keeps combining marks with their letters, without
+which Hindi or Thai falls apart at every vowel sign (benchmarks/results/pretokenizers.json). Older ones use GPT-2's, and
+still load.
 
 Special tokens take the first ids. Text is always encoded as ordinary text: someone who writes <|endoftext|> into a
 document gets the letters, never the token. Every byte is itself a token, so nothing is unknown and any bytes survive
@@ -33,13 +37,24 @@ LARGEST = 2**28
 SMALLEST = len(SPECIALS) + 256
 """tokens of a vocabulary without merges"""
 
-# GPT-2's pattern with possessive quantifiers: the same pieces, without backtracking.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""as tokenizer.json has it"""
+# The same pieces for tiktoken, with possessive quantifiers: without backtracking.
+PATTERNS = {
+    "gpt-2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "qwen35": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{M}\p{N}]?+[\p{L}\p{M}]++|\p{N}"""
+    r"""| ?[^\s\p{L}\p{M}\p{N}]++[\r\n]*+|\s*[\r\n]+|\s++$|\s+(?!\S)|\s""",
+}
+"""by the names that llama.cpp gives them"""
 
 # The one branch that still backtracks, `\s+(?!\S)`, overflows the regex engine's stack on a run of about a million
-# blanks before a letter. Python also counts \x1c-\x1f as blank; the pattern does not.
+# blanks before a letter. Python also counts \x1c-\x1f as blank; the patterns do not.
 _LONG = 100_000
-_LONG_BLANK = re.compile(rf"[^\S\x1c-\x1f]{{{_LONG},}}(?=[\S\x1c-\x1f])")
+_LONG_BLANK = re.compile(rf"[^\S\x1c-\x1f]{{{_LONG},}}")
+_WORDS = re.compile(r"(?:\s+|\S{1,256}(?!\S))+|\S{256}")  # words, but no more than 256 characters of a longer one
 _LOST_BYTES = re.compile("([\udc80-\udcff]+)")
 
 
@@ -48,13 +63,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
     Too little text gives fewer tokens. `progress` draws a bar on stderr.
     """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trained
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
         raise UserError(f"a byte-level vocabulary needs at least {SMALLEST} tokens, got vocab_size {vocab_size}")
     learner = Trained(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    split = pre_tokenizers.Split(Regex(QWEN35), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     learner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -67,9 +84,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
 
 def _slices(text: str, longest: int = 10_000) -> Iterator[str]:
-    """Bounded slices, because the trainer's time grows with the square of the longest piece without a blank."""
+    """Bounded slices with bounded words, because the trainer's time grows with the square of the longest piece."""
     for start in range(0, len(text), longest):
-        yield text[start : start + longest]
+        yield from _WORDS.findall(text, start, min(start + longest, len(text)))
 
 
 class Tokenizer:
@@ -79,7 +96,7 @@ class Tokenizer:
         """source: the text of a tokenizer.json. Raises UserError, naming `where`, if it is not a byte-level BPE."""
         try:
             layout = json.loads(source)
-            self._check(layout)
+            self.pattern = self._pattern(layout)
             vocab: dict[str, int] = layout["model"]["vocab"]
             specials = {str(token["content"]): int(token["id"]) for token in layout["added_tokens"]}
             ranks = {_raw(piece): rank for piece, rank in vocab.items() if piece not in specials}
@@ -94,7 +111,9 @@ class Tokenizer:
             raise UserError(
                 f"{where} is not a byte-level BPE tokenizer.json as `khanhllm tokenizer` writes it: {reason}"
             ) from None
-        self.engine = tiktoken.Encoding("khanhllm", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        self.engine = tiktoken.Encoding(
+            "khanhllm", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens=specials
+        )
         by_rank = {rank: piece for piece, rank in ranks.items()} | names
         self._pieces = [by_rank[rank] for rank in range(len(by_rank))]
         self._special_ids = frozenset(names)
@@ -102,12 +121,20 @@ class Tokenizer:
         self.end_of_text = specials[END_OF_TEXT]
 
     @staticmethod
-    def _check(layout: dict[str, Any]) -> None:
+    def _pattern(layout: dict[str, Any]) -> str:
+        """The name of the pre-tokenizing pattern. Raises ValueError for any other kind of tokenizer."""
         pre = layout["pre_tokenizer"] or {}
-        if layout["model"]["type"] != "BPE" or pre.get("type") != "ByteLevel" or layout.get("normalizer"):
-            raise ValueError("it must be BPE, pre-tokenized by ByteLevel alone, without a normalizer")
-        if pre.get("add_prefix_space") or not pre.get("use_regex", True):
-            raise ValueError("ByteLevel must use GPT-2's pattern and add no prefix space")
+        steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+        if layout["model"]["type"] != "BPE" or steps[-1].get("type") != "ByteLevel" or layout.get("normalizer"):
+            raise ValueError("it must be BPE, pre-tokenized by ByteLevel, without a normalizer")
+        if steps[-1].get("add_prefix_space"):
+            raise ValueError("ByteLevel must add no prefix space")
+        if len(steps) == 1 and steps[0].get("use_regex", True):
+            return "gpt-2"
+        qwen35 = {"type": "Split", "pattern": {"Regex": QWEN35}, "behavior": "Isolated", "invert": False}
+        if steps[:-1] == [qwen35] and not steps[-1].get("use_regex", True):
+            return "qwen35"
+        raise ValueError("it must split text by the pattern of GPT-2 or of Qwen 3.5")
 
     @staticmethod
     def _check_order(
@@ -157,7 +184,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Nothing in it becomes a special token; a lone surrogate becomes U+FFFD."""
-        return [rank for part in _digestible(text) for rank in self.engine.encode_ordinary(part)]
+        return [rank for part in _digestible(text, self.pattern) for rank in self.engine.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """The ids of each text, as uint32 arrays: as `encode`, but faster. Encoding does not hold the GIL."""
@@ -170,7 +197,9 @@ class Tokenizer:
 
     def _encode_array(self, text: str) -> np.ndarray:
         try:
-            parts = [self.engine.encode_to_numpy(part, disallowed_special=()) for part in _digestible(text)]
+            parts = [
+                self.engine.encode_to_numpy(part, disallowed_special=()) for part in _digestible(text, self.pattern)
+            ]
         except UnicodeEncodeError:  # a lone surrogate, which only `encode` replaces
             return np.array(self.encode(text), dtype=np.uint32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -193,22 +222,32 @@ class Tokenizer:
 
     def _piece(self, rank: int) -> bytes:
         if not 0 <= rank < self.vocab_size:
-            raise UserError(f"token {rank} is beyond the vocabulary of {self.vocab_size} tokens")
+            raise UserError(f"token {rank} is beyond the vocabulary of {self.vocab_size:,} tokens")
         return self._pieces[rank]
 
 
 def check_fits(tokens: int, vocab_size: int, where: str) -> None:
     """Raise UserError if a model's vocabulary is smaller than that of the tokenizer in `where`."""
     if tokens > vocab_size:
-        raise UserError(f"{where} has {tokens} tokens, more than model.vocab_size {vocab_size}; raise that to {tokens}")
+        raise UserError(
+            f"{where} has {tokens:,} tokens, more than model.vocab_size {vocab_size:,}; raise that to {tokens}"
+        )
 
 
-def _digestible(text: str) -> list[str]:
-    """The text, cut one character before the end of very long blanks, where the pattern cuts too; see _LONG_BLANK."""
+def _digestible(text: str, pattern: str) -> list[str]:
+    """The text, cut in very long blanks, only where the pattern cuts too; see _LONG_BLANK.
+
+    Both patterns cut before the last blank, unless the text ends there. Qwen's cuts after the last line break, and
+    before the last blank only if that comes later.
+    """
     if len(text) <= _LONG:
         return [text]
-    cuts = [0, *(match.end() - 1 for match in _LONG_BLANK.finditer(text)), len(text)]
-    return [text[start:end] for start, end in pairwise(cuts)]
+    cuts = {0, len(text)}
+    for match in _LONG_BLANK.finditer(text):
+        line = max(map(match[0].rfind, "\r\n")) + 1 if pattern == "qwen35" else 0
+        cuts |= {match.start() + line} if line else set()
+        cuts |= {match.end() - 1} if line < len(match[0]) and match.end() < len(text) else set()
+    return [text[start:end] for start, end in pairwise(sorted(cuts))]
 
 
 def _raw(piece: str) -> bytes:

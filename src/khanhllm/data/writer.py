@@ -39,6 +39,8 @@ class Report(BaseModel):
     """hashes of the group's texts"""
     tally: Tally = ()
     """what cleaning read and removed"""
+    skipped: dict[str, int] = {}
+    """files that could not be read, by ending (data.bad = skip)"""
 
     def count(self, split: Split) -> int:
         """Tokens of one split."""
@@ -96,6 +98,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
             Growing(self.shards / f"train-{group:05d}.bin.part", "train", dtype) as train,
             Growing(self.shards / f"validation-{group:05d}.bin.part", "validation", dtype) as held,
         ):
+            self.reader.skipped.clear()
             texts = (document.text for document in self.reader.run(rank=group))
             lowest, highest, tally = self._write(texts, cleaner, tokenizer, train, held)
         shards = []
@@ -103,7 +106,7 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
             if growing.tokens:
                 shards.append(growing.shard(growing.path.stem))
                 growing.path.replace(growing.path.with_suffix(""))
-        report = Report(shards=shards, lowest=lowest, highest=highest, tally=tally)
+        report = Report(shards=shards, lowest=lowest, highest=highest, tally=tally, skipped=self.reader.skipped)
         publish(report_path(self.reports, group), report.model_dump_json())
 
     def _write(
@@ -175,6 +178,23 @@ def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list
             batch, total = [], 0
     if batch:
         yield batch
+
+
+def share_note(held: int, total: int, asked: float, documents: int) -> str:
+    """What to say if the share of the text (bytes) that is held out differs much from the share asked for; else ""."""
+    share = held / max(1, total)
+    if asked / 2 <= share <= 2 * asked:
+        return ""
+    return (
+        f"held out for validation: {share:.1%} of the text, where data.validation asks for {asked:.1%}; "
+        f"whole documents are held out, and there are only {documents:,} of them: shorter ones, or more, come closer"
+    )
+
+
+def single_text(name: str, documents: int) -> UserError:
+    """What to raise if there is only one text, so that nothing can be held out without being trained on."""
+    what = f"all {documents:,} documents of {name} are the same text" if documents > 1 else f"{name} is one document"
+    return UserError(f"{what}, but another one must be held out for validation; give more text")
 
 
 def text_hash(raw: bytes) -> int:

@@ -8,7 +8,7 @@ dense layers alone is a `qwen3`. `qwen3moe`, for older versions, has a mixture i
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
+from khanhllm.export.check import Exported
 from khanhllm.export.names import weights as names_of
 from khanhllm.export.shape import check_stock
 from khanhllm.schema import ModelConfig
@@ -29,17 +30,6 @@ SHARED = 32
 SOFTMAX = 1
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 """kinds of tokens"""
-
-
-class Exported(NamedTuple):
-    """What a reader finds in a file."""
-
-    model: ModelConfig
-    weights: Mapping[str, Tensor]
-    """by our names, fp32"""
-    tokens: int
-    """of the tokenizer"""
-    end_of_text: int
 
 
 def write(
@@ -268,7 +258,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     end = tokenizer.end_of_text
     vocabulary = {
         "model": "gpt2",
-        "pre": getattr(tokenizer, "pattern", "gpt-2"),  # the pattern has the name that llama.cpp gives it
+        "pre": tokenizer.pattern,  # the pattern has the name that llama.cpp gives it
         "tokens": [tokens.get(rank, f"[PAD{rank}]") for rank in range(rows)],
         "token_type": kinds,
         "merges": merges,

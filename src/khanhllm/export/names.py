@@ -39,7 +39,11 @@ def _attention() -> list[tuple[str, str, str]]:
         ("attention.query_norm.weight", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         ("attention.key_norm.weight", "self_attn.k_norm.weight", "attn_k_norm.weight"),
         *(
-            (f"attention.{part}.weight", f"self_attn.{letter}_proj.weight", f"attn_{'output' if part == 'out' else letter}.weight")
+            (
+                f"attention.{part}.weight",
+                f"self_attn.{letter}_proj.weight",
+                f"attn_{'output' if part == 'out' else letter}.weight",
+            )
             for part, letter in ATTENTION.items()
         ),
     ]

@@ -1,9 +1,12 @@
 """Which of our shapes another architecture can hold, and what it calls the settings."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.errors import UserError
 from khanhllm.schema import ModelConfig
+from khanhllm.settings import checked
 
 OWN = {"style": "modern", "value_embedding": False, "pair_embedding": 0, "embedding_skip": False}
 """keys of [model] for which no other architecture knows another value"""
@@ -46,3 +49,81 @@ def qwen3(model: ModelConfig) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, letter in enumerate(model.pattern) if letter == "D"],
     }
+
+
+class Rope(BaseModel):
+    rope_type: str = Field("default", validation_alias=AliasChoices("rope_type", "type"))
+    rope_theta: float | None = None
+
+
+class Qwen3(BaseModel):
+    """What config.json says, with the defaults of transformers' Qwen3MoeConfig."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_type: Literal["qwen3", "qwen3_moe"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: Annotated[int, Field(ge=1, le=256)]
+    num_attention_heads: Annotated[int, Field(ge=1)]
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: Rope = Field(Rope(), validation_alias=AliasChoices("rope_parameters", "rope_scaling"))
+    rope_theta: float = 10_000.0
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    moe_intermediate_size: int = 768
+    num_experts: int = Field(128, validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts_per_tok: int = 8
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+
+
+def from_qwen3(settings: dict[str, Any], where: str) -> ModelConfig:
+    """Our shape for the config.json of a Qwen3 or Qwen3-MoE model: `qwen3` read backwards. UserError, naming the key,
+    for what our model cannot be."""
+    try:
+        theirs = Qwen3.model_validate({key: value for key, value in settings.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, to be imported") from None
+    mixture, layers = theirs.model_type == "qwen3_moe", range(theirs.num_hidden_layers)
+    head_dim = theirs.hidden_size / theirs.num_attention_heads
+    fixed = {
+        "hidden_act": (theirs.hidden_act, "silu"),
+        "attention_bias": (theirs.attention_bias, False),
+        "use_sliding_window": (theirs.use_sliding_window, False),
+        "rope_type": (theirs.rope.rope_type, "default"),
+        "head_dim": (theirs.head_dim or head_dim, head_dim),
+    }
+    if mixture:
+        fixed["decoder_sparse_step"] = (theirs.decoder_sparse_step, 1)
+        fixed["norm_topk_prob"] = (theirs.norm_topk_prob, theirs.num_experts_per_tok > 1)
+    for key, (has, needs) in fixed.items():
+        if has != needs:
+            raise UserError(f"{where}: {key} is {has!r}, and a model here can only have {needs!r}")
+    dense = set(theirs.mlp_only_layers or ()) if mixture else set(layers)
+    shape = {
+        "style": "modern",
+        "pattern": "".join("D" if layer in dense else "M" for layer in layers),
+        "dim": theirs.hidden_size,
+        "heads": theirs.num_attention_heads,
+        "kv_heads": theirs.num_key_value_heads or 0,
+        "hidden": theirs.intermediate_size,
+        "context": theirs.max_position_embeddings,
+        "vocab_size": theirs.vocab_size,
+        "rope_theta": theirs.rope.rope_theta or theirs.rope_theta,
+        "norm_eps": theirs.rms_norm_eps,
+    }
+    if mixture:
+        shape |= {
+            "expert_hidden": theirs.moe_intermediate_size,
+            "experts": theirs.num_experts,
+            "experts_per_token": theirs.num_experts_per_tok,
+        }
+    return checked(ModelConfig, shape, where)

@@ -1,7 +1,7 @@
 """Generate text: prefill the prompt, then one token at a time from the cache, and yield text as it comes."""
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,26 @@ from khanhllm.errors import UserError
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.schema import Sampling
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces up to the first text of `stops` that is complete, without it; a text may lie across several pieces.
+
+    What may be the beginning of a stop is held back until the next pieces decide, so that no part of one is shown.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            held = held[: min(found)[1]]
+            break
+        keep = max((size for stop in stops for size in range(len(stop)) if held.endswith(stop[:size])), default=0)
+        if ready := held[: len(held) - keep]:
+            yield ready
+        held = held[len(held) - keep :]
+    if held:
+        yield held
 
 
 def write(model: Transformer, tokenizer: Tokenizer, machine: Machine, prompt: str, sampling: Sampling) -> Iterator[str]:
@@ -24,6 +44,11 @@ def write(model: Transformer, tokenizer: Tokenizer, machine: Machine, prompt: st
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def most_read(context: int) -> int:
+    """Tokens of a prompt that are read, its last ones: the first new token needs a place too."""
+    return context - 1
 
 
 COLDEST = 1e-6
@@ -41,7 +66,7 @@ def continuation(
     context = model.config.context
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
-    new = ids = ids[-(context - 1) :]
+    new = ids = ids[-most_read(context) :]
     for _ in range(sampling.tokens):
         if cache.length + len(new) > context:
             new = ids = ids[-(context // 2) :]

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from khanhllm.data.batches import random_batches
-from khanhllm.export import qwen3_moe
+from khanhllm.export.shape import check_stock, qwen3
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model.counts import flops_per_token, on_paper, total_parameters
 from khanhllm.model.twin import dense_twin
@@ -139,6 +139,10 @@ def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
     """
     from transformers import Qwen3MoeConfig  # type: ignore[attr-defined]
 
+    without = "so the model of transformers cannot be measured beside it"
+    check_stock(model, "Qwen3-MoE", without, router_bias=False)
+    if model.feedforward != "swiglu":
+        raise UserError(f"model.feedforward is {model.feedforward}, which Qwen3-MoE cannot express, {without}")
     more: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
     more |= {"experts_implementation": experts, "attn_implementation": "sdpa"}
-    return Qwen3MoeConfig(**qwen3_moe.settings(model), **more)
+    return Qwen3MoeConfig(**qwen3(model), **more)

@@ -14,6 +14,8 @@ IDLE = 0.1
 """an expert with less than this share of an even load is idle"""
 STEPS = 500
 """steps in a row that an expert is idle, or a layer collapsed, before a message"""
+DEAD = 20
+"""steps in a row with a gradient of exactly zero before a message"""
 COLLAPSED = 0.75
 """a layer has collapsed when its balance is this far from even (0) to the worst possible (1)"""
 ADVICE = "a larger --loss.balance spreads tokens, a smaller --optim.lr makes the router change more slowly"
@@ -28,10 +30,12 @@ class Alarms:
         self.worst = model.experts / model.experts_per_token
         """balance of a layer whose tokens all go to the same experts; 1 is even"""
         self.since: Counter[tuple[int, int]] = Counter()
-        """steps in a row of each trouble: (layer, expert), or (layer, -1) for a collapse"""
+        """steps in a row of each trouble: (layer, expert), (layer, -1) for a collapse, (-1, -1) for a dead model"""
 
     def check(self, row: dict[str, Any]) -> Iterator[str]:
-        """Yield a message for each trouble that has just lasted STEPS steps."""
+        """Yield a message for each trouble that has just lasted STEPS steps, or DEAD for a model that is dead."""
+        if self._lasts((-1, -1), row.get("grad_norm") == 0, DEAD):
+            yield f"the gradient has been exactly zero for {DEAD} steps: the model learns nothing; lower --optim.lr"
         if self.worst == 1 or row.get("rejected"):
             return
         layers = zip(self.moe_layers, row.get("load_per_layer", []), row.get("balance_per_layer", []), strict=False)
@@ -42,7 +46,7 @@ class Alarms:
             if self._lasts((layer, -1), balance > 1 + COLLAPSED * (self.worst - 1)):
                 yield f"layer {layer}: its routing has collapsed onto few experts (balance {balance:.2f}); {ADVICE}"
 
-    def _lasts(self, trouble: tuple[int, int], now: bool) -> bool:
-        """Whether a trouble has just lasted STEPS steps; `now`: whether this step has it."""
+    def _lasts(self, trouble: tuple[int, int], now: bool, steps: int = STEPS) -> bool:
+        """Whether a trouble has just lasted so many steps; `now`: whether this step has it."""
         self.since[trouble] = self.since[trouble] + 1 if now else 0
-        return self.since[trouble] == STEPS
+        return self.since[trouble] == steps

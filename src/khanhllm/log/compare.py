@@ -1,8 +1,10 @@
 """Compare runs: one picture of their losses against steps, tokens, arithmetic and time, and a table."""
 
+import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from khanhllm.draw import Floats, duration, short, visible
 from khanhllm.errors import UserError
+from khanhllm.files import read as read_file
 from khanhllm.log.pictures import frame, read_log, smooth
 from khanhllm.log.run_log import FILE
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
@@ -39,15 +42,21 @@ class RunLog:
     parameters: int
     active: int
     flops_per_token: int
+    bits_of_a_nat: float
+    """bits per byte for each nat per token, by the last validation; nan before the first"""
+    tokenizer: str
+    """sha256 of its file, empty if that is missing"""
 
 
 def read(run: Path) -> RunLog:
     """Read the log of a run. Raises UserError if the folder holds no run, or one without a step."""
     config = read_config(run)
-    columns = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb"))
+    columns = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb", "val_ce"))
     if not len(columns["loss"]):
         raise UserError(f"{run / FILE} has no step yet; train the run further")
-    model = on_paper(config.model)
+    model, vocabulary = on_paper(config.model), run / "tokenizer.json"
+    ratios = columns["val_bpb"] / columns["val_ce"]
+    ratios = ratios[np.isfinite(ratios)]
     return RunLog(
         name=visible(run.resolve().name),
         config=config,
@@ -59,6 +68,8 @@ def read(run: Path) -> RunLog:
         parameters=total_parameters(model),
         active=active_parameters(model),
         flops_per_token=flops_per_token(model),
+        bits_of_a_nat=float(ratios[-1]) if len(ratios) else math.nan,
+        tokenizer=hashlib.sha256(read_file(vocabulary)).hexdigest() if vocabulary.is_file() else "",
     )
 
 
@@ -74,13 +85,33 @@ def _summed(clock: Floats) -> Floats:
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     """Print the table and write the picture. Raises UserError."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
-    logs = [read(run) for run in runs]
+    logs = _named_apart([read(run) for run in runs], runs)
     console.print(_table(logs))
+    if warning := _differ(logs):
+        console.print(warning, markup=False, highlight=False, soft_wrap=True)
     try:
         draw(logs, png)
     except OSError as error:
         raise UserError(f"cannot write {png}: {error.strerror}") from None
     console.print(f"drawn: {png}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _named_apart(logs: list[RunLog], runs: list[Path]) -> list[RunLog]:
+    """Runs of one name get the path that was typed, and a number if that is the same too."""
+    names = [log.name for log in logs]
+    names = [visible(str(run)) if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
+    again = [names[:nth].count(name) for nth, name in enumerate(names)]
+    parts = zip(logs, names, again, strict=True)
+    return [replace(log, name=f"{name} ({nth + 1})" if nth else name) for log, name, nth in parts]
+
+
+def _differ(logs: list[RunLog]) -> str:
+    """One line if the losses cannot be compared as they are; empty if they can."""
+    if len({log.tokenizer for log in logs}) > 1:
+        return "these runs have different tokenizers: compare their bits per byte, not their nats per token"
+    if len({log.config.data.source for log in logs}) > 1:
+        return "these runs learn from different text, so a lower loss may only mean easier text"
+    return ""
 
 
 def _table(logs: list[RunLog]) -> Table:
@@ -110,14 +141,18 @@ def draw(logs: list[RunLog], png: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
-    low, high = frame(np.concatenate([smooth(run.loss) for run in logs]))
+    per_byte = len({run.tokenizer for run in logs}) > 1 and all(math.isfinite(run.bits_of_a_nat) for run in logs)
+    losses = [smooth(run.loss) * (run.bits_of_a_nat if per_byte else 1) for run in logs]
+    unit = "bits per byte, by the last validation" if per_byte else "nats per token"
+    frames = [frame(loss) for loss in losses]  # one by one: a short run, whose loss is still high, stays in sight
+    low, high = min(low for low, _ in frames), max(high for _, high in frames)
     room = 0.05 * (high - low)
     for axes, (label, form) in zip(figure.subplots(2, 2).flat, _axes(), strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set(xlabel=label, ylabel="training loss (nats per token)", ylim=(low - room, high + room))
+        axes.set(xlabel=label, ylabel=f"training loss ({unit})", ylim=(low - room, high + room))
         axes.xaxis.set_major_formatter(FuncFormatter(form))
-        for nth, run in enumerate(logs):
+        for nth, (run, loss) in enumerate(zip(logs, losses, strict=True)):
             against = {
                 "steps": run.step,
                 "tokens": run.tokens,
@@ -126,7 +161,7 @@ def draw(logs: list[RunLog], png: Path) -> None:
             }[label]
             bits = run.bits[np.isfinite(run.bits)]
             name = run.name + (f": {bits[-1]:.3f} bits per byte" if len(bits) else "")
-            axes.plot(against, smooth(run.loss), color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=name)
+            axes.plot(against, loss, color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=name)
         if label == "steps":
             axes.legend(frameon=False, loc="upper right")
     figure.savefig(png)

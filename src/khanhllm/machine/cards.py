@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from khanhllm.errors import UserError
-from khanhllm.settings import did_you_mean
+from khanhllm.explain import did_you_mean
 
 
 class Card(NamedTuple):

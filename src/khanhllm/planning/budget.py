@@ -16,6 +16,7 @@ from khanhllm.machine.devices import Machine
 from khanhllm.planning.simulation import SimulatedStep, simulate_step
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.units import as_size
 
 CONTEXT = 600_000_000
 """memory that CUDA and its libraries take on a card without a model (bytes, about)"""
@@ -83,11 +84,11 @@ def on(name: str, card: Card) -> Hardware:
     return Hardware(name, "cuda", "bf16", round(SHARE * card.memory * 1e9), CONTEXT, card.tflops * 1e12)
 
 
-def read_size(text: str) -> int:
-    """ "8GB" -> bytes. Raises UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+def read_size(given: Any, name: str = "--memory") -> int:
+    """ "8GB" -> bytes. UserError, with the name of the argument, for anything else."""
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(i?)b?\s*", str(given).lower())
     if not match or not float(match[1]):
-        raise UserError(f"--memory: {text!r} is not a size; write it like 8GB or 600MB")
+        raise UserError(f"{name}: must be a size, such as 8GB or 600MB (got {str(given)[:60]!r})")
     return round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
 
 
@@ -146,4 +147,4 @@ def advice(config: Config, hardware: Hardware) -> str:
     )
     if not saved:
         return "every switch is on already: take a smaller model or a shorter model.context"
-    return "these save most: " + ", ".join(f"{switch} ({size / 1e6:,.0f} MB)" for size, switch in saved[:3])
+    return "these save most: " + ", ".join(f"{switch} ({as_size(size)})" for size, switch in saved[:3])

@@ -8,6 +8,7 @@ import numpy as np
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
+from khanhllm.files import there
 from khanhllm.inference.score import Score
 from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import MachineConfig
@@ -25,6 +26,11 @@ def score_opened(opened: Run, source: str | None = None) -> Score:
 
 def held_out(opened: Run) -> Shards:
     """The validation documents of a run. UserError if its shards are gone."""
+    if not there(opened.data / MANIFEST):
+        raise UserError(
+            f"the shards of this run, {opened.data}, are gone; name a text to score (--data), "
+            "or train on with --resume, which makes them again"
+        )
     return _matching(opened.data, opened)
 
 

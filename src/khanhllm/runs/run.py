@@ -1,6 +1,7 @@
 """A finished (or stopped) run, opened again: what it was trained with, and what its model says about a text."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.files import foreign
-from khanhllm.inference.generate import write
+from khanhllm.files import foreign, there
+from khanhllm.inference.generate import most_read, until, write
 from khanhllm.inference.score import Score, score
 from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, open_machine
@@ -41,6 +42,10 @@ class ExpertChoices(NamedTuple):
     """how much each one's answer counts (fp32); sums to 1 for each token if K is 2 or more"""
 
 
+class Forgotten(UserWarning):
+    """A prompt is longer than the model sees at once."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Made by `khanhllm.load`. Texts are read as training reads them: as a document, after an end-of-text."""
@@ -63,20 +68,32 @@ class Run:
         """The folder of shards that it was trained on."""
         return Path(self.state["folder"])
 
-    def stream(self, prompt: str = "", **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: str = "", stop: str | Sequence[str] = (), **sampling: Any) -> Iterator[str]:
         """The continuation of a prompt, piece by piece. sampling: tokens, temperature, top_k, top_p, min_p, seed.
 
-        Raises UserError for a setting that makes no sense.
+        stop: texts that end it before `tokens` is reached; they are not part of it. Warns with `Forgotten` if the
+        prompt is too long for the model. Raises UserError for a setting that makes no sense.
         """
         _check_text(prompt)
-        return write(self.model, self.tokenizer, self.machine, prompt, checked(Sampling, sampling, "generate"))
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in stops) or stop == "":
+            raise UserError("stop must be one or more texts, none of them empty")
+        if lost := self.forgotten(prompt):
+            warnings.warn(lost, Forgotten, stacklevel=2)
+        settings = checked(Sampling, sampling, "generate")
+        return until(write(self.model, self.tokenizer, self.machine, prompt, settings), stops)
 
-    def generate(self, prompt: str = "", n: int = 1, **sampling: Any) -> list[str]:
+    def generate(self, prompt: str = "", n: int = 1, stop: str | Sequence[str] = (), **sampling: Any) -> list[str]:
         """`n` continuations of a prompt, without the prompt; the first has the `seed` given (0), the next seed + 1."""
         _whole("n", n)
         seed = checked(Sampling, sampling, "generate").seed
         sampling.pop("seed", None)
-        return ["".join(self.stream(prompt, seed=seed + nth, **sampling)) for nth in range(n)]
+        return ["".join(self.stream(prompt, stop, seed=seed + nth, **sampling)) for nth in range(n)]
+
+    def forgotten(self, prompt: str) -> str:
+        """One line about the beginning of a prompt that the model cannot see; empty if it sees all of it."""
+        tokens, most = len(self._ids(prompt)), most_read(self.config.model.context)
+        return f"the prompt has {tokens:,} tokens; the model sees only the last {most:,}" if tokens > most else ""
 
     @torch.inference_mode()
     def logits(self, text: str) -> Tensor:
@@ -84,7 +101,7 @@ class Run:
         the model sees at once."""
         ids = self._ids(text)
         if len(ids) > self.config.model.context:
-            raise UserError(f"the text has {len(ids)} tokens, the model sees {self.config.model.context} at once")
+            raise UserError(f"the text has {len(ids):,} tokens, the model sees {self.config.model.context:,} at once")
         return self._logits(ids)
 
     @torch.inference_mode()
@@ -129,7 +146,11 @@ class Run:
         Raises UserError if the folder holds a run already, or cannot be written.
         """
         out = Path(folder)
+        if not str(folder).strip():
+            raise UserError("save needs the name of a folder, got an empty one")
         refuse_to_overwrite(out, resume=False)
+        if there(out) and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists already and is no empty folder; save into a new one")
         moments = load_file(self.checkpoint / "optimizer.safetensors")
         weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         try:
@@ -140,6 +161,14 @@ class Run:
         self.tokenizer.save(out / "tokenizer.json")
         write_config(self.config, out)
         return out
+
+    def export(
+        self, folder: str | Path, to: str = "hf", dtype: str = "", compatible: bool = False, remote_code: bool = False
+    ) -> Path:
+        """Write the checkpoint that was opened for other tools; see `khanhllm.export.exporting.export`."""
+        from khanhllm.export.exporting import export
+
+        return export(self.checkpoint, to, Path(folder), dtype=dtype, compatible=compatible, remote_code=remote_code)
 
     def _ids(self, text: str) -> list[int]:
         _check_text(text)
@@ -160,14 +189,28 @@ def _whole(name: str, number: object) -> None:
         raise UserError(f"{name} must be a whole number of at least 1, got {number!r}")
 
 
+def find_checkpoint(run: Path, config: Config, step: int | None = None) -> Path:
+    """The newest intact checkpoint of a run, or that of `step`. UserError if there is none."""
+    if fault := foreign(run):
+        raise UserError(f"{fault}; a run folder must hold its own files")
+    paper = on_paper(config.model)
+    if step is None:
+        path = checkpoint.newest(run, paper=paper)
+        if path is None:
+            raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
+        return path
+    kept = {int(path.name[5:]): path for path in checkpoint.steps(run)}
+    if step not in kept:
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(kept))) or 'none'}")
+    if damage := checkpoint.verify(kept[step], paper):
+        raise UserError(f"{kept[step]} is not intact: {damage}")
+    return kept[step]
+
+
 def open_run(run: Path, machine_config: MachineConfig | None = None) -> Run:
     """Open the newest intact checkpoint of a run folder, on the machine at hand. UserError if there is none."""
     config = read_config(run)
-    if fault := foreign(run):
-        raise UserError(f"{fault}; a run folder must hold its own files")
-    path = checkpoint.newest(run, paper=on_paper(config.model))
-    if path is None:
-        raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
+    path = find_checkpoint(run, config)
     wanted = machine_config or MachineConfig()
     machine = open_machine(wanted)
     with torch.device(machine.device):

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from khanhllm import optim
 from khanhllm.errors import UserError
-from khanhllm.model import Transformer, losses
+from khanhllm.model import Transformer
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, ModelConfig
-from khanhllm.settings import refuse_to_overwrite, resolve, write_config
-from khanhllm.training import checkpoint
+from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.training.start import write_start
 
 
 def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token: int) -> Config:
@@ -44,13 +43,8 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     model = Transformer(config.model)
     model.initialise(torch.Generator().manual_seed(config.train.seed))  # what is left of it: the routers
     model.load_state_dict(_weights(dense.model.state_dict(), config.model), strict=False)
-    state = {key: dense.state[key] for key in ("cursor", "data", "folder")}
-    state |= {"load": losses.even_load(len(config.model.moe_layers), experts).tolist(), "seconds": 0.0}
-    out.mkdir(parents=True, exist_ok=True)
-    dense.tokenizer.save(out / "tokenizer.json")
-    optimizer = optim.build(model, config.optim, config.train.seed)
-    checkpoint.write(out, checkpoint.snapshot(0, model, optimizer, state))
-    write_config(config, out)
+    read = {key: dense.state[key] for key in ("cursor", "data", "folder")}
+    write_start(out, config, model, dense.tokenizer, **read)
     return config
 
 

@@ -31,6 +31,7 @@ from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read
 from khanhllm.schema import Natural
 from khanhllm.training.guard import Guard
+from khanhllm.units import as_size
 
 FORMAT = 2
 LONGEST_HEADER = 2**24
@@ -312,7 +313,7 @@ def _make_room(run: Path, needed: int) -> None:
     """Raise OSError now rather than after minutes of writing."""
     free = shutil.disk_usage(run).free
     if free < needed:
-        raise OSError(f"the disk of {run} has {free / 1e6:,.0f} MB free, a checkpoint takes {needed / 1e6:,.0f} MB")
+        raise OSError(f"the disk of {run} has {as_size(free)} free, a checkpoint takes {as_size(needed)}")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,12 +1,20 @@
 """When the outcome of a step is not to be believed.
 
 A loss or a gradient that is not finite, or a loss far above those before it, never reaches the optimizer: the step is
-rejected, and weights and moments stay as they are. Several in a row mean that the weights themselves have gone wrong;
-then the run returns to its last good checkpoint and passes the rows that it stumbled over. When that does not help
-either, it stops.
+rejected, and weights and moments stay as they are. "Far above" is measured with the median and the median absolute
+deviation of recent losses, which one outlier cannot move; a rejected loss never enters them.
 
-"Far above" is measured with the median and the median absolute deviation of recent losses, which one outlier cannot
-move; and a rejected loss never enters them.
+Several rejected steps in a row have one of two causes, and the loss alone cannot tell them apart: a model that meets a
+new language or markup can do worse than chance, and so can one whose weights have gone wrong. So the run reads some
+*known* rows again, those of the middle of the remembered losses. The weights have learned since, so they read them no
+worse than then, unless something is wrong with the weights themselves:
+
+- the known rows stay nearer to the old level than to the new one: the text has changed. The remembered losses are moved
+  to the new level, nothing is lost but the rejected steps, and the run continues;
+- they rose as well: the weights have gone wrong. The run returns to its last good checkpoint and passes the rows that
+  it stumbled over. When that does not help either, it stops.
+
+The middle, since a divergence may rise slowly: the rows of the last believed steps may have been read badly already.
 """
 
 from dataclasses import dataclass, replace
@@ -42,6 +50,8 @@ class Guard:
     """steps rejected in a row"""
     accepted: int = 0
     """steps accepted in a row"""
+    spikes: int = 0
+    """steps rejected until LEAST steps in a row are accepted: a text that comes and goes never breaks the row"""
     returns: int = 0
     """times the run went back to a checkpoint, until WINDOW steps in a row are accepted again"""
 
@@ -61,7 +71,22 @@ class Guard:
     def accept(self, loss: float) -> "Guard":
         accepted = self.accepted + 1
         returns = 0 if accepted >= WINDOW else self.returns
-        return Guard((*self.losses, loss)[-WINDOW:], rejected=0, accepted=accepted, returns=returns)
+        spikes = 0 if accepted >= LEAST else self.spikes
+        return Guard((*self.losses, loss)[-WINDOW:], accepted=accepted, spikes=spikes, returns=returns)
 
     def reject(self) -> "Guard":
-        return replace(self, rejected=self.rejected + 1, accepted=0)
+        return replace(self, rejected=self.rejected + 1, accepted=0, spikes=self.spikes + 1)
+
+    def doubts(self, config: GuardConfig) -> bool:
+        """Whether so many steps were rejected that text or weights must have changed."""
+        return self.rejected >= config.patience or self.spikes >= LEAST
+
+    def text_changed(self, loss: float, known: float) -> bool:
+        """Whether the text explains a rejected loss. known: what the same weights make of rows from the middle of
+        `losses` (nats per token)."""
+        return bool(self.losses) and known - median(self.losses) < (loss - median(self.losses)) / 2
+
+    def moved(self, loss: float) -> "Guard":
+        """The text has changed, and its loss is believed: deviations stay, the level is the new one."""
+        rise = loss - median(self.losses)
+        return Guard(tuple(other + rise for other in self.losses), returns=self.returns)

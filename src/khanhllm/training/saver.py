@@ -13,6 +13,7 @@ from torch import nn
 from khanhllm import limits
 from khanhllm.errors import UserError
 from khanhllm.training import checkpoint
+from khanhllm.units import as_size
 
 FAILURES = 3
 """saves that fail in a row until the run stops"""
@@ -65,7 +66,7 @@ class Saver:
             if path := self.outcome(patient):
                 self.say(f"saved {path}")
         except OSError as error:
-            self.say(f"a checkpoint could not be saved: {error}; training goes on; {self._kept()}")
+            self.say(f"a checkpoint could not be saved: {error}; training continues; {self._kept()}")
 
     def begin(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Take what is to be saved, now. Where there is no memory for a copy, this waits until it is written."""
@@ -122,10 +123,10 @@ def room_for(run: Path, size: int, keep: int, saves: int) -> str:
     # the newest is written before the oldest is deleted
     together = min(saves, max(1, keep + 1 - len(checkpoint.steps(run))))
     free = shutil.disk_usage(run).free
-    has = f"the disk of {run} has {free / 1e6:,.0f} MB free"
+    has = f"the disk of {run} has {as_size(free)} free"
     if together and free < size:
-        raise UserError(f"{has}, a checkpoint takes {size / 1e6:,.0f} MB: make room, or choose another folder (--run)")
+        raise UserError(f"{has}, a checkpoint takes {as_size(size)}: make room, or choose another folder (--run)")
     if free < together * size:
-        needs = f"{together} checkpoints will take {together * size / 1e6:,.0f} MB"
+        needs = f"{together} checkpoints will take {as_size(together * size)}"
         return f"{has}, {needs}: make room, or lower --train.keep"
     return ""

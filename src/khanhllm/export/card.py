@@ -1,0 +1,74 @@
+"""The model card: README.md of an exported folder."""
+
+import math
+from pathlib import Path
+
+from khanhllm import __version__
+from khanhllm.log.pictures import read_log
+from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.schema import Config, ModelConfig
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto"{more})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```"""
+
+
+def card(
+    run: Path, config: Config, exported: ModelConfig, step: int, dtype: str, checked: str, folder: str, remote: bool
+) -> str:
+    """Markdown: what the model is, what it learned from, how good it is, what it cannot do, how to use it."""
+    paper = on_paper(exported)
+    model = config.model
+    tokens = step * config.tokens_per_step
+    figures = _figures(run, step)
+    kinds = f"{model.pattern.count('D')} dense and {model.pattern.count('M')} mixture layers"
+    experts = (
+        f", {model.experts} experts of which {model.experts_per_token} work on each token" if model.moe_layers else ""
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [khanhllm, text-generation]",
+        "---",
+        f"# {run.resolve().name}",
+        "",
+        f"A language model trained from scratch with KhanhLLM {__version__}: {total_parameters(paper):,} parameters, "
+        f"{active_parameters(paper):,} at work on each token ({kinds}{experts}); width {model.dim}, "
+        f"context {model.context:,} tokens, vocabulary {model.vocab_size:,}. Weights in {dtype}.",
+        "",
+        "## Training",
+        f"Text: `{config.data.source}`" + (f", cleaned by {config.data.clean}" if config.data.clean else "") + ". "
+        f"{step:,} optimizer steps of {config.tokens_per_step:,} tokens, {tokens:,} tokens in all. {figures}",
+        "",
+        "## Is it the same model?",
+        checked,
+        "",
+        "## Limits",
+        "It continues text like that it learned from, and was not taught to answer questions or to refuse. It repeats "
+        "what its text says, errors and prejudice included. Texts longer than the context must be cut.",
+        "In a prompt, transformers reads `<|endoftext|>` and the other special tokens as tokens; in training such "
+        "letters were ordinary text. The tokenizer puts an `<|endoftext|>` before every text, as training did.",
+        "",
+        "## Use",
+        USE.format(folder=folder, more=", trust_remote_code=True" if remote else ""),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figures(run: Path, step: int) -> str:
+    log = read_log(run / "training_log.csv", ("step", "val_bpb", "val_ce"))
+    known = [
+        (bits, nats)
+        for at, bits, nats in zip(log["step"], log["val_bpb"], log["val_ce"], strict=True)
+        if at <= step and math.isfinite(bits)
+    ]
+    if not known:
+        return "It was not validated."
+    return f"On text held out of it: {known[-1][0]:.3f} bits per byte ({known[-1][1]:.3f} nats per token)."

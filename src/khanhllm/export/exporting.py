@@ -1,0 +1,106 @@
+"""Write a trained model as other tools load it, read it back, compare, and only then publish it with one rename."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
+from khanhllm.export import check, encode, gguf, hf, remote
+from khanhllm.export.card import card
+from khanhllm.export.encode import Weights
+from khanhllm.export.shape import check_stock
+from khanhllm.model.counts import on_paper, total_parameters
+from khanhllm.schema import ModelConfig
+from khanhllm.settings import read_config
+from khanhllm.training import checkpoint
+
+UNCHECKED = "not compared with the model that was trained (--no-check)"
+USUAL = {"hf": "f32", "gguf": "f16"}
+DTYPES = {"hf": tuple(check.DTYPES), "gguf": gguf.DTYPES}
+REMEDY = "--to hf --remote-code writes it with model code of its own"
+
+
+def export(
+    path: Path,
+    to: str,
+    out: Path,
+    *,
+    dtype: str = "",
+    compatible: bool = False,
+    remote_code: bool = False,
+    compared: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write a checkpoint of a run as a folder for transformers ("hf") or as a GGUF file ("gguf").
+
+    path: the folder of the checkpoint.
+    dtype: f32, f16, bf16, and for gguf q8_0; by default f32 for hf, f16 for gguf. compatible: every layer a mixture,
+    for tools that know Qwen3-MoE in no other form. remote_code: with our own model code, for shapes that transformers
+    has no architecture for. Raises UserError; `out` is then as it was.
+    """
+    dtype = dtype or USUAL.get(to, "")
+    _check_request(to, out, dtype, compatible, remote_code)
+    run = path.parents[1]
+    config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
+    weights = load_file(path / "model.safetensors")  # mapped, not read
+    shape, encoded = config.model, weights
+    if not remote_code:
+        shape, encoded = _encoded(to, config.model, weights, compatible)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if to == "gguf":
+            gguf.write(aside, shape, encoded, tokenizer, dtype, _architecture(shape, compatible), run.resolve().name)
+        else:
+            aside.mkdir()
+            (remote if remote_code else hf).write(aside, shape, encoded, tokenizer, dtype)
+        report = UNCHECKED
+        if compared:
+            reader = gguf if to == "gguf" else remote if remote_code else hf
+            ids_NT = check.windows(Path(checkpoint.read_state(path)["folder"]), tokenizer, config.model.context)
+            report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, ids_NT, dtype)
+        if to == "hf":
+            text = card(run, config, shape, int(path.name[5:]), dtype, report, out.name, remote_code)
+            (aside / "README.md").write_text(text, encoding="utf-8")
+        aside.replace(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+    before, after = total_parameters(on_paper(config.model)), total_parameters(on_paper(shape))
+    grown = f" (the run has {before:,}: this form needs more)" if after > before else ""
+    say(f"{out}: {after:,} parameters{grown} in {dtype}")
+    say(f"checked: {report}" if compared else report)
+    return out
+
+
+def _check_request(to: str, out: Path, dtype: str, compatible: bool, remote_code: bool) -> None:
+    if to not in DTYPES:
+        raise UserError(f"--to {to!r} is unknown; known: {', '.join(DTYPES)}")
+    if dtype not in DTYPES[to]:
+        raise UserError(f"--dtype {dtype!r} cannot be written for {to}; known: {', '.join(DTYPES[to])}")
+    if remote_code and (to == "gguf" or compatible):
+        raise UserError("--remote-code is for --to hf alone: it ships model code that transformers runs")
+    if out.is_symlink() or out.exists():
+        raise UserError(f"{out} exists already; choose another --out, or remove it")
+
+
+def _encoded(to: str, model: ModelConfig, weights: Weights, compatible: bool) -> tuple[ModelConfig, Weights]:
+    """The model in terms that the other side has."""
+    check_stock(
+        model, "transformers" if to == "hf" else "llama.cpp", REMEDY, router_bias=to == "gguf" and not compatible
+    )
+    model, weights = encode.as_swiglu(model, weights)
+    return encode.as_mixtures(model, weights) if compatible and model.moe_layers else (model, weights)
+
+
+def _architecture(shape: ModelConfig, compatible: bool) -> str:
+    """llama.cpp's name: the only one that knows our alternation of dense and mixture layers is hy_v3."""
+    return "qwen3" if not shape.moe_layers else "qwen3moe" if compatible else "hy_v3"

@@ -1,0 +1,24 @@
+"""A Qwen3 or Qwen3-MoE folder becomes a run at step 0, to look into or to train further."""
+
+from pathlib import Path
+
+from khanhllm.export import hf
+from khanhllm.export.check import assembled
+from khanhllm.schema import Config
+from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.training.start import write_start
+
+
+def import_model(folder: Path, out: Path, context: int | None = None) -> Config:
+    """Write `out`, a run at step 0 with the weights of a folder that transformers can load, and return its config.
+
+    context: what the model sees at once (tokens), if not all that it could. Raises UserError, naming the key, for a
+    model that ours cannot be.
+    """
+    refuse_to_overwrite(out, resume=False)
+    found, tokenizer = hf.read(folder), hf.read_tokenizer(folder)
+    shape = found.model.model_dump() | ({"context": context} if context else {})
+    data = {"tokenizer": str((out / "tokenizer.json").resolve())}
+    config = resolve({"model": shape, "data": data}, where="import")
+    write_start(out, config, assembled(config.model, found.weights), tokenizer)
+    return config

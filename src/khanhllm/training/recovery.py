@@ -1,0 +1,98 @@
+"""What a run does when steps go wrong: tell new text from weights gone wrong, go back, take smaller micro-batches."""
+
+import traceback
+from dataclasses import replace
+from itertools import islice
+from math import isfinite, nan
+from typing import Any
+
+import torch
+
+from khanhllm.errors import UserError
+from khanhllm.log.run_log import Log
+from khanhllm.machine.devices import out_of_memory
+from khanhllm.machine.signals import Stop
+from khanhllm.planning import budget
+from khanhllm.settings import write_config
+from khanhllm.training import checkpoint
+from khanhllm.training.guard import Diverged
+from khanhllm.training.parts import Parts, restore, rows_of
+from khanhllm.training.saver import Saver
+from khanhllm.training.step import State
+
+
+def recover(parts: Parts, state: State, row: dict[str, Any], stop: Stop, log: Log, saver: Saver) -> State:
+    """After several rejected steps, of which `row` is the last: expect another loss from here on if the text has
+    changed, else go back. See guard.py."""
+    loss, guard = row["loss"], state.guard
+    believable = isfinite(loss) and isfinite(row["grad_norm"]) and guard.losses
+    if not believable or not guard.text_changed(loss, _loss_of_known_rows(parts, state, stop)):
+        return _return_to_checkpoint(parts, state, log, saver)
+    log.say(
+        f"step {state.step}: the text has changed, as earlier rows are read as well as before; "
+        f"a loss of {loss:.4g} is believed from here on"
+    )
+    return replace(state, guard=guard.moved(loss))
+
+
+@torch.no_grad()
+def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float:
+    """What the weights say now of one step's rows from the middle of the guard's losses; nan if a signal asks to stop
+    meanwhile."""
+    learner, train = parts.learner, parts.config.train
+    back = state.guard.rejected + len(state.guard.losses) // 2
+    known = replace(state, cursor=max(0, state.cursor - back * train.rows_per_step))
+    nll = []
+    for batch in islice(rows_of(parts, known, stop), train.accumulation):
+        with learner.machine.autocast():
+            nll.append(learner.model(*batch[:2])[0].mean().item())
+    return sum(nll) / len(nll) if len(nll) == train.accumulation else nan
+
+
+def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) -> State:
+    """After several rejected steps in a row: load weights and moments of the last good checkpoint, and skip the rows
+    read since then. Raises Diverged if that has been tried often enough."""
+    learner, guard = parts.learner, state.guard
+    saver.report(patient=True)
+    good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
+    where = f"step {int(good.name[5:])}" if good else "the beginning"
+    told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
+    if guard.returns >= learner.config.guard.returns:
+        again = "--resume goes on from there" if good else "nothing was saved yet"
+        raise Diverged(
+            f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
+            f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike"
+        )
+    restored = restore(parts, good) if good else learner.restart()
+    for group in learner.optimizer.param_groups:
+        group["step"] = -1
+    checkpoint.reject_after(parts.run, restored.step)
+    log.rewind(restored.step)
+    log.say(f"{told}; back to {where}, beyond the {state.cursor - restored.cursor:,} rows since then")
+    # time that was used up stays so, as do rows
+    guard = replace(restored.guard, accepted=0, returns=guard.returns + 1)
+    return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
+
+
+def with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
+    """Handle an error in a step: if memory ran out, halve the micro-batch, so that the same step can be taken again.
+
+    Raises any other error again, and UserError if the micro-batch is one row or the update had begun.
+    """
+    if not out_of_memory(error):
+        raise error
+    config, rows = parts.config, parts.config.train.rows
+    optimizer, machine = parts.learner.optimizer, parts.learner.machine
+    updating = optimizer.param_groups[0]["step"] == state.step
+    optimizer.zero_grad(set_to_none=True)
+    traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
+    machine.give_back_memory()
+    if rows == 1 or updating:
+        told = budget.advice(config, budget.here(machine))
+        raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None
+    smaller = budget.with_micro_batch(
+        config, max(cut for cut in budget.micro_batch_sizes(config, 2**62) if cut <= rows // 2)
+    )
+    write_config(smaller, parts.run)
+    log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
+    return replace(parts, learner=replace(parts.learner, config=smaller))

@@ -1,0 +1,348 @@
+"""An exported folder is Qwen3-MoE: transformers, which had no part in writing it, computes the same logits."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import build, save, tiny
+from khanhllm.cli import main
+from khanhllm.data.tokenizer import train_tokenizer
+from khanhllm.errors import UserError
+from khanhllm.export import hf
+from khanhllm.export.exporting import export
+from khanhllm.export.importing import import_model
+from khanhllm.inference.generate import continuation
+from khanhllm.runs.run import open_run
+from khanhllm.schema import Sampling
+from khanhllm.settings import preset, resolve, write_config
+
+transformers = pytest.importorskip("transformers")
+TEXT = "Once upon a time there was a house with eight rooms, of which two were open. 12 345 äöü 你好 \n\n  def f(x):\n"
+ODD = [
+    "",
+    " ",
+    "a  b\t\n\n c",
+    "0123456789 3.14",
+    "ÄÖÜß naïve 東京 🙂👩‍👩‍👧",
+    "हिन्दी ไทย",
+    "can't WE'LL",
+    "\x00\x7f",
+    "x" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT * 3], 290)
+
+
+def a_run(folder, tokenizer, scale=4.0, **model):
+    """A run whose logits are far from flat, so that a difference shows."""
+    config = tiny(**model)
+    ours = build(config)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+        for name, buffer in ours.named_buffers():
+            if name.endswith("bias_E"):
+                buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
+    folder.mkdir()
+    tokenizer.save(folder / "tokenizer.json")
+    write_config(config, folder)
+    optimizer = torch.optim.SGD(ours.parameters())
+    save(folder, 3, ours, optimizer, {"cursor": 0, "folder": "", "data": ""})
+    return open_run(folder)
+
+
+def exported(run, out, **options):
+    return export(run.checkpoint, "hf", out, say=lambda _: None, **options)
+
+
+def theirs(folder, **options):
+    """transformers' model, whole: no tensor missing, unknown or of another shape."""
+    found, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return found.eval()
+
+
+def some_ids(rows=3, length=32):
+    return torch.randint(290, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def largest_difference(run, folder):
+    with torch.no_grad():
+        ours = run.model.logits(some_ids())
+        assert ours.std() > 0.5  # not equal because both are nothing
+        return float((ours - theirs(folder)(some_ids()).logits).abs().max())
+
+
+SHAPES = {
+    "alternating": {"pattern": "DMDM"},
+    "any_order": {"pattern": "MDDMM"},
+    "all_mixtures": {"pattern": "MMM", "experts": 5, "experts_per_token": 3},
+    "all_dense": {"pattern": "DDD"},
+    "shared_heads": {"pattern": "DM", "kv_heads": 2},
+    "one_expert_per_token": {"pattern": "DM", "experts_per_token": 1},
+    "own_expert_width": {"pattern": "DM", "expert_hidden": 24},
+    "relu2": {"pattern": "DM", "feedforward": "relu2"},
+    "rope_and_eps": {"pattern": "DM", "rope_theta": 500.0, "norm_eps": 0.01},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_transformers_computes_our_logits(tmp_path, tokenizer, shape):
+    run = a_run(tmp_path / "run", tokenizer, **shape)
+    assert largest_difference(run, exported(run, tmp_path / "out")) < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["alternating", "any_order", "shared_heads", "relu2", "few_experts"])
+def test_the_compatible_form_has_mixtures_only_and_computes_the_same(tmp_path, tokenizer, shape):
+    run = a_run(tmp_path / "run", tokenizer, **(SHAPES | {"few_experts": {"pattern": "DM", "experts": 3}})[shape])
+    folder = exported(run, tmp_path / "out", compatible=True)
+    assert json.loads((folder / "config.json").read_text())["mlp_only_layers"] == []
+    assert largest_difference(run, folder) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["nano", "mini", "small", "modern-692m", "card-8gb", "card-12gb", "card-24gb"])
+def test_every_preset_that_people_train_leaves_without_code_of_ours(tmp_path, tokenizer, name):
+    shape = resolve(preset(name)).model
+    small = {
+        "dim": 32,
+        "heads": 4,
+        "kv_heads": 2 if shape.kv_heads else 0,
+        "hidden": 48,
+        "expert_hidden": 24,
+        "context": 32,
+        "vocab_size": 300,
+    }
+    run = a_run(tmp_path / "run", tokenizer, scale=2.0, **(shape.model_dump() | small))
+    assert largest_difference(run, exported(run, tmp_path / "out")) < 1e-4
+
+
+def test_greedy_text_is_the_same(tmp_path, tokenizer):
+    run = a_run(tmp_path / "run", tokenizer, pattern="DMD", context=128)
+    folder = exported(run, tmp_path / "out")
+    start = [tokenizer.end_of_text, *tokenizer.encode("Once")]
+    ours = list(continuation(run.model, start, Sampling(tokens=100, temperature=0), run.machine, 300))
+    model, ids = theirs(folder), torch.tensor([start])
+    said = model.generate(
+        ids, max_new_tokens=100, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids)
+    )
+    assert said[0, len(start) :].tolist() == ours
+
+
+def test_the_tokenizer_reads_as_ours_after_an_end_of_text(tmp_path, tokenizer):
+    folder = exported(a_run(tmp_path / "run", tokenizer), tmp_path / "out")
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in [TEXT, *ODD]:
+        assert other(text)["input_ids"] == [tokenizer.end_of_text, *tokenizer.encode(text)], text
+        assert other.decode(other(text)["input_ids"], skip_special_tokens=True) == text
+    assert (other.bos_token_id, other.eos_token_id, other.model_max_length) == (0, 0, 32)
+
+
+def test_pipeline_and_save_pretrained(tmp_path, tokenizer):
+    run = a_run(tmp_path / "run", tokenizer, context=64)
+    folder = exported(run, tmp_path / "out")
+    writes = transformers.pipeline("text-generation", model=str(folder))
+    assert writes("Once", max_new_tokens=5, do_sample=False)[0]["generated_text"].startswith("Once")
+    writes.model.save_pretrained(tmp_path / "again")
+    assert largest_difference(run, tmp_path / "again") < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_halves_load_as_halves(tmp_path, tokenizer, dtype):
+    folder = exported(a_run(tmp_path / "run", tokenizer, scale=1.0), tmp_path / "out", dtype=dtype)
+    assert theirs(folder, dtype="auto").dtype == {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+
+
+def test_several_files_of_weights(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD", 20_000)
+    run = a_run(tmp_path / "run", tokenizer)
+    folder = exported(run, tmp_path / "out")
+    assert len(list(folder.glob("model-0*-of-0*.safetensors"))) > 2
+    assert largest_difference(run, folder) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "shape", [s for name, s in SHAPES.items() if name != "relu2"], ids=[n for n in SHAPES if n != "relu2"]
+)
+def test_the_way_back_is_the_identity(tmp_path, tokenizer, shape):
+    run = a_run(tmp_path / "run", tokenizer, **shape)
+    import_model(exported(run, tmp_path / "out"), tmp_path / "back")
+    back = open_run(tmp_path / "back")
+    ours, found = run.model.state_dict(), back.model.state_dict()
+    assert ours.keys() == found.keys()
+    assert all(torch.equal(ours[name], found[name]) for name in ours)
+    assert back.tokenizer.sha256 == tokenizer.sha256
+    assert back.step == 0
+
+
+def test_what_transformers_writes_can_be_imported(tmp_path, tokenizer):
+    """With heads tied to the embedding, and names and settings as their library saves them."""
+    folder = exported(a_run(tmp_path / "run", tokenizer, pattern="DM"), tmp_path / "out")
+    small = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    layers = {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "mlp_only_layers": [1],
+    }
+    config = transformers.Qwen3MoeConfig(
+        **small, **layers, norm_topk_prob=True, tie_word_embeddings=True, max_position_embeddings=64
+    )
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "stranger")
+    (tmp_path / "stranger/tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    import_model(tmp_path / "stranger", tmp_path / "ours", context=32)
+    found = open_run(tmp_path / "ours")
+    assert (found.config.model.pattern, found.config.model.context) == ("MDM", 32)
+    with torch.no_grad():
+        assert (found.model.logits(some_ids()) - model(some_ids()).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("model_type", "llama", "model_type: input should be 'qwen3' or 'qwen3_moe'"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("head_dim", 16, "head_dim is 16"),
+        ("norm_topk_prob", False, "norm_topk_prob is False"),
+        ("rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
+        ("num_hidden_layers", 3, "lacks the tensor model.layers.2."),
+        ("num_hidden_layers", 1, r"unknown to this architecture, the tensor model.layers.1."),
+        ("hidden_size", "wide", "config.json"),
+    ],
+)  # fmt: skip
+def test_a_model_that_ours_cannot_be_is_refused_by_its_key(tmp_path, tokenizer, key, value, told):
+    folder = exported(a_run(tmp_path / "run", tokenizer), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=told):
+        import_model(folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"style": "classic"}, {"value_embedding": True}, {"pair_embedding": 64}, {"embedding_skip": True},
+     {"router_bias": True}],
+    ids=lambda shape: next(iter(shape)),
+)  # fmt: skip
+def test_a_shape_that_they_do_not_have_is_refused_by_name(tmp_path, tokenizer, shape):
+    run = a_run(tmp_path / "run", tokenizer, **shape)
+    with pytest.raises(UserError, match=rf"model\.{next(iter(shape))} is .*--remote-code"):
+        exported(run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def damage_weight(name, change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = change(tensors[name])
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def swap_gate_and_up(folder):
+    tensors, mlp = load_file(folder / "model.safetensors"), "model.layers.0.mlp."
+    swapped = {f"{mlp}gate_proj.weight": f"{mlp}up_proj.weight", f"{mlp}up_proj.weight": f"{mlp}gate_proj.weight"}
+    save_file({swapped.get(name, name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def lose_a_norm(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def set_config(**keys):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | keys))
+
+    return damage
+
+
+DAMAGES = {
+    "one_weight": damage_weight("lm_head.weight", lambda t: torch.cat((t[:1] * 2, t[1:]))),
+    "swapped": swap_gate_and_up,
+    "lost_norm": lose_a_norm,
+    "rope_base": set_config(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_theta=500.0),
+    "end_of_text": set_config(eos_token_id=7),
+    "eps": set_config(rms_norm_eps=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_the_check_sees_what_is_wrong_and_nothing_is_published(tmp_path, tokenizer, monkeypatch, damage):
+    run, write = a_run(tmp_path / "run", tokenizer), hf.write
+
+    def damaged(folder, *arguments):
+        write(folder, *arguments)
+        damage(folder)
+
+    monkeypatch.setattr(hf, "write", damaged)
+    with pytest.raises(UserError, match=r"nothing was published|lacks the tensor"):
+        exported(run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    exported(run, tmp_path / "out", compared=False)
+    assert "not compared" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_damaged_checkpoint_or_a_taken_place_is_refused(tmp_path, tokenizer):
+    run = a_run(tmp_path / "run", tokenizer)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        exported(run, tmp_path / "there")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="exists already"):
+        exported(run, tmp_path / "link")
+    with pytest.raises(UserError, match="'q8_0' cannot be written for hf"):
+        exported(run, tmp_path / "out", dtype="q8_0")
+    command = ["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]
+    assert main([*command, "--step", "2"]) == 2
+    (run.checkpoint / "model.safetensors").write_bytes(b"nothing")
+    assert main(command) == main([*command, "--step", "3"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_have_the_usual_modes_and_the_card_the_figures(tmp_path, tokenizer):
+    before = os.umask(0o027)
+    try:
+        folder = exported(a_run(tmp_path / "run", tokenizer), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+    card = (folder / "README.md").read_text()
+    assert "logits differ by at most" in card
+    assert 'from_pretrained("out"' in card
+
+
+def test_an_open_run_exports_itself(tmp_path, tokenizer):
+    run = a_run(tmp_path / "run", tokenizer)
+    assert largest_difference(run, run.export(tmp_path / "out")) < 1e-4
+
+
+def test_the_command_line(tmp_path, tokenizer, capsys):
+    a_run(tmp_path / "run", tokenizer)
+    assert main(["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    assert "checked:" in capsys.readouterr().out
+    assert main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
+    assert main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 2
+    assert main(["import", str(tmp_path / "run"), "--out", str(tmp_path / "more")]) == 2
