@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 
 import llama_cpp
 import pytest
@@ -9,12 +10,11 @@ import torch
 
 from conftest import build, tiny
 from khanhllm.data.tokenizer import train_tokenizer
-from khanhllm.errors import UserError
-from khanhllm.export import encode
+from khanhllm.errors import UserError, missing_extra
+from khanhllm.export import encode, gguf
 from khanhllm.model import Transformer
 from khanhllm.model.router import Router
 
-gguf = pytest.importorskip("khanhllm.export.gguf", reason="needs the extra export", exc_type=ImportError)
 pytest.importorskip("gguf")
 
 needs_llama = pytest.mark.skipif(bool(llama_cpp.missing(llama_cpp.NEW)), reason=llama_cpp.missing(llama_cpp.NEW))
@@ -208,15 +208,17 @@ def test_one_fault_is_seen_in_their_logits(tmp_path, tokenizer, fault):
 
 
 @needs_llama
-def test_their_own_quantization_to_four_bits_runs(tmp_path, tokenizer):
-    model = example({"pattern": "DM", "dim": 256, "hidden": 512, "expert_hidden": 256, "heads": 4})
+@pytest.mark.parametrize("feedforward", ["swiglu", "relu2"])
+def test_their_own_quantization_to_four_bits_runs(tmp_path, tokenizer, feedforward):
+    shape = {"pattern": "DM", "dim": 256, "hidden": 512, "expert_hidden": 256, "feedforward": feedforward}
+    model, ids = example(shape), rows()
     export(tmp_path / "x.gguf", model, tokenizer, "f16")
     llama_cpp.ask(tmp_path / "x.gguf", quantize=llama_cpp.Q4_K_M, to=str(tmp_path / "q4.gguf"))
-    theirs = llama_cpp.ask(tmp_path / "q4.gguf", ids=rows().tolist())
+    theirs = llama_cpp.ask(tmp_path / "q4.gguf", ids=ids.tolist())
     assert "Q4_K" in theirs.description
     assert (tmp_path / "q4.gguf").stat().st_size < 0.4 * (tmp_path / "x.gguf").stat().st_size
     with torch.inference_mode():
-        assert divergence(model.logits(rows()), theirs.logits) < 0.5
+        assert divergence(model.logits(ids), theirs.logits) < 0.1
 
 
 @each_shape
@@ -277,6 +279,14 @@ def test_a_shape_that_the_architecture_does_not_have_is_refused(tmp_path, tokeni
     model = build(tiny(**shape))
     with pytest.raises(UserError, match=said):
         gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), tokenizer, "f32", name, "example")
+
+
+def test_without_the_extra_its_name_is_told(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        export(tmp_path / "x.gguf", example({"pattern": "D"}), tokenizer)
+    assert str(missing_extra(error.value)).endswith("pip install 'khanhllm[export]'")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_another_model_is_refused_not_misread(tmp_path, tokenizer):
