@@ -74,7 +74,7 @@ class ModelConfig(Section):
     """experts that each token is sent to (top k); with 1, the router's probability weighs the answer (Switch)"""
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
     """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
-    three: cheaper, and no tool for Qwen3-MoE can read it"""
+    three: cheaper; `khanhllm export` writes it as swiglu"""
     value_embedding: bool = False
     """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
     each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
