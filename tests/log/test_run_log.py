@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from khanhllm.errors import UserError
-from khanhllm.log.run_log import FILE, Log, columns, lacks_validation
+from khanhllm.log.run_log import EXPERTS, FILE, Log, columns, lacks_validation
 from khanhllm.log.terminal import panel
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
@@ -108,7 +108,37 @@ def test_resumed_log_is_the_uninterrupted_one(tmp_path):
         file.write("8,16384,1.2")  # power went away here
     write(parts, range(6, 10), start=5)
     assert (parts / FILE).read_bytes() == (whole / FILE).read_bytes()
-    assert [path.name for path in parts.iterdir()] == [FILE]
+    assert {path.name for path in parts.iterdir()} == {FILE, EXPERTS}
+
+
+def test_the_load_of_each_expert_is_kept_every_few_steps(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    write(whole, range(1, 8), every=2, experts=4)
+    table = (whole / EXPERTS).read_text().splitlines()
+    assert table[0] == "step,layer,share_0,share_1,share_2,share_3"
+    even = ",0.25" * 4
+    assert table[1:] == [f"{step},{layer}{even}" for step in (2, 4, 6) for layer in (1, 3)]
+    write(parts, range(1, 7), every=2, experts=4)
+    with (parts / EXPERTS).open("a") as file:
+        file.write("6,1,0.2")  # power went away here
+    write(parts, range(6, 8), start=5, every=2, experts=4)
+    assert (parts / EXPERTS).read_bytes() == (whole / EXPERTS).read_bytes()
+    with Log.open(parts, config(every=2), start_step=7, console=pipe()) as log:
+        log.rewind(3)
+    assert (parts / EXPERTS).read_text().splitlines() == table[:3]
+
+
+def test_a_dense_run_has_no_experts_to_tell_of(tmp_path):
+    Log.open(tmp_path, config(pattern="DD"), console=pipe())
+    assert not (tmp_path / EXPERTS).exists()
+
+
+def test_a_run_of_before_goes_on_with_the_loads_from_there(tmp_path):
+    write(tmp_path, range(1, 5), every=2)
+    (tmp_path / EXPERTS).unlink()
+    write(tmp_path, range(5, 7), start=4, every=2)
+    assert [line.split(",")[0] for line in (tmp_path / EXPERTS).read_text().splitlines()] == ["step", "6", "6"]
 
 
 def test_half_a_line_is_no_row_even_where_its_step_is_kept(tmp_path):

@@ -402,7 +402,8 @@ OTHERS = {
         "a pipe": (pipe, f"{name} is not a regular file"),
     }
     for name in (
-        "samples.txt", "training_log.csv", ".lock", "config.tmp", "training_log.tmp", "vocab.txt", "tensorboard"
+        "samples.txt", "training_log.csv", "experts.csv", ".lock", "config.tmp", "training_log.tmp", "vocab.txt",
+        "tensorboard",
     )
 } | {
     "checkpoints": {"a link": (link("moved/checkpoints"), "checkpoints is a link")},

@@ -41,14 +41,15 @@ def config(corpus: Path, cache: Path, **settings: dict[str, object]) -> Config:
             "sample_every": 7,
         },
         "schedule": {"warmup": 4},
+        "log": {"every": 3},
     }
     return resolve(tiny().model_dump(), run, settings)
 
 
 def outcome(run: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Hashes of the newest checkpoint's files, and the CSV without what depends on time."""
-    newest = checkpoint.newest(run)
-    files = {name: hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in FILES}
+    """Hashes of the newest checkpoint's files and of the experts' loads, and the CSV without what depends on time."""
+    kept = [checkpoint.newest(run) / name for name in FILES] + sorted(run.glob("experts.csv"))
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
     with (run / "training_log.csv").open() as file:
         rows = [{key: value for key, value in row.items() if key not in TIMING} for row in csv.DictReader(file)]
     return files, rows
@@ -108,6 +109,7 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, corpus, cache, tmp_p
         assert train(whole, tmp_path / "pieces", resume=step != 7) == ("SIGTERM" if step else "")
     assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
     assert len(outcome(tmp_path / "whole")[1]) == 20
+    assert (tmp_path / "whole" / "experts.csv").exists() == bool(whole.model.moe_layers)
 
 
 def test_a_kill_between_checkpoints_repeats_only_what_was_not_saved(corpus, cache, tmp_path):
@@ -116,8 +118,9 @@ def test_a_kill_between_checkpoints_repeats_only_what_was_not_saved(corpus, cach
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path / "whole", killed)
     shutil.rmtree(killed / "checkpoints" / "step-0000020")
-    with (killed / "training_log.csv").open("a") as file:
-        file.write("21,13")  # half a line
+    for name in ("training_log.csv", "experts.csv"):
+        with (killed / name).open("a") as file:
+            file.write("21,13")  # half a line
     train(config(corpus, cache), killed, resume=True)
     assert outcome(killed) == outcome(tmp_path / "whole")
 

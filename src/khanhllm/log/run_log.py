@@ -6,8 +6,9 @@ is one step late, and the device never waits for it. `flush` writes the last row
 checkpoint is ahead of its log.
 
 The CSV is the record of a run: the same text for the same number, one line per step, cut back only when a run returns
-to a checkpoint. The terminal shows a panel to a person and plain lines to a file. A new measurement is one key in the
-row: TensorBoard takes every number, the CSV those that `columns` names.
+to a checkpoint. A second one, kept in the same way, has the load of each expert every few steps. The terminal shows a
+panel to a person and plain lines to a file. A new measurement is one key in the row: TensorBoard takes every number,
+the CSV those that `columns` names.
 """
 
 import os
@@ -30,6 +31,8 @@ from khanhllm.log.terminal import Row, RunView, Terminal
 from khanhllm.schema import Config
 
 FILE = "training_log.csv"
+EXPERTS = "experts.csv"
+"""each expert's share of its layer's load, one row for a layer, every log.every steps; a dense run has none"""
 MESSAGES = "messages.txt"
 LARGEST = 2**30
 """size of the largest log that is read (bytes)"""
@@ -43,12 +46,19 @@ def columns(moe_layers: list[int]) -> list[str]:
     return [*measured, *routed, *TIMING]
 
 
+def expert_columns(experts: int) -> list[str]:
+    """The columns of experts.csv."""
+    return ["step", "layer", *(f"share_{expert}" for expert in range(experts))]
+
+
 @dataclass
 class Log:
     """The log of a run. As a context manager it restores the terminal, however the run ends."""
 
     moe_layers: list[int]
     csv: "Csv"
+    loads: "Csv | None"
+    """experts.csv; None for a dense model"""
     terminal: Terminal
     board: Any
     """a SummaryWriter, or None"""
@@ -67,8 +77,9 @@ class Log:
         layers = config.model.moe_layers
         board = _open_board(run, start_step) if config.log.tensorboard else None
         csv, earlier = Csv.open(run / FILE, columns(layers), start_step)
+        loads = Csv.open(run / EXPERTS, expert_columns(config.model.experts), start_step)[0] if layers else None
         story = RunView(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
-        return cls(layers, csv, Terminal(story, config.log.every, console), board, Alarms(layers, config.model))
+        return cls(layers, csv, loads, Terminal(story, config.log.every, console), board, Alarms(layers, config.model))
 
     def add(self, row: Row) -> None:
         """Take the row of this step and write that of the step before."""
@@ -79,7 +90,12 @@ class Log:
     def flush(self) -> None:
         """Write the last row and force the file to disk."""
         self._write_waiting()
-        self._try(self.csv.sync)
+        for file in self.files:
+            self._try(file.sync)
+
+    @property
+    def files(self) -> list["Csv"]:
+        return [self.csv, *([self.loads] if self.loads else [])]
 
     def expect(self, steps: int) -> None:
         """Set the step with which the run is now expected to end."""
@@ -88,8 +104,10 @@ class Log:
     def rewind(self, step: int) -> None:
         """Drop the rows beyond `step`, from which the run continues."""
         self.flush()
-        self._try(self.csv.file.close)
-        self.csv, earlier = Csv.open(Path(self.csv.file.name), self.csv.columns, step)
+        for file in self.files:
+            self._try(file.file.close)
+        self.csv, earlier = self.csv.cut(step)
+        self.loads = self.loads and self.loads.cut(step)[0]
         self.terminal.story = self.terminal.story.cut(step, earlier)
 
     def complete(self, score: Mapping[str, Any]) -> None:
@@ -124,6 +142,9 @@ class Log:
         layers = dict(zip(self.moe_layers, row["balance_per_layer"], strict=True)) if "balance_per_layer" in row else {}
         numbers = row | {f"balance_L{layer}": balance for layer, balance in layers.items()}
         self._try(self.csv.write, numbers)
+        if self.loads and "load_per_layer" in row and row["step"] % self.terminal.every == 0:
+            shares = zip(self.moe_layers, row["load_per_layer"], strict=True)
+            self._try(self.loads.write, *(_load_row(row["step"], *share) for share in shares))
         if self.board:
             self._try(_write_board, self.board, numbers)
         self.terminal.show(row)
@@ -150,7 +171,8 @@ class Log:
                 self.flush()
         finally:
             self.terminal.close()
-            self._try(self.csv.file.close)
+            for file in self.files:
+                self._try(file.file.close)
             if self.board:
                 self._try(self.board.close)
 
@@ -193,9 +215,14 @@ class Csv:
         except OSError as error:
             raise UserError(f"cannot use {path}: {error.strerror}") from None
 
-    def write(self, row: Row) -> None:
-        """Append one row."""
-        self.file.write((",".join(_cell(name, row.get(name)) for name in self.columns) + "\n").encode())
+    def cut(self, step: int) -> tuple[Self, list[Row]]:
+        """`open` again, cut back to `step`."""
+        return self.open(Path(self.file.name), self.columns, step)
+
+    def write(self, *rows: Row) -> None:
+        """Append rows."""
+        lines = (",".join(_cell(name, row.get(name)) for name in self.columns) + "\n" for row in rows)
+        self.file.write("".join(lines).encode())
         self.file.flush()
 
     def fill_in(self, values: Mapping[str, Any]) -> None:
@@ -216,6 +243,10 @@ class Csv:
         """Force the file to disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def _load_row(step: int, layer: int, shares: list[float]) -> Row:
+    return {"step": step, "layer": layer} | {f"share_{expert}": share for expert, share in enumerate(shares)}
 
 
 def _cell(name: str, value: int | float | None) -> str:

@@ -2,9 +2,9 @@
 
     for each step:  train (step.py) -> validate -> log -> save -> write a sample
 
-A run lives in one folder: config.toml, tokenizer.json, training_log.csv, messages.txt, samples.txt, checkpoints/.
-Everything that the future depends on is the weights, the optimizer's moments and a `State`, so a resumed run is the
-uninterrupted one, bit for bit (same machine, same torch).
+A run lives in one folder: config.toml, tokenizer.json, training_log.csv, experts.csv, messages.txt, samples.txt,
+checkpoints/. Everything that the future depends on is the weights, the optimizer's moments and a `State`, so a resumed
+run is the uninterrupted one, bit for bit (same machine, same torch).
 """
 
 import gc
