@@ -25,7 +25,7 @@ VERBS = {
     "export": ("export", "import"),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
-    "lab": ("doctor", "bench", "chaos"),
+    "lab": ("doctor", "experts", "bench", "chaos"),
 }
 """the module of this folder that has each verb as a function, and NAME_options beside it"""
 

@@ -22,6 +22,34 @@ def doctor_options(parser: argparse.ArgumentParser) -> None:
     knobs(parser, ["machine"])
 
 
+def experts(options: argparse.Namespace) -> None:
+    """Examine the experts of a run: which tokens they get, how much of that is luck, what each one is worth.
+
+    Prints a table and writes experts.json and a picture into the run. An expert is worth what it costs to close it: its
+    tokens then go to the next best, or get one answer less. All is measured on text that the run held out, or on any
+    other (--data), there also in parts (--part).
+    """
+    from khanhllm.lab import rooms
+
+    machine = resolve(given(options), where="experts").machine
+    out = Path(options.out) if options.out else None
+    asked = (options.data, options.tokens, options.part, options.ablate, options.checkpoints)
+    rooms.show(Path(options.run), machine, *asked, options.json, out)
+
+
+def experts_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=name, help="the folder of a run with mixture layers")
+    parser.add_argument("--data", metavar="SRC", type=name, help="text to read (default: what the run held out)")
+    parser.add_argument("--tokens", metavar="N", type=whole, default=200_000, help="how much of it to read (200k)")
+    parser.add_argument("--part", choices=("file", "folder", "source"), help="tell these parts of --data apart")
+    text = "experts to close, one by one: all, none or LAYER:EXPERT,... (all)"
+    parser.add_argument("--ablate", metavar="WHICH", type=name, default="all", help=text)
+    parser.add_argument("--checkpoints", action="store_true", help="compare with the earlier checkpoints of the run")
+    parser.add_argument("--json", action="store_true", help="print experts.json instead of the table")
+    parser.add_argument("--out", metavar="PNG", type=name, help="where the picture goes (RUN/experts.png)")
+    knobs(parser, ["machine"])
+
+
 def bench(options: argparse.Namespace) -> None:
     """Measure how fast this machine trains, next to our dense twin and Hugging Face's model, and the parts alone.
 

@@ -49,18 +49,30 @@ class Router(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts) if biased else None)
         self.bias_E: Tensor | None
 
-    def forward(self, x_TD: Tensor) -> tuple[Choice, Routing]:
+    def forward(self, x_TD: Tensor, closed_TE: Tensor | None = None) -> tuple[Choice, Routing]:
+        """closed_TE: the experts that a token may not go to, bool, (T, E) or (1, E); at least one stays open.
+
+        Tokens of a closed expert go to their next best. Probabilities are those of all experts, so what changes is
+        only what such a token gets: one that never wanted a closed expert keeps every bit.
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
             prob_TE = scores_TE.softmax(dim=-1)
+            open_TE = prob_TE if closed_TE is None else prob_TE.masked_fill(closed_TE, 0)
             if self.bias_E is None:
-                top_TK, expert_TK = prob_TE.topk(self.per_token, dim=-1)
+                top_TK, expert_TK = open_TE.topk(self.per_token, dim=-1)
             else:
-                expert_TK = (prob_TE.detach() + self.bias_E).topk(self.per_token, dim=-1).indices
-                top_TK = prob_TE.gather(-1, expert_TK)
-            weight_TK = top_TK if self.per_token == 1 else top_TK / top_TK.sum(dim=-1, keepdim=True)
+                ranked_TE = prob_TE.detach() + self.bias_E
+                if closed_TE is not None:
+                    ranked_TE = ranked_TE.masked_fill(closed_TE, -torch.inf)
+                expert_TK = ranked_TE.topk(self.per_token, dim=-1).indices
+                top_TK = open_TE.gather(-1, expert_TK)
+            total_T1 = top_TK.sum(dim=-1, keepdim=True)
+            if closed_TE is not None:  # what stays open may be too unlikely for a float
+                total_T1 = total_T1.clamp_min(torch.finfo(torch.float32).tiny)
+            weight_TK = top_TK if self.per_token == 1 else top_TK / total_T1
             routing = Routing(
-                load_E=_count(expert_TK, len(self.weight)),
+                load_E=count(expert_TK, len(self.weight)),
                 prob_E=prob_TE.sum(dim=0),
                 z=scores_TE.logsumexp(dim=-1).square().sum(),
             )
@@ -77,7 +89,7 @@ def move_biases(model: nn.Module, load_LE: Tensor, rate: float) -> None:
             bias_E.add_(rate * (load_E.mean() - load_E).sign())
 
 
-def _count(expert_TK: Tensor, experts: int) -> Tensor:
+def count(expert_TK: Tensor, experts: int) -> Tensor:
     """How often each expert was chosen. A comparison instead of `bincount`: its shape is known before it runs."""
     all_E = torch.arange(experts, device=expert_TK.device)
     return (expert_TK.flatten()[:, None] == all_E).sum(dim=0, dtype=torch.float32)

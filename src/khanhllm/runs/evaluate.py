@@ -31,13 +31,13 @@ def held_out(opened: Run) -> Shards:
             f"the shards of this run, {opened.data}, are gone; name a text to score (--data), "
             "or train on with --resume, which makes them again"
         )
-    return _matching(opened.data, opened)
+    return validation_of(opened.data, opened)
 
 
 def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     """The text of any source as windows to score; of prepared shards, the validation split."""
     if (Path(source) / MANIFEST).exists():
-        yield from _matching(Path(source), opened).windows()
+        yield from validation_of(Path(source), opened).windows()
         return
     context, kept = opened.config.model.context, np.empty(0, np.int64)
     for ids in _tokens(source, opened.tokenizer):
@@ -62,7 +62,8 @@ def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
             yield np.array([tokenizer.end_of_text, *tokenizer.encode(document.text)], np.int64)
 
 
-def _matching(folder: Path, opened: Run) -> Shards:
+def validation_of(folder: Path, opened: Run) -> Shards:
+    """The validation split of prepared shards. UserError if they have another tokenizer than the run."""
     shards = Shards.open(folder, "validation", opened.config.model.context)
     if (shards.manifest.tokenizer, shards.vocab_size) != (opened.tokenizer.sha256, opened.tokenizer.vocab_size):
         raise UserError(f"{folder} was prepared with another tokenizer than the run's; score its text instead (--data)")

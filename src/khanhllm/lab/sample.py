@@ -1,0 +1,106 @@
+"""A sample of text to examine a run on, in windows of one length: of what it held out, or of any source."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.errors import UserError
+from khanhllm.files import there
+from khanhllm.runs.evaluate import held_out, validation_of
+from khanhllm.runs.run import Run
+
+if TYPE_CHECKING:
+    from khanhllm.data.sources import Source
+
+PARTS = ("file", "folder", "source")
+MOST_PARTS = 12
+"""parts of a source that are told apart: those with most text"""
+
+
+class Sample(NamedTuple):
+    """Windows of text, and where they come from."""
+
+    ids: np.ndarray
+    """(W, T + 1), int64"""
+    part_W: np.ndarray
+    """the part that each window comes from"""
+    parts: list[str]
+    """their names; one if nobody asked"""
+    source: str
+    """what it was taken from, in words"""
+
+
+def take(opened: Run, source: str | None, tokens: int, part: str | None = None) -> Sample:
+    """About `tokens` tokens, in equal shares of each part. Raises UserError if there are not two windows of them."""
+    context = opened.config.model.context
+    windows = max(2, -(-tokens // context))
+    shards = held_out(opened) if source is None else None
+    if source is not None and there(Path(source) / MANIFEST):
+        shards = validation_of(Path(source), opened)
+    if shards and part:
+        raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
+    if shards:
+        ids, names, part_of = _spread(shards, windows), ["all"], [0] * windows
+        told = f"held-out text in {shards.folder}"
+    else:
+        ids, names, part_of = _by_part(opened, str(source), windows, part)
+        told = str(source)
+    if len(ids) < 2:
+        raise UserError(f"{told} has not two windows of {context} tokens (model.context); name more text (--data)")
+    return Sample(np.stack(ids), np.array(part_of[: len(ids)]), names, told)
+
+
+def _spread(shards: Shards, windows: int) -> list[np.ndarray]:
+    """Rows from all over the shards."""
+    picked = np.linspace(0, shards.rows, min(windows, shards.rows), endpoint=False).astype(int)
+    return [shards.row(index) for index in picked.tolist()]
+
+
+def _by_part(opened: Run, source: str, windows: int, part: str | None) -> tuple[list[np.ndarray], list[str], list[int]]:
+    """Windows, the names of the parts that have one, and the part of each window."""
+    groups = _groups(source, part)
+    ids: list[np.ndarray] = []
+    names: list[str] = []
+    part_of: list[int] = []
+    for name, files in groups.items():
+        own = list(islice(_windows(opened, files), -(-windows // len(groups))))
+        if own:
+            ids += own
+            part_of += [len(names)] * len(own)
+            names.append(name)
+    return ids, names, part_of
+
+
+def _groups(source: str, part: str | None) -> dict[str, list[tuple["Source", str]]]:
+    """The files of each part, each with the source it belongs to; of many parts, those with most text."""
+    from khanhllm.data.sources import components, locate
+
+    groups: dict[str, list[tuple[Source, str]]] = {}
+    sizes: dict[str, int] = {}
+    for component, _ in components(source):
+        place = locate(component)
+        for file, size in zip(place.files, place.text_bytes, strict=False):
+            folder = str(PurePosixPath(file).parent)
+            name = {"file": file, "folder": folder, "source": component}.get(part or "", "all")
+            groups.setdefault(name, []).append((place, file))
+            sizes[name] = sizes.get(name, 0) + size
+    largest = sorted(groups, key=lambda name: -sizes[name])[:MOST_PARTS]
+    return {name: groups[name] for name in largest}
+
+
+def _windows(opened: Run, files: list[tuple["Source", str]]) -> Iterator[np.ndarray]:
+    """The text of some files as windows of context + 1 ids; a rest that fills none is left out."""
+    from khanhllm.data.readers import Reader
+
+    context, kept = opened.config.model.context, np.empty(0, np.int64)
+    for place, file in files:
+        for document in Reader(place, []).read_file(file):
+            ids = [opened.tokenizer.end_of_text, *opened.tokenizer.encode(document.text)]
+            kept = np.concatenate((kept, np.array(ids, np.int64)))
+            while len(kept) > context:
+                yield kept[: context + 1]
+                kept = kept[context:]
