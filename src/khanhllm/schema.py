@@ -183,6 +183,8 @@ class TrainConfig(Section):
     """steps between checkpoints; 0 means only at the end"""
     keep: Annotated[int, Field(ge=1, le=10_000)] = 2
     """newest checkpoints kept (folders)"""
+    keep_best: bool = True
+    """also keep the saved checkpoint with the lowest validation loss, if that is none of the newest"""
     sample_every: Natural = 500
     """steps between samples of generated text; 0 means only at the end"""
     sample_tokens: Annotated[int, Field(ge=0, le=100_000)] = 64

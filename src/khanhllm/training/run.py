@@ -40,6 +40,8 @@ from khanhllm.training.step import NoRows, State, train_step
 
 A_LONG_RUN = 10**9
 """steps of a run that is given its time"""
+RISE = 0.01
+"""share by which the last validation must exceed the best one to be spoken of"""
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> str:
@@ -87,7 +89,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 _save(parts, state, log, saver, must=last)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
                 _write_sample(parts, state.step, log)
-        if not finished:
+        if finished:
+            for line in _rise(parts, log):
+                log.say(line)
+        else:
             log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
         return "" if finished else stop.asked
 
@@ -115,7 +120,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         with (
             stop_signals() as stop,
             Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
-            Saver(folder, config.train.keep, log.say) as saver,
+            Saver(folder, config.train.keep, log.say, *([log.best] if config.train.keep_best else [])) as saver,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(folder / "tokenizer.json")
@@ -199,6 +204,19 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
         log.say(f"the sample could not be kept: {error}; training continues")
 
 
+def _rise(parts: Parts, log: Log) -> Iterator[str]:
+    """One line if the model was clearly better before, and which checkpoint is left of that."""
+    found = log.validations
+    least, last = min(found, key=found.__getitem__, default=0), max(found, default=0)
+    if not found or found[last] <= found[least] * (1 + RISE):
+        return
+    best = log.best(map(checkpoint.step_of, checkpoint.steps(parts.run)))
+    yield (
+        f"validation was best at step {least}, {found[least]:.4f}, and rose to {found[last]:.4f}, as when a text is "
+        f"read too often; the best checkpoint is that of step {best}: khanhllm generate {parts.run} --step best"
+    )
+
+
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
     """Begin to save; `must` as in Saver.save."""
     log.flush()
@@ -239,7 +257,8 @@ def _room(parts: Parts, state: State) -> str:
     train, learner = parts.config.train, parts.learner
     left = A_LONG_RUN if train.seconds else train.steps - state.step
     saves = -(-left // train.save_every) if train.save_every else min(left, 1)
-    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), train.keep, saves)
+    kept = train.keep + train.keep_best
+    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), kept, saves)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -24,10 +25,17 @@ BESIDE = 2**20
 
 
 class Saver:
-    """Saves on a thread of its own, one checkpoint at a time, and keeps the newest `keep` of a run."""
+    """Saves on a thread of its own, one checkpoint at a time. Keeps the newest `keep` of a run, and the one of the step
+    that `best` chooses of all those saved."""
 
-    def __init__(self, run: Path, keep: int, say: checkpoint.Say = checkpoint.to_stderr) -> None:
-        self.run, self.keep, self.say = run, keep, say
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        say: checkpoint.Say = checkpoint.to_stderr,
+        best: Callable[[list[int]], int | None] = lambda _steps: None,
+    ) -> None:
+        self.run, self.keep, self.say, self.best = run, keep, say, best
         self.failures = 0
         """in a row"""
         self.seconds = 0.0
@@ -73,7 +81,8 @@ class Saver:
         whole = checkpoint.snapshot(step, model, optimizer, state)
         self._size = whole.bytes
         copy = limits.memory().free > 1.5 * whole.bytes
-        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole)
+        best = self.best([step, *map(checkpoint.step_of, checkpoint.steps(self.run))])
+        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole, best)
         if not copy:
             wait([self._writing])
 
@@ -90,11 +99,11 @@ class Saver:
         self.failures = 0
         return path
 
-    def _write(self, whole: checkpoint.Snapshot) -> Path:
+    def _write(self, whole: checkpoint.Snapshot, best: int | None) -> Path:
         started = time.perf_counter()
         path = checkpoint.write(self.run, whole)
         if not whole.state.get("guard", {}).get("rejected"):  # else the last good one may be among those
-            checkpoint.prune(self.run, self.keep)
+            checkpoint.prune(self.run, self.keep, best)
         self.seconds = time.perf_counter() - started
         return path
 
@@ -116,7 +125,7 @@ class Saver:
 
 def room_for(run: Path, size: int, keep: int, saves: int) -> str:
     """One line of warning if the disk has no room for as many of the coming `saves` as are there at the same time;
-    empty if it has. size: bytes of a checkpoint.
+    empty if it has. size: bytes of a checkpoint. keep: of them that are kept.
 
     Raises UserError if there is no room for one: the training would be for nothing.
     """
