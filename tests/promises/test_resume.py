@@ -326,7 +326,7 @@ def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp
         return honest(*arguments)
 
     monkeypatch.setattr(training_run, "train_step", filling)
-    with pytest.raises(UserError, match=r"0 bytes free, a checkpoint takes .*; nothing of this run is saved"):
+    with pytest.raises(UserError, match=r"1\.0 kB free, a checkpoint takes .*; nothing of this run is saved"):
         train(config(corpus, cache), tmp_path / "run")
 
 
@@ -339,9 +339,11 @@ def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, 
     with pytest.raises(UserError, match=r"the disk of .*run has .* free, a checkpoint takes .*: make room"):
         train(config(corpus, cache), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
-    for room, keep, save_every, warned in ((3, 2, 5, 0), (2.9, 2, 5, 3), (1, 2, 0, 0), (1.9, 1, 5, 2)):
+    cases = (3, 2, False, 5, 0), (2.9, 2, False, 5, 3), (3, 2, True, 5, 4), (1, 2, True, 0, 0), (1.9, 1, False, 5, 2)
+    for nth, (room, keep, keep_best, save_every, warned) in enumerate(cases):
         free[0] = size * room
-        train(config(corpus, cache, train={"keep": keep, "save_every": save_every}), tmp_path / f"{room}")
+        settings = {"keep": keep, "keep_best": keep_best, "save_every": save_every}
+        train(config(corpus, cache, train=settings), tmp_path / f"{nth}")
         told = capsys.readouterr().out
         assert ("make room" in told) == (f"{warned} checkpoints will take" in told) == bool(warned), told
 

@@ -124,7 +124,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(folder / "tokenizer.json")
-            write_config(config, folder)
+            write_config(parts.config, folder)
             checkpoint.reject_after(folder, state.step, paper)
             for line in filter(None, (*_introduction(parts, state), tight)):
                 log.say(line)
