@@ -281,7 +281,8 @@ class MachineConfig(Section):
     gradients: Literal["fp32", "bf16"] = "fp32"
     """type of the gradients summed over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for each block; auto means on for CUDA, off elsewhere"""
+    """torch.compile for each block; auto means on for CUDA, off elsewhere. Where it fails, as without a C++ compiler,
+    the run says so and continues uncompiled"""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """activations recomputed in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
     experts: Literal["auto", "loop", "grouped", "triton"] = "auto"

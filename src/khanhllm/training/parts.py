@@ -1,6 +1,6 @@
 """What a run is made of, opened anew or brought back from a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,8 @@ class Parts:
         return isinstance(self.train, Belt)
 
 
-def rows_of(parts: Parts, state: State, stop: Stop) -> Iterator[Batch]:
+def rows_of(parts: Parts, state: State, stop: Stop) -> Generator[Batch]:
+    """What the run reads from here on; to be closed."""
     train = parts.config.train
     return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
 

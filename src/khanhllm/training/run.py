@@ -10,7 +10,7 @@ uninterrupted one, bit for bit (same machine, same torch).
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from khanhllm.schema import Config, Sampling, TrainConfig
 from khanhllm.settings import refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.parts import Parts, assemble, check_longer, check_same, restore, rows_of
-from khanhllm.training.recovery import recover, with_smaller_micro_batches
+from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.saver import Saver, room_for
 from khanhllm.training.step import NoRows, State, train_step
 
@@ -50,9 +50,9 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
-    with _opened(config, folder, resume) as (parts, state, log, saver, stop):
+    with _opened(config, folder, resume) as (parts, state, log, saver, stop), ExitStack() as readers:
         train = parts.config.train
-        rows = rows_of(parts, state, stop)
+        rows = readers.enter_context(closing(rows_of(parts, state, stop)))
         started = time.perf_counter() - (state.share or 0) * train.seconds
         first, finished = state.step + 1, _make_up(parts, state, log, stop)
         last = finished or bool(stop.asked)
@@ -66,8 +66,9 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                     raise Starved(f"{error} (at step {state.step}; to continue: --resume --run {folder})") from None
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                parts = with_smaller_micro_batches(parts, state, error, log)
-                rows = rows_of(parts, state, stop)
+                parts = adapted(parts, state, error, log)
+                rows.close()
+                rows = readers.enter_context(closing(rows_of(parts, state, stop)))
                 continue
             if state.step == first:
                 gc.freeze()  # what is alive now lives as long as the run: the garbage collector may skip it
