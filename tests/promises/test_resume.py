@@ -396,6 +396,20 @@ def test_how_often_the_text_is_read_counts_the_rows_of_each_size_of_step(corpus,
     assert told == [(20 * 4 + 1 * 128) * 32]
 
 
+def test_what_is_unexpected_of_the_learning_rate_is_said(corpus, cache, tmp_path, capsys):
+    whole = config(corpus, cache, schedule={"warmup": 11})
+    train(whole, tmp_path / "run")
+    assert "warms up for 10 of 20 steps, not schedule.warmup = 11" in capsys.readouterr().out
+    train(config(corpus, cache, train={"steps": 40}, schedule={"warmup": 11}), tmp_path / "run", resume=True)
+    told = capsys.readouterr().out
+    assert "rises from 10% to 76% of its peak, as its schedule now ends at step 40 instead of 20" in told
+    train(config(corpus, cache, train={"steps": 40, "save_every": 15}), tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-0000040")
+    assert "learning rate" not in capsys.readouterr().out
+    train(config(corpus, cache, train={"steps": 40}), tmp_path / "stopped", resume=True)
+    assert "learning rate" not in capsys.readouterr().out
+
+
 def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):
     train(config(corpus, tmp_path / "shards", train={"steps": 1}), tmp_path / "run")
     shutil.rmtree(tmp_path / "shards")

@@ -29,19 +29,20 @@ from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine.devices import open_machine
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.optim.schedule import warmup_of
 from khanhllm.planning import budget
 from khanhllm.schema import Config, Sampling, TrainConfig
-from khanhllm.settings import refuse_to_overwrite, write_config
+from khanhllm.settings import read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.parts import Parts, assemble, check_longer, check_same, restore, rows_of
 from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.saver import Saver, room_for
-from khanhllm.training.step import NoRows, State, train_step
+from khanhllm.training.step import NoRows, State, rate_factor, train_step
 
 A_LONG_RUN = 10**9
 """steps of a run that is given its time"""
 RISE = 0.01
-"""share by which the last validation must exceed the best one to be spoken of"""
+"""share by which the last validation must exceed the best one, or a resumed run's rate its old one, to be spoken of"""
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> str:
@@ -125,9 +126,10 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(folder / "tokenizer.json")
+            told = [*_introduction(parts, state), *_rate(parts, state), tight]
             write_config(parts.config, folder)
             checkpoint.reject_after(folder, state.step, paper)
-            for line in filter(None, (*_introduction(parts, state), tight)):
+            for line in filter(None, told):
                 log.say(line)
             try:
                 yield parts, state, log, saver, stop
@@ -251,6 +253,21 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
         yield f"resumed after step {state.step}"
+
+
+def _rate(parts: Parts, state: State) -> Iterator[str]:
+    """What a user may not expect of the learning rate."""
+    steps, schedule = parts.config.train.steps, parts.config.schedule
+    if state.share is None and not state.step and (warm := warmup_of(steps, schedule)) < schedule.warmup:
+        yield f"the learning rate warms up for {warm} of {steps} steps, not schedule.warmup = {schedule.warmup}"
+    before = read_config(parts.run) if state.step else parts.config
+    if state.share is None and not before.train.seconds:
+        old, new = rate_factor(state, before), rate_factor(state, parts.config)
+        if new > old + RISE:
+            yield (
+                f"the learning rate rises from {old:.0%} to {new:.0%} of its peak, "
+                f"as its schedule now ends at step {steps:,} instead of {before.train.steps:,}"
+            )
 
 
 def _room(parts: Parts, state: State) -> str:

@@ -106,7 +106,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     # the only place in a step that waits for the device
     mean_nll, norm = torch.stack([nll.float() / config.tokens_per_step, grad_norm.float()]).tolist()
     fault = state.guard.fault(mean_nll, norm, config.guard)
-    factor = _rate_factor(state, config)
+    factor = rate_factor(state, config)
     if not fault:
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * factor, "step": state.step}
@@ -155,7 +155,7 @@ def _shares(load_LE: Tensor) -> Tensor:
     return load_LE / load_LE.sum(-1, keepdim=True)
 
 
-def _rate_factor(state: State, config: Config) -> float:
+def rate_factor(state: State, config: Config) -> float:
     """Share of the peak learning rate for the step that follows."""
     if state.share is None:
         return schedule.factor(state.step, config.train.steps, config.schedule)
