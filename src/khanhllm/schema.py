@@ -289,7 +289,7 @@ class MachineConfig(Section):
     """backend of experts: a plain loop, torch's grouped_mm, or our Triton kernels, for cards on which grouped_mm makes
     the host wait; auto tries each on a tiny problem and takes the best that works"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
-    """CPU threads; 0 means one for each core"""
+    """CPU threads; 0 means as many as OMP_NUM_THREADS says, or without that one for each core"""
 
     @model_validator(mode="after")
     def _rungs_fit(self) -> Self:
