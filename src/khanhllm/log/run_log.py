@@ -68,7 +68,7 @@ class Log:
         Raises UserError if the log on disk has other columns, or if the config asks for TensorBoard and it is missing.
         """
         layers = config.model.moe_layers
-        board = _open_board(run, start_step) if config.log.tensorboard else None
+        board = _open_board(run, start_step + 1 if start_step else None) if config.log.tensorboard else None
         csv, earlier = Csv.open(run / FILE, columns(layers), start_step)
         story = RunView(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
         terminal = Terminal(story, config.log.every, console)
@@ -92,10 +92,16 @@ class Log:
     def rewind(self, step: int) -> None:
         """Drop the rows beyond `step`, from which the run continues."""
         self.flush()
-        self._try(self.csv.file.close)
-        self.csv, earlier = Csv.open(Path(self.csv.file.name), self.csv.columns, step)
+        earlier: list[Row] = []
+        self._try(self.csv.cut, step, earlier)
         self.terminal.story = self.terminal.story.cut(step, earlier)
         self.validations = _validations(earlier)
+        if self.board:
+            self._try(self.board.close)
+            self._try(self._begin_board_again, step)
+
+    def _begin_board_again(self, step: int) -> None:
+        self.board = _open_board(Path(self.csv.file.name).parent, step + 1)
 
     def best(self, steps: Iterable[int]) -> int | None:
         """`best_of` these steps of the run."""
@@ -209,6 +215,18 @@ class Csv:
         self.file.write((",".join(_cell(name, row.get(name)) for name in self.columns) + "\n").encode())
         self.file.flush()
 
+    def cut(self, step: int, earlier: list[Row]) -> None:
+        """Drop the rows beyond `step` in place, which takes no room on a full disk; adds those before to `earlier`."""
+        path = Path(self.file.name)
+        try:
+            self.file.close()
+        finally:  # what a full disk refused is lost now
+            self.file = path.open("ab", buffering=1 << 20)
+        kept = list(_rows_up_to(path, self.columns, step))
+        last = f"{kept[-1][0] if kept else ','.join(self.columns)}\n".encode()
+        os.truncate(path, (b"\n" + read(path, LARGEST)).rfind(b"\n" + last) + len(last))
+        earlier += (row for _, row in kept)
+
     def fill_in(self, values: Mapping[str, Any]) -> None:
         """Put values into empty cells of the last row, in one rename. Raises UserError."""
         path = Path(self.file.name)
@@ -278,12 +296,13 @@ def lacks_validation(run: Path, config: Config, step: int) -> bool:
     return False
 
 
-def _open_board(run: Path, start_step: int) -> Any:
+def _open_board(run: Path, purge_step: int | None) -> Any:
+    """purge_step: the first step that is to be forgotten."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("log.tensorboard needs TensorBoard: pip install 'khanhllm[tensorboard]'") from None
-    return SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(run / "tensorboard", purge_step=purge_step)  # type: ignore[no-untyped-call]
 
 
 def _write_board(board: Any, row: Row) -> None:
