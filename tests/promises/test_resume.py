@@ -396,6 +396,17 @@ def test_how_often_the_text_is_read_counts_the_rows_of_each_size_of_step(corpus,
     assert told == [(20 * 4 + 1 * 128) * 32]
 
 
+def test_runs_and_their_checkpoints_may_lie_on_another_disk(corpus, cache, tmp_path):
+    for place in ("disk/run", "disk/steps"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    (tmp_path / "disk" / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "steps")
+    train(config(corpus, cache, train={"steps": 10}), tmp_path / "run")
+    train(config(corpus, cache), tmp_path / "run", resume=True)
+    assert open_run(tmp_path / "run").step == 20
+    assert (tmp_path / "disk" / "steps" / "step-0000020").is_dir()
+
+
 def test_what_is_unexpected_of_the_learning_rate_is_said(corpus, cache, tmp_path, capsys):
     whole = config(corpus, cache, schedule={"warmup": 11})
     train(whole, tmp_path / "run")

@@ -187,7 +187,7 @@ def _whole(name: str, number: object) -> None:
 def find_checkpoint(run: Path, config: Config, step: Step = None) -> Path:
     """The newest intact checkpoint of a run, that of `step`, or of those kept the "best", which had the lowest
     validation loss. UserError if there is none."""
-    if fault := foreign(run):
+    if fault := foreign(run, "checkpoints"):
         raise UserError(f"{fault}; a run folder must hold its own files")
     paper = on_paper(config.model)
     if step is None:

@@ -311,9 +311,15 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     return tensors, {"class": type(optimizer).__name__, "state": numbers}
 
 
+def room(run: Path) -> int:
+    """Bytes free where the checkpoints of a run lie, or will lie."""
+    kept = run / "checkpoints"
+    return shutil.disk_usage(kept if kept.exists() else run).free
+
+
 def _make_room(run: Path, needed: int) -> None:
     """Raise OSError now rather than after minutes of writing."""
-    free = shutil.disk_usage(run).free
+    free = room(run)
     if free < needed:
         raise OSError(f"the disk of {run} has {as_size(free)} free, a checkpoint takes {as_size(needed)}")
 

@@ -282,7 +282,7 @@ def _room(parts: Parts, state: State) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
-    if fault := foreign(folder):
+    if fault := foreign(folder, "checkpoints"):
         raise UserError(f"{fault}; a run folder must hold its own files")
     kept = folder / ".lock"
     made = [place for place in (folder, *folder.parents) if not there(place)]

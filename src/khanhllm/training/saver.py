@@ -1,6 +1,5 @@
 """Save checkpoints beside the training, which waits only for a copy of its tensors in memory."""
 
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -109,7 +108,7 @@ class Saver:
 
     def _lacks_room(self) -> bool:
         with suppress(OSError):
-            return shutil.disk_usage(self.run).free < self._size + BESIDE
+            return checkpoint.room(self.run) < self._size + BESIDE
         return False
 
     def _kept(self) -> str:
@@ -131,7 +130,7 @@ def room_for(run: Path, size: int, keep: int, saves: int) -> str:
     """
     # the newest is written before the oldest is deleted
     together = min(saves, max(1, keep + 1 - len(checkpoint.steps(run))))
-    free = shutil.disk_usage(run).free
+    free = checkpoint.room(run)
     has = f"the disk of {run} has {as_size(free)} free"
     if together and free < size:
         raise UserError(f"{has}, a checkpoint takes {as_size(size)}: make room, or choose another folder (--run)")
