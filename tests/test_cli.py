@@ -15,7 +15,7 @@ import torch
 
 from conftest import tiny
 from khanhllm import cli
-from khanhllm.settings import to_toml
+from khanhllm.settings import preset, resolve, to_toml
 from khanhllm.training import run
 
 VERBS = ["tokenizer", "prepare", "train", "generate", "evaluate", "doctor", "demo", "data"]
@@ -269,7 +269,23 @@ def test_a_run_folder_is_not_overwritten(trained, corpus, capsys):
 
 
 def test_resuming_nothing_is_a_mistake(capsys, tmp_path):
-    assert "holds no run" in refused(capsys, "train", "--resume", "--run", tmp_path / "none")
+    for words in ([], ["nano"], ["--config", tmp_path / "my.toml"]):
+        said = refused(capsys, "train", *words, "--resume", "--run", tmp_path / "none")
+        assert "holds no run to resume; leave --resume out to begin one" in said
+    assert "name a preset" in refused(capsys, "train", "--run", tmp_path / "none")
+
+
+def test_a_preset_that_a_resumed_run_does_not_have_is_said(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("khanhllm.training.run.train", lambda *_, **__: "")
+    words = ["train", "mini", "--resume", "--run", str(trained / "run")]
+    assert cli.main(words) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "continues with its own config, not with preset mini: its model." in line
+    for same in (words[:1] + words[2:], ["train", "nano", "--resume", "--run", str(tmp_path / "nano")]):
+        (tmp_path / "nano").mkdir(exist_ok=True)
+        (tmp_path / "nano" / "config.toml").write_text(to_toml(resolve(preset("nano"))), "utf-8")
+        assert cli.main(same) == 0
+        assert not capsys.readouterr().err
 
 
 def test_a_tokenizer_that_does_not_match_the_shards(trained, corpus, tmp_path, capsys):

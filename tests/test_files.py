@@ -8,12 +8,31 @@ import filelock
 import pytest
 from filelock import Timeout
 
+from khanhllm import files
 from khanhllm.errors import UserError
-from khanhllm.files import locked
+from khanhllm.files import foreign, locked
 from khanhllm.training.run import _locked
 
 HOLD = "import sys; from pathlib import Path; from khanhllm.files import locked; held = locked(Path(sys.argv[1])); "
 HOLD += "held.__enter__(); print('held', flush=True); sys.stdin.read()"
+
+
+def test_one_folder_may_lie_elsewhere_if_it_is_the_users_own(tmp_path, monkeypatch):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    (run / "inside").mkdir(parents=True), disk.mkdir()
+    for place in (run / "far", run / "inside" / "far"):
+        place.symlink_to(disk)
+    assert "inside/far is a link" in foreign(run, "far")
+    (run / "inside" / "far").unlink()
+    assert not foreign(run, "far")
+    assert "far is a link" in foreign(run) and "far is a link" in foreign(run, "inside")
+    (disk / "stray").symlink_to("/etc")
+    assert "stray is a link" in foreign(run, "far")
+    (disk / "stray").unlink()
+    monkeypatch.setattr(files, "_user", lambda: run.stat().st_uid + 1)
+    assert "far is a link" in foreign(run, "far")
+    disk.rmdir()
+    assert "far is a link" in foreign(run, "far")
 
 
 def test_a_lock_is_held_by_one_and_free_after_its_process_was_killed(tmp_path):

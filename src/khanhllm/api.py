@@ -66,8 +66,10 @@ def _place(argument: str, given: object) -> Path:
 
 
 @in_python
-def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run":
-    """The newest intact checkpoint of a run folder, ready to write, to score and to be looked into.
+def load(run: str | Path, device: str = "auto", precision: str = "auto", step: int | str | None = None) -> "Run":
+    """A checkpoint of a run folder, ready to write, to score and to be looked into.
+
+    step: of the checkpoint; None for the newest intact one, "best" for that with the lowest validation loss.
 
     device: auto, cpu, cuda, cuda:N or mps. precision: auto, fp32, tf32 or bf16. Changes nothing of the process
     (threads, garbage collector, allocator); tf32, which torch keeps for the whole process, only where it is asked for.
@@ -77,7 +79,9 @@ def load(run: str | Path, device: str = "auto", precision: str = "auto") -> "Run
     from khanhllm.runs.run import open_run
 
     opened = open_run(
-        _place("run", run), resolve({"machine": {"device": device, "precision": precision}}, where="load").machine
+        _place("run", run),
+        resolve({"machine": {"device": device, "precision": precision}}, where="load").machine,
+        step,
     )
     if opened.machine.precision == "tf32":
         torch.set_float32_matmul_precision("high")

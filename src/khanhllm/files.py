@@ -106,17 +106,29 @@ def there(path: Path) -> bool:
         return False
 
 
-def foreign(folder: Path) -> str:
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0  # Windows: every st_uid is 0
+
+
+def foreign(folder: Path, elsewhere: str = "") -> str:
     """One line about a link, pipe or device in a folder, however deep; empty if there is none.
 
-    Reading or writing through a link would leave the folder; through a pipe or device it might never end.
+    Reading or writing through a link would leave the folder; through a pipe or device it might never end. elsewhere:
+    the name of a folder in it that may lie on another disk: a link to a folder of the same user is then no fault, but
+    what lies there may be one.
     """
+    link = folder / elsewhere
+    if elsewhere and link.is_symlink() and link.is_dir() and link.stat().st_uid == link.lstat().st_uid == _user():
+        if fault := foreign(link):
+            return fault
+    else:
+        elsewhere = ""
     for root, folders, names in os.walk(folder):
         for path in (Path(root, name) for name in sorted(folders + names)):
             try:
                 mode = path.lstat().st_mode
             except FileNotFoundError:  # a training that runs here has just removed it
                 continue
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode) and (not elsewhere or path != link):
                 return f"{path} is {'a link' if stat.S_ISLNK(mode) else 'not a regular file'}"
     return ""

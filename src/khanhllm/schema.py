@@ -183,6 +183,8 @@ class TrainConfig(Section):
     """steps between checkpoints; 0 means only at the end"""
     keep: Annotated[int, Field(ge=1, le=10_000)] = 2
     """newest checkpoints kept (folders)"""
+    keep_best: bool = True
+    """also keep the saved checkpoint with the lowest validation loss, if that is none of the newest"""
     sample_every: Natural = 500
     """steps between samples of generated text; 0 means only at the end"""
     sample_tokens: Annotated[int, Field(ge=0, le=100_000)] = 64
@@ -236,7 +238,7 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine: warm up, then half a cosine down. wsd: warm up, hold, then a straight line down"""
     warmup: Natural = 100
-    """steps of linear warm-up"""
+    """steps of linear warm-up; at most half of the run"""
     decay: Fraction = 0.2
     """share of the run, at its end, in which the rate goes down (wsd only)"""
     floor: Fraction = 0.1
@@ -279,14 +281,15 @@ class MachineConfig(Section):
     gradients: Literal["fp32", "bf16"] = "fp32"
     """type of the gradients summed over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for each block; auto means on for CUDA, off elsewhere"""
+    """torch.compile for each block; auto means on for CUDA, off elsewhere. Where it fails, as without a C++ compiler,
+    the run says so and continues uncompiled"""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """activations recomputed in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
     experts: Literal["auto", "loop", "grouped", "triton"] = "auto"
     """backend of experts: a plain loop, torch's grouped_mm, or our Triton kernels, for cards on which grouped_mm makes
     the host wait; auto tries each on a tiny problem and takes the best that works"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
-    """CPU threads; 0 means one for each core"""
+    """CPU threads; 0 means as many as OMP_NUM_THREADS says, or without that one for each core"""
 
     @model_validator(mode="after")
     def _rungs_fit(self) -> Self:

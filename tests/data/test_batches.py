@@ -75,9 +75,10 @@ def test_the_thread_ends_with_its_consumer():
     next(stream)
     (worker,) = set(threading.enumerate()) - before
     assert worker.daemon
+    time.sleep(0.3)  # until it waits for room
+    started = time.monotonic()
     stream.close()
-    worker.join(5)
-    assert not worker.is_alive()
+    assert not worker.is_alive() and time.monotonic() - started < 5
 
 
 def test_it_works_ahead_but_only_a_little():

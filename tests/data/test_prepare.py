@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import threading
 from itertools import pairwise
 
@@ -183,6 +184,22 @@ def test_an_existing_folder_is_never_touched(corpus, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1)
     assert (tmp_path / "out" / "mine.txt").read_text(encoding="utf-8") == "precious"
+
+
+def test_prepared_again_there_is_nothing_to_do_unless_something_changed(corpus, tmp_path, capsys):
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    made = prepare(str(text), TOKENIZER, tmp_path / "out", validation=0.1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert prepare(str(text), TOKENIZER, tmp_path / "out", validation=0.1) == made
+    assert "prepared already" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="from other text or otherwise"):
+        prepare(str(text), TOKENIZER, tmp_path / "out", validation=0.2)
+    (text / "more.jsonl").write_text('{"text": "one more"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="from other text or otherwise"):
+        prepare(str(text), TOKENIZER, tmp_path / "out", validation=0.1)
 
 
 def test_the_sample_is_capped_spread_and_free_of_held_out_text(corpus):

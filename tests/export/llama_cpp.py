@@ -107,7 +107,8 @@ class Runtime:
             self._declare(f"llama_vocab_{name}", c_int32, c_void_p)
         for name in ("get_add_bos", "get_add_eos"):
             self._declare(f"llama_vocab_{name}", c_bool, c_void_p)
-        self._declare("llama_vocab_is_eog", c_bool, c_void_p, c_int32)
+        for name in ("is_eog", "is_control"):
+            self._declare(f"llama_vocab_{name}", c_bool, c_void_p, c_int32)
         self._declare("llama_model_desc", c_int32, c_void_p, c_char_p, c_size_t)
         self._declare("llama_model_quantize", c_int32, c_char_p, c_char_p, POINTER(QuantizeParams))
         self.log = LOGGED(lambda level, text, _: level >= 3 and sys.stderr.write(text.decode(errors="replace")))
@@ -194,6 +195,7 @@ class Model:
             "add_bos": self.c.llama_vocab_get_add_bos(vocab),
             "add_eos": self.c.llama_vocab_get_add_eos(vocab),
             "ends": [token for token in range(self.tokens) if self.c.llama_vocab_is_eog(vocab, token)],
+            "controls": [token for token in range(self.tokens) if self.c.llama_vocab_is_control(vocab, token)],
             "description": text.value.decode(),
         }
 

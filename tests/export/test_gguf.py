@@ -6,10 +6,11 @@ import sys
 
 import llama_cpp
 import pytest
+import tokenizers
 import torch
 
 from conftest import build, tiny
-from khanhllm.data.tokenizer import train_tokenizer
+from khanhllm.data.tokenizer import SPECIALS, Tokenizer, train_tokenizer
 from khanhllm.errors import UserError, missing_extra
 from khanhllm.export import encode, gguf
 from khanhllm.model import Transformer
@@ -155,14 +156,28 @@ TEXTS = [
 ]
 
 
+def of_gpt2(texts):
+    """A tokenizer with the pattern that runs had before."""
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    return Tokenizer(learner.to_str())
+
+
 @needs_llama
-def test_text_has_the_same_ids_and_its_end_is_known(tmp_path, tokenizer):
-    export(tmp_path / "x.gguf", example({"pattern": "DM", "vocab_size": 310}), tokenizer)
+@pytest.mark.parametrize("train", [lambda texts: train_tokenizer(texts, 700), of_gpt2], ids=["usual", "gpt-2"])
+def test_text_has_the_same_ids_and_its_end_is_known(tmp_path, train):
+    tokenizer = train(TEXTS * 5)
+    export(tmp_path / "x.gguf", example({"pattern": "DM", "vocab_size": 710}), tokenizer)
     theirs = llama_cpp.ask(tmp_path / "x.gguf", texts=TEXTS)
     for text, ids in zip(TEXTS, theirs.ids, strict=True):
         assert ids == [tokenizer.end_of_text, *tokenizer.encode(text)], text
     assert (theirs.bos, theirs.eos, theirs.add_bos, theirs.add_eos) == (0, 0, True, False)
-    assert tokenizer.end_of_text in theirs.ends
+    assert {tokenizer.decode([token]) for token in theirs.controls} == set(SPECIALS)
     assert {tokenizer.decode([end]) for end in theirs.ends} == {"<|endoftext|>", "<|end|>"}  # the latter by its name
 
 

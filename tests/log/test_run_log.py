@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from khanhllm.errors import UserError
+from khanhllm.log import run_log
 from khanhllm.log.run_log import EXPERTS, FILE, Log, columns, lacks_validation
 from khanhllm.log.terminal import panel
 from khanhllm.schema import Config
@@ -322,6 +324,32 @@ def test_tensorboard_gets_every_number_and_forgets_what_is_redone(tmp_path):
         (1, 1), (2, 2), (3, 3), (4, 304), (5, 305)
     ]  # fmt: skip
     assert {"loss", "balance_L1", "mfu"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("back", [0, 1, 3])
+def test_a_full_disk_does_not_keep_a_run_from_going_back(back, tmp_path, monkeypatch):
+    """Cutting the log takes no room. TensorBoard is told what to forget."""
+    purged = []
+
+    def open_board(_run, purge_step):
+        purged.append(purge_step)
+        return SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_log, "_open_board", open_board)
+    with Log.open(tmp_path, config(tensorboard=True), console=pipe()) as log:
+        for step in range(1, 14):
+            log.add(row(step, **({"val_ce": 5.0 - step} if step in (1, 12) else {})))
+        with monkeypatch.context() as patch:
+            patch.setattr(run_log, "publish", full)
+            log.rewind(back)
+        assert log.validations == ({1: 4.0} if back else {})
+        for step in range(back + 1, 6):
+            log.add(row(step))
+    assert [int(line.split(",")[0]) for line in lines(tmp_path)[1:]] == [1, 2, 3, 4, 5]
+    assert purged == [None, back + 1]
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from khanhllm.machine.devices import Machine, out_of_memory
+from khanhllm.machine import devices
+from khanhllm.machine.devices import Machine, open_machine, out_of_memory
+from khanhllm.schema import MachineConfig
+
+
+@pytest.mark.parametrize(("said", "asked", "threads"), [("3", 0, 0), (None, 0, 5), ("3", 2, 2), (None, 2, 2)])
+def test_threads_are_those_of_the_config_or_the_environment_or_one_for_each_core(said, asked, threads, monkeypatch):
+    """Torch itself reads OMP_NUM_THREADS; 0 leaves its number as it is."""
+    monkeypatch.setattr(devices, "cores", lambda: 5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert open_machine(MachineConfig(device="cpu", threads=asked)).threads == threads
 
 
 @pytest.mark.parametrize(("precision", "products"), [("tf32", "high"), ("fp32", "highest"), ("bf16", "highest")])

@@ -2,8 +2,9 @@ from itertools import pairwise
 
 import pytest
 
-from khanhllm.optim.schedule import factor, factor_at
+from khanhllm.optim.schedule import factor, factor_at, warmup_of
 from khanhllm.schema import ScheduleConfig
+from khanhllm.settings import preset, preset_names, resolve
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
@@ -26,6 +27,21 @@ def test_wsd_holds_the_peak_until_its_decay():
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_runs_shorter_than_their_warm_up(kind, steps):
     assert all(0 < factor(step, steps, ScheduleConfig(kind=kind, warmup=100)) <= 1 for step in range(steps))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_a_short_run_warms_up_for_half_of_it_and_comes_down_again(kind):
+    schedule = ScheduleConfig(kind=kind, warmup=100, floor=0.1)
+    for steps in (30, 100, 199):
+        factors = [factor(step, steps, schedule) for step in range(steps)]
+        assert factors.index(1) == steps // 2 - 1 == warmup_of(steps, schedule) - 1
+        assert factors[-1] == pytest.approx(0.1)
+
+
+def test_the_warm_up_of_a_preset_is_as_long_as_it_says():
+    for name in preset_names():
+        chosen = resolve(preset(name))
+        assert warmup_of(chosen.train.steps, chosen.schedule) == chosen.schedule.warmup or chosen.train.seconds, name
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])

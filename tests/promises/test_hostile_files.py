@@ -406,7 +406,13 @@ OTHERS = {
         "tensorboard",
     )
 } | {
-    "checkpoints": {"a link": (link("moved/checkpoints"), "checkpoints is a link")},
+    "checkpoints": {
+        "a link to a file": (link("precious/letter.txt"), "checkpoints is a link"),
+        "a link to nothing": (link("precious/nothing"), "checkpoints is a link"),
+        "a link to a folder with links": (
+            lambda path: (link("moved/checkpoints")(path), (path / "stray").symlink_to("/etc")), "stray is a link"
+        ),
+    },
     "training_log.csv": {
         "a link": (link("precious/letter.txt"), "training_log.csv is a link"),
         "a terabyte of nothing": (sparse(TB), "it has 1,099,511,627,776 bytes"),

@@ -329,7 +329,7 @@ def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp
         return honest(*arguments)
 
     monkeypatch.setattr(training_run, "train_step", filling)
-    with pytest.raises(UserError, match=r"1.0 kB free, a checkpoint takes .*; nothing of this run is saved"):
+    with pytest.raises(UserError, match=r"1\.0 kB free, a checkpoint takes .*; nothing of this run is saved"):
         train(config(corpus, cache), tmp_path / "run")
 
 
@@ -342,9 +342,11 @@ def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, 
     with pytest.raises(UserError, match=r"the disk of .*run has .* free, a checkpoint takes .*: make room"):
         train(config(corpus, cache), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
-    for room, keep, save_every, warned in ((3, 2, 5, 0), (2.9, 2, 5, 3), (1, 2, 0, 0), (1.9, 1, 5, 2)):
+    cases = (3, 2, False, 5, 0), (2.9, 2, False, 5, 3), (3, 2, True, 5, 4), (1, 2, True, 0, 0), (1.9, 1, False, 5, 2)
+    for nth, (room, keep, keep_best, save_every, warned) in enumerate(cases):
         free[0] = size * room
-        train(config(corpus, cache, train={"keep": keep, "save_every": save_every}), tmp_path / f"{room}")
+        settings = {"keep": keep, "keep_best": keep_best, "save_every": save_every}
+        train(config(corpus, cache, train=settings), tmp_path / f"{nth}")
         told = capsys.readouterr().out
         assert ("make room" in told) == (f"{warned} checkpoints will take" in told) == bool(warned), told
 
@@ -395,6 +397,31 @@ def test_how_often_the_text_is_read_counts_the_rows_of_each_size_of_step(corpus,
     monkeypatch.setattr(Shards, "laps", lambda _shards, tokens: told.append(tokens) or 0.0)
     train(config(corpus, cache, train={"steps": 21, "micro_batch": 64}), tmp_path / "run", resume=True)
     assert told == [(20 * 4 + 1 * 128) * 32]
+
+
+def test_runs_and_their_checkpoints_may_lie_on_another_disk(corpus, cache, tmp_path):
+    for place in ("disk/run", "disk/steps"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    (tmp_path / "disk" / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "steps")
+    train(config(corpus, cache, train={"steps": 10}), tmp_path / "run")
+    train(config(corpus, cache), tmp_path / "run", resume=True)
+    assert open_run(tmp_path / "run").step == 20
+    assert (tmp_path / "disk" / "steps" / "step-0000020").is_dir()
+
+
+def test_what_is_unexpected_of_the_learning_rate_is_said(corpus, cache, tmp_path, capsys):
+    whole = config(corpus, cache, schedule={"warmup": 11})
+    train(whole, tmp_path / "run")
+    assert "warms up for 10 of 20 steps, not schedule.warmup = 11" in capsys.readouterr().out
+    train(config(corpus, cache, train={"steps": 40}, schedule={"warmup": 11}), tmp_path / "run", resume=True)
+    told = capsys.readouterr().out
+    assert "rises from 10% to 76% of its peak, as its schedule now ends at step 40 instead of 20" in told
+    train(config(corpus, cache, train={"steps": 40, "save_every": 15}), tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-0000040")
+    assert "learning rate" not in capsys.readouterr().out
+    train(config(corpus, cache, train={"steps": 40}), tmp_path / "stopped", resume=True)
+    assert "learning rate" not in capsys.readouterr().out
 
 
 def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):

@@ -76,6 +76,14 @@ def whole(text: str) -> int:
     return number
 
 
+WHICH = "the checkpoint to take: of a step, or the one with the best validation (the newest)"
+
+
+def which(text: str) -> int | str:
+    """The step of a checkpoint, or best."""
+    return text if text == "best" else whole(text)
+
+
 def number(text: str) -> float:
     try:
         return float(text[:100])

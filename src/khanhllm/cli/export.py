@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from khanhllm.cli.arguments import which
 from khanhllm.settings import read_config
 
 
@@ -38,7 +39,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="KIND", default="", help="f32, f16, bf16 or (gguf) q8_0 (f32 for hf, f16 for gguf)"
     )
-    parser.add_argument("--step", metavar="N", type=int, help="the checkpoint to take (the newest)")
+    parser.add_argument("--step", metavar="N|best", type=which, help="the checkpoint to take (the newest)")
     parser.add_argument(
         "--compatible",
         action="store_true",

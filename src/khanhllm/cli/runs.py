@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs, name, whole
+from khanhllm.cli.arguments import WHICH, given, knobs, name, which, whole
 from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.schema import Sampling
@@ -28,7 +28,7 @@ def generate(options: argparse.Namespace) -> None:
     from khanhllm.draw import visible
     from khanhllm.runs.run import Forgotten, open_run
 
-    opened = open_run(Path(options.run), machine)
+    opened = open_run(Path(options.run), machine, options.step)
     opened.machine.take_process()
     if lost := opened.forgotten(prompt):
         print(f"khanhllm: {lost}", file=sys.stderr)
@@ -69,6 +69,7 @@ def _stop(text: str) -> str:
 
 def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
+    parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt", metavar="TEXT", default="", help="text to continue; empty: a fresh document; -: the standard input"
@@ -107,7 +108,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from khanhllm.runs.evaluate import score_opened
     from khanhllm.runs.run import open_run
 
-    opened = open_run(Path(options.run), machine)
+    opened = open_run(Path(options.run), machine, options.step)
     opened.machine.take_process()
     score = score_opened(opened, options.data)
     if options.json:
@@ -119,6 +120,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
+    parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
     parser.add_argument("--data", metavar="SRC", help="text to score, all of it (default: what the run held out)")
     parser.add_argument("--json", action="store_true", help="one JSON object: val_ce, val_bpb, val_bytes, val_tokens")
     knobs(parser, ["machine"])

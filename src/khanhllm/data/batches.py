@@ -5,7 +5,8 @@ of (seed, cursor), so a resumed run and any micro-batch size see the same rows i
 be saved. A thread prepares the next batches while the model computes on this one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from itertools import islice
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -19,6 +20,8 @@ from khanhllm.schema import Config
 
 AHEAD = 4
 """batches prepared in advance"""
+PATIENCE = 10.0
+"""how long closing waits for the thread, which a dead disk may hold (seconds)"""
 
 
 class Batch(NamedTuple):
@@ -45,8 +48,9 @@ def batches(
     cursor: int,
     device: torch.device,
     give_up: Callable[[], object] = lambda: False,
-) -> Iterator[Batch]:
-    """Batches of `micro_batch` rows from row number `cursor` on; closing the generator stops its thread.
+) -> Generator[Batch]:
+    """Batches of `micro_batch` rows from row number `cursor` on; closing the generator ends its thread. One that is
+    alive when the interpreter exits may end the process with an error, from inside torch.
 
     Endless, unless `give_up()` turns true while it waits for a batch. Raises the UserError of `source` in place of the
     batch.
@@ -54,7 +58,8 @@ def batches(
     queue: Queue[tuple[Tensor, int] | BaseException] = Queue(AHEAD)
     stop = Event()
     work = (source, micro_batch, seed, cursor, device.type == "cuda")
-    Thread(target=_fill, args=(queue, stop, *work), daemon=True, name="batches").start()
+    thread = Thread(target=_fill, args=(queue, stop, *work), daemon=True, name="batches")
+    thread.start()
     try:
         while True:
             try:
@@ -70,6 +75,9 @@ def batches(
             yield Batch(ids_BT[:, :-1], ids_BT[:, 1:], cursor)
     finally:
         stop.set()
+        with suppress(Empty):  # it may wait for room
+            queue.get_nowait()
+        thread.join(PATIENCE)
 
 
 def _fill(

@@ -36,10 +36,12 @@ from khanhllm.data.sources import Source, components, in_words, is_remote, locat
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
-from khanhllm.files import locked, there
+from khanhllm.files import locked, read, there
 from khanhllm.schema import DataConfig
 from khanhllm.units import as_size
 
+MADE_FROM = "made-from.json"
+"""in a folder of shards: the text and settings they were made of, so that the same call finds its work done"""
 WHOLE = 2**28
 """local text up to this size (bytes) is prepared whole, whatever the run needs, so that the next run finds it"""
 LEAST_SAMPLE = 2**24
@@ -67,12 +69,13 @@ def prepare(
     clean: steps between reading and tokens (clean.py). bad: what to do with files that cannot be read, as data.bad.
 
     Returns None while a cluster is still working. Raises UserError for anything wrong with the source, and if `out`
-    exists or cannot be written. After an error or an interruption the finished groups stay aside, and the same call
-    continues from there.
+    exists or cannot be written; if it was prepared from the same, there is nothing to do. After an error or an
+    interruption the finished groups stay aside, and the same call continues from there.
     """
     execution = execution or Execution(workers=workers)
     execution.check(tokens)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken and not (out / MADE_FROM).exists():
         raise UserError(f"{out} exists already; remove it or choose another folder")
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
@@ -85,6 +88,11 @@ def prepare(
     started = time.monotonic()
     recipe: list[Any] = [VERSION, located.name, located.fingerprint, tokenizer.sha256, validation, tokens]
     recipe += [steps] * bool(steps) + [bad] * (bad == "skip")
+    if taken:
+        if read(out / MADE_FROM) != json.dumps(recipe).encode():
+            raise UserError(f"{out} was prepared from other text or otherwise; remove it or choose another folder")
+        say(f"{out} is prepared already, from the same text")
+        return Manifest.read(out)
     with _resumable(out, json.dumps(recipe)) as partial:
         job = Job(located, tokenizer, partial, tokens, execution, steps)
         try:
@@ -92,6 +100,7 @@ def prepare(
         except Unfinished as so_far:
             say(str(so_far))
             return None
+        (job.shards / MADE_FROM).write_text(json.dumps(recipe), encoding="utf-8")
         (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
         job.shards.rename(out)
     shutil.rmtree(partial, ignore_errors=True)

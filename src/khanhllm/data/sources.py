@@ -121,6 +121,22 @@ def components(source: str) -> list[tuple[str, float]]:
     return [(name, share / largest / total) for name, share in weighted]
 
 
+def anchored(source: str) -> str:
+    """The source with absolute paths, so that it means the same wherever it is read."""
+    if len(components(source)) > 1:
+        parts = [part.strip().rpartition(":") for part in source.split(",")]
+        return ", ".join(f"{anchored(name.strip())}:{weight}" for name, _, weight in parts)
+    place, column = with_column(source)
+    if place in ("stdlib", "c4", "") or "://" in place:
+        return source
+    path, here = _with_home(place), str(Path.cwd())
+    if "," in here:  # it would part the names of a mixture
+        return source
+    pattern = glob.has_magic(place) and not there(path)
+    absolute = Path(glob.escape(here) if pattern else here, path)
+    return f"{absolute}#{column}" if column else str(absolute)
+
+
 def is_remote(source: str) -> bool:
     """Whether any part of a source comes over the network."""
     remote = ("hf://", "http://", "https://")

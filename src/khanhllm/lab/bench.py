@@ -274,7 +274,7 @@ def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
         stream = batches(Shards.open(Path(folder, "shards"), "train", tokens), rows, 0, 0, machine.device)
         next(stream)
         (seconds,) = _turns([lambda: list(islice(stream, count))], min(steps, 7), machine)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     rate = _spread([count * rows * tokens / one for one in seconds])
     console.print(f"data: {_shown(rate, ',.0f')} tokens/s from shards to the device")
     return {"data": {"tokens_per_s": rate} | _prepare(tokenizer, min(steps, 3), machine, console)}

@@ -12,10 +12,11 @@ the CSV those that `columns` names.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from math import isfinite, nan
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -63,6 +64,8 @@ class Log:
     board: Any
     """a SummaryWriter, or None"""
     alarms: Alarms
+    validations: dict[int, float] = field(default_factory=dict)
+    """the loss of each validation (nats per token), by step"""
     waiting: tuple[Row, torch.cuda.Event | None] | None = None
     stuck: bool = False
 
@@ -75,11 +78,12 @@ class Log:
         Raises UserError if the log on disk has other columns, or if the config asks for TensorBoard and it is missing.
         """
         layers = config.model.moe_layers
-        board = _open_board(run, start_step) if config.log.tensorboard else None
+        board = _open_board(run, start_step + 1 if start_step else None) if config.log.tensorboard else None
         csv, earlier = Csv.open(run / FILE, columns(layers), start_step)
         loads = Csv.open(run / EXPERTS, expert_columns(config.model.experts), start_step)[0] if layers else None
         story = RunView(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
-        return cls(layers, csv, loads, Terminal(story, config.log.every, console), board, Alarms(layers, config.model))
+        terminal = Terminal(story, config.log.every, console)
+        return cls(layers, csv, loads, terminal, board, Alarms(layers, config.model), _validations(earlier))
 
     def add(self, row: Row) -> None:
         """Take the row of this step and write that of the step before."""
@@ -104,11 +108,22 @@ class Log:
     def rewind(self, step: int) -> None:
         """Drop the rows beyond `step`, from which the run continues."""
         self.flush()
-        for file in self.files:
-            self._try(file.file.close)
-        self.csv, earlier = self.csv.cut(step)
-        self.loads = self.loads and self.loads.cut(step)[0]
+        earlier: list[Row] = []
+        self._try(self.csv.cut, step, earlier)
+        if self.loads:
+            self._try(self.loads.cut, step, [])
         self.terminal.story = self.terminal.story.cut(step, earlier)
+        self.validations = _validations(earlier)
+        if self.board:
+            self._try(self.board.close)
+            self._try(self._begin_board_again, step)
+
+    def _begin_board_again(self, step: int) -> None:
+        self.board = _open_board(Path(self.csv.file.name).parent, step + 1)
+
+    def best(self, steps: Iterable[int]) -> int | None:
+        """`best_of` these steps of the run."""
+        return best_of(steps, self.validations)
 
     def complete(self, score: Mapping[str, Any]) -> None:
         """Give the last row, which was written without it, its validation, and say so."""
@@ -117,6 +132,7 @@ class Log:
         story = self.terminal.story
         story.checked = story.row = story.row | dict(score)
         story.best_ce = min(story.best_ce, score["val_ce"])
+        self.validations |= _validations([{"step": story.step, **score}])
         if self.board:
             self._try(_write_board, self.board, {"step": story.step, **score})
         self.say(f"validation after step {story.step}: {score['val_ce']:.4f} ({score['val_bpb']:.3f} bits/byte)")
@@ -145,6 +161,7 @@ class Log:
         if self.loads and "load_per_layer" in row and row["step"] % self.terminal.every == 0:
             shares = zip(self.moe_layers, row["load_per_layer"], strict=True)
             self._try(self.loads.write, *(_load_row(row["step"], *share) for share in shares))
+        self.validations |= _validations([row])
         if self.board:
             self._try(_write_board, self.board, numbers)
         self.terminal.show(row)
@@ -215,15 +232,23 @@ class Csv:
         except OSError as error:
             raise UserError(f"cannot use {path}: {error.strerror}") from None
 
-    def cut(self, step: int) -> tuple[Self, list[Row]]:
-        """`open` again, cut back to `step`."""
-        return self.open(Path(self.file.name), self.columns, step)
-
     def write(self, *rows: Row) -> None:
         """Append rows."""
         lines = (",".join(_cell(name, row.get(name)) for name in self.columns) + "\n" for row in rows)
         self.file.write("".join(lines).encode())
         self.file.flush()
+
+    def cut(self, step: int, earlier: list[Row]) -> None:
+        """Drop the rows beyond `step` in place, which takes no room on a full disk; adds those before to `earlier`."""
+        path = Path(self.file.name)
+        try:
+            self.file.close()
+        finally:  # what a full disk refused is lost now
+            self.file = path.open("ab", buffering=1 << 20)
+        kept = list(_rows_up_to(path, self.columns, step))
+        last = f"{kept[-1][0] if kept else ','.join(self.columns)}\n".encode()
+        os.truncate(path, (b"\n" + read(path, LARGEST)).rfind(b"\n" + last) + len(last))
+        earlier += (row for _, row in kept)
 
     def fill_in(self, values: Mapping[str, Any]) -> None:
         """Put values into empty cells of the last row, in one rename. Raises UserError."""
@@ -269,6 +294,27 @@ def _rows_up_to(path: Path, names: list[str], step: int) -> Iterator[tuple[str, 
                 yield line, row
 
 
+def _validations(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    return {int(row["step"]): row["val_ce"] for row in rows if isfinite(row.get("val_ce") or nan)}
+
+
+def validations_of(run: Path, config: Config) -> dict[int, float]:
+    """The loss of each validation in the log of a run, by step. UserError if there is a log that cannot be read."""
+    path, names = run / FILE, columns(config.model.moe_layers)
+    try:
+        return _validations(row for _, row in _rows_up_to(path, names, 2**62)) if path.exists() else {}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def best_of(steps: Iterable[int], validations: Mapping[int, float]) -> int | None:
+    """The step with the lowest validation: the one after it, or else the latest before it. Of equal steps the first,
+    which is the nearest to its validation. None if no step has one."""
+    latest = {step: max((at for at in validations if at <= step), default=None) for step in sorted(steps)}
+    known = {step: validations[at] for step, at in latest.items() if at is not None}
+    return min(known, key=known.__getitem__, default=None)
+
+
 def lacks_validation(run: Path, config: Config, step: int) -> bool:
     """Whether the log has the row of a step, but not its validation, which a signal cut short."""
     with suppress(OSError):
@@ -277,12 +323,13 @@ def lacks_validation(run: Path, config: Config, step: int) -> bool:
     return False
 
 
-def _open_board(run: Path, start_step: int) -> Any:
+def _open_board(run: Path, purge_step: int | None) -> Any:
+    """purge_step: the first step that is to be forgotten."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("log.tensorboard needs TensorBoard: pip install 'khanhllm[tensorboard]'") from None
-    return SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(run / "tensorboard", purge_step=purge_step)  # type: ignore[no-untyped-call]
 
 
 def _write_board(board: Any, row: Row) -> None:

@@ -64,6 +64,12 @@ def adapt(
     return model
 
 
+def uncompile(model: Transformer) -> None:
+    """Let the blocks run as they are written."""
+    for block in model.blocks:
+        del block.forward
+
+
 def _backend(name: str, shape: ModelConfig) -> Backend:
     if name == "triton":
         from khanhllm.machine import triton_grouped  # only here, as triton may be missing

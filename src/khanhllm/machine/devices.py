@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,7 +91,7 @@ def open_machine(config: MachineConfig) -> Machine:
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
         experts=_backend(config.experts, device, precision),
-        threads=config.threads or cores(),
+        threads=config.threads or (0 if "OMP_NUM_THREADS" in os.environ else cores()),
     )
 
 

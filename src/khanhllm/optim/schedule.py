@@ -6,6 +6,8 @@ from khanhllm.schema import ScheduleConfig
 
 WARM = 0.05
 """largest share of a time budget that a warm-up takes"""
+SHORT = 2
+"""where steps are counted, a warm-up takes at most the run's steps divided by this"""
 
 
 def factor_at(share: float, step: int, schedule: ScheduleConfig) -> float:
@@ -18,9 +20,14 @@ def factor_at(share: float, step: int, schedule: ScheduleConfig) -> float:
     return min(1.0, warm, _between(schedule.floor, height))
 
 
+def warmup_of(steps: int, schedule: ScheduleConfig) -> int:
+    """Steps of warm-up in a run of so many steps: a short one must not end near the peak of its rate."""
+    return min(schedule.warmup, max(1, steps // SHORT))
+
+
 def factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
     """Share of the peak learning rate for optimizer step `step` (the first is 0) of `steps`."""
-    warmup = min(schedule.warmup, steps)
+    warmup = warmup_of(steps, schedule)
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "cosine":

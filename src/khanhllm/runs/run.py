@@ -17,6 +17,7 @@ from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
 from khanhllm.inference.generate import most_read, until, write
 from khanhllm.inference.score import Score, score
+from khanhllm.log.run_log import best_of, validations_of
 from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model import Transformer
@@ -26,6 +27,8 @@ from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
 
+Step = int | str | None
+"""which checkpoint: the newest (None), one of a step, or "best" """
 ROWS_OF_TOKENS = 4096
 """tokens scored at a time; without gradients they take little memory"""
 
@@ -189,9 +192,10 @@ def _whole(name: str, number: object) -> None:
         raise UserError(f"{name} must be a whole number of at least 1, got {number!r}")
 
 
-def find_checkpoint(run: Path, config: Config, step: int | None = None) -> Path:
-    """The newest intact checkpoint of a run, or that of `step`. UserError if there is none."""
-    if fault := foreign(run):
+def find_checkpoint(run: Path, config: Config, step: Step = None) -> Path:
+    """The newest intact checkpoint of a run, that of `step`, or of those kept the "best", which had the lowest
+    validation loss. UserError if there is none."""
+    if fault := foreign(run, "checkpoints"):
         raise UserError(f"{fault}; a run folder must hold its own files")
     paper = on_paper(config.model)
     if step is None:
@@ -199,18 +203,24 @@ def find_checkpoint(run: Path, config: Config, step: int | None = None) -> Path:
         if path is None:
             raise UserError(f"{run} has no checkpoint yet; train it further with --resume")
         return path
-    kept = {int(path.name[5:]): path for path in checkpoint.steps(run)}
-    if step not in kept:
-        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(kept))) or 'none'}")
+    kept = {checkpoint.step_of(path): path for path in checkpoint.steps(run)}
+    if step == "best":
+        step = best_of(kept, validations_of(run, config))
+        if step is None:
+            raise UserError(f"{run} has no validation in its log, so no best checkpoint; name a step")
+    if isinstance(step, str) or step not in kept:
+        has = ", ".join(map(str, sorted(kept))) or "none"
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {has}, and best")
     if damage := checkpoint.verify(kept[step], paper):
         raise UserError(f"{kept[step]} is not intact: {damage}")
     return kept[step]
 
 
-def open_run(run: Path, machine_config: MachineConfig | None = None) -> Run:
-    """Open the newest intact checkpoint of a run folder, on the machine at hand. UserError if there is none."""
+def open_run(run: Path, machine_config: MachineConfig | None = None, step: Step = None) -> Run:
+    """Open a checkpoint of a run folder, as `find_checkpoint` finds it, on the machine at hand. UserError if there is
+    none."""
     config = read_config(run)
-    path = find_checkpoint(run, config)
+    path = find_checkpoint(run, config, step)
     wanted = machine_config or MachineConfig()
     machine = open_machine(wanted)
     with torch.device(machine.device):

@@ -127,10 +127,12 @@ def write(run: Path, whole: Snapshot) -> Path:
     return final
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Each was read back before it was published."""
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the one of step `best`. Each was read back before it was
+    published."""
     for old in steps(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if step_of(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
@@ -141,7 +143,7 @@ def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
     """
     newest_aside = None
     for path in steps(run):
-        if int(path.name[5:]) > step:
+        if step_of(path) > step:
             fault = verify(path, paper) or f"the run went back to step {step}"
             aside = path.with_suffix(".rejected")
             shutil.rmtree(aside, ignore_errors=True)
@@ -234,7 +236,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / 'state.json'} is not the state of a run ({key}: {first['msg'][:200]})") from None
     if noted.format != FORMAT:
         raise UserError(f"{path} has checkpoint format {noted.format}, this version reads {FORMAT}")
-    if noted.step != int(path.name[5:]):
+    if noted.step != step_of(path):
         raise UserError(f"{path / 'state.json'} is of another step, {noted.step}")
     return noted.model_dump(by_alias=True)
 
@@ -309,9 +311,15 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     return tensors, {"class": type(optimizer).__name__, "state": numbers}
 
 
+def room(run: Path) -> int:
+    """Bytes free where the checkpoints of a run lie, or will lie."""
+    kept = run / "checkpoints"
+    return shutil.disk_usage(kept if kept.exists() else run).free
+
+
 def _make_room(run: Path, needed: int) -> None:
     """Raise OSError now rather than after minutes of writing."""
-    free = shutil.disk_usage(run).free
+    free = room(run)
     if free < needed:
         raise OSError(f"the disk of {run} has {as_size(free)} free, a checkpoint takes {as_size(needed)}")
 
@@ -357,7 +365,11 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def steps(run: Path) -> list[Path]:
     """Published checkpoints, newest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)

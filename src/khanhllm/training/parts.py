@@ -1,6 +1,7 @@
 """What a run is made of, opened anew or brought back from a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from khanhllm.files import there
 from khanhllm.log.run_log import lacks_validation
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.signals import Stop
-from khanhllm.schema import Config
-from khanhllm.settings import read_toml, resolve
+from khanhllm.schema import Config, DataConfig
+from khanhllm.settings import read_config
 from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
 from khanhllm.training.step import Learner, State
 
+FREE = ("data.source", "data.workers", "data.cache", "data.tokens")
+"""what a resumed run may change; of a source, the shards that it gives are compared"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
 
@@ -42,19 +45,24 @@ class Parts:
     def config(self) -> Config:
         return self.learner.config
 
+    @property
+    def is_belt(self) -> bool:
+        return isinstance(self.train, Belt)
 
-def rows_of(parts: Parts, state: State, stop: Stop) -> Iterator[Batch]:
+
+def rows_of(parts: Parts, state: State, stop: Stop) -> Generator[Batch]:
+    """What the run reads from here on; to be closed."""
     train = parts.config.train
     return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
-    """Open everything that the run needs. A resumed run takes the shards it has, wherever it is called from."""
-    data = Path(saved.get("folder", ""))
-    own = {"source": str(data), "tokenizer": ""} if saved and there(data / MANIFEST) else {}
-    check_rows_fit(own.get("source", config.data.source), config.data.shard_tokens, config.model.context)
+    """Open everything that the run needs. Its config then names the text by absolute paths, for a resume elsewhere."""
+    source = _source(config, folder, saved)
+    check_rows_fit(source.source, source.shard_tokens, config.model.context)
     needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
-    data = ensure(config.data.model_copy(update=own), config.model.vocab_size, round(needed))
+    data = ensure(source, config.model.vocab_size, round(needed))
+    config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     train: Shards | Belt = (
         Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
@@ -65,12 +73,41 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
 
 
+def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
+    """What gives the run its shards. A resumed run takes those it has, wherever it is called from. Text that lies
+    elsewhere by now is read with the run's own tokenizer; `restore` compares what becomes of it."""
+    data, had = config.data, saved.get("folder")
+    moved = bool(saved) and _anchored(data).source != _anchored(read_config(folder).data).source
+    if had and there(Path(had) / MANIFEST) and not moved:
+        return data.model_copy(update={"source": had, "tokenizer": ""})
+    if saved and (moved or data.tokenizer or not saved["data"]):
+        return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
+    return data
+
+
+def _anchored(data: DataConfig) -> DataConfig:
+    from khanhllm.data.sources import anchored
+
+    tokenizer = data.tokenizer and str(Path(data.tokenizer).absolute())
+    return data.model_copy(update={"source": anchored(data.source), "tokenizer": tokenizer})
+
+
+def _has_read_nothing(folder: Path) -> bool:
+    """Whether the run only has weights to begin with, which came from elsewhere: it may read any text."""
+    newest = checkpoint.steps(folder)[0]
+    with suppress(UserError, OSError):
+        return checkpoint.step_of(newest) == 0 and not checkpoint.read_state(newest)["data"]
+    return False
+
+
 def check_same(config: Config, folder: Path) -> None:
     """What a resumed run cannot change, refused before its checkpoints are read."""
-    kept = resolve(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
-    fixed = [("model", config.model, kept.model), ("data", config.data, kept.data)]
+    kept = read_config(folder)
+    fixed = [("model", config.model, kept.model), ("data", _anchored(config.data), _anchored(kept.data))]
     changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
-    changed = [key for key in changed if key not in ("data.workers", "data.cache", "data.tokens")]
+    changed = [key for key in changed if key not in FREE]
+    if _has_read_nothing(folder):
+        changed = [key for key in changed if key == "data.tokenizer" or not key.startswith("data.")]
     changed += ["train.seed"] if config.train.seed != kept.train.seed else []
     if changed:
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
@@ -89,8 +126,11 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
 def restore(parts: Parts, path: Path) -> State:
     """Bring weights, moments and state back from a checkpoint."""
     saved, learner = checkpoint.read_state(path), parts.learner
-    if saved["data"] != parts.train.sha256:
-        raise UserError(f"{path} was trained on other shards than those in {parts.train.folder}; see data.* keys")
+    begun = saved["data"] or saved["step"]
+    if begun and saved["data"] != parts.train.sha256:
+        place = " (those made during a training depend on their files' place too)" if parts.is_belt else ""
+        other = f"{path} was trained on other shards than those in {parts.train.folder}{place}"
+        raise UserError(f"{other}; to train on other text, begin a new run (--run)")
     checkpoint.load_model(path, learner.model)
     checkpoint.load_optimizer(path, learner.model, learner.optimizer, saved["optimizer"])
     start = learner.start()

@@ -1,6 +1,7 @@
 """What a run does when steps go wrong: tell new text from weights gone wrong, go back, take smaller micro-batches."""
 
 import traceback
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from math import isfinite, nan
@@ -10,7 +11,8 @@ import torch
 
 from khanhllm.errors import UserError
 from khanhllm.log.run_log import Log
-from khanhllm.machine.devices import out_of_memory
+from khanhllm.machine.adapt import uncompile
+from khanhllm.machine.devices import Machine, out_of_memory
 from khanhllm.machine.signals import Stop
 from khanhllm.planning import budget
 from khanhllm.settings import write_config
@@ -43,9 +45,10 @@ def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float:
     back = state.guard.rejected + len(state.guard.losses) // 2
     known = replace(state, cursor=max(0, state.cursor - back * train.rows_per_step))
     nll = []
-    for batch in islice(rows_of(parts, known, stop), train.accumulation):
-        with learner.machine.autocast():
-            nll.append(learner.model(*batch[:2])[0].mean().item())
+    with closing(rows_of(parts, known, stop)) as rows:
+        for batch in islice(rows, train.accumulation):
+            with learner.machine.autocast():
+                nll.append(learner.model(*batch[:2])[0].mean().item())
     return sum(nll) / len(nll) if len(nll) == train.accumulation else nan
 
 
@@ -74,19 +77,34 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
 
 
-def with_smaller_micro_batches(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
-    """Handle an error in a step: if memory ran out, halve the micro-batch, so that the same step can be taken again.
+def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
+    """Handle an error in a step, so that the same step can be taken again: if memory ran out, with micro-batches of
+    half the size; if torch.compile failed, as for want of a C++ compiler, uncompiled.
 
-    Raises any other error again, and UserError if the micro-batch is one row or the update had begun.
+    Raises any other error again, and UserError if memory ran out with one row, or in the update.
     """
-    if not out_of_memory(error):
+    learner = parts.learner
+    updating = learner.optimizer.param_groups[0]["step"] == state.step
+    full = out_of_memory(error)
+    if not full and (updating or not _compiler_failed(error, learner.machine)):
         raise error
-    config, rows = parts.config, parts.config.train.rows
-    optimizer, machine = parts.learner.optimizer, parts.learner.machine
-    updating = optimizer.param_groups[0]["step"] == state.step
-    optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=True)
     traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
-    machine.give_back_memory()
+    learner.machine.give_back_memory()
+    if full:
+        return _with_smaller_micro_batches(parts, state, updating, log)
+    uncompile(learner.model)
+    why = str(error).strip().partition("\n")[0][:200]
+    log.say(f"torch.compile does not work here, so the model runs uncompiled (as with machine.compile off): {why}")
+    return replace(parts, learner=replace(learner, machine=replace(learner.machine, compile=False)))
+
+
+def _compiler_failed(error: RuntimeError, machine: Machine) -> bool:
+    return machine.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def _with_smaller_micro_batches(parts: Parts, state: State, updating: bool, log: Log) -> Parts:
+    config, rows, machine = parts.config, parts.config.train.rows, parts.learner.machine
     if rows == 1 or updating:
         told = budget.advice(config, budget.here(machine))
         raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None

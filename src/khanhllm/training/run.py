@@ -10,7 +10,7 @@ run is the uninterrupted one, bit for bit (same machine, same torch).
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -29,17 +29,20 @@ from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine.devices import open_machine
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.optim.schedule import warmup_of
 from khanhllm.planning import budget
 from khanhllm.schema import Config, Sampling, TrainConfig
-from khanhllm.settings import refuse_to_overwrite, write_config
+from khanhllm.settings import read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.parts import Parts, assemble, check_longer, check_same, restore, rows_of
-from khanhllm.training.recovery import recover, with_smaller_micro_batches
+from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.saver import Saver, room_for
-from khanhllm.training.step import NoRows, State, train_step
+from khanhllm.training.step import NoRows, State, rate_factor, train_step
 
 A_LONG_RUN = 10**9
 """steps of a run that is given its time"""
+RISE = 0.01
+"""share by which the last validation must exceed the best one, or a resumed run's rate its old one, to be spoken of"""
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> str:
@@ -48,9 +51,9 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
-    with _opened(config, folder, resume) as (parts, state, log, saver, stop):
+    with _opened(config, folder, resume) as (parts, state, log, saver, stop), ExitStack() as readers:
         train = parts.config.train
-        rows = rows_of(parts, state, stop)
+        rows = readers.enter_context(closing(rows_of(parts, state, stop)))
         started = time.perf_counter() - (state.share or 0) * train.seconds
         first, finished = state.step + 1, _make_up(parts, state, log, stop)
         last = finished or bool(stop.asked)
@@ -64,8 +67,9 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                     raise Starved(f"{error} (at step {state.step}; to continue: --resume --run {folder})") from None
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                parts = with_smaller_micro_batches(parts, state, error, log)
-                rows = rows_of(parts, state, stop)
+                parts = adapted(parts, state, error, log)
+                rows.close()
+                rows = readers.enter_context(closing(rows_of(parts, state, stop)))
                 continue
             if state.step == first:
                 gc.freeze()  # what is alive now lives as long as the run: the garbage collector may skip it
@@ -87,7 +91,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 _save(parts, state, log, saver, must=last)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
                 _write_sample(parts, state.step, log)
-        if not finished:
+        if finished:
+            for line in _rise(parts, log):
+                log.say(line)
+        else:
             log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
         return "" if finished else stop.asked
 
@@ -115,13 +122,14 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         with (
             stop_signals() as stop,
             Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
-            Saver(folder, config.train.keep, log.say) as saver,
+            Saver(folder, config.train.keep, log.say, *([log.best] if config.train.keep_best else [])) as saver,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(folder / "tokenizer.json")
-            write_config(config, folder)
+            told = [*_introduction(parts, state), *_rate(parts, state), tight]
+            write_config(parts.config, folder)
             checkpoint.reject_after(folder, state.step, paper)
-            for line in filter(None, (*_introduction(parts, state), tight)):
+            for line in filter(None, told):
                 log.say(line)
             try:
                 yield parts, state, log, saver, stop
@@ -199,6 +207,19 @@ def _write_sample(parts: Parts, step: int, log: Log) -> None:
         log.say(f"the sample could not be kept: {error}; training continues")
 
 
+def _rise(parts: Parts, log: Log) -> Iterator[str]:
+    """One line if the model was clearly better before, and which checkpoint is left of that."""
+    found = log.validations
+    least, last = min(found, key=found.__getitem__, default=0), max(found, default=0)
+    if not found or found[last] <= found[least] * (1 + RISE):
+        return
+    best = log.best(map(checkpoint.step_of, checkpoint.steps(parts.run)))
+    yield (
+        f"validation was best at step {least}, {found[least]:.4f}, and rose to {found[last]:.4f}, as when a text is "
+        f"read too often; the best checkpoint is that of step {best}: khanhllm generate {parts.run} --step best"
+    )
+
+
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
     """Begin to save; `must` as in Saver.save."""
     log.flush()
@@ -234,18 +255,34 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"resumed after step {state.step}"
 
 
+def _rate(parts: Parts, state: State) -> Iterator[str]:
+    """What a user may not expect of the learning rate."""
+    steps, schedule = parts.config.train.steps, parts.config.schedule
+    if state.share is None and not state.step and (warm := warmup_of(steps, schedule)) < schedule.warmup:
+        yield f"the learning rate warms up for {warm} of {steps} steps, not schedule.warmup = {schedule.warmup}"
+    before = read_config(parts.run) if state.step else parts.config
+    if state.share is None and not before.train.seconds:
+        old, new = rate_factor(state, before), rate_factor(state, parts.config)
+        if new > old + RISE:
+            yield (
+                f"the learning rate rises from {old:.0%} to {new:.0%} of its peak, "
+                f"as its schedule now ends at step {steps:,} instead of {before.train.steps:,}"
+            )
+
+
 def _room(parts: Parts, state: State) -> str:
     """What `room_for` says of the saves to come."""
     train, learner = parts.config.train, parts.learner
     left = A_LONG_RUN if train.seconds else train.steps - state.step
     saves = -(-left // train.save_every) if train.save_every else min(left, 1)
-    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), train.keep, saves)
+    kept = train.keep + train.keep_best
+    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), kept, saves)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Two trainings in one folder would tear each other's files, and through a link they would tear others'."""
-    if fault := foreign(folder):
+    if fault := foreign(folder, "checkpoints"):
         raise UserError(f"{fault}; a run folder must hold its own files")
     kept = folder / ".lock"
     made = [place for place in (folder, *folder.parents) if not there(place)]

@@ -1,7 +1,7 @@
 """Save checkpoints beside the training, which waits only for a copy of its tensors in memory."""
 
-import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -24,10 +24,17 @@ BESIDE = 2**20
 
 
 class Saver:
-    """Saves on a thread of its own, one checkpoint at a time, and keeps the newest `keep` of a run."""
+    """Saves on a thread of its own, one checkpoint at a time. Keeps the newest `keep` of a run, and the one of the step
+    that `best` chooses of all those saved."""
 
-    def __init__(self, run: Path, keep: int, say: checkpoint.Say = checkpoint.to_stderr) -> None:
-        self.run, self.keep, self.say = run, keep, say
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        say: checkpoint.Say = checkpoint.to_stderr,
+        best: Callable[[list[int]], int | None] = lambda _steps: None,
+    ) -> None:
+        self.run, self.keep, self.say, self.best = run, keep, say, best
         self.failures = 0
         """in a row"""
         self.seconds = 0.0
@@ -73,7 +80,8 @@ class Saver:
         whole = checkpoint.snapshot(step, model, optimizer, state)
         self._size = whole.bytes
         copy = limits.memory().free > 1.5 * whole.bytes
-        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole)
+        best = self.best([step, *map(checkpoint.step_of, checkpoint.steps(self.run))])
+        self._writing = self._pool.submit(self._write, whole.copied() if copy else whole, best)
         if not copy:
             wait([self._writing])
 
@@ -90,17 +98,17 @@ class Saver:
         self.failures = 0
         return path
 
-    def _write(self, whole: checkpoint.Snapshot) -> Path:
+    def _write(self, whole: checkpoint.Snapshot, best: int | None) -> Path:
         started = time.perf_counter()
         path = checkpoint.write(self.run, whole)
         if not whole.state.get("guard", {}).get("rejected"):  # else the last good one may be among those
-            checkpoint.prune(self.run, self.keep)
+            checkpoint.prune(self.run, self.keep, best)
         self.seconds = time.perf_counter() - started
         return path
 
     def _lacks_room(self) -> bool:
         with suppress(OSError):
-            return shutil.disk_usage(self.run).free < self._size + BESIDE
+            return checkpoint.room(self.run) < self._size + BESIDE
         return False
 
     def _kept(self) -> str:
@@ -116,13 +124,13 @@ class Saver:
 
 def room_for(run: Path, size: int, keep: int, saves: int) -> str:
     """One line of warning if the disk has no room for as many of the coming `saves` as are there at the same time;
-    empty if it has. size: bytes of a checkpoint.
+    empty if it has. size: bytes of a checkpoint. keep: of them that are kept.
 
     Raises UserError if there is no room for one: the training would be for nothing.
     """
     # the newest is written before the oldest is deleted
     together = min(saves, max(1, keep + 1 - len(checkpoint.steps(run))))
-    free = shutil.disk_usage(run).free
+    free = checkpoint.room(run)
     has = f"the disk of {run} has {as_size(free)} free"
     if together and free < size:
         raise UserError(f"{has}, a checkpoint takes {as_size(size)}: make room, or choose another folder (--run)")

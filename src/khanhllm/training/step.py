@@ -103,10 +103,10 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
     nll, routing_L = sums[0], Routing(*sums[1:])
     grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), config.optim.clip or torch.inf)
-    # the only place in a step that waits for the device
+    # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
     mean_nll, norm = torch.stack([nll.float() / config.tokens_per_step, grad_norm.float()]).tolist()
     fault = state.guard.fault(mean_nll, norm, config.guard)
-    factor = _rate_factor(state, config)
+    factor = rate_factor(state, config)
     if not fault:
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * factor, "step": state.step}
@@ -155,7 +155,7 @@ def _shares(load_LE: Tensor) -> Tensor:
     return load_LE / load_LE.sum(-1, keepdim=True)
 
 
-def _rate_factor(state: State, config: Config) -> float:
+def rate_factor(state: State, config: Config) -> float:
     """Share of the peak learning rate for the step that follows."""
     if state.share is None:
         return schedule.factor(state.step, config.train.steps, config.schedule)

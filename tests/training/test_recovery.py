@@ -1,0 +1,67 @@
+"""What a run does when the machine fails it, and what it leaves behind."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from conftest import tiny
+from khanhllm.errors import UserError
+from khanhllm.settings import resolve, to_toml
+from khanhllm.training import run as training_run
+
+
+def config(corpus, cache, **train):
+    data = {"source": str(corpus), "cache": str(cache), "validation": 0.2, "workers": 1}
+    return resolve(tiny().model_dump(), {"data": data, "train": {"steps": 3, "eval_tokens": 200} | train})
+
+
+def ours():
+    """The threads that we start: of the batches, and the one that saves."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("batches", "checkpoint"))]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_run_trains_uncompiled_and_says_so_once(corpus, tmp_path):
+    (tmp_path / "tiny.toml").write_text(to_toml(config(corpus, tmp_path / "shards")), "utf-8")
+    bare = {"PATH": "/nonexistent", "CXX": "/nonexistent/g++"}
+    bare["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")  # nothing that was compiled before
+    heard = {}
+    for compiled in ("on", "off"):
+        run = [sys.executable, "-m", "khanhllm", "train", "--config", tmp_path / "tiny.toml"]
+        place = ["--run", tmp_path / compiled, "--machine.compile", compiled]
+        done = subprocess.run(run + place, env=os.environ | bare, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        heard[compiled] = done.stdout
+    assert heard["on"].count("torch.compile does not work here") == 1
+    assert "torch.compile" not in heard["off"]
+    logs = [(tmp_path / compiled / "training_log.csv").read_text().splitlines() for compiled in ("on", "off")]
+    exact = [[line.split(",")[:4] for line in log] for log in logs]
+    assert exact[0] == exact[1] and len(exact[0]) == 4
+
+
+def test_no_thread_of_ours_outlives_a_training(corpus, tmp_path, monkeypatch):
+    training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "run")
+    assert not ours()
+    monkeypatch.setattr(training_run, "_write_sample", lambda *_: (_ for _ in ()).throw(UserError("enough")))
+    with pytest.raises(UserError, match="enough"):
+        training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "other")
+    assert not ours()
+
+
+def test_a_step_that_ran_out_of_memory_leaves_no_thread_either(corpus, tmp_path, monkeypatch):
+    honest, errors = training_run.train_step, [RuntimeError("out of memory")]
+
+    def full_once(learner, state, rows):
+        if errors:
+            next(rows)
+            raise errors.pop()
+        result = honest(learner, state, rows)
+        assert ours().count("batches") == 1
+        return result
+
+    monkeypatch.setattr(training_run, "train_step", full_once)
+    training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "run")
+    assert not ours()
