@@ -113,4 +113,5 @@ run. Try next:
   khanhllm train --resume --run {run} --steps {steps}
   khanhllm train mini --data PATH        your own text, a larger model
   khanhllm doctor {run}           is it healthy?
+  khanhllm experts {run}          what does each expert do, and what is it worth?
 """

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from conftest import build, plain_machine, tiny
 from khanhllm.cli import main
 from khanhllm.errors import UserError
-from khanhllm.lab import closing, experts, rooms
+from khanhllm.lab import closing, doctor, experts, rooms
 from khanhllm.lab.closing import Cost, changed
 from khanhllm.lab.kinds import KINDS, kinds, shown
 from khanhllm.lab.sample import take
@@ -210,6 +211,13 @@ def test_the_command_writes_what_it_found(run, capsys):
         assert {"off", "random", "first"} <= layer.keys()
 
 
+def test_an_earlier_checkpoint_can_be_looked_at(run, capsys):
+    words = ["experts", str(run), "--step", "8", "--checkpoints", "--tokens", "2k", "--ablate", "none", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 8 and list(found["layers"][0]["saturation"]) == ["4"]
+
+
 def test_without_ablation_nothing_is_closed(run, capsys, monkeypatch):
     monkeypatch.setattr(closing, "changed", None)
     assert main(["experts", str(run), "--tokens", "2k", "--ablate", "none", "--machine.threads", "1"]) == 0
@@ -281,6 +289,33 @@ def test_a_dense_run_is_refused(corpus, tmp_path, capsys):
     capsys.readouterr()
     assert main(["experts", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "khanhllm: this run is dense: it has no experts (model.pattern has no M)\n"
+
+
+def test_the_doctor_warns_of_a_mixture_that_is_worth_nothing(run, monkeypatch):
+    opened = open_run(run, MachineConfig(device="cpu", threads=1))
+    with torch.no_grad():
+        opened.model.blocks[2].feedforward.experts.down.zero_()
+    finding = doctor.mixtures_earn_their_keep(opened)
+    assert finding.kept and finding.warning
+    assert "layer 2 +0.0 ±0.0 %" in finding.measured and "without the mixture of layer" in finding.advice
+    monkeypatch.setattr(experts, "worth", lambda *_: {0: Cost(0.0049, 0.001), 2: Cost(0.3, 0.01), 4: Cost(0.1, 0.06)})
+    assert "layer 0, 4:" in doctor.mixtures_earn_their_keep(opened).advice
+    monkeypatch.setattr(experts, "worth", lambda *_: {0: Cost(0.0051, 0.001)})
+    assert not doctor.mixtures_earn_their_keep(opened).warning
+    gone = replace(opened, state=opened.state | {"folder": "/nowhere"})
+    assert doctor.mixtures_earn_their_keep(gone).measured.startswith("not measured: the shards of this run")
+
+
+def test_a_warning_is_shown_and_no_fault(run, capsys):
+    code = main(["doctor", str(run), "--machine.threads", "1", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    (finding,) = (finding for finding in report["findings"] if finding["law"] == "mixtures earn their keep")
+    assert finding["warning"], "twelve steps teach no mixture anything"
+    assert code == (0 if all(finding["kept"] for finding in report["findings"]) else 1)
+    main(["doctor", str(run), "--machine.threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = (nth for nth, line in enumerate(lines) if line.startswith("! mixtures earn their keep"))
+    assert lines[at + 1].startswith("    → the run would be as good without")
 
 
 def test_kinds_of_tokens(run):

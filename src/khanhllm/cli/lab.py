@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs, name, number, short, whole
+from khanhllm.cli.arguments import WHICH, given, knobs, name, number, short, which, whole
 from khanhllm.settings import preset_names, resolve
 
 
@@ -33,12 +33,14 @@ def experts(options: argparse.Namespace) -> None:
 
     machine = resolve(given(options), where="experts").machine
     out = Path(options.out) if options.out else None
+    opened = rooms.open_mixture(Path(options.run), machine, options.step, options.ablate)
     asked = (options.data, options.tokens, options.part, options.ablate, options.checkpoints)
-    rooms.show(Path(options.run), machine, *asked, options.json, out)
+    rooms.show(opened, *asked, options.json, out)
 
 
 def experts_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="the folder of a run with mixture layers")
+    parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
     parser.add_argument("--data", metavar="SRC", type=name, help="text to read (default: what the run held out)")
     parser.add_argument("--tokens", metavar="N", type=whole, default=200_000, help="how much of it to read (200k)")
     parser.add_argument("--part", choices=("file", "folder", "source"), help="tell these parts of --data apart")

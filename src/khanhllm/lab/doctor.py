@@ -22,6 +22,8 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.errors import UserError
+from khanhllm.lab import experts
+from khanhllm.lab.sample import take
 from khanhllm.machine.adapt import adapt, aligned
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.machine.precision import keep_in_bf16
@@ -31,22 +33,26 @@ from khanhllm.model.experts import GROUPED, LOOP
 from khanhllm.model.losses import even_load, load_balance, micro_batch_loss
 from khanhllm.model.moe import MoE
 from khanhllm.planning import budget
-from khanhllm.runs.run import open_run
+from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import Config, LossConfig, MachineConfig, OptimConfig
 from khanhllm.settings import preset, preset_names, resolve
 
+SAMPLE = 2**13
+"""tokens on which the mixtures of a run are judged"""
 LARGEST = 60_000_000
 """presets with more parameters are examined on a small copy of the same shape"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check; the advice is for a law that is broken."""
+    """The result of one check; the advice is for a law that is broken, or for a warning."""
 
     law: str
     kept: bool
     measured: str
     advice: str = ""
+    warning: bool = False
+    """nothing is wrong, but the advice is worth a thought"""
 
 
 def future_has_no_gradient(model: Transformer) -> Finding:
@@ -170,6 +176,23 @@ def experts_share_the_work(model: Transformer, ids_BT: Tensor | None = None) -> 
     return Finding("experts share the work", least >= 0.02, measured, "raise loss.balance, or train longer")
 
 
+def mixtures_earn_their_keep(opened: Run) -> Finding:
+    """A warning of mixtures that a run would not miss: switched off, on text that it held out, they cost next to
+    nothing, or less than can be told from nothing."""
+    law = "mixtures earn their keep"
+    try:
+        found = experts.worth(opened, take(opened, None, SAMPLE))
+    except UserError as error:
+        return Finding(law, True, f"not measured: {error}")
+    idle = [layer for layer, cost in found.items() if not cost.told_apart or cost.share < experts.WORTHLESS]
+    costs = [f"layer {layer} {100 * cost.share:+.1f} ±{100 * cost.error:.1f} %" for layer, cost in found.items()]
+    advice = (
+        f"the run would be as good without the mixture of layer {', '.join(map(str, idle))}: train longer, make it "
+        "dense (model.pattern), or look closer with khanhllm experts"
+    )
+    return Finding(law, True, f"switched off, they cost in bits: {', '.join(costs)}", advice, warning=bool(idle))
+
+
 def some_ids(model: Transformer, rows: int, length: int) -> Tensor:
     """Random ids, the same every time, as long as the context allows."""
     shape = (rows, min(length, model.config.context))
@@ -219,10 +242,10 @@ def examine(patient: str, machine_config: MachineConfig, as_json: bool) -> int:
     findings = []
     for finding in _examination(patient, machine_config, console):
         findings.append(finding)
-        mark = "[green]✓[/]" if finding.kept else "[red]✗[/]"
+        mark = "[yellow]![/]" if finding.warning else "[green]✓[/]" if finding.kept else "[red]✗[/]"
         console.print(f"{mark} {finding.law:<34}", end=" ")
         console.print(finding.measured, markup=False, soft_wrap=True)
-        if not finding.kept:
+        if finding.warning or not finding.kept:
             console.print(f"    → {finding.advice}", markup=False, soft_wrap=True)
     healthy = all(finding.kept for finding in findings)
     console.print(f"\n{'healthy' if healthy else 'needs attention'}: {patient}", markup=False)
@@ -251,7 +274,10 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
         yield first_loss_is_chance(model)
     elif (Path(patient) / "config.toml").exists():
         yield from _surroundings(open_machine(wanted))
-        model = open_run(Path(patient), machine_config).model
+        opened = open_run(Path(patient), machine_config)
+        model = opened.model
+        if model.config.moe_layers:
+            yield mixtures_earn_their_keep(opened)
     else:
         raise UserError(f"{patient} is neither a run folder nor a preset; presets: {', '.join(preset_names())}")
     for law in LAWS + (MIXTURE_LAWS if model.config.moe_layers else []):

@@ -15,7 +15,7 @@ from khanhllm.files import check_writable
 from khanhllm.lab import experts
 from khanhllm.lab.closing import Cost
 from khanhllm.lab.sample import take
-from khanhllm.runs.run import open_run
+from khanhllm.runs.run import Run, Step, open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.settings import read_config
 
@@ -39,9 +39,17 @@ GAP = 2
 """between columns (characters)"""
 
 
+def open_mixture(run: Path, machine: MachineConfig, step: Step, ablate: str) -> Run:
+    """Open a run. Raises UserError for a dense one, and for experts that it does not have, before anything is read."""
+    shape = read_config(run).model
+    experts.wanted(ablate, shape.moe_layers, shape.experts)
+    opened = open_run(run, machine, step)
+    opened.machine.take_process()
+    return opened
+
+
 def show(
-    run: Path,
-    machine: MachineConfig,
+    opened: Run,
     source: str | None,
     tokens: int,
     part: str | None,
@@ -51,19 +59,16 @@ def show(
     out: Path | None,
 ) -> None:
     """Examine a run, write experts.json and the picture into it, and print the table. Raises UserError."""
-    shape = read_config(run).model
-    experts.wanted(ablate, shape.moe_layers, shape.experts)
+    run = opened.checkpoint.parents[1]
     picture = out or run / "experts.png"
     try:
         check_writable(picture)
     except OSError as error:
         raise UserError(f"cannot write {picture}: {error.strerror}") from None
-    opened = open_run(run, machine)
-    opened.machine.take_process()
     found = experts.examine(opened, take(opened, source, tokens, part), ablate, earlier, Console(stderr=True))
-    written = experts.write(found, run)
+    written, name = experts.write(found, run), run.resolve().name
     try:
-        draw(found, picture, run.resolve().name)
+        draw(found, picture, name)
         drawn = str(picture)
     except ModuleNotFoundError as error:
         drawn = f"no picture: {missing_extra(error) or error}"
@@ -73,8 +78,8 @@ def show(
         print(json.dumps(found))
         return
     console = Console(highlight=False)
-    for part_of_it in told(found, run.resolve().name, console.width):
-        console.print(part_of_it)
+    for lines in told(found, name, console.width):
+        console.print(lines)
     console.print(f"written: {written}, {drawn}", markup=False, soft_wrap=True)
 
 
