@@ -179,7 +179,7 @@ def _pair(name: str, layer: dict[str, Any]) -> str:
 
 
 def _add(table: Table, words: str, measure: dict[str, float], origin: str) -> None:
-    spread = f" ±{100 * measure['spread']:.1f}" if measure["spread"] else ""
+    spread = f" ±{100 * measure['spread']:.1f}" if measure["spread"] >= 0.0005 else ""
     cells = [words, f"{round(100 * measure['value'])} %", f"{round(100 * measure['chance'])}{spread} %"]
     table.add_row(*cells, *([origin] if origin else []))
 

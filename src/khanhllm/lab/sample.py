@@ -45,7 +45,7 @@ def take(opened: Run, source: str | None, tokens: int, part: str | None = None) 
         raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
     if shards:
         ids, names, part_of = _spread(shards, windows), ["all"], [0] * windows
-        told = f"held-out text in {shards.folder}"
+        told = f"held-out text of {shards.manifest.source}"
     else:
         ids, names, part_of = _by_part(opened, str(source), windows, part)
         told = str(source)
