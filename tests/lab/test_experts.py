@@ -4,6 +4,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +265,7 @@ def test_what_the_verdict_says():
         (["--ablate", "1:0"], "--ablate: '1:0' is no expert; write all, none or LAYER:EXPERT,..., with layers 0, 2"),
         (["--ablate", "0:4"], "experts 0 to 3"),
         (["--ablate", "some"], "'some' is no expert"),
+        (["--ablate", "0:" + "9" * 5000], "is no expert"),
         (["--part", "file"], "do not remember parts"),
         (["--data", "nowhere"], "nowhere"),
         (["--out", "/dev/null/picture.png"], "cannot write"),
@@ -274,6 +276,29 @@ def test_what_cannot_be_is_refused_in_one_line(run, capsys, options, says):
     assert main(["experts", str(run), "--machine.threads", "1", *options]) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1
+
+
+def test_more_tokens_than_there_are_is_all_of_them(run, corpus):
+    opened = open_run(run, MachineConfig(device="cpu", threads=1))
+    held = take(opened, None, 10**99)
+    assert len(held.ids) == len(held.part_W) == take(opened, None, 10**6).ids.shape[0]
+    few = take(opened, None, 320)
+    assert few.ids.shape == (10, 33) and (few.ids[1] != held.ids[1]).any(), "spread over the text"
+    named = take(opened, str(corpus / "json-encoder.txt"), 10**99)
+    assert named.ids.size > 3000 and (named.ids[1:, 0] == named.ids[:-1, -1]).all(), "window follows window"
+
+
+def test_the_parts_of_a_mixture_get_equal_shares(run, corpus, tmp_path):
+    opened = open_run(run, MachineConfig(device="cpu", threads=1))
+    mixture = f"{corpus / 'json-encoder.txt'}:0.9,{corpus / 'logging-handlers.txt'}:0.1"
+    sample = take(opened, mixture, 640, "source")
+    assert [Path(name).name for name in sample.parts] == ["logging-handlers.txt", "json-encoder.txt"]
+    assert np.bincount(sample.part_W).tolist() == [10, 10]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.md").write_text((corpus / "json-encoder.txt").read_text())
+    assert sorted(take(opened, str(tmp_path), 640, "folder").parts) == ["a", "b"]
+    assert take(opened, str(tmp_path), 640).parts == ["all"]
 
 
 def test_too_little_text_is_refused(run, tmp_path):

@@ -47,6 +47,7 @@ prepare --data corpus --tokenizer tokenizer.json --out new --workers 1 --validat
 data show corpus --tokenizer tokenizer.json --documents 1 --sample 2
 data verify shards
 doctor run --json
+experts run --step 2 --tokens 200 --data corpus --part file --ablate 1:0 --checkpoints --out new.png
 bench tokenizer --steps 1 --out new.json
 chaos --seed 1 --faults 1 --minutes 0.01
 demo --run new {SMALL}

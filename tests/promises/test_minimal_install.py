@@ -44,9 +44,11 @@ def test_a_run_is_resumed_scored_and_writes(khanhllm):
         ("train", "--resume", "--run", "modern"),
         ("evaluate", "modern"),
         ("generate", "modern", "--tokens", "3"),
+        ("experts", "modern", "--tokens", "100"),
     ):
         code, said = khanhllm(*words)
         assert code == 0, said
+    assert "no picture: this needs matplotlib" in said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ not tell what an expert is worth. The result is one dict: experts.json in the ru
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,15 +83,16 @@ def wanted(text: str, layers: list[int], experts: int) -> dict[int, list[int]]:
         return {layer: list(range(experts)) if text == "all" else [] for layer in layers}
     chosen: dict[int, list[int]] = {layer: [] for layer in layers}
     for pair in text.split(","):
-        layer, _, expert = pair.strip().partition(":")
-        if not (layer.isdecimal() and expert.isdecimal() and int(layer) in chosen and int(expert) < experts):
+        found = re.fullmatch(r"\s*(\d{1,4}):(\d{1,4})\s*", pair, re.ASCII)
+        layer, expert = map(int, found.groups()) if found else (-1, -1)
+        if layer not in chosen or expert >= experts:
             places = ", ".join(map(str, layers))
             raise UserError(
                 f"--ablate: {pair.strip()[:30]!r} is no expert; write all, none or LAYER:EXPERT,..., with layers "
                 f"{places} and experts 0 to {experts - 1}"
             )
-        if int(expert) not in chosen[int(layer)]:
-            chosen[int(layer)].append(int(expert))
+        if expert not in chosen[layer]:
+            chosen[layer].append(expert)
     return chosen
 
 

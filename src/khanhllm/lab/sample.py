@@ -16,7 +16,8 @@ from khanhllm.runs.run import Run
 if TYPE_CHECKING:
     from khanhllm.data.sources import Source
 
-PARTS = ("file", "folder", "source")
+ENOUGH = 10**12
+"""tokens; more are as many as there are"""
 MOST_PARTS = 12
 """parts of a source that are told apart: those with most text"""
 
@@ -37,21 +38,21 @@ class Sample(NamedTuple):
 def take(opened: Run, source: str | None, tokens: int, part: str | None = None) -> Sample:
     """About `tokens` tokens, in equal shares of each part. Raises UserError if there are not two windows of them."""
     context = opened.config.model.context
-    windows = max(2, -(-tokens // context))
+    windows = max(2, -(-min(tokens, ENOUGH) // context))
     shards = held_out(opened) if source is None else None
     if source is not None and there(Path(source) / MANIFEST):
         shards = validation_of(Path(source), opened)
     if shards and part:
         raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
     if shards:
-        ids, names, part_of = _spread(shards, windows), ["all"], [0] * windows
+        ids, names, part_of = _spread(shards, windows), ["all"], [0]
         told = f"held-out text of {shards.manifest.source}"
     else:
         ids, names, part_of = _by_part(opened, str(source), windows, part)
         told = str(source)
     if len(ids) < 2:
         raise UserError(f"{told} has not two windows of {context} tokens (model.context); name more text (--data)")
-    return Sample(np.stack(ids), np.array(part_of[: len(ids)]), names, told)
+    return Sample(np.stack(ids), np.resize(part_of, len(ids)), names, told)
 
 
 def _spread(shards: Shards, windows: int) -> list[np.ndarray]:
