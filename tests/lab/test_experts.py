@@ -88,6 +88,10 @@ def test_no_token_goes_where_it_is_closed(shape):
         assert per_token > 4 - len(closed) or not load_E[closed].any()
     with changed(model, MOE, closing.close(0, 2, 3)):
         assert torch.isfinite(logits(model)).all()
+    with changed(model, MOE, closing.close(0, 1, 2, 3)):
+        none = logits(model)
+    with changed(model, MOE, closing.off()):
+        assert torch.equal(logits(model), none)
     router = closing.router_of(model, MOE)
     with torch.no_grad():
         router.weight[0] = 1e4 * torch.ones(32)  # so sure of itself that all others have a probability of zero

@@ -53,7 +53,7 @@ def changed(model: Transformer, layer: int, change: Change) -> Iterator[None]:
 
 def close(*experts: int) -> Change:
     """Close experts: their tokens go to the next best, as if they had never been there (Lu et al. 2024,
-    arXiv 2402.14800). At least one expert must stay open."""
+    arXiv 2402.14800)."""
 
     def register(router: Router) -> Any:
         closed_TE = torch.zeros(1, len(router.weight), dtype=torch.bool, device=router.weight.device)

@@ -50,10 +50,11 @@ class Router(nn.Module):
         self.bias_E: Tensor | None
 
     def forward(self, x_TD: Tensor, closed_TE: Tensor | None = None) -> tuple[Choice, Routing]:
-        """closed_TE: the experts that a token may not go to, bool, (T, E) or (1, E); at least one stays open.
+        """closed_TE: the experts that a token must do without, bool, (T, E) or (1, E).
 
-        Tokens of a closed expert go to their next best. Probabilities are those of all experts, so what changes is
-        only what such a token gets: one that never wanted a closed expert keeps every bit.
+        Its tokens go to their next best. Probabilities are those of all experts, so a token that never wanted a closed
+        one keeps every bit. Where fewer than K are open, the weight of the rest is 0; where none is, the layer answers
+        0.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
