@@ -58,11 +58,7 @@ def close(*experts: int) -> Change:
     def register(router: Router) -> Any:
         closed_TE = torch.zeros(1, len(router.weight), dtype=torch.bool, device=router.weight.device)
         closed_TE[:, list(experts)] = True
-
-        def hook(_router: Router, inputs: Any, named: dict[str, Any]) -> Any:
-            return inputs, named | {"closed_TE": closed_TE}
-
-        return router.register_forward_pre_hook(hook, with_kwargs=True)
+        return router.register_forward_pre_hook(lambda _router, inputs: (inputs[0], closed_TE))
 
     return register
 
