@@ -1,5 +1,6 @@
 """Every verb by its words, and wrong input of every kind: one line on stderr, exit code 2, nothing lost."""
 
+import errno
 import gzip
 import inspect
 import json
@@ -307,6 +308,27 @@ def test_a_corpus_shorter_than_the_context(tmp_path, capsys):
     words = ["train", "nano", "--data", path, "--run", tmp_path / "run", "--data.cache", tmp_path / "shards"]
     words += ["--steps", "1", "--model.context", "8192"]
     assert "context" in refused(capsys, *words)
+
+
+def test_a_refusal_of_the_system_is_one_line_without_a_report(capsys, monkeypatch):
+    def full(_options):
+        """Breaks."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, "_verbs", lambda: [("full", full, lambda parser: None)])
+    monkeypatch.setitem(cli.VERBS, "lab", ("full",))
+    assert cli.main(["full"]) == 2
+    assert capsys.readouterr().err == "khanhllm: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_what_is_printed_onto_a_full_disk_is_not_called_done(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(tiny()))
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "khanhllm", "runs", str(tmp_path)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "khanhllm: cannot write the output: No space left on device\n")
 
 
 def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -226,6 +227,8 @@ def test_what_transformers_writes_can_be_imported(tmp_path, tokenizer):
         ("num_hidden_layers", 3, "lacks the tensor model.layers.2."),
         ("num_hidden_layers", 1, r"unknown to this architecture, the tensor model.layers.1."),
         ("hidden_size", "wide", "config.json"),
+        ("vocab_size", 301, r"is F32 \[300, 32\]; config.json asks for \[301, 32\]"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
     ],
 )  # fmt: skip
 def test_a_model_that_ours_cannot_be_is_refused_by_its_key(tmp_path, tokenizer, key, value, told):
@@ -248,6 +251,44 @@ def test_a_shape_that_they_do_not_have_is_refused_by_name(tmp_path, tokenizer, s
     with pytest.raises(UserError, match=rf"model\.{next(iter(shape))} is .*--remote-code"):
         exported(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def of_another_type(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}, folder / "model.safetensors")
+
+
+def not_finite(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.full((32,), torch.nan)}, folder / "model.safetensors")
+
+
+def a_pipe(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def an_index_without_a_map(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
+def gone(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("damage", [of_another_type, not_finite, a_pipe, an_index_without_a_map, gone, cut])
+def test_damaged_weights_are_one_line_and_leave_nothing(tmp_path, tokenizer, damage):
+    folder = exported(a_run(tmp_path / "run", tokenizer), tmp_path / "out")
+    damage(folder)
+    with pytest.raises(UserError, match=r"I32|not finite|no file|weight_map|cannot read"):
+        import_model(folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def damage_weight(name, change):
@@ -332,6 +373,27 @@ def test_files_have_the_usual_modes_and_the_card_the_figures(tmp_path, tokenizer
     card = (folder / "README.md").read_text()
     assert "logits differ by at most" in card
     assert 'from_pretrained("out"' in card
+
+
+@pytest.mark.parametrize("out", ["text/x", "a" * 300, "", "loop"])
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_place_that_cannot_be_is_refused_in_one_line(tmp_path, tokenizer, capsys, monkeypatch, out, to):
+    a_run(tmp_path / "run", tokenizer)
+    (tmp_path / "text").write_text("precious")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.chdir(tmp_path)
+    with suppress(SystemExit):
+        assert main(["export", "run", "--to", to, "--out", out]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "unforeseen" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "run", "text"]
+
+
+def test_less_context_may_be_taken_but_not_more(tmp_path, tokenizer):
+    folder = exported(a_run(tmp_path / "run", tokenizer), tmp_path / "out")
+    assert import_model(folder, tmp_path / "less", 16).model.context == 16
+    with pytest.raises(UserError, match="more than the 32 tokens"):
+        import_model(folder, tmp_path / "more", 33)
 
 
 def test_an_open_run_exports_itself(tmp_path, tokenizer):

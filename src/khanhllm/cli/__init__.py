@@ -44,8 +44,32 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     # torch's hint that it takes the plain form of a norm; it helps nobody who only trains
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = _parsed(words)
+        code = int(options.verb(options) or 0)
+        if sys.stdout:
+            sys.stdout.flush()  # now, where a full disk can still be told in one line
+        return code
+    except UserError as error:
+        return _complain(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        return _complain(f"{words[0]}: {missing}", 2) if missing else _complain(_unforeseen(error), 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 0
+    except OSError as error:  # the system's own refusal; where we know more, we say more
+        return _complain(f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 2)
+    except Exception as error:
+        return _complain(_unforeseen(error), 1)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
-    words = _help_words(sys.argv[1:] if arguments is None else arguments, parser)
+    words = _help_words(arguments, parser)
     verbs = [verb for verbs in VERBS.values() for verb in verbs]
     if not words[0].startswith("-") and words[0] not in verbs:
         known = f"{did_you_mean(words[0], verbs)}; verbs: {', '.join(verbs)}"
@@ -53,24 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(words)
     if unknown:
         options.parser.refuse(unknown[0])
-    try:
-        return int(options.verb(options) or 0)
-    except UserError as error:
-        return _complain(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        missing = missing_extra(error)
-        return (
-            _complain(f"{options.parser.prog.split()[-1]}: {missing}", 2)
-            if missing
-            else _complain(_unforeseen(error), 1)
-        )
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
-        return 0
-    except Exception as error:
-        return _complain(_unforeseen(error), 1)
+    return options
 
 
 def _help_words(words: list[str], parser: argparse.ArgumentParser) -> list[str]:

@@ -76,6 +76,13 @@ def whole(text: str) -> int:
     return number
 
 
+def some(text: str) -> int:
+    """A whole number from 1 to a million."""
+    if not 1 <= (number := whole(text)) <= 10**6:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to a million (got {text[:60]!r})")
+    return number
+
+
 WHICH = "the checkpoint to take: of a step, or the one with the best validation (the newest)"
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import which
+from khanhllm.cli.arguments import name, some, which
 from khanhllm.settings import read_config
 
 
@@ -28,14 +28,14 @@ def export(options: argparse.Namespace) -> None:
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
     parser.add_argument(
         "--to",
         choices=("hf", "gguf"),
         required=True,
         help="hf: a folder for transformers, vLLM and others; gguf: a file for llama.cpp, Ollama and LM Studio",
     )
-    parser.add_argument("--out", metavar="PATH", required=True, help="the folder or file to write")
+    parser.add_argument("--out", metavar="PATH", type=name, required=True, help="the folder or file to write")
     parser.add_argument(
         "--dtype", metavar="KIND", default="", help="f32, f16, bf16 or (gguf) q8_0 (f32 for hf, f16 for gguf)"
     )
@@ -62,6 +62,6 @@ def import_(options: argparse.Namespace) -> None:
 
 
 def import_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="config.json, tokenizer.json and safetensors files")
-    parser.add_argument("--out", metavar="RUN", required=True, help="the run folder to write")
-    parser.add_argument("--context", metavar="N", type=int, help="tokens that it sees at once (all that it can)")
+    parser.add_argument("folder", metavar="FOLDER", type=name, help="config.json, tokenizer.json and safetensors files")
+    parser.add_argument("--out", metavar="RUN", type=name, required=True, help="the run folder to write")
+    parser.add_argument("--context", metavar="N", type=some, help="tokens that it sees at once (all that it can)")

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, which, whole
+from khanhllm.cli.arguments import WHICH, given, knobs, name, some, which, whole
 from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.schema import Sampling
@@ -53,6 +53,8 @@ def _prompt(options: argparse.Namespace) -> str:
         return str(options.prompt)
     place = options.prompt_file or "the standard input"
     try:
+        if not options.prompt_file and sys.stdin is None:
+            raise UserError("--prompt - reads standard input, which is closed")
         raw = read(Path(options.prompt_file)) if options.prompt_file else sys.stdin.buffer.read()
         return raw.decode("utf-8-sig")
     except OSError as error:
@@ -75,7 +77,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="TEXT", default="", help="text to continue; empty: a fresh document; -: the standard input"
     )
     prompt.add_argument("--prompt-file", metavar="FILE", type=name, help="a file with the text to continue (UTF-8)")
-    parser.add_argument("--samples", metavar="N", type=whole, default=1, help="continuations to write (1)")
+    parser.add_argument("--samples", metavar="N", type=some, default=1, help="continuations to write (1)")
     parser.add_argument(
         "--stop", metavar="TEXT", type=_stop, action="append", default=[], help="end before this text; may be repeated"
     )

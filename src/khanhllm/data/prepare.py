@@ -104,18 +104,23 @@ def prepare(
         (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
         job.shards.rename(out)
     shutil.rmtree(partial, ignore_errors=True)
+    _report(manifest, out, time.monotonic() - started)
+    return manifest
+
+
+def _report(manifest: Manifest, out: Path, seconds: float) -> None:
+    """Say what was prepared, and what of it the user may not expect."""
     say(
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens of "
-        f"{sum(shard.documents for shard in manifest.shards):,} documents in {time.monotonic() - started:.0f} s: {out}"
+        f"{sum(shard.documents for shard in manifest.shards):,} documents in {seconds:.0f} s: {out}"
     )
-    _say_skipped(located.name, manifest.skipped)
+    _say_skipped(manifest.source, manifest.skipped)
     held = sum(shard.bytes for shard in manifest.of("validation"))
     total = sum(shard.bytes for shard in manifest.shards)
-    if note := share_note(held, total, validation, sum(shard.documents for shard in manifest.shards)):
+    if note := share_note(held, total, manifest.validation, sum(shard.documents for shard in manifest.shards)):
         say(note)
     if manifest.cleaning:
         console().print(table(manifest.cleaning))
-    return manifest
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from khanhllm.schema import Config, ModelConfig
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{more})
 model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto"{more})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new})[0]))
 ```"""
 
 
@@ -24,8 +24,6 @@ def card(
     """Markdown: what the model is, what it learned from, how good it is, what it cannot do, how to use it."""
     paper = on_paper(exported)
     model = config.model
-    tokens = step * config.tokens_per_step
-    figures = _figures(run, step)
     kinds = f"{model.pattern.count('D')} dense and {model.pattern.count('M')} mixture layers"
     experts = (
         f", {model.experts} experts of which {model.experts_per_token} work on each token" if model.moe_layers else ""
@@ -43,8 +41,7 @@ def card(
         f"context {model.context:,} tokens, vocabulary {model.vocab_size:,}. Weights in {dtype}.",
         "",
         "## Training",
-        f"Text: `{config.data.source}`" + (f", cleaned by {config.data.clean}" if config.data.clean else "") + ". "
-        f"{step:,} optimizer steps of {config.tokens_per_step:,} tokens, {tokens:,} tokens in all. {figures}",
+        _training(run, config, step),
         "",
         "## Is it the same model?",
         checked,
@@ -56,10 +53,20 @@ def card(
         "letters were ordinary text. The tokenizer puts an `<|endoftext|>` before every text, as training did.",
         "",
         "## Use",
-        USE.format(folder=folder, more=", trust_remote_code=True" if remote else ""),
+        USE.format(folder=folder, new=min(100, model.context // 2), more=", trust_remote_code=True" if remote else ""),
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(run: Path, config: Config, step: int) -> str:
+    if not step:
+        return "Not trained here: these are the weights that the run began with."
+    cleaned = f", cleaned by {config.data.clean}" if config.data.clean else ""
+    return (
+        f"Text: `{config.data.source}`{cleaned}. {step:,} optimizer steps of {config.tokens_per_step:,} tokens, "
+        f"{step * config.tokens_per_step:,} tokens in all. {_figures(run, step)}"
+    )
 
 
 def _figures(run: Path, step: int) -> str:

@@ -90,7 +90,7 @@ def compare(ours: Transformer, theirs: Transformer, ids_NT: Tensor) -> Differenc
         kl += float((p_BTV.exp() * (p_BTV - q_BTV)).sum())
         same += int((a_BTV.argmax(-1) == b_BTV.argmax(-1)).sum())
         positions += ids_BT.numel()
-    return Difference(logit, kl / positions, same / positions, positions)
+    return Difference(logit, max(kl / positions, 0.0), same / positions, positions)
 
 
 def check(

@@ -3,8 +3,10 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from khanhllm.data.tokenizer import Tokenizer
@@ -13,6 +15,7 @@ from khanhllm.export import check, encode, gguf, hf, remote
 from khanhllm.export.card import card
 from khanhllm.export.encode import Weights
 from khanhllm.export.shape import check_stock
+from khanhllm.files import there
 from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.schema import ModelConfig
 from khanhllm.settings import read_config
@@ -50,7 +53,7 @@ def export(
     shape, encoded = config.model, weights
     if not remote_code:
         shape, encoded = _encoded(to, config.model, weights, compatible)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside = out.with_name(f".export.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if to == "gguf":
@@ -66,14 +69,16 @@ def export(
         if to == "hf":
             text = card(run, config, shape, int(path.name[5:]), dtype, report, out.name, remote_code)
             (aside / "README.md").write_text(text, encoding="utf-8")
+        _check_free(out)  # once more: another export may have been faster
         aside.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', '') or error}") from None
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
     before, after = total_parameters(on_paper(config.model)), total_parameters(on_paper(shape))
     grown = f" (the run has {before:,}: this form needs more)" if after > before else ""
     say(f"{out}: {after:,} parameters{grown} in {dtype}")
@@ -88,7 +93,11 @@ def _check_request(to: str, out: Path, dtype: str, compatible: bool, remote_code
         raise UserError(f"--dtype {dtype!r} cannot be written for {to}; known: {', '.join(DTYPES[to])}")
     if remote_code and (to == "gguf" or compatible):
         raise UserError("--remote-code is for --to hf alone: it ships model code that transformers runs")
-    if out.is_symlink() or out.exists():
+    _check_free(out)
+
+
+def _check_free(out: Path) -> None:
+    if there(out) or out.is_symlink():
         raise UserError(f"{out} exists already; choose another --out, or remove it")
 
 

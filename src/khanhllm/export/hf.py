@@ -22,6 +22,7 @@ from khanhllm.export.encode import Weights
 from khanhllm.export.names import weights as names_of
 from khanhllm.export.shape import from_qwen3, qwen3
 from khanhllm.files import read as read_file
+from khanhllm.model.counts import on_paper
 from khanhllm.schema import ModelConfig
 
 SHARD = 2**30
@@ -152,7 +153,12 @@ def _assembled(folder: Path, model: ModelConfig, theirs: dict[str, Any], tied: b
         if names:
             raise UserError(f"{folder} {kind} the tensor {min(names)[:100]}")
     stacks: dict[str, list[Tensor]] = {}
+    paper = dict(on_paper(model).named_parameters())
     for part in wanted:
+        there, shape = theirs[part.name].get_slice(part.name), list(part.of(paper[part.ours]).shape)
+        if there.get_shape() != shape or there.get_dtype() not in ("F32", "F16", "BF16"):
+            has = f"{there.get_dtype()} {there.get_shape()}"
+            raise UserError(f"{folder}: {part.name} is {has}; config.json asks for {shape}, in F32, F16 or BF16")
         tensor = theirs[part.name].get_tensor(part.name)
         stacks.setdefault(part.ours, []).append(tensor.float() if part.expert is None else tensor.float().T)
     if tied:
@@ -167,10 +173,14 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
     single = folder / "model.safetensors"
     files = [single]
     if not single.exists():
-        places = read_json(folder / INDEX).get("weight_map", {})
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"{folder / INDEX} has no weight_map from tensors to files")
         files = sorted({folder / Path(str(file)).name for file in places.values()})
     try:
         with ExitStack() as stack:
+            if other := [file for file in files if not file.is_file()]:  # a pipe would never end
+                raise UserError(f"{other[0]} is missing, or no file")
             opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
             yield {name: file for file in opened for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:

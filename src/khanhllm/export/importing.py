@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from khanhllm.errors import UserError
 from khanhllm.export import hf
 from khanhllm.export.check import assembled
 from khanhllm.schema import Config
@@ -17,6 +18,11 @@ def import_model(folder: Path, out: Path, context: int | None = None) -> Config:
     """
     refuse_to_overwrite(out, resume=False)
     found, tokenizer = hf.read(folder), hf.read_tokenizer(folder)
+    if context and context > found.model.context:
+        raise UserError(f"--context {context} is more than the {found.model.context} tokens that the model can see")
+    for name, weight in found.weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{folder}: {name} holds numbers that are not finite; its weights are broken")
     shape = found.model.model_dump() | ({"context": context} if context else {})
     data = {"tokenizer": str((out / "tokenizer.json").resolve())}
     config = resolve({"model": shape, "data": data}, where="import")

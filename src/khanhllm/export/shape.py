@@ -92,6 +92,8 @@ def from_qwen3(settings: dict[str, Any], where: str) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, to be imported") from None
+    if settings.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config: quantised weights cannot be imported; take the plain ones")
     mixture, layers = theirs.model_type == "qwen3_moe", range(theirs.num_hidden_layers)
     head_dim = theirs.hidden_size / theirs.num_attention_heads
     fixed = {

@@ -85,6 +85,8 @@ def _summed(clock: Floats) -> Floats:
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     """Print the table and write the picture. Raises UserError."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    if png.suffix.lower() not in (".png", ".svg", ".pdf") or png.is_dir():
+        raise UserError(f"--out {png}: the picture is a file that ends in .png, .svg or .pdf")
     logs = _named_apart([read(run) for run in runs], runs)
     console.print(_table(logs))
     if warning := _differ(logs):

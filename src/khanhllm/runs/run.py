@@ -168,7 +168,8 @@ class Run:
     def export(
         self, folder: str | Path, to: str = "hf", dtype: str = "", compatible: bool = False, remote_code: bool = False
     ) -> Path:
-        """Write the checkpoint that was opened for other tools; see `khanhllm.export.exporting.export`."""
+        """Write the checkpoint that was opened, not what became of its weights since, for other tools; see
+        `khanhllm.export.exporting.export`."""
         from khanhllm.export.exporting import export
 
         return export(self.checkpoint, to, Path(folder), dtype=dtype, compatible=compatible, remote_code=remote_code)

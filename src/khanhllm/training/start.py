@@ -1,5 +1,6 @@
 """A run at step 0 whose model is not a random one: it was made of another run, or came from elsewhere."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ def write_start(out: Path, config: Config, model: Transformer, tokenizer: Tokeni
     load_LE = losses.even_load(len(config.model.moe_layers), config.model.experts)
     noted = {"cursor": 0, "seconds": 0.0, "load": load_LE.tolist()} | state
     optimizer = optim.build(model, config.optim, config.train.seed)
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write(out, checkpoint.snapshot(0, model, optimizer, noted))
     except OSError as error:
+        if made:
+            shutil.rmtree(out, ignore_errors=True)
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     tokenizer.save(out / "tokenizer.json")
     write_config(config, out)
