@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CLOSED = -1e9
+"""the score of an expert that a token must do without; its probability is 0"""
+
 
 class Routing(NamedTuple):
     """Sums over the tokens of one forward through one mixture layer; sums of micro-batches add up exactly."""
@@ -49,16 +52,25 @@ class Router(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts) if biased else None)
         self.bias_E: Tensor | None
 
-    def forward(self, x_TD: Tensor) -> tuple[Choice, Routing]:
+    def forward(self, x_TD: Tensor, closed_TE: Tensor | None = None) -> tuple[Choice, Routing]:
+        """closed_TE: experts that a token must do without. The others share their probability; where fewer than K are
+        left, the weight of the rest is 0, and where none is, the layer answers 0."""
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
+            if closed_TE is not None:
+                scores_TE = scores_TE.masked_fill(closed_TE, CLOSED)
             prob_TE = scores_TE.softmax(dim=-1)
             if self.bias_E is None:
                 top_TK, expert_TK = prob_TE.topk(self.per_token, dim=-1)
             else:
-                expert_TK = (prob_TE.detach() + self.bias_E).topk(self.per_token, dim=-1).indices
+                favour_TE = prob_TE.detach() + self.bias_E
+                if closed_TE is not None:
+                    favour_TE = favour_TE.masked_fill(closed_TE, CLOSED)
+                expert_TK = favour_TE.topk(self.per_token, dim=-1).indices
                 top_TK = prob_TE.gather(-1, expert_TK)
             weight_TK = top_TK if self.per_token == 1 else top_TK / top_TK.sum(dim=-1, keepdim=True)
+            if closed_TE is not None:
+                weight_TK = weight_TK.masked_fill(closed_TE.gather(-1, expert_TK), 0.0)
             routing = Routing(
                 load_E=_count(expert_TK, len(self.weight)),
                 prob_E=prob_TE.sum(dim=0),
