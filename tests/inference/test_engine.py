@@ -89,6 +89,7 @@ def test_what_was_read_is_not_read_again(model):
     (second,) = work(engine, Told(longer))
     assert engine.counts["reused"] == 30 + 4  # the last token that was written has not been read
     assert second.tokens == alone(model, longer)
+    assert [len(ids) > 0 for ids in engine.cache.ids] == [True, False, False, False]
 
     engine = engine_of(model)
     work(engine, *(Told(list(range(30)), tokens=5, seed=seed) for seed in range(3)))
@@ -162,6 +163,7 @@ def test_closed_experts_are_the_jobs_own(model):
     plain, shut = Told(ids, temperature=0), Told(ids, temperature=0, closed={1: [0, 1, 2, 3]})
     engine = engine_of(model)
     work(engine, shut, plain)
+    assert engine.counts["reused"] == 0
     (again,) = work(engine, Told(ids, temperature=0))
     (only,) = work(engine_of(model), Told(ids, temperature=0, closed={1: [0, 1, 2, 3]}))
     assert plain.tokens == again.tokens == alone(model, ids, temperature=0)
@@ -198,10 +200,11 @@ def test_numbers_that_are_not_finite_end_their_own_job(model, monkeypatch):
         return real(logits_V * torch.nan if sampling.seed == 13 else logits_V, sampling, dice)
 
     monkeypatch.setattr(engine_module, "choose", choose)
-    broken, whole = Told([0, 5, 7], seed=13), Told([0, 5, 8])
+    broken, whole = Told([0, 5, 7], seed=13), Told([9])
     work(engine, broken, whole)
     assert [reason for reason, _ in broken.ends] == ["error"] and isinstance(broken.ends[0][1], UserError)
     assert whole.ends == [("length", None)]
+    assert [0, 5, 7] not in [ids[:3] for ids in engine.cache.ids]
 
 
 def test_an_engine_that_dies_tells_everybody(model, monkeypatch):

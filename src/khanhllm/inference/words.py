@@ -52,8 +52,8 @@ class TokenWords:
 
     def rest(self) -> str:
         """What was held back, since nothing follows."""
-        shown = self.words.add(self.decoder.decode(b"", final=True))
-        return shown + self.words.rest()
+        last = "" if self.ended else self.decoder.decode(b"", final=True)
+        return self.words.add(last) + self.words.rest()
 
 
 def spoken(tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = ()) -> Iterator[str]:
