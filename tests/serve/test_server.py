@@ -173,6 +173,7 @@ WRONG = [
     b"[]",
     b'"text"',
     b'{"prompt": NaN}',
+    b'{"whatever": NaN}',
     b'{"temperature": 1e400}',
     b'{"seed": ' + b"9" * 5000 + b"}",
     b"[" * 10_000,

@@ -8,7 +8,7 @@ from khanhllm.errors import UserError
 from khanhllm.settings import read_config, resolve
 
 
-def serve(options: argparse.Namespace) -> int:
+def serve(options: argparse.Namespace) -> None:
     """Serve a trained model over HTTP, as clients of OpenAI's API expect it.
 
     Only programs on this machine can reach it, unless --host names another address; those others need a key, from
@@ -24,16 +24,16 @@ def serve(options: argparse.Namespace) -> int:
     machine = resolve(given(options), where="serve").machine
     run = Path(options.run)
     read_config(run)
-    from khanhllm.serve.listen import read_key, serve
+    from khanhllm.serve import listen
+    from khanhllm.serve.server import Server
 
-    key = read_key(Path(options.key_file) if options.key_file else None)
+    key = listen.read_key(Path(options.key_file) if options.key_file else None)
     from khanhllm.runs.run import open_run
 
     opened = open_run(run, machine)
     opened.machine.take_process()
-    called = run.resolve().name
-    where = (options.host, options.port, options.rows, options.waiting)
-    return serve(opened, called, *where, key, options.allow_host, options.cors)
+    server = Server(opened, run.resolve().name, options.rows, options.waiting)
+    listen.serve(server, options.host, options.port, key, options.allow_host, options.cors)
 
 
 def serve_options(parser: argparse.ArgumentParser) -> None:

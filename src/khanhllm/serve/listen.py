@@ -5,7 +5,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from khanhllm.errors import UserError
 from khanhllm.files import read
-from khanhllm.runs.run import Run
 from khanhllm.serve.guard import PATIENCE, is_loopback
 from khanhllm.serve.server import Server
 
 GRACE = 5
 """seconds that streams have to finish after the first signal"""
-SILENT = 64
+SILENT = 500
 """connections without a request that are kept; another one closes the oldest of them"""
 
 
@@ -34,18 +34,20 @@ class Protocol(H11Protocol):
         self.silent[self] = None
         self.late = self.loop.call_later(PATIENCE, self._late)
         if len(self.silent) > SILENT:
-            next(iter(self.silent)).transport.close()
+            oldest = next(iter(self.silent))
+            oldest._settled()
+            oldest.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle:
-            self._spoke()
+            self._settled()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._spoke()
+        self._settled()
         super().connection_lost(exc)
 
-    def _spoke(self) -> None:
+    def _settled(self) -> None:
         self.silent.pop(self, None)
         self.late.cancel()
 
@@ -82,33 +84,29 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(
-    run: Run,
-    name: str,
-    host: str,
-    port: int,
-    rows: int,
-    waiting: int,
-    key: str,
-    allowed: Sequence[str] = (),
-    origins: Sequence[str] = (),
-) -> int:
-    """Serve until SIGINT or SIGTERM; then let streams finish for a while. The exit code: 1 if the engine has died.
+@contextmanager
+def nobody_else() -> Iterator[None]:
+    """Within this context, signals have no handler but uvicorn's, which repeats the one that ended it to the handler
+    before."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(server: Server, host: str, port: int, key: str, allowed: Sequence[str], origins: Sequence[str]) -> None:
+    """Serve until SIGINT or SIGTERM; then streams may finish for a while, and a second SIGINT ends it at once. Raises
+    UserError if it cannot listen there, and RuntimeError when the engine has died.
 
     Without a key, a server that other machines can reach makes one and prints it.
     """
     bound = listen(host, port)
     foreign = not is_loopback(host)
-    shown_key = secrets.token_urlsafe(24) if foreign and not key else ""
-    key = key or shown_key
-    server: uvicorn.Server
-
-    def died() -> None:
-        server.should_exit = True
-
-    ours = Server(run, name, rows, waiting, died)
-    names = [f"[{host}]" if ":" in host else host, *allowed]
-    app = ours.guarded(names, origins=origins, key=key, literal=foreign)
+    made = secrets.token_urlsafe(24) if foreign and not key else ""
+    shown = f"[{host}]" if ":" in host else host
+    app = server.guarded([shown, *allowed], origins=origins, key=key or made, literal=foreign)
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -121,16 +119,16 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE,
     )
-    server = uvicorn.Server(config)
-    # uvicorn repeats the signal that ended it, to whoever handled it before: nobody
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{name} listens on http://{shown}:{bound.getsockname()[1]}/v1  (Ctrl-C ends it)", flush=True)
-    if shown_key:
-        print(f"key, to be sent as Authorization: Bearer KEY:  {shown_key}", flush=True)
-    asyncio.run(server.serve([bound]))
-    if ours.engine.fault:
-        fault = ours.engine.fault
+    listening = uvicorn.Server(config)
+
+    def died() -> None:
+        listening.should_exit = True
+
+    server.died = died
+    print(f"{server.name} listens on http://{shown}:{bound.getsockname()[1]}/v1  (Ctrl-C ends it)", flush=True)
+    if made:
+        print(f"key, to be sent as Authorization: Bearer KEY:  {made}", flush=True)
+    with nobody_else():
+        asyncio.run(listening.serve([bound]))
+    if fault := server.engine.fault:
         raise RuntimeError(f"the engine has ended by an error: {type(fault).__name__}: {fault}") from fault
-    return 0
