@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from khanhllm.machine import devices
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
-from khanhllm.schema import Config
+from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 
@@ -74,3 +75,34 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in sorted(Path(package.__file__).parent.glob("*.py")):
             (folder / f"{package.__name__}-{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), "utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def served():
+    """The run that `client` asks."""
+    from khanhllm.runs.run import open_run
+
+    return open_run(Path(__file__).parent / "golden" / "modern", MachineConfig(device="cpu", threads=1))
+
+
+@pytest.fixture(scope="session")
+def open_client(served):
+    """A function that opens a client of a server, without a socket: settings of its guard, then those of `Server`."""
+    from starlette.testclient import TestClient
+
+    from khanhllm.serve.server import Server
+
+    with ExitStack() as opened:
+
+        def opening(guard: dict[str, Any] | None = None, **settings: Any) -> TestClient:
+            server = Server(served, "modern", **settings)
+            client = TestClient(server.guarded(**(guard or {})), base_url="http://localhost:8000")
+            client.server = server
+            return opened.enter_context(client)
+
+        yield opening
+
+
+@pytest.fixture(scope="session")
+def client(open_client):
+    return open_client()

@@ -18,6 +18,8 @@ EXTRAS = {
     "matplotlib": "plot",
     "bitsandbytes": "8bit",
     "gguf": "export",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "transformers": "dev",
 }
 """the extra of this package that installs each module"""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from khanhllm.schema import PATTERNS, Section
+from khanhllm.schema import PATTERNS
 
 SENTENCES = {
     "bool_parsing": "must be true or false",
@@ -32,7 +32,7 @@ SENTENCES = {
 """for each type of pydantic's errors, and the facts that come with it"""
 
 
-def explain(error: ValidationError, kind: type[Section], names: Mapping[str, str]) -> str:
+def explain(error: ValidationError, kind: type[BaseModel], names: Mapping[str, str]) -> str:
     """The first error in one line: the key, what is allowed, and the given value. names: what the user calls a key."""
     first = error.errors()[0]
     key = ".".join(str(part)[:60] for part in first["loc"][:2])  # the rest is the type that pydantic tried

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import build, plain_machine, tiny
-from khanhllm.inference.generate import choose, continuation, until
+from khanhllm.inference.generate import continuation
+from khanhllm.inference.sample import choose
 from khanhllm.schema import Sampling
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, 1.0, -1.0])
@@ -80,15 +81,3 @@ def test_a_cache_holds_no_more_than_the_context():
     with torch.no_grad(), pytest.raises(ValueError, match="33 positions"):
         for length in (32, 1):
             model.logits(torch.ones(1, length, dtype=torch.long), cache)
-
-
-@given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_a_stop_is_honoured_across_pieces_and_never_half_shown(pieces, stops):
-    """Where the text is cut does not depend on its pieces: before the stop that is complete first."""
-    shown, text = "", "".join(pieces)
-    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    whole = text[: min(ends)[1]] if ends else text
-    for piece in until(pieces, stops):
-        shown += piece
-        assert piece and whole.startswith(shown)
-    assert shown == whole

@@ -15,6 +15,7 @@ WITHOUT = """
 import sys
 
 EXTRAS = "datatrove tokenizers fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid".split()
+EXTRAS += ["starlette", "uvicorn"]
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -58,6 +59,7 @@ def test_a_run_is_resumed_scored_and_writes(khanhllm):
         (("evaluate", "modern", "--data", "stdlib"), "orjson", "data"),
         (("tokenizer", "--data", "stdlib"), "datatrove", "data"),
         (("compare", "modern"), "matplotlib", "plot"),
+        (("serve", "modern"), "uvicorn", "serve"),
         (("train", "nano", "--data", "shards", "--optim.name", "adamw8bit", "--run", "x"), "bitsandbytes", "8bit"),
     ],
 )

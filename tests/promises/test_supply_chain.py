@@ -27,7 +27,7 @@ def pinned(file: str) -> dict[str, str]:
 
 
 EXTRAS = PROJECT["optional-dependencies"]
-DIRECT = names(PROJECT["dependencies"]) | names(EXTRAS["data"] + EXTRAS["plot"] + EXTRAS["8bit"])
+DIRECT = names(PROJECT["dependencies"]) | names(EXTRAS["data"] + EXTRAS["plot"] + EXTRAS["8bit"] + EXTRAS["serve"])
 
 
 def test_each_direct_dependency_has_its_reason():

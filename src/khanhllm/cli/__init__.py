@@ -23,6 +23,7 @@ VERBS = {
     "training": ("train", "demo"),
     "runs": ("runs", "generate", "evaluate", "compare", "upcycle"),
     "export": ("export", "import"),
+    "serve": ("serve",),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
     "lab": ("doctor", "experts", "bench", "chaos"),

@@ -186,6 +186,10 @@ class Tokenizer:
         """The ids of a text. Nothing in it becomes a special token; a lone surrogate becomes U+FFFD."""
         return [rank for part in _digestible(text, self.pattern) for rank in self.engine.encode_ordinary(part)]
 
+    def special_id(self, name: str) -> int | None:
+        """The id of the special token of this name, if there is one."""
+        return next((rank for rank in self._special_ids if self._pieces[rank] == name.encode("utf-8", "replace")), None)
+
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """The ids of each text, as uint32 arrays: as `encode`, but faster. Encoding does not hold the GIL."""
         if threads == 1:

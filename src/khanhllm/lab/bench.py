@@ -210,19 +210,25 @@ def _untrained(machine: Machine) -> Transformer:
 
 
 def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """Measure the generation of tokens, one by one, from the cache."""
-    from khanhllm.inference.generate import continuation
+    """Measure the generation of tokens, one by one, from the cache: of one text, and of eight together."""
+    from khanhllm.inference.engine import Engine, Job
 
     model = _untrained(machine)
     vocabulary, tokens = model.config.vocab_size, 64
 
-    def work() -> None:
-        list(continuation(model, list(range(64)), Sampling(tokens=tokens), machine, vocabulary))
+    def write(rows: int) -> None:
+        engine = Engine(model, machine, vocabulary, rows, waiting=rows)
+        for seed in range(rows):
+            sampling = Sampling(tokens=tokens, seed=seed)
+            engine.submit(Job(list(range(64)), sampling, lambda _score: False, lambda _reason, _error: None))
+        while engine.turn():
+            pass
 
-    (seconds,) = _turns([work], min(steps, 7), machine)
-    rate = _spread([tokens / one for one in seconds])
-    console.print(f"decode: {_shown(rate, ',.0f')} tokens/s")
-    return {"decode": {"tokens_per_s": rate}}
+    one, eight = _turns([partial(write, 1), partial(write, 8)], min(steps, 7), machine)
+    rate = _spread([tokens / seconds for seconds in one])
+    together = _spread([8 * alone / seconds for alone, seconds in zip(one, eight, strict=True)])
+    console.print(f"decode: {_shown(rate, ',.0f')} tokens/s, eight texts together x {_shown(together, '.2f')}")
+    return {"decode": {"tokens_per_s": rate, "ratio_eight": together}}
 
 
 def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:

@@ -35,14 +35,14 @@ class Attention(nn.Module):
 
         own_BTS: what each token itself adds to the values (value embedding), S = kv_heads x d.
         """
-        start = past.length if past else 0
+        start = past.start if past else 0
         query_BHTd = self.rope(self.query_norm(self._heads(self.query(x_BTD))), start)
         key_BHTd = self.rope(self.key_norm(self._heads(self.key(x_BTD))), start)
         value_BTS = self.value(x_BTD)
         value_BHTd = self._heads(value_BTS if own_BTS is None else value_BTS + own_BTS)
+        mask, is_causal = _causal(past, x_BTD.shape[1], x_BTD.device)
         if past:
             key_BHTd, value_BHTd = past.append(key_BHTd, value_BHTd)
-        mask, is_causal = _causal(start, x_BTD.shape[1], x_BTD.device)
         out_BHTd = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped
         )
@@ -52,11 +52,14 @@ class Attention(nn.Module):
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def _causal(start: int, new: int, device: torch.device) -> tuple[Tensor | None, bool]:
-    """Mask and `is_causal` flag for `new` queries that follow `start` past positions.
+def _causal(past: LayerCache | None, new: int, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Mask and `is_causal` flag for `new` queries that follow `past`.
 
     The flag aligns its mask at the top left, so it is right only without a past. A single new query sees everything.
     """
+    if past and past.mask_BHTS is not None:
+        return past.mask_BHTS, False
+    start = past.length if past else 0
     if start == 0 or new == 1:
         return None, start == 0
     return torch.ones(new, start + new, dtype=torch.bool, device=device).tril(start), False

@@ -17,8 +17,14 @@ class Block(nn.Module):
         self.feedforward = feedforward
 
     def forward(
-        self, x_BTD: Tensor, past: LayerCache | None = None, own_BTS: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        past: LayerCache | None = None,
+        own_BTS: Tensor | None = None,
+        closed_BE: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """closed_BE: for a mixture layer, the experts that each row must do without."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), past, own_BTS)
-        y_BTD, routings = self.feedforward(self.feedforward_norm(x_BTD))
+        h_BTD = self.feedforward_norm(x_BTD)
+        y_BTD, routings = self.feedforward(h_BTD) if closed_BE is None else self.feedforward(h_BTD, closed_BE)
         return x_BTD + y_BTD, routings

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from khanhllm.model.rope import places
+
 MIX = 0x9E3779B97F4A7C15 - 2**64
 """2^64 divided by the golden ratio: products with it are spread evenly (Knuth, TAOCP 3, section 6.4)"""
 
@@ -23,8 +25,9 @@ class TokenEmbedding(nn.Module):
         self.token = _table(vocab_size, dim)
         self.pair = _table(pairs, dim) if pairs else None
 
-    def forward(self, ids_BT: Tensor, start: int = 0, before_B1: Tensor | None = None) -> Tensor:
-        """ids_BT -> (B, T, D); `start` is the position of the first id, before_B1 the ids before it, if any."""
+    def forward(self, ids_BT: Tensor, start: int | Tensor = 0, before_B1: Tensor | None = None) -> Tensor:
+        """ids_BT -> (B, T, D); `start` is the position of the first id, one
+        number or (B,), before_B1 the ids before it, if any."""
         x_BTD = self.token(ids_BT)
         if self.pair is None:
             return x_BTD  # type: ignore[no-any-return]
@@ -76,6 +79,5 @@ class TokenPositionEmbedding(nn.Module):
         self.token = _table(vocab_size, dim)
         self.position = _table(context, dim)
 
-    def forward(self, ids_BT: Tensor, start: int = 0, before_B1: Tensor | None = None) -> Tensor:
-        position_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
-        return self.token(ids_BT) + self.position(position_T)
+    def forward(self, ids_BT: Tensor, start: int | Tensor = 0, before_B1: Tensor | None = None) -> Tensor:
+        return self.token(ids_BT) + self.position(places(start, ids_BT.shape[1], ids_BT.device))

@@ -22,9 +22,10 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[Routing]]:
+    def forward(self, x_BTD: Tensor, closed_BE: Tensor | None = None) -> tuple[Tensor, tuple[Routing]]:
         x_TD = x_BTD.flatten(0, 1)
-        choice, routing = self.router(x_TD)
+        closed_TE = None if closed_BE is None else closed_BE.repeat_interleave(x_BTD.shape[1], 0)
+        choice, routing = self.router(x_TD, closed_TE)
         y_TD = self.answer(x_TD, choice, routing.load_E)
         return y_TD.view_as(x_BTD), (routing,)
 

@@ -1,6 +1,6 @@
 """The whole model: blocks from a pattern string such as "DMDM". Every choice of style is made here, once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import overload
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from khanhllm.model.attention import Attention
 from khanhllm.model.block import Block
-from khanhllm.model.cache import KVCache
+from khanhllm.model.cache import KVCache, LayerCache, TextCache, new_layers
 from khanhllm.model.embedding import EmbeddingSkip, NoSkip, TokenEmbedding, TokenPositionEmbedding, ValueEmbedding
 from khanhllm.model.experts import GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLUFeedForward
@@ -19,6 +19,10 @@ from khanhllm.model.roles import Role, role
 from khanhllm.model.rope import NoRope, Rope
 from khanhllm.model.router import Router, Routing
 from khanhllm.schema import ModelConfig
+
+Closed = Mapping[int, Tensor]
+"""for mixture layers, (B, E): the experts that each row must do without"""
+ALL_OPEN: Closed = {}
 
 
 class Transformer(nn.Module):
@@ -51,19 +55,22 @@ class Transformer(nn.Module):
         x_BTD, routings = self.trunk(inputs_BT)
         return self.head(x_BTD, targets_BT), routings
 
-    def trunk(self, ids_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+    def trunk(
+        self, ids_BT: Tensor, cache: KVCache | None = None, closed: Closed = ALL_OPEN
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Everything below the head: (B, T, D) and the routings. With a cache, the ids continue those it holds."""
-        start = cache.length if cache else 0
-        if start + ids_BT.shape[1] > self.config.context:
-            raise ValueError(f"{start + ids_BT.shape[1]} positions, but the model's context is {self.config.context}")
-        x_BTD = embedding_BTD = self.embedding(ids_BT, start, cache.last_B1 if cache else None)
+        end = (cache.length if cache else 0) + ids_BT.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"{end} positions, but the model's context is {self.config.context}")
+        start, before_B1 = (cache.start, cache.last_B1) if cache else (0, None)
+        x_BTD = embedding_BTD = self.embedding(ids_BT, start, before_B1)
         if cache:
             cache.last_B1 = ids_BT[:, -1:]
         pasts = cache.layers if cache else [None] * len(self.blocks)
         routings: tuple[Routing, ...] = ()
         for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
             x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
-            x_BTD, more = block(x_BTD, past, self.value_embedding(ids_BT, layer))
+            x_BTD, more = block(x_BTD, past, self.value_embedding(ids_BT, layer), closed.get(layer))
             routings += more
         return x_BTD, routings
 
@@ -71,15 +78,22 @@ class Transformer(nn.Module):
         """Logits of the token after each position: (B, T, V)."""
         return self.head.logits(self.trunk(ids_BT, cache)[0])
 
-    def next_logits(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
+    def next_logits(self, ids_BT: Tensor, cache: KVCache, closed: Closed = ALL_OPEN) -> Tensor:
         """Logits of the token after the last position, which generation needs: (B, V)."""
-        return self.head.logits(self.trunk(ids_BT, cache)[0][:, -1:])[:, 0]
+        return self.head.logits(self.trunk(ids_BT, cache, closed)[0][:, -1:])[:, 0]
 
     def new_cache(self, rows: int = 1) -> KVCache:
-        """An empty cache for `rows` texts."""
+        """An empty cache for `rows` texts of one length."""
+        return KVCache(self._new_layers(rows))
+
+    def new_text_cache(self, rows: int) -> TextCache:
+        """An empty cache for `rows` texts that grow independently."""
+        return TextCache(self._new_layers(rows))
+
+    def _new_layers(self, rows: int) -> list[LayerCache]:
         config, weight = self.config, self.head.weight
-        heads = config.key_value_heads
-        return KVCache(len(self.blocks), rows, heads, config.head_dim, config.context, weight.device, weight.dtype)
+        shape = (config.key_value_heads, config.head_dim, config.context)
+        return new_layers(len(self.blocks), rows, *shape, weight.device, weight.dtype)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
-from khanhllm.inference.generate import most_read, until, write
+from khanhllm.inference.generate import most_read, write
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import best_of, validations_of
 from khanhllm.machine.adapt import adapt
@@ -84,7 +84,7 @@ class Run:
         if lost := self.forgotten(prompt):
             warnings.warn(lost, Forgotten, stacklevel=2)
         settings = checked(Sampling, sampling, "generate")
-        return until(write(self.model, self.tokenizer, self.machine, prompt, settings), stops)
+        return write(self.model, self.tokenizer, self.machine, prompt, settings, stops)
 
     def generate(self, prompt: str = "", n: int = 1, stop: str | Sequence[str] = (), **sampling: Any) -> list[str]:
         """`n` continuations of a prompt, without the prompt; the first has the `seed` given (0), the next seed + 1."""

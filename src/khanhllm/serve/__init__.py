@@ -1,0 +1,1 @@
+"""Serve a run over HTTP, as OpenAI's clients expect it."""

@@ -1,0 +1,134 @@
+"""Serve a run until a signal comes, over HTTP."""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from khanhllm.errors import UserError
+from khanhllm.files import read
+from khanhllm.serve.guard import PATIENCE, is_loopback
+from khanhllm.serve.server import Server
+
+GRACE = 5
+"""seconds that streams have to finish after the first signal"""
+SILENT = 500
+"""connections without a request that are kept; another one closes the oldest of them"""
+
+
+class Protocol(H11Protocol):
+    """A connection must send its request in time, and many that do not keep nobody else out."""
+
+    silent: dict["Protocol", None] = {}  # noqa: RUF012  # of the process, the oldest first
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.silent[self] = None
+        self.late = self.loop.call_later(PATIENCE, self._late)
+        if len(self.silent) > SILENT:
+            oldest = next(iter(self.silent))
+            oldest._settled()
+            oldest.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle:
+            self._settled()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._settled()
+        super().connection_lost(exc)
+
+    def _settled(self) -> None:
+        self.silent.pop(self, None)
+        self.late.cancel()
+
+    def _late(self) -> None:
+        if not self.cycle:
+            self.transport.close()
+
+
+def read_key(file: Path | None) -> str:
+    """The key in a file, or in the environment as KHANHLLM_KEY; empty if there is none."""
+    if not file:
+        return os.environ.get("KHANHLLM_KEY", "").strip()
+    try:
+        key = read(file, 4096).decode("ascii").strip()
+    except OSError as error:
+        raise UserError(f"cannot read the key from {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the key in {file} must be ASCII") from None
+    if len(key) < 16 or not key.isprintable():
+        raise UserError(f"the key in {file} must have at least 16 characters, on one line")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound. Raises UserError if it cannot be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        text = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise UserError(f"cannot serve on {host} port {port}: {text}; try another --port") from None
+    return bound
+
+
+@contextmanager
+def nobody_else() -> Iterator[None]:
+    """Within this context, signals have no handler but uvicorn's, which repeats the one that ended it to the handler
+    before."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(server: Server, host: str, port: int, key: str, allowed: Sequence[str], origins: Sequence[str]) -> None:
+    """Serve until SIGINT or SIGTERM; then streams may finish for a while, and a second SIGINT ends it at once. Raises
+    UserError if it cannot listen there, and RuntimeError when the engine has died.
+
+    Without a key, a server that other machines can reach makes one and prints it.
+    """
+    bound = listen(host, port)
+    foreign = not is_loopback(host)
+    made = secrets.token_urlsafe(24) if foreign and not key else ""
+    shown = f"[{host}]" if ":" in host else host
+    app = server.guarded([shown, *allowed], origins=origins, key=key or made, literal=foreign)
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    listening = uvicorn.Server(config)
+
+    def died() -> None:
+        listening.should_exit = True
+
+    server.died = died
+    print(f"{server.name} listens on http://{shown}:{bound.getsockname()[1]}/v1  (Ctrl-C ends it)", flush=True)
+    if made:
+        print(f"key, to be sent as Authorization: Bearer KEY:  {made}", flush=True)
+    with nobody_else():
+        asyncio.run(listening.serve([bound]))
+    if fault := server.engine.fault:
+        raise RuntimeError(f"the engine has ended by an error: {type(fault).__name__}: {fault}") from fault

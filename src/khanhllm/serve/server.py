@@ -1,0 +1,302 @@
+"""The endpoints: requests in, answers out. The engine works in a thread of its own."""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from khanhllm.data.tokenizer import END_OF_TEXT
+from khanhllm.inference.engine import Dead, Engine, Full
+from khanhllm.runs.run import Run
+from khanhllm.schema import Sampling
+from khanhllm.serve.guard import Guard
+from khanhllm.serve.openai import (
+    ALIVE,
+    DONE,
+    Chat,
+    Completion,
+    Detokenize,
+    Refused,
+    Tokenize,
+    Writes,
+    check_ids,
+    dumped,
+    event,
+    parsed,
+    usage,
+)
+from khanhllm.serve.writing import Logprobs, Piece, Wanted, Writing
+
+STREAM = {"content-type": "text/event-stream", "x-accel-buffering": "no"}
+
+
+class Server:
+    """A run as an ASGI application, `app`.
+
+    died: called once, in the engine's thread, when the engine has ended by an error.
+    """
+
+    def __init__(
+        self, run: Run, name: str, rows: int = 8, waiting: int = 64, died: Callable[[], None] = lambda: None
+    ) -> None:
+        self.run, self.name, self.died = run, name, died
+        self.tokenizer, self.shape = run.tokenizer, run.config.model
+        self.engine = Engine(run.model, run.machine, self.tokenizer.vocab_size, rows, waiting)
+        self.started = int(time.time())
+        paths: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("GET", "/health", self.health),
+            ("GET", "/metrics", self.metrics),
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{name}", self.model),
+            ("POST", "/v1/completions", self.completions),
+            ("POST", "/v1/chat/completions", self.chat),
+            ("POST", "/tokenize", self.tokenize),
+            ("POST", "/detokenize", self.detokenize),
+            ("GET", "/tokenizer_info", self.tokenizer_info),
+        ]
+        routes = [Route(path, endpoint, methods=[method]) for method, path, endpoint in paths]
+        handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
+        self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        self.app.router.redirect_slashes = False
+        self.guard: Guard | None = None
+
+    def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
+        """The application behind its guard, whose settings these are."""
+        self.guard = Guard(self.app, names, **settings)
+        return self.guard
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        thread.start()
+        yield
+        self.engine.close()
+        await asyncio.to_thread(thread.join)
+
+    def _work(self) -> None:
+        self.engine.run()
+        if self.engine.fault:
+            self.died()
+
+    async def health(self, _request: Request) -> Response:
+        if self.engine.fault:
+            raise Refused(503, "the engine has ended by an error")
+        return _json({"status": "ok"})
+
+    async def metrics(self, _request: Request) -> Response:
+        """https://prometheus.io/docs/instrumenting/exposition_formats/"""
+        engine, lines = self.engine, []
+        for name, count in engine.counts.items():
+            lines += [f"# TYPE khanhllm_tokens_{name}_total counter", f"khanhllm_tokens_{name}_total {count}"]
+        for name, count in {"rows_busy": engine.busy, "waiting": len(engine.waiting)}.items():
+            lines += [f"# TYPE khanhllm_{name} gauge", f"khanhllm_{name} {count}"]
+        lines.append("# TYPE khanhllm_answers_total counter")
+        answers = sorted(self.guard.answers.items()) if self.guard else []
+        lines += [f'khanhllm_answers_total{{status="{status}"}} {count}' for status, count in answers]
+        return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+    async def models(self, _request: Request) -> Response:
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return _json(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "khanhllm"}
+        return card | {"max_model_len": self.shape.context}
+
+    def _check_model(self, name: str) -> None:
+        if name not in (self.name, "", "*"):
+            raise Refused(404, f"no model of this name here; it is called {self.name}", "model_not_found", "model")
+
+    async def tokenizer_info(self, _request: Request) -> Response:
+        names = {f"{what}_token": END_OF_TEXT for what in ("bos", "eos", "pad")}
+        return _json(names | {"vocab_size": self.tokenizer.vocab_size, "max_model_len": self.shape.context})
+
+    async def tokenize(self, request: Request) -> Response:
+        """A text that is the name of a special token and nothing else becomes that token: clients ask for its id so."""
+        asked = parsed(await request.body(), Tokenize)
+        special = self.tokenizer.special_id(asked.prompt)
+        ids = self.tokenizer.encode(asked.prompt) if special is None else [special]
+        ids = [self.tokenizer.end_of_text] * asked.add_special_tokens + ids
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": self.shape.context})
+
+    async def detokenize(self, request: Request) -> Response:
+        asked = parsed(await request.body(), Detokenize)
+        check_ids(asked.tokens, self.tokenizer.vocab_size, "tokens")
+        return _json({"prompt": self.tokenizer.decode(asked.tokens)})
+
+    async def chat(self, request: Request) -> Response:
+        self._check_model(parsed(await request.body(), Chat).model)
+        raise Refused(400, "this run was not taught to talk; use /v1/completions")
+
+    async def completions(self, request: Request) -> Response:
+        asked = parsed(await request.body(), Completion)
+        self._check_model(asked.model)
+        wanted = self._wanted(asked)
+        try:
+            writing = Writing(self.engine, self.tokenizer, wanted)
+        except Full:
+            return _refused(request, Refused(429, "too many requests wait already; try again", "rate_limit_exceeded"))
+        except Dead:
+            raise Refused(503, "the engine has ended by an error") from None
+        reply = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        tokens = sum(len(one.ids) - one.shown for one in wanted[:: asked.n])
+        if asked.stream:
+            return StreamingResponse(self._events(asked, writing, wanted, reply, tokens), headers=STREAM)
+        return await self._whole(request, writing, wanted, reply, tokens)
+
+    def _wanted(self, asked: Completion) -> list[Wanted]:
+        """A text to be continued for each prompt and each of its n choices."""
+        prompts = asked.prompts(self.tokenizer.vocab_size)
+        most = self.engine.most_waiting + len(self.engine.rows)
+        if asked.n * len(prompts) > most:
+            text = f"{len(prompts)} prompts x n {asked.n} are more texts than this server holds, {most}"
+            raise Refused(400, text, param="n")
+        seed = secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
+        closed, wanted, context = self._closed(asked), [], self.shape.context
+        for prompt in prompts:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            implied = isinstance(prompt, str) or ids[:1] != [self.tokenizer.end_of_text]
+            ids = [self.tokenizer.end_of_text] * implied + ids
+            if len(ids) > context:
+                text = (
+                    f"the prompt has {len(ids):,} tokens (with the end-of-text before it), the model sees {context:,}"
+                )
+                raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
+            for nth in range(asked.n):
+                sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
+                wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
+        return wanted
+
+    def _closed(self, asked: Writes) -> dict[int, list[int]]:
+        closed: dict[int, list[int]] = {}
+        for layer, expert in asked.khanhllm.off:
+            if layer not in self.shape.moe_layers or not 0 <= expert < self.shape.experts:
+                text = f"khanhllm.off: mixture layers {self.shape.moe_layers}, experts 0 to {self.shape.experts - 1}"
+                raise Refused(400, text, param="khanhllm")
+            closed.setdefault(layer, []).append(expert)
+        return {layer: sorted(set(experts)) for layer, experts in sorted(closed.items())}
+
+    async def _whole(
+        self, request: Request, writing: Writing, wanted: Sequence[Wanted], reply: dict[str, Any], tokens: int
+    ) -> Response:
+        """The answer at once; if the client goes before, its jobs end."""
+        gone = asyncio.create_task(_gone(request))
+        gathered = asyncio.create_task(_gathered(writing, len(wanted)))
+        try:
+            await asyncio.wait({gone, gathered}, return_when=asyncio.FIRST_COMPLETED)
+            if not gathered.done():
+                return Response(status_code=499)  # nobody reads it
+            answers = gathered.result()
+        finally:
+            gone.cancel()
+            gathered.cancel()
+            writing.cancel()
+        choices = []
+        for index, (one, pieces) in enumerate(zip(wanted, answers, strict=True)):
+            scores = [score for piece in pieces for score in piece.scores]
+            logprobs = Logprobs(self.tokenizer).add(scores) if one.logprobs is not None else None
+            text = "".join(piece.text for piece in pieces)
+            choices.append(_choice(index, text, logprobs, pieces[-1].finish))
+        return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
+
+    async def _events(
+        self, asked: Completion, writing: Writing, wanted: Sequence[Wanted], reply: dict[str, Any], tokens: int
+    ) -> AsyncIterator[str]:
+        """The answer as server-sent events; if the client goes, the jobs end."""
+        logprobs = [Logprobs(self.tokenizer) for _ in wanted]
+        count = asked.stream_options.include_usage
+        try:
+            async for piece in writing.pieces():
+                if piece is None:
+                    yield ALIVE
+                    continue
+                if piece.error:
+                    yield event(_as_refused(piece.error).body())
+                    return
+                if not (piece.text or piece.scores or piece.finish):
+                    continue
+                scored = logprobs[piece.choice].add(piece.scores) if asked.logprobs is not None else None
+                choice = _choice(piece.choice, piece.text, scored, piece.finish)
+                yield event(reply | {"choices": [choice]} | ({"usage": None} if count else {}))
+            if count:
+                yield event(reply | {"choices": [], "usage": usage(tokens, writing.written)})
+            yield DONE
+        finally:
+            writing.cancel()
+
+
+def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
+    return Sampling(
+        tokens=tokens,
+        temperature=asked.temperature,
+        top_k=max(asked.top_k, 0),
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        seed=seed,
+    )
+
+
+def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+async def _gathered(writing: Writing, choices: int) -> list[list[Piece]]:
+    """All pieces of each choice. Raises Refused if one ended by an error."""
+    found: list[list[Piece]] = [[] for _ in range(choices)]
+    async for piece in writing.pieces():
+        if piece and piece.error:
+            raise _as_refused(piece.error)
+        if piece:
+            found[piece.choice].append(piece)
+    return found
+
+
+def _as_refused(error: Exception) -> Refused:
+    return Refused(500, "the engine has ended by an error" if isinstance(error, Dead) else str(error))
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(value: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(dumped(value), status, media_type="application/json")
+
+
+def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    answer = _json(error.body(), error.status)
+    if error.status in (429, 503):
+        answer.headers["retry-after"] = "1"
+    return answer
+
+
+def _unforeseen(request: Request, _error: Exception) -> Response:
+    """Starlette raises the error again, for the guard to log it."""
+    return _refused(request, Refused(500, "something unforeseen happened here; the server's log says where"))
+
+
+def _http(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    text = "there is nothing here" if error.status_code == 404 else error.detail
+    return _refused(request, Refused(error.status_code, f"{text}; see docs/serve.md"))

@@ -1,0 +1,140 @@
+"""A request becomes jobs of the engine, and what they are told becomes pieces of its answer."""
+
+import asyncio
+import codecs
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.inference.engine import Engine, Job
+from khanhllm.inference.sample import Score
+from khanhllm.inference.words import TokenWords
+from khanhllm.schema import Sampling
+
+STALLED = 1000
+"""pieces that may wait for a client that does not read; then its jobs are cancelled"""
+
+
+class Piece(NamedTuple):
+    """What comes next in one choice of an answer."""
+
+    choice: int
+    text: str
+    scores: Sequence[Score] = ()
+    finish: str | None = None
+    """stop or length: nothing follows"""
+    error: Exception | None = None
+
+
+class Wanted(NamedTuple):
+    """A text to be continued."""
+
+    ids: list[int]
+    """with the end-of-text before it"""
+    shown: int
+    """where the prompt begins in `ids`: behind an end-of-text that the client did not give"""
+    sampling: Sampling
+    stops: list[str]
+    logprobs: int | None
+    echo: bool
+    closed: dict[int, list[int]]
+
+
+class Writing:
+    """The jobs of one request."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, wanted: Sequence[Wanted]) -> None:
+        """Raises Full or Dead, as `Engine.submit` does."""
+        self.engine, self.tokenizer, self.written = engine, tokenizer, 0
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+        self.jobs = [self._job(index, one) for index, one in enumerate(wanted)]
+        engine.submit(*self.jobs)
+
+    async def pieces(self, patience: float = 15) -> AsyncIterator[Piece | None]:
+        """The pieces of all choices as they come; None when there was none for so many seconds."""
+        going = len(self.jobs)
+        while going:
+            try:
+                piece = await asyncio.wait_for(self._queue.get(), patience)
+            except TimeoutError:
+                yield None
+                continue
+            going -= piece.finish is not None
+            yield piece
+
+    def cancel(self) -> None:
+        """End all jobs that are not over."""
+        for job in self.jobs:
+            self.engine.cancel(job)
+
+    def _job(self, index: int, wanted: Wanted) -> Job:
+        """A job whose functions, which the engine's thread calls, send pieces to the event loop."""
+        words = TokenWords(self.tokenizer, wanted.stops)
+        prompt: list[Score] = [Score(token) for token in wanted.ids[wanted.shown : 1]]
+        begun = not wanted.echo
+
+        def beginning() -> tuple[str, list[Score]]:
+            nonlocal begun
+            if begun:
+                return "", []
+            begun = True
+            return self.tokenizer.decode(wanted.ids[wanted.shown :]), prompt
+
+        def hear(score: Score) -> bool:
+            text, scores = beginning()
+            ended = score.token == self.tokenizer.end_of_text
+            text += words.rest() if ended else words.add(score.token)
+            self.written += 1
+            scored = [*scores, score] if wanted.logprobs is not None else []
+            self._send(Piece(index, text, scored))
+            return ended or words.ended or self._queue.qsize() > STALLED
+
+        def over(reason: str, error: Exception | None) -> None:
+            text, scores = beginning()
+            self._send(Piece(index, text + words.rest(), scores if wanted.logprobs is not None else [], reason, error))
+
+        job = Job(wanted.ids, wanted.sampling, hear, over, top=wanted.logprobs, closed=wanted.closed)
+        job.echo = prompt.append if wanted.echo and wanted.logprobs is not None else None
+        return job
+
+    def _send(self, piece: Piece) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        except RuntimeError:  # the event loop has ended, and with it everybody who could listen
+            self.cancel()
+
+
+class Logprobs:
+    """The `logprobs` of one choice, in the form of /v1/completions."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.offset = tokenizer, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, scores: Sequence[Score]) -> dict[str, list[Any]]:
+        """These tokens; the offsets go on where those before ended."""
+        offsets = []
+        for score in scores:
+            offsets.append(self.offset)
+            self.offset += len(self.decoder.decode(self.tokenizer.decode_bytes([score.token])))
+        return {
+            "tokens": [self.name(score.token) for score in scores],
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [self._top(score) for score in scores],
+            "text_offset": offsets,
+        }
+
+    def _top(self, score: Score) -> dict[str, float] | None:
+        """The likeliest tokens, and the one that stands there; lm-eval takes it for the greedy one if it is the
+        likeliest."""
+        if score.logprob is None:
+            return None
+        return {self.name(token): logprob for token, logprob in score.top} | {self.name(score.token): score.logprob}
+
+    def name(self, token: int) -> str:
+        """The text of a token, or its bytes if they are no text, in OpenAI's spelling."""
+        raw = self.tokenizer.decode_bytes([token])
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
