@@ -1,6 +1,7 @@
 """How a command line is read: errors of one line, and an option for every key of the config."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             option = message.removeprefix("argument ").partition(":")[0]
             message = f"{option} needs a value; write one that begins with a dash as {option}=-value"
+        message = re.sub(r"\S{100,}", lambda word: f"{word[0][:60]}...", message)  # such a word as nobody reads
         print(UserError(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"), file=sys.stderr)
         sys.exit(2)
 

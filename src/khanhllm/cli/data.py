@@ -118,7 +118,9 @@ def data(options: argparse.Namespace) -> None:
 
 def data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["show", "verify"], metavar="show|verify", help="what to do")
-    parser.add_argument("source", metavar="SRC", help="where the text comes from, or a folder of prepared shards")
+    parser.add_argument(
+        "source", metavar="SRC", type=name, help="where the text comes from, or a folder of prepared shards"
+    )
     parser.add_argument(
         "--tokenizer", metavar="FILE", type=name, help="tokenizer.json, to see tokens in a source of text"
     )
