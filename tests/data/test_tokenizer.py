@@ -21,9 +21,12 @@ TEXTS = [(STDLIB / name).read_text(encoding="utf-8") for name in ("argparse.py",
 UNSEEN = [(STDLIB / name).read_text(encoding="utf-8") for name in ("typing.py", "heapq.py", "idlelib/NEWS.txt")]
 
 
+HINDI = "हिन्दी में लिखा हुआ " * 200
+
+
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return train_tokenizer(TEXTS, 1500)
+    return train_tokenizer([*TEXTS, HINDI], 1500)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +108,10 @@ def test_a_tokenizer_with_the_former_pattern_still_gives_the_same_ids(former):
     ]
 
 
-def test_marks_stay_with_their_letters(trained):
-    hindi = "हिन्दी में लिखा हुआ " * 20
-    assert len(train_tokenizer([hindi], 300).encode("हिन्दी")) == 1 and trained.pattern == "qwen35"
+def test_marks_stay_with_their_letters_where_a_text_has_many():
+    marked = train_tokenizer([HINDI], 300)
+    assert len(marked.encode("हिन्दी")) == 1 and marked.pattern == "qwen35"
+    assert train_tokenizer([*TEXTS, "naïve cafe\u0301"], 300).pattern == "gpt-2"
 
 
 BLANKS = [" " * 1_500_000 + end for end in ("", "x", "\n", "\nx", "\n" + " " * 1_500_000 + "x")]
@@ -159,7 +163,7 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(trained):
 
 def test_training_is_deterministic_and_full(trained):
     assert trained.vocab_size == 1500
-    assert train_tokenizer(TEXTS, 1500).sha256 == trained.sha256
+    assert train_tokenizer([*TEXTS, HINDI], 1500).sha256 == trained.sha256
     assert train_tokenizer(TEXTS, 1499).sha256 != trained.sha256
 
 

@@ -5,9 +5,9 @@ transformers and other runtimes. `tiktoken` encodes: the same ids, several times
 facts that loading checks: the pre-tokenizing pattern is one that other runtimes know by name, and ids grow in the order
 in which merges were learned, so "lowest id first" and "earliest merge first" are the same rule.
 
-New tokenizers use the pattern of Qwen 3.5, `qwen35` in llama.cpp. It keeps combining marks with their letters, without
-which Hindi or Thai falls apart at every vowel sign (benchmarks/results/pretokenizers.json). Older ones use GPT-2's, and
-still load.
+The pattern is GPT-2's, or for text with many combining marks that of Qwen 3.5, `qwen35` in llama.cpp. That keeps marks
+with their letters, without which Hindi or Thai falls apart at every vowel sign (benchmarks/results/pretokenizers.json).
+It also cuts numbers into digits, and the demo's model then learns Python's source far worse, so it is not for all.
 
 Special tokens take the first ids. Text is always encoded as ordinary text: someone who writes <|endoftext|> into a
 document gets the letters, never the token. Every byte is itself a token, so nothing is unknown and any bytes survive
@@ -20,9 +20,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import tiktoken
@@ -68,10 +69,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
     if vocab_size < SMALLEST:
         raise UserError(f"a byte-level vocabulary needs at least {SMALLEST} tokens, got vocab_size {vocab_size}")
+    texts = iter(texts)
+    first = list(islice(texts, 256))
+    marked = _has_marks(first)
     learner = Trained(models.BPE())
-    split = pre_tokenizers.Split(Regex(QWEN35), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    learner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not marked)
+    if marked:
+        split = pre_tokenizers.Split(Regex(QWEN35), "isolated")
+        learner.pre_tokenizer = pre_tokenizers.Sequence([split, learner.pre_tokenizer])
     learner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -79,8 +84,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
-    learner.train_from_iterator(chain.from_iterable(map(_slices, texts)), trainer)
+    learner.train_from_iterator(chain.from_iterable(map(_slices, chain(first, texts))), trainer)
     return Tokenizer(learner.to_str())
+
+
+def _has_marks(texts: list[str]) -> bool:
+    """Whether more than a hundredth of the characters are combining marks."""
+    sample = "".join(text[:4000] for text in texts)
+    return 100 * sum(category(char)[0] == "M" for char in sample) > len(sample)
 
 
 def _slices(text: str, longest: int = 10_000) -> Iterator[str]:
