@@ -59,7 +59,7 @@ def test_text_is_shown_with_its_tokens(texts, tokenizer, capsys):
     out = seen(capsys, "show", texts, "--tokenizer", tokenizer, "--documents", "30")
     assert f"{texts}: 2 files" in out
     assert "│ quick│ brown│ fox│" in out
-    assert ".↵\n" in out
+    assert ".│↵\n" in out
     assert "\x1b" not in out
     assert "tokens · " in out
     assert "tokens of a document, from" in out
