@@ -49,7 +49,7 @@ def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
                 os.kill(process.pid, number)
             code = end(process)
             newest = checkpoint.newest(folder)
-            at = int(newest.name[5:]) if newest else 0
+            at = checkpoint.step_of(newest) if newest else 0
             expected = 0 if arena.finished(folder) else 128 + number
             faults.append("" if code == expected and at == _rows(folder) else f"exit code {code}, saved step {at}")
         last = _to_the_end(arena, folder, calm)

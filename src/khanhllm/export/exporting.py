@@ -67,7 +67,7 @@ def export(
             ids_NT = check.windows(Path(checkpoint.read_state(path)["folder"]), tokenizer, config.model.context)
             report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, ids_NT, dtype)
         if to == "hf":
-            text = card(run, config, shape, int(path.name[5:]), dtype, report, out.name, remote_code)
+            text = card(run, config, shape, checkpoint.step_of(path), dtype, report, out.name, remote_code)
             (aside / "README.md").write_text(text, encoding="utf-8")
         _check_free(out)  # once more: another export may have been faster
         aside.replace(out)

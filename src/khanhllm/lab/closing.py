@@ -16,9 +16,7 @@ from torch import Tensor
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing, count
-
-ROWS_OF_TOKENS = 4096
-"""tokens in one forward; without gradients they take little memory"""
+from khanhllm.runs.run import ROWS_OF_TOKENS
 
 Change = Callable[[Router], Any]
 """registers a hook and returns its handle"""

@@ -225,7 +225,7 @@ def _add_checkpoints(opened: Run, sample: Sample, last: Record, layers: list[dic
     for layer in layers:
         layer["saturation"] = {}
     for path in reversed(checkpoint.steps(run)):
-        step = int(path.name[5:])
+        step = checkpoint.step_of(path)
         if step >= opened.step:
             continue
         checkpoint.load_model(find_checkpoint(run, opened.config, step), model)

@@ -58,7 +58,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     learner, guard = parts.learner, state.guard
     saver.report(patient=True)
     good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
-    where = f"step {int(good.name[5:])}" if good else "the beginning"
+    where = f"step {checkpoint.step_of(good)}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
     if guard.returns >= learner.config.guard.returns:
         again = "--resume goes on from there" if good else "nothing was saved yet"

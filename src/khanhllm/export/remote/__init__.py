@@ -17,8 +17,8 @@ from khanhllm.settings import checked
 FILES = tuple(Path(__file__).with_name(f"{name}_khanhllm.py") for name in ("configuration", "modeling"))
 
 
-def config_json(model: ModelConfig, tokenizer: Tokenizer, dtype: str = "float32") -> dict[str, Any]:
-    """config.json of a folder with FILES, and with the weights under our own names. dtype: theirs, in torch's words."""
+def remote_config(model: ModelConfig) -> dict[str, Any]:
+    """config.json of a folder with FILES, and with the weights under our own names; `hf.write_notes` adds the rest."""
     return {
         "architectures": ["KhanhLLMForCausalLM"],
         "auto_map": {
@@ -26,17 +26,13 @@ def config_json(model: ModelConfig, tokenizer: Tokenizer, dtype: str = "float32"
             "AutoModelForCausalLM": "modeling_khanhllm.KhanhLLMForCausalLM",
         },
         "model_type": "khanhllm",
-        "dtype": dtype,
-        "bos_token_id": tokenizer.end_of_text,
-        "eos_token_id": tokenizer.end_of_text,
         **model.model_dump(exclude={"zero_out"}),  # which only says how training began
     }
 
 
 def write(folder: Path, model: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
     """Fill `folder`, which exists, with a model of any shape and its code."""
-    kind = str(DTYPES[dtype]).removeprefix("torch.")
-    hf.write_notes(folder, config_json(model, tokenizer, kind), model.context, tokenizer, dtype)
+    hf.write_notes(folder, remote_config(model), model.context, tokenizer, dtype)
     for file in FILES:
         shutil.copyfile(file, folder / file.name)
     hf.write_tensors(folder, [hf.Part(name, name, None) for name in weights], weights, DTYPES[dtype])
