@@ -160,6 +160,11 @@ class DataConfig(Section):
     """processes that prepare the data; 0 means one for each core"""
     cache: Name = "shards"
     """folder that keeps prepared shards, so that the next run on the same source starts at once"""
+    base: Name = ""
+    """folder of the shards of the run that this one goes on from: a part of its held-out text shows, in the log's
+    base_bpb, what is forgotten, and rows of its text may be replayed; empty means none"""
+    replay: Fraction = 0.0
+    """share of the rows that come from data.base; which ones they are depends on train.seed and their number alone"""
 
 
 class TrainConfig(Section):
@@ -175,6 +180,10 @@ class TrainConfig(Section):
     """micro-batches in one optimizer step (gradient accumulation); with micro_batch auto: rows in a step"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """decides the initial weights, the order of the data and the samples"""
+    targets: Literal["all", "answers"] = "all"
+    """what counts. all: every token. answers: the source holds conversations, and their answers count"""
+    document_mask: bool = False
+    """whether attention stays within a document"""
     eval_every: Natural = 100
     """steps between validations; 0 means only at the end"""
     eval_tokens: Count = 100_000

@@ -1,0 +1,70 @@
+"""Conversations made by rule, from which a small model learns to talk within minutes, and whose answers can be checked.
+
+Each kind has few words and many cases, so that those held out are new ones: sums, copying, capitals, and a name that
+was said two turns ago.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from khanhllm.data.chat import Message
+
+NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Kim Lena Max Nora Oscar Paula".split()
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Germany": "Berlin",
+    "Vietnam": "Hanoi",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Peru": "Lima",
+}
+WORDS = "red green blue big small old new cat dog tree house sun moon sea".split()
+
+
+def _sum(dice: random.Random) -> list[str]:
+    one, two = dice.randint(0, 9), dice.randint(0, 9)
+    return [f"{one} + {two}?", str(one + two)]
+
+
+def _copy(dice: random.Random) -> list[str]:
+    words = " ".join(dice.choices(WORDS, k=dice.randint(1, 3)))
+    return [f"Say: {words}", words]
+
+
+def _capital(dice: random.Random) -> list[str]:
+    land = dice.choice(list(CAPITALS))
+    return [f"Capital of {land}?", CAPITALS[land]]
+
+
+def _name(dice: random.Random) -> list[str]:
+    name = dice.choice(NAMES)
+    return [f"I am {name}.", f"Hello {name}!", *_turn(dice), "Who am I?", name]
+
+
+KINDS = {"sums": _sum, "copying": _copy, "capitals": _capital, "names": _name}
+
+
+def _turn(dice: random.Random) -> list[str]:
+    return dice.choice([_sum, _copy, _capital])(dice)
+
+
+def made(number: int, seed: int = 0) -> Iterator[tuple[str, list[Message]]]:
+    """So many conversations, each with its kind; the same for the same seed."""
+    dice = random.Random(seed)
+    for nth in range(number):
+        kind = list(KINDS)[nth % len(KINDS)]
+        said = KINDS[kind](dice)
+        yield kind, [Message(("user", "assistant")[turn % 2], text) for turn, text in enumerate(said)]
+
+
+def write_made(path: Path, number: int, seed: int = 0) -> None:
+    """Write them as JSON lines of messages."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for _, messages in made(number, seed):
+            turns = [{"role": role, "content": text} for role, text in messages]
+            file.write(json.dumps({"messages": turns}) + "\n")

@@ -1,0 +1,126 @@
+"""A run goes on with other text, as a run of its own: conversations (`khanhllm tune`) or more of anything else
+(`khanhllm train --from`).
+
+Like upcycling, this writes a run at step 0 that holds the weights, with fresh moments and a config of its own; the one
+training loop does the rest.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from khanhllm.data.ensure import ensure
+from khanhllm.data.render import check_speaks
+from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
+from khanhllm.files import there
+from khanhllm.model import Transformer
+from khanhllm.runs.run import Run, open_run
+from khanhllm.schema import Config
+from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.training.parts import laid_for
+from khanhllm.training.start import write_start
+
+PEAKS = ("lr", "muon_lr", "embedding_lr", "head_lr")
+STEPS = 400
+"""steps that a tuning should have at least: with little text its steps become small"""
+LEAST = 512
+"""tokens of a step of a tuning, at least"""
+PARTS = 4
+"""how often a tuning is validated, saved, and asked held-out questions"""
+VALIDATION = 0.05
+"""share of the conversations that are held out"""
+
+
+def tune(
+    run: Path,
+    out: Path,
+    source: str,
+    *,
+    epochs: float = 3.0,
+    replay: float = 0.3,
+    rate: float = 0.5,
+    settings: Mapping[str, Any] = {},
+) -> Config:
+    """Write `out`, a run at step 0 that is to learn the answers of the conversations in `source`; its config.
+
+    epochs: how often it reads them. replay: share of the rows that come from the text of `run`. rate: peaks of the
+    learning rates, as a share of those of `run`. settings: single keys of the config, which win.
+
+    Raises UserError before anything is written.
+    """
+    refuse_to_overwrite(out, resume=False)
+    if epochs <= 0 or not 0 <= replay < 1 or rate <= 0:
+        raise UserError("--epochs and --rate must be above 0, and --replay at least 0 and below 1")
+    base = open_run(run)
+    check_speaks(base.tokenizer, f"the tokenizer of {run}")
+    peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
+    own = {
+        "data": _data(run, source) | {"validation": VALIDATION, "base": _base(base, replay), "replay": replay},
+        "train": {"targets": "answers", "document_mask": True, "seconds": 0},
+        "optim": peaks,
+        "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0},
+    }
+    config = resolve(base.config.model_dump(), own, settings, where="tune")
+    shards = Shards.open(_shards(config), "train", config.model.context)
+    config = resolve(config.model_dump(), {"train": _length(config, shards, epochs)}, settings, where="tune")
+    write_start(out, config, _copy(base, config), base.tokenizer)
+    return config
+
+
+def go_on(run: Path, out: Path, config: Config) -> None:
+    """Write `out`, a run at step 0 with the weights of `run` and this config, whose model must be that of `run`.
+
+    Raises UserError before anything is written.
+    """
+    refuse_to_overwrite(out, resume=False)
+    base = open_run(run)
+    config = resolve(config.model_dump(), {"data": _data(run, config.data.source)}, where="train")
+    _shards(config)
+    write_start(out, config, _copy(base, config), base.tokenizer)
+
+
+def _data(run: Path, source: str) -> dict[str, Any]:
+    return {"source": source, "tokenizer": str((run / "tokenizer.json").absolute()), "clean": "", "tokens": 0}
+
+
+def _base(base: Run, replay: float) -> str:
+    """The shards of a run, whose rows are replayed, and whose held-out text shows what is forgotten; "" if gone."""
+    folder = base.data.absolute()
+    if there(folder / MANIFEST):
+        return str(folder)
+    if replay:
+        raise UserError(
+            f"the shards of {base.checkpoint.parents[1]}, {folder}, are gone, so none of its text can be replayed; "
+            "tune without (--replay 0), or train it on with --resume, which makes them again"
+        )
+    return ""
+
+
+def _shards(config: Config) -> Path:
+    needed = config.train.steps * config.tokens_per_step
+    return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
+
+
+def _length(config: Config, shards: Shards, epochs: float) -> dict[str, Any]:
+    """Steps that read the conversations so often, and of which size."""
+    context = config.model.context
+    rows = math.ceil(epochs * shards.rows / (1 - config.data.replay))
+    usual = config.train.rows_per_step
+    a_step = min(usual, max(rows // STEPS, -(-LEAST // context)))
+    micro_batch = config.train.micro_batch if config.train.micro_batch == "auto" else min(config.train.rows, a_step)
+    accumulation = a_step if micro_batch == "auto" else a_step // micro_batch
+    steps = math.ceil(rows / (a_step if micro_batch == "auto" else micro_batch * accumulation))
+    part = math.ceil(steps / PARTS)
+    often = {"eval_every": part, "save_every": part, "sample_every": part}
+    return {"steps": steps, "micro_batch": micro_batch, "accumulation": accumulation} | often
+
+
+def _copy(base: Run, config: Config) -> Transformer:
+    if config.model != base.config.model:
+        raise UserError(f"the model is that of {base.checkpoint.parents[1]}; leave out --model options")
+    model = Transformer(config.model)
+    model.load_state_dict(base.model.state_dict())
+    return model
