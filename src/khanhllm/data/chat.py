@@ -80,7 +80,7 @@ def _found(record: Mapping[str, Any], where: str, column: str) -> Iterator[Messa
         for turn in record.get("history") or []:
             if not isinstance(turn, list | tuple) or len(turn) != 2:
                 raise UserError(f"{where}: history must be a list of [question, answer]")
-            yield from _pair(*turn, where)
+            yield from _pair(turn[0], turn[1], where)
         asked = [_text(record[key], where) for key in ("instruction", "input") if record.get(key)]
         yield from _pair("\n".join(filter(None, asked)), record["output"], where)
     else:

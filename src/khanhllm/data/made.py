@@ -11,7 +11,7 @@ from pathlib import Path
 
 from khanhllm.data.chat import Message
 
-NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Kim Lena Max Nora Oscar Paula".split()
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Kim", "Lena", "Max", "Nora", "Oscar", "Paula"]
 CAPITALS = {
     "France": "Paris",
     "Italy": "Rome",
@@ -22,7 +22,7 @@ CAPITALS = {
     "Egypt": "Cairo",
     "Peru": "Lima",
 }
-WORDS = "red green blue big small old new cat dog tree house sun moon sea".split()
+WORDS = ["red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "tree", "house", "sun", "moon", "sea"]
 
 
 def _sum(dice: random.Random) -> list[str]:

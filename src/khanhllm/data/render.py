@@ -84,7 +84,7 @@ def blocks(conversations: Iterable[np.ndarray], context: int, end_of_text: int) 
                 inside.append([])
             inside[number].append(ids)
             insort(rooms, (room - len(ids), number))
-        for number, parts in enumerate(inside):
+        for parts in inside:
             block = np.full(context, end_of_text, np.uint32)
             block[: sum(map(len, parts))] = np.concatenate(parts)
             yield block

@@ -13,7 +13,6 @@ from typing import Any
 from khanhllm.data.ensure import ensure
 from khanhllm.data.render import check_speaks
 from khanhllm.data.shards import MANIFEST, Shards
-from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.model import Transformer

@@ -68,12 +68,10 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     data = ensure(source, config.model.vocab_size, round(needed), laid_for(config))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
-    train: Shards | Belt | Replay = _rows_in(data, config)
-    validation, base = Shards.open(data, "validation", context), None
-    if config.data.base:
-        base = _of_base(Path(config.data.base), tokenizer, context)
-        if config.data.replay:
-            train = Replay(train, _rows_in(Path(config.data.base), config), config.data.replay)
+    own, validation = _rows_in(data, config), Shards.open(data, "validation", context)
+    earlier, share = Path(config.data.base), config.data.replay
+    base = _of_base(earlier, tokenizer, context) if config.data.base else None
+    train = Replay(own, _rows_in(earlier, config), share) if base and share else own
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation, base)
 
 
