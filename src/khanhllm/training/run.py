@@ -170,9 +170,9 @@ def validate(parts: Parts, tokens: int, stop: Stop) -> Score | None:
                 raise _Stopped
             yield window
 
-    learner = parts.learner
+    learner, token_bytes = parts.learner, parts.tokenizer.token_bytes
     try:
-        return score(learner.model, windows(), parts.tokenizer.token_bytes, learner.machine, parts.config.train.rows)
+        return score(learner.model, windows(), token_bytes, learner.machine, parts.config.train.rows, parts.reading)
     except _Stopped:
         return None
 
