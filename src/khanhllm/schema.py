@@ -180,10 +180,6 @@ class TrainConfig(Section):
     """micro-batches in one optimizer step (gradient accumulation); with micro_batch auto: rows in a step"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """decides the initial weights, the order of the data and the samples"""
-    targets: Literal["all", "answers"] = "all"
-    """what counts. all: every token. answers: the source holds conversations, and their answers count"""
-    document_mask: bool = False
-    """whether attention stays within a document"""
     eval_every: Natural = 100
     """steps between validations; 0 means only at the end"""
     eval_tokens: Count = 100_000
@@ -200,6 +196,12 @@ class TrainConfig(Section):
     """length of each sample (tokens)"""
     sample_prompt: Text = ""
     """text that each sample continues; empty means a fresh document"""
+    targets: Literal["all", "answers"] = "all"
+    """tokens whose loss counts. answers: data.source holds conversations (docs/chat.md), of which only what the
+    assistant says counts, and the token that ends it; a document without roles counts wholly"""
+    document_mask: bool = False
+    """whether attention, positions and pairs of tokens begin anew with each document; if not, a token also sees the
+    documents before its own in its row"""
 
     @property
     def rows(self) -> int:

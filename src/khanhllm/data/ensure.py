@@ -38,11 +38,9 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int 
         if steps and steps != made:
             raise UserError(f"{folder} was prepared with cleaning by {made or 'nothing'}; leave out data.clean {steps}")
     manifest = Manifest.read(folder)
-    if laid_for != (context := manifest.laid.context if manifest.laid else 0):
-        has, needs = (
-            f"conversations in rows of {size:,} tokens" if size else "documents" for size in (context, laid_for)
-        )
-        raise UserError(f"{folder} holds {has}, but this run needs {needs}; prepare them for it")
+    if manifest.laid and manifest.laid.context != laid_for:
+        needs = f"rows of {laid_for:,} (model.context)" if laid_for else "train.targets = answers"
+        raise UserError(f"{folder} holds {manifest.laid.describe()}; this run needs {needs}")
     check_fits(manifest.vocab_size, vocab_size, str(folder))
     for path in (folder / "tokenizer.json", *([Path(data.tokenizer)] if data.tokenizer else [])):
         tokenizer = Tokenizer.load(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from khanhllm.data.chat import Message
 
-NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Kim", "Lena", "Max", "Nora", "Oscar", "Paula"]
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Kim", "Lena"]
 CAPITALS = {
     "France": "Paris",
     "Italy": "Rome",

@@ -31,10 +31,10 @@ from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
 from khanhllm.data.chat import SHAPES
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
+from khanhllm.data.counting import Marks
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.readers import Reader
 from khanhllm.data.records import holds_records
-from khanhllm.data.render import check_speaks
 from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
@@ -194,7 +194,7 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
 
 def _for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean: str) -> Source:
     """The source with its conversations, to be packed into rows of `context` tokens, instead of its texts."""
-    check_speaks(tokenizer, "the tokenizer")
+    Marks.of(tokenizer)
     if clean:
         raise UserError(f"data.clean = {clean} cleans texts, and {source.name} holds conversations; leave it out")
     kept = [(name, size) for name, size in zip(source.files, source.text_bytes, strict=True) if holds_records(name)]

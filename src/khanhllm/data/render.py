@@ -16,8 +16,8 @@ from itertools import islice
 import numpy as np
 
 from khanhllm.data.chat import Message
-from khanhllm.data.tokenizer import SPECIALS, Tokenizer
-from khanhllm.errors import UserError
+from khanhllm.data.counting import Marks
+from khanhllm.data.tokenizer import Tokenizer
 
 AT_ONCE = 1000
 """conversations among which the packing looks for the best fit"""
@@ -30,20 +30,14 @@ TEMPLATE = (
 """`render` in Jinja, for transformers and others. Their tokenizers see special tokens in the text of a user too."""
 
 
-def check_speaks(tokenizer: Tokenizer, where: str) -> None:
-    """Raise UserError if the tokenizer has no tokens for roles."""
-    if missing := [name for name in SPECIALS if tokenizer.special_id(name) is None]:
-        raise UserError(f"{where} has no {missing[0]}, so its model cannot learn to talk; train one with our tokenizer")
-
-
 def render(messages: Sequence[Message], tokenizer: Tokenizer, answer: bool = False) -> list[int]:
     """The ids of a conversation. answer: the assistant is to speak next."""
-    mark = {name: tokenizer.special_id(name) for name in SPECIALS}
-    ids = [tokenizer.end_of_text]
+    marks = Marks.of(tokenizer)
+    ids = [marks.end_of_text]
     for role, text in messages:
-        ids += [mark[f"<|{role}|>"], *tokenizer.encode(text)]
-        ids += [mark["<|end|>"]] * (role == "assistant")
-    return [*ids, mark["<|assistant|>"]] if answer else ids
+        ids += [getattr(marks, role), *tokenizer.encode(text)]
+        ids += [marks.end] * (role == "assistant")
+    return [*ids, marks.assistant] if answer else ids
 
 
 def fitting(messages: Sequence[Message], tokenizer: Tokenizer, room: int) -> list[Message]:

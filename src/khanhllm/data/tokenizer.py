@@ -130,6 +130,7 @@ class Tokenizer:
         self.special_ids = frozenset(names)
         """tokens that no text becomes"""
         self.vocab_size = len(self._pieces)
+        self.specials = specials
         self.end_of_text = specials[END_OF_TEXT]
 
     @staticmethod

@@ -42,11 +42,11 @@ TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".
 
 def columns(config: Config) -> list[str]:
     """The columns of the CSV. Those of timing, which differ between equal runs, come last."""
-    moe_layers = config.model.moe_layers
+    moe_layers, some = config.model.moe_layers, config.train.targets != "all"
     measured = ["step", "tokens", "loss", "balance", "router_z", "lr", "grad_norm", "rejected", "val_ce", "val_bpb"]
     routed = ["max_violation", "least_share", *(f"balance_L{layer}" for layer in moe_layers)] if moe_layers else []
-    forgotten = ["base_bpb"] if config.data.base else []
-    return [*measured, *forgotten, *routed, *TIMING]
+    own = ["counted"] * some + ["base_bpb"] * bool(config.data.base)
+    return [*measured, *own, *routed, *TIMING]
 
 
 def expert_columns(experts: int) -> list[str]:

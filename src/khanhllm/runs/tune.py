@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from khanhllm.data.counting import Marks
 from khanhllm.data.ensure import ensure
-from khanhllm.data.render import check_speaks
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
@@ -54,7 +54,7 @@ def tune(
     if epochs <= 0 or not 0 <= replay < 1 or rate <= 0:
         raise UserError("--epochs and --rate must be above 0, and --replay at least 0 and below 1")
     base = open_run(run)
-    check_speaks(base.tokenizer, f"the tokenizer of {run}")
+    Marks.of(base.tokenizer)
     peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
     own = {
         "data": _data(run, source) | {"validation": VALIDATION, "base": _base(base, replay), "replay": replay},

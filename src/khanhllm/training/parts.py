@@ -11,6 +11,7 @@ import torch
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
+from khanhllm.data.counting import Reading
 from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
@@ -28,6 +29,8 @@ from khanhllm.training.step import Learner, State
 
 FREE = ("data.source", "data.workers", "data.cache", "data.tokens")
 """what a resumed run may change; of a source, the shards that it gives are compared"""
+FIXED = ("seed", "targets", "document_mask")
+"""what it may not change of `train`"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
 
@@ -49,14 +52,18 @@ class Parts:
         return self.learner.config
 
     @property
+    def reading(self) -> Reading | None:
+        return Reading.of(self.config.train, self.tokenizer)
+
+    @property
     def is_belt(self) -> bool:
         return isinstance(self.train, Belt)
 
 
 def rows_of(parts: Parts, state: State, stop: Stop) -> Generator[Batch]:
     """What the run reads from here on; to be closed."""
-    train = parts.config.train
-    return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
+    train, device = parts.config.train, parts.learner.machine.device
+    return batches(parts.train, train.rows, train.seed, state.cursor, device, lambda: stop.asked, parts.reading)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
@@ -68,6 +75,7 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     data = ensure(source, config.model.vocab_size, round(needed), laid_for(config))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
+    Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
     own, validation = _rows_in(data, config), Shards.open(data, "validation", context)
     earlier, share = Path(config.data.base), config.data.replay
     base = _of_base(earlier, tokenizer, context) if config.data.base else None
@@ -131,7 +139,7 @@ def check_same(config: Config, folder: Path) -> None:
     changed = [key for key in changed if key not in FREE]
     if _has_read_nothing(folder):
         changed = [key for key in changed if key == "data.tokenizer" or not key.startswith("data.")]
-    changed += ["train.seed"] if config.train.seed != kept.train.seed else []
+    changed += [f"train.{key}" for key in FIXED if getattr(config.train, key) != getattr(kept.train, key)]
     if changed:
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
 

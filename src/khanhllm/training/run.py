@@ -22,6 +22,7 @@ from filelock import Timeout
 
 from khanhllm import optim
 from khanhllm.data.belt import Starved
+from khanhllm.data.counting import Reading
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, locked, there
@@ -174,13 +175,17 @@ def validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
 
     learner = parts.learner
 
-    def scored(shards: Shards) -> Score:
+    def scored(shards: Shards, reading: Reading | None) -> Score:
         token_bytes, rows = parts.tokenizer.token_bytes, parts.config.train.rows
-        return score(learner.model, windows(shards), token_bytes, learner.machine, rows)
+        return score(learner.model, windows(shards), token_bytes, learner.machine, rows, reading)
 
     try:
-        own = scored(parts.validation)
-        return own | {"base_bpb": scored(parts.base)["val_bpb"]} if parts.base else {**own}
+        own = scored(parts.validation, parts.reading)
+        if not parts.base:
+            return {**own}
+        # as the base itself was scored: without a mask
+        reading = parts.reading and parts.reading._replace(document_mask=False)
+        return own | {"base_bpb": scored(parts.base, reading)["val_bpb"]}
     except _Stopped:
         return None
 
