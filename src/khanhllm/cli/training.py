@@ -108,13 +108,20 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes."""
+    """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes.
+
+    With --chat the model then learns to answer, from conversations made by rule, and you can talk with it.
+    """
     from khanhllm import demo
     from khanhllm.machine.signals import exit_code
 
-    return exit_code(demo.tell(Path(options.run), given(options)))
+    tell = demo.talk if options.chat else demo.tell
+    return exit_code(tell(Path(options.run), given(options)))
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", type=name, default="runs/demo", help="the run folder (runs/demo)")
+    parser.add_argument(
+        "--chat", action="store_true", help="teach it to talk; takes the run in the folder, if there is one"
+    )
     knobs(parser)

@@ -1,15 +1,17 @@
 """Conversations made by rule, from which a small model learns to talk within minutes, and whose answers can be checked.
 
-Each kind has few words and many cases, so that those held out are new ones: sums, copying, capitals, and a name that
-was said two turns ago.
+Few words, but many cases and more than one way to ask, so that the conversations held out are new ones: sums, copying,
+capitals, and a name that was said two turns ago.
 """
 
 import json
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from khanhllm.data.chat import Message
+from khanhllm.data.chat import Message, to_json
+from khanhllm.data.writer import HASHES, text_hash
 
 NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Kim", "Lena"]
 CAPITALS = {
@@ -27,17 +29,19 @@ WORDS = ["red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "tr
 
 def _sum(dice: random.Random) -> list[str]:
     one, two = dice.randint(0, 9), dice.randint(0, 9)
-    return [f"{one} + {two}?", str(one + two)]
+    asked = dice.choice([f"{one} + {two}?", f"What is {one} + {two}?", f"Add {one} and {two}."])
+    return [asked, str(one + two)]
 
 
 def _copy(dice: random.Random) -> list[str]:
     words = " ".join(dice.choices(WORDS, k=dice.randint(1, 3)))
-    return [f"Say: {words}", words]
+    return [dice.choice([f"Say: {words}", f"Repeat: {words}"]), words]
 
 
 def _capital(dice: random.Random) -> list[str]:
     land = dice.choice(list(CAPITALS))
-    return [f"Capital of {land}?", CAPITALS[land]]
+    asked = [f"Capital of {land}?", f"What is the capital of {land}?", f"Tell me the capital of {land}."]
+    return [dice.choice(asked), CAPITALS[land]]
 
 
 def _name(dice: random.Random) -> list[str]:
@@ -59,6 +63,13 @@ def made(number: int, seed: int = 0) -> Iterator[tuple[str, list[Message]]]:
         kind = list(KINDS)[nth % len(KINDS)]
         said = KINDS[kind](dice)
         yield kind, [Message(("user", "assistant")[turn % 2], text) for turn, text in enumerate(said)]
+
+
+def held_out(number: int, share: float) -> Iterator[tuple[str, list[Message]]]:
+    """So many of those that a split by their hash, with this share for validation, keeps from training."""
+    rest = made(10**6, seed=1)
+    below = int(share * HASHES)
+    return islice(((kind, said) for kind, said in rest if text_hash(to_json(said).encode()) < below), number)
 
 
 def write_made(path: Path, number: int, seed: int = 0) -> None:

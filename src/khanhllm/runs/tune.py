@@ -64,7 +64,7 @@ def tune(
     }
     config = resolve(base.config.model_dump(), own, settings, where="tune")
     shards = Shards.open(_shards(config), "train", config.model.context)
-    config = resolve(config.model_dump(), {"train": _length(config, shards, epochs)}, settings, where="tune")
+    config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
     write_start(out, config, _copy(base, config), base.tokenizer)
     return config
 
@@ -103,18 +103,22 @@ def _shards(config: Config) -> Path:
     return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
 
 
-def _length(config: Config, shards: Shards, epochs: float) -> dict[str, Any]:
-    """Steps that read the conversations so often, and of which size."""
-    context = config.model.context
-    rows = math.ceil(epochs * shards.rows / (1 - config.data.replay))
-    usual = config.train.rows_per_step
-    a_step = min(usual, max(rows // STEPS, -(-LEAST // context)))
-    micro_batch = config.train.micro_batch if config.train.micro_batch == "auto" else min(config.train.rows, a_step)
-    accumulation = a_step if micro_batch == "auto" else a_step // micro_batch
-    steps = math.ceil(rows / (a_step if micro_batch == "auto" else micro_batch * accumulation))
-    part = math.ceil(steps / PARTS)
+def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str, Any]]:
+    """Steps that read the conversations so often, and of which size.
+
+    Each step has the same number of replayed rows, at least one: text costs many times the nats of an answer, so in
+    steps of one kind each, those of text would look to the guard like spikes.
+    """
+    context, replay = config.model.context, config.data.replay
+    least = max(-(-LEAST // context), round(1 / replay) if replay else 1)
+    a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
+    replay = round(a_step * replay) / a_step
+    steps = math.ceil(epochs * shards.rows / (1 - replay) / a_step)
+    auto, part = config.train.micro_batch == "auto", math.ceil(steps / PARTS)
+    rows = 1 if auto else max(part for part in range(1, config.train.rows + 1) if a_step % part == 0)
+    train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
     often = {"eval_every": part, "save_every": part, "sample_every": part}
-    return {"steps": steps, "micro_batch": micro_batch, "accumulation": accumulation} | often
+    return {"train": train | often, "data": {"replay": replay}}
 
 
 def _copy(base: Run, config: Config) -> Transformer:
