@@ -111,7 +111,8 @@ def _score_answers(console: Console, opened: Run) -> None:
 
 def answered(opened: Run, asked: list[Message]) -> tuple[str, bool]:
     """The likeliest answer, and whether it ended by itself."""
-    ids, sampling, said = render(asked, opened.tokenizer, answer=True), Sampling(tokens=64, temperature=0), []
+    ids, sampling = render(asked, opened.tokenizer, answer=True), Sampling(tokens=64, temperature=0)
+    said: list[int] = []
     for token in continuation(opened.model, ids, sampling, opened.machine, opened.tokenizer.vocab_size, slides=False):
         if token in opened.tokenizer.special_ids:
             return opened.tokenizer.decode(said), token == opened.tokenizer.special_id("<|end|>")

@@ -110,8 +110,8 @@ class Run:
     ) -> Iterator[str]:
         """The answer to a conversation, piece by piece. messages: {"role", "content"} each, a question the last.
 
-        The oldest turns go where the model's context is full; half of it is kept free for the answer. sampling and
-        stop: as for `stream`. Raises UserError for a run that was not taught to talk, for turns that do not alternate,
+        Where the model's context is full the oldest turns go, for the answer to have room. sampling and stop: as for
+        `stream`. Raises UserError for a run that was not taught to talk, for turns that do not alternate,
         and for a question that is too long.
         """
         self.check_talks()
@@ -119,13 +119,12 @@ class Run:
         check_turns(turns, "messages")
         if not turns or turns[-1].role != "user":
             raise UserError("messages must end with a question, by the user")
-        room = max(most_read(self.config.model.context) // 2, 1)
-        kept = fitting(turns, self.tokenizer, room) or fitting(
-            turns, self.tokenizer, most_read(self.config.model.context)
-        )
+        settings = checked(Sampling, sampling, "chat")
+        most = most_read(self.config.model.context)
+        room = most - min(settings.tokens, most // 2)
+        kept = fitting(turns, self.tokenizer, room) or fitting(turns[-1:], self.tokenizer, most)
         if not kept:
             raise UserError(f"the question is longer than the model sees at once, {self.config.model.context:,} tokens")
-        settings = checked(Sampling, sampling, "chat")
         ids = render(kept, self.tokenizer, answer=True)
         return answer(self.model, self.tokenizer, self.machine, ids, settings, _stops(stop))
 

@@ -56,8 +56,9 @@ def tune(
     base = open_run(run)
     Marks.of(base.tokenizer)
     peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
+    data = {"source": source, "tokenizer": str((run / "tokenizer.json").absolute()), "clean": "", "tokens": 0}
     own = {
-        "data": _data(run, source) | {"validation": VALIDATION, "base": _base(base, replay), "replay": replay},
+        "data": data | {"validation": VALIDATION, "base": _base(base, replay), "replay": replay},
         "train": {"targets": "answers", "document_mask": True, "seconds": 0},
         "optim": peaks,
         "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0},
@@ -65,24 +66,27 @@ def tune(
     config = resolve(base.config.model_dump(), own, settings, where="tune")
     shards = Shards.open(_shards(config), "train", config.model.context)
     config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
+    often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
+    config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
     write_start(out, config, _copy(base, config), base.tokenizer)
     return config
 
 
-def go_on(run: Path, out: Path, config: Config) -> None:
-    """Write `out`, a run at step 0 with the weights of `run` and this config, whose model must be that of `run`.
+def go_on(run: Path, out: Path, config: Config) -> Config:
+    """Write `out`, a run at step 0 with the weights and the tokenizer of `run`, and return its config: this one, which
+    also knows the text of `run`, so that the log shows what is forgotten.
 
     Raises UserError before anything is written.
     """
     refuse_to_overwrite(out, resume=False)
     base = open_run(run)
-    config = resolve(config.model_dump(), {"data": _data(run, config.data.source)}, where="train")
+    model = _copy(base, config)
+    earlier = config.data.base or _base(base, config.data.replay)
+    own = {"tokenizer": str((run / "tokenizer.json").absolute()), "base": earlier}
+    config = resolve(config.model_dump(), {"data": own}, where="train")
     _shards(config)
-    write_start(out, config, _copy(base, config), base.tokenizer)
-
-
-def _data(run: Path, source: str) -> dict[str, Any]:
-    return {"source": source, "tokenizer": str((run / "tokenizer.json").absolute()), "clean": "", "tokens": 0}
+    write_start(out, config, model, base.tokenizer)
+    return config
 
 
 def _base(base: Run, replay: float) -> str:
@@ -114,11 +118,10 @@ def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str
     a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
     replay = round(a_step * replay) / a_step
     steps = math.ceil(epochs * shards.rows / (1 - replay) / a_step)
-    auto, part = config.train.micro_batch == "auto", math.ceil(steps / PARTS)
+    auto = config.train.micro_batch == "auto"
     rows = 1 if auto else max(part for part in range(1, config.train.rows + 1) if a_step % part == 0)
     train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
-    often = {"eval_every": part, "save_every": part, "sample_every": part}
-    return {"train": train | often, "data": {"replay": replay}}
+    return {"train": train, "data": {"replay": replay}}
 
 
 def _copy(base: Run, config: Config) -> Transformer:
