@@ -75,10 +75,10 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talker, monkey
     seen = []
     monkeypatch.setattr("khanhllm.runs.run.answer", lambda _m, _t, _d, ids, *_: iter(seen.append(ids) or ()))
     turns = [{"role": role, "content": "or"} for _ in range(60) for role in ("user", "assistant")]
-    talker.chat([{"role": "system", "content": "Short."}, *turns, {"role": "user", "content": "last?"}])
+    talker.chat([{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "a"}])
     text = talker.tokenizer.decode(seen[0])
     assert len(seen[0]) <= talker.config.model.context // 2 < len(seen[0]) + 8
-    assert text.startswith("<|endoftext|><|system|>Short.<|user|>or") and text.endswith("<|user|>last?<|assistant|>")
+    assert text.startswith("<|endoftext|><|system|>S<|user|>or") and text.endswith("<|user|>a<|assistant|>")
 
 
 def test_a_run_that_was_not_taught_is_refused_in_one_line(served, capsys):

@@ -52,8 +52,8 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
         "--rate",
         metavar="FACTOR",
         type=number,
-        default=0.5,
-        help="peaks of the learning rates, as a share of those that RUN was trained with (0.5)",
+        default=0.2,
+        help="peaks of the learning rates, as a share of those that RUN was trained with (0.2)",
     )
     knobs(parser, [section for section in Config.model_fields if section != "model"])
 

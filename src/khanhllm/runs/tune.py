@@ -40,7 +40,7 @@ def tune(
     *,
     epochs: float = 3.0,
     replay: float = 0.3,
-    rate: float = 0.5,
+    rate: float = 0.2,
     settings: Mapping[str, Any] = {},
 ) -> Config:
     """Write `out`, a run at step 0 that is to learn the answers of the conversations in `source`; its config.
