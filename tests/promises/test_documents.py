@@ -251,6 +251,24 @@ def test_a_score_is_nats_per_token_that_counts():
     assert plain["val_tokens"] == 32 and counting.counted(packed(TALKS), MARKS).sum() == 13
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_layers_share_one_mask(precision):
+    """A mask that attention would have to convert takes the memory of as many masks as there are layers."""
+    model = model_of("everything")
+    batch = batch_of(EIGHT, reading=READING)
+    kept = []
+
+    def keep(tensor):
+        if tensor.shape == (8, 1, 32, 32):
+            kept.append(tensor.data_ptr())
+        return tensor
+
+    machine = replace(plain_machine(), precision=precision)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), machine.autocast():
+        nll, _ = model(*batch[:2], *batch.extras)
+    assert torch.isfinite(nll).all() and len(kept) == 4 and len(set(kept)) == 1
+
+
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_activations_that_are_made_again_see_the_same_documents(kind):
     batch = batch_of(EIGHT, reading=READING)
