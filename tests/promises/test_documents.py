@@ -26,7 +26,7 @@ EVERYTHING = {
     "feedforward": "relu2",
     "value_embedding": True,
     "embedding_skip": True,
-    "pair_embedding": 512,
+    "pair_embedding": 509,  # of a power of two, few bits of the token before would decide
     "router_bias": True,
 }
 STYLES = {"classic": ("classic", {}), "modern": ("modern", {}), "everything": ("modern", EVERYTHING)}
@@ -125,7 +125,7 @@ def cut(rows, micro_batch, reading=READING):
 
 def gradient(rows, micro_batch, load="previous"):
     """Of one step, in double precision, and what it logs."""
-    learner = learner_of(micro_batch, len(rows), loss={"load": load})
+    learner = learner_of(micro_batch, len(rows), loss={"load": load}, model={"context": rows.shape[1] - 1})
     learner.model.double()
     found = []
     learner.optimizer.step = lambda: found.extend(parameter.grad.clone() for parameter in learner.model.parameters())
@@ -149,6 +149,15 @@ def test_a_step_is_divided_by_all_that_counts_in_it(micro_batch, load):
     assert farthest(ours, theirs) < 1e-6
     assert row["loss"] == pytest.approx(whole["loss"], rel=1e-6) and row["counted"] == whole["counted"] > 0
     assert torch.allclose(row["router_z"], whole["router_z"]) and torch.allclose(row["balance"], whole["balance"])
+
+
+@pytest.mark.parametrize("load", ["previous", "current"])
+def test_padding_changes_no_gradient(load):
+    """Of the balancing loss neither, which is a mean over the tokens that do not only fill."""
+    (ours, row), (theirs, short) = gradient(packed(TALKS), 1, load), gradient(packed(TALKS, 0), 1, load)
+    assert farthest(ours, theirs) < 1e-6
+    for name in ("loss", "balance", "router_z"):
+        assert float(row[name]) == pytest.approx(float(short[name]), rel=1e-6)
 
 
 def test_the_gradient_is_that_of_the_mean_over_what_counts():
@@ -240,6 +249,24 @@ def test_a_score_is_nats_per_token_that_counts():
     assert score(model, list(packed(TALKS)), BYTES, machine, 2, READING)["val_ce"] == pytest.approx(nll.mean().item())
     plain = score(model, list(packed(TALKS)), BYTES, machine, 2)
     assert plain["val_tokens"] == 32 and counting.counted(packed(TALKS), MARKS).sum() == 13
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_layers_share_one_mask(precision):
+    """A mask that attention would have to convert takes the memory of as many masks as there are layers."""
+    model = model_of("everything")
+    batch = batch_of(EIGHT, reading=READING)
+    kept = []
+
+    def keep(tensor):
+        if tensor.shape == (8, 1, 32, 32):
+            kept.append(tensor.data_ptr())
+        return tensor
+
+    machine = replace(plain_machine(), precision=precision)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), machine.autocast():
+        nll, _ = model(*batch[:2], *batch.extras)
+    assert torch.isfinite(nll).all() and len(kept) == 4 and len(set(kept)) == 1
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])

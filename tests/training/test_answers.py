@@ -16,6 +16,7 @@ from khanhllm.runs.evaluate import score_run
 from khanhllm.settings import resolve
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
+from khanhllm.training.step import Learner
 
 CONTEXT = 32
 
@@ -97,7 +98,8 @@ def test_the_validation_counts_the_held_out_answers(talks, tmp_path):
     assert score["val_tokens"] == 4 * (len(train_tokenizer(["what is one and one? two!"], 270).encode("two!")) + 1)
 
 
-def test_a_tokenizer_without_roles_is_refused_in_one_line(talks, tmp_path, capsys):
+def test_a_tokenizer_without_roles_is_refused_in_one_line(talks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Learner, "new", lambda *_: pytest.fail("the model was made first"))
     layout = json.loads((talks / "tokenizer.json").read_text())
     for token in layout["added_tokens"]:
         if token["content"] == "<|end|>":

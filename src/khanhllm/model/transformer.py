@@ -86,7 +86,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{end} positions, but the model's context is {self.config.context}")
         start, before_B1 = (cache.start, cache.last_B1) if cache else (0, None)
         x_BTD = embedding_BTD = self.embedding(ids_BT, start if place_BT is None else place_BT, before_B1)
-        mask_BHTS = None if place_BT is None else same_document(place_BT)
+        mask_BHTS = None if place_BT is None else same_document(place_BT, x_BTD)
         if cache:
             cache.last_B1 = ids_BT[:, -1:]
         pasts = cache.layers if cache else [None] * len(self.blocks)
