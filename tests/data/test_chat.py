@@ -1,12 +1,13 @@
 """Conversations are recognised by their shape, record by record, and refused by their place (docs/chat.md)."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from khanhllm.data.chat import Message, conversation, from_json, looks_like_one, to_json
+from khanhllm.data.chat import Message, conversation, from_json, to_json
 from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
@@ -32,7 +33,6 @@ SHAPES = [
 
 @pytest.mark.parametrize(("record", "expected"), SHAPES)
 def test_each_shape_becomes_messages(record, expected):
-    assert looks_like_one(record)
     assert conversation(record, "here") == expected
     assert from_json(to_json(expected)) == expected
 
@@ -71,8 +71,6 @@ def test_what_breaks_the_rule_is_refused_by_its_place(record, why):
 
 
 def read(source, bad="refuse"):
-    from dataclasses import replace
-
     reader = Reader(replace(locate(str(source), bad), laid_for=64), [])
     found = [from_json(document.text) for name in reader.source.files for document in reader.read_file(name)]
     return found, dict(reader.skipped)

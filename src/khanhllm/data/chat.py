@@ -36,6 +36,10 @@ NEXT = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "as
 SHAPES = "messages, conversations, instruction and output, prompt and completion, or question and answer"
 
 
+class NoConversation(UserError):
+    """A record of another shape."""
+
+
 class Message(NamedTuple):
     """One turn of a conversation."""
 
@@ -44,23 +48,13 @@ class Message(NamedTuple):
     text: str
 
 
-def looks_like_one(record: object) -> bool:
-    """Whether the keys of a record are those of a conversation."""
-    return isinstance(record, Mapping) and any(all(key in record for key in keys) for keys in _keys())
-
-
-def _keys() -> Iterator[tuple[str, ...]]:
-    yield from ((name,) for name in LISTS)
-    yield from (("instruction", "output"), *PAIRS)
-
-
 def conversation(record: Any, where: str, column: str = "") -> list[Message]:
     """The conversation in a record of a file. column: the key of its list of messages, if that is none of the usual.
 
     Raises UserError, which begins with `where`, for what is none, and for what the rule of turns forbids.
     """
     if not isinstance(record, Mapping):
-        raise UserError(f"{where} is no object with a conversation in it")
+        raise NoConversation(f"{where} is no object with a conversation in it")
     if "chosen" in record and "rejected" in record:
         raise UserError(f"{where} holds answers to choose from; khanhllm tune learns from answers alone")
     messages = list(_found(record, where, column))
@@ -86,7 +80,7 @@ def _found(record: Mapping[str, Any], where: str, column: str) -> Iterator[Messa
     else:
         keys = next((keys for keys in PAIRS if all(key in record for key in keys)), None)
         if not keys:
-            raise UserError(f"{where} holds no conversation ({SHAPES}); it has: {_named(record)}")
+            raise NoConversation(f"{where} holds no conversation ({SHAPES}); it has: {_named(record)}")
         asked, answer = (record[key] for key in keys)
         if isinstance(asked, list) and isinstance(answer, list):  # TRL's form with roles
             yield from messages_of([*asked, *answer], where)
