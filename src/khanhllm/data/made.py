@@ -28,9 +28,8 @@ WORDS = ["red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "tr
 
 
 def _sum(dice: random.Random) -> list[str]:
-    one, two = dice.randint(1, 5), dice.randint(1, 5)
-    asked = dice.choice([f"{one} + {two}?", f"What is {one} + {two}?", f"Add {one} and {two}."])
-    return [asked, str(one + two)]
+    one, two = dice.randint(0, 9), dice.randint(0, 9)
+    return [dice.choice([f"{one} + {two}?", f"What is {one} + {two}?"]), str(one + two)]
 
 
 def _copy(dice: random.Random) -> list[str]:

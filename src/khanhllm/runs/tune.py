@@ -64,11 +64,12 @@ def tune(
         "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0},
     }
     config = resolve(base.config.model_dump(), own, settings, where="tune")
-    shards = Shards.open(_shards(config), "train", config.model.context)
+    folder = _shards(config)
+    shards = Shards.open(folder, "train", config.model.context)
     config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
     often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
     config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
-    write_start(out, config, _copy(base, config), base.tokenizer)
+    write_start(out, config, _copy(base, config), base.tokenizer, data="", folder=str(folder.absolute()))
     return config
 
 
@@ -84,8 +85,7 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
     earlier = config.data.base or _base(base, config.data.replay)
     own = {"tokenizer": str((run / "tokenizer.json").absolute()), "base": earlier}
     config = resolve(config.model_dump(), {"data": own}, where="train")
-    _shards(config)
-    write_start(out, config, model, base.tokenizer)
+    write_start(out, config, model, base.tokenizer, data="", folder=str(_shards(config).absolute()))
     return config
 
 
