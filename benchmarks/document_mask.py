@@ -3,9 +3,9 @@
     python benchmarks/document_mask.py DATA [--preset micro] [--steps 600] [--seeds 3] [--windows 400] [--threads 1]
 
 Each seed trains twice, without and with the mask: the same initial weights, the same rows in the same order, as many
-steps. Each model is scored both ways on rows of held-out documents (bits per byte). Printed as JSON: every score, and what the
-mask changes (with minus without), as mean, standard deviation and standard error over the seeds: "as_trained" scores
-each model as it was trained, "document_alone" both with the mask, as one reads a single document.
+steps. Each model is scored both ways on rows of held-out documents (bits per byte). Printed as JSON: every score, and
+what the mask changes (with minus without), as mean, standard deviation and standard error over the seeds: "as_trained"
+scores each model as it was trained, "document_alone" both with the mask, as one reads a single document.
 """
 
 import argparse
