@@ -76,7 +76,8 @@ def talk(folder: Path, settings: Mapping[str, Any]) -> str:
     console.rule("[bold]It learns to talk")
     chats = out.with_suffix(".jsonl")
     write_made(chats, MADE)
-    config = tune(folder, out, str(chats), settings={key: value for key, value in settings.items() if key != "model"})
+    own = {key: value for key, value in settings.items() if key in ("machine", "log")}
+    config = tune(folder, out, str(chats), settings=own)
     if stopped := train(config, out, resume=True):
         return stopped
     opened = open_run(out, config.machine)
@@ -104,6 +105,7 @@ def _score_answers(console: Console, opened: Run) -> None:
         f"On conversations that it never read: {score['val_ce']:.3f} nats a token of the answers; "
         f"{ended} of {ASKED} answers end.",
         markup=False,
+        soft_wrap=True,
     )
     for kind, found in right.items():
         console.print(f"  {kind:10} {sum(found):3} of {len(found)} right", markup=False)

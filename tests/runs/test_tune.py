@@ -172,3 +172,13 @@ def test_replayed_rows_are_those_of_the_base_whatever_the_step(base):
         found = iter(whole)
         assert all(row in found for row in replayed)  # in their order
     assert Replay(own, old, 0.3).sha256 != Replay(own, old, 0.4).sha256
+
+
+def test_a_mixture_is_balanced_while_it_is_tuned(base, tmp_path, capsys):
+    """Fault 19: the balancing loss stays, and the doctor looks at the load."""
+    config = tuned(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), epochs=1)
+    assert config.loss == open_run(base).config.loss and config.loss.balance > 0
+    assert all(float(row["balance"]) > 0 for row in logged(tmp_path / "out"))
+    capsys.readouterr()
+    cli.main(["doctor", str(tmp_path / "out")])
+    assert "experts share the work" in capsys.readouterr().out
