@@ -17,7 +17,8 @@ def tune(options: argparse.Namespace) -> int:
     so that the model does not forget it; the log shows both. `khanhllm chat OUT` talks with the result, and
     `khanhllm train --resume --run OUT` continues after an interruption.
     """
-    run, out = Path(options.run), Path(options.out or f"{Path(options.run)}-chat")
+    run = Path(options.run)
+    out = Path(options.out or f"{run if run.name else run.resolve()}-chat")
     read_config(run)  # what is no run is refused before torch is loaded
     from khanhllm.machine.signals import exit_code
     from khanhllm.runs.tune import tune

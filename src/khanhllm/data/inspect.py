@@ -18,13 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from khanhllm.data.belt_notes import Made, Position, ShardStart
-from khanhllm.data.chat import NoConversation, from_json
+from khanhllm.data.chat import from_json
 from khanhllm.data.clean import counted as cleaned
 from khanhllm.data.clean import table
 from khanhllm.data.counting import Marks
 from khanhllm.data.counting import counted as counted_in
-from khanhllm.data.readers import Reader
-from khanhllm.data.records import holds_records
+from khanhllm.data.readers import Reader, holds_conversations
 from khanhllm.data.render import render
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
 from khanhllm.data.sources import Source, in_words, locate
@@ -101,7 +100,7 @@ def _show_text(console: Console, source: Source, tokenizer_file: str | None, doc
     console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
     if left_out := source.left_out_line():
         console.print(visible(left_out))
-    if talks := _holds_conversations(source):
+    if talks := holds_conversations(source):
         source = replace(source, laid_for=1)
         console.print("conversations; what counts in `khanhllm tune` is coloured, or «marked»")
     sample_doc = _sample_talk if talks else _sample_doc
@@ -166,18 +165,6 @@ def _sample_doc(text: str, name: str, tokenizer: Tokenizer | None) -> SampleDoc:
     pieces = _pieces(ids, tokenizer)
     tokens = len(ids) if len(measured) == len(text) else round(len(ids) * size / len(measured.encode()))
     return SampleDoc(name, size, pieces, tokens, len(measured) == len(text), len(pieces) == tokens)
-
-
-def _holds_conversations(source: Source) -> bool:
-    """Whether the first file begins with one."""
-    if not holds_records(source.files[0]):
-        return False
-    try:
-        return next(Reader(replace(source, laid_for=1), []).read_file(source.files[0]), None) is not None
-    except NoConversation:
-        return False
-    except UserError:  # the reader says what is wrong with it
-        return True
 
 
 def _sample_talk(text: str, name: str, tokenizer: Tokenizer | None) -> SampleDoc:

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -29,16 +28,12 @@ from filelock import Timeout
 
 from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
-from khanhllm.data.chat import SHAPES
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
-from khanhllm.data.counting import Marks
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
-from khanhllm.data.readers import Reader
-from khanhllm.data.records import holds_records
+from khanhllm.data.readers import Reader, for_conversations
 from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
-from khanhllm.data.walk import ending
 from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import locked, read, there
@@ -88,7 +83,7 @@ def prepare(
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
     located = locate(source, bad)
     if laid_for:
-        located = _for_conversations(located, laid_for, tokenizer, clean)
+        located = for_conversations(located, laid_for, tokenizer, clean)
     _say_left_out(located)
     steps = ", ".join(steps_of(clean))
     Cleaner(steps)  # raises now, not in an hour, if something is not installed
@@ -192,20 +187,6 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
     )
 
 
-def _for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean: str) -> Source:
-    """The source with its conversations, to be packed into rows of `context` tokens, instead of its texts."""
-    Marks.of(tokenizer)
-    if clean:
-        raise UserError(f"data.clean = {clean} cleans texts, and {source.name} holds conversations; leave it out")
-    kept = [(name, size) for name, size in zip(source.files, source.text_bytes, strict=True) if holds_records(name)]
-    if not kept:
-        raise UserError(f"{source.name} holds no conversations: those lie in JSON lines, .json or parquet ({SHAPES})")
-    lost = Counter(ending(Path(name).name) for name in source.files if not holds_records(name))
-    left_out = tuple((Counter(dict(source.left_out)) + lost).items())
-    files, sizes = zip(*kept, strict=True)
-    return replace(source, files=files, text_bytes=sizes, laid_for=context, left_out=left_out)
-
-
 def train_on(
     source: str,
     vocab_size: int,
@@ -305,6 +286,10 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     """As `from_cache`, for a source of conversations, which is always prepared whole, and with a given tokenizer."""
     if not data.tokenizer:
         raise UserError("conversations need a tokenizer that is there already (data.tokenizer); khanhllm tune has one")
+    if len(components(data.source)) > 1:
+        raise UserError(
+            f"{data.source} is a mixture; conversations come from one source: a file, a folder or a pattern"
+        )
     tokenizer, located = Tokenizer.load(Path(data.tokenizer)), locate(data.source, data.bad)
     check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]

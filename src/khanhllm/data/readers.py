@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,13 +30,15 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 from pyarrow.types import is_struct
 
-from khanhllm.data.chat import conversation, to_json
+from khanhllm.data.chat import SHAPES, NoConversation, conversation, to_json
+from khanhllm.data.counting import Marks
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
 from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
-from khanhllm.data.records import records
+from khanhllm.data.records import holds_records, records
 from khanhllm.data.source_syntax import filled, text_columns
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
+from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.unpacked import lines, parsed, unpacked
 from khanhllm.data.walk import ending, kind
 from khanhllm.data.warc import page, pages
@@ -155,6 +158,32 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         return documents(decoded(unpacked(raw, where), where), self.source.document_bytes)
+
+
+def holds_conversations(source: Source) -> bool:
+    """Whether the first file of a source begins with a conversation, right or wrong."""
+    if not holds_records(source.files[0]):
+        return False
+    try:
+        return next(Reader(replace(source, laid_for=1), []).read_file(source.files[0]), None) is not None
+    except NoConversation:
+        return False
+    except UserError:  # who reads on will hear what is wrong with it
+        return True
+
+
+def for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean: str) -> Source:
+    """The source with its conversations, to be packed into rows of `context` tokens, instead of its texts."""
+    Marks.of(tokenizer)
+    if clean:
+        raise UserError(f"data.clean = {clean} cleans texts, and {source.name} holds conversations; leave it out")
+    kept = [(name, size) for name, size in zip(source.files, source.text_bytes, strict=True) if holds_records(name)]
+    if not kept:
+        raise UserError(f"{source.name} holds no conversations: those lie in JSON lines, .json or parquet ({SHAPES})")
+    lost = Counter(ending(Path(name).name) for name in source.files if not holds_records(name))
+    left_out = tuple((Counter(dict(source.left_out)) + lost).items())
+    files, sizes = zip(*kept, strict=True)
+    return replace(source, files=files, text_bytes=sizes, laid_for=context, left_out=left_out)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:

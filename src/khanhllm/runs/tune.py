@@ -27,6 +27,8 @@ STEPS = 400
 """steps that a tuning should have at least: with little text its steps become small"""
 LEAST = 512
 """tokens of a step of a tuning, at least"""
+LEAST_REPLAY = 0.1
+"""below it, a step with one replayed row would be long"""
 PARTS = 4
 """how often a tuning is validated, saved, and asked held-out questions"""
 VALIDATION = 0.05
@@ -51,8 +53,10 @@ def tune(
     Raises UserError before anything is written.
     """
     refuse_to_overwrite(out, resume=False)
-    if epochs <= 0 or not 0 <= replay < 1 or rate <= 0:
-        raise UserError("--epochs and --rate must be above 0, and --replay at least 0 and below 1")
+    if not (0 < epochs < math.inf and 0 < rate < math.inf):
+        raise UserError(f"--epochs and --rate must be above 0, got {epochs:g} and {rate:g}")
+    if replay and not LEAST_REPLAY <= replay <= 1 - LEAST_REPLAY:
+        raise UserError(f"--replay must be 0, or from {LEAST_REPLAY} to {1 - LEAST_REPLAY}, got {replay:g}")
     base = open_run(run)
     Marks.of(base.tokenizer)
     peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
@@ -113,15 +117,16 @@ def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str
     Each step has the same number of replayed rows, at least one: text costs many times the nats of an answer, so in
     steps of one kind each, those of text would look to the guard like spikes.
     """
-    context, replay = config.model.context, config.data.replay
-    least = max(-(-LEAST // context), round(1 / replay) if replay else 1)
+    context, replay, usual = config.model.context, config.data.replay, config.train.rows
+    least = max(-(-LEAST // context), round(1 / replay) if replay else 1, 2 if replay else 1)
     a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
-    replay = round(a_step * replay) / a_step
-    steps = math.ceil(epochs * shards.rows / (1 - replay) / a_step)
+    a_step -= a_step % usual if a_step > usual else 0
+    replayed = min(max(round(a_step * replay), 1), a_step - 1) if replay else 0
+    steps = math.ceil(epochs * shards.rows / (a_step - replayed))
     auto = config.train.micro_batch == "auto"
-    rows = 1 if auto else max(part for part in range(1, config.train.rows + 1) if a_step % part == 0)
+    rows = 1 if auto else max(part for part in range(1, usual + 1) if a_step % part == 0)
     train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
-    return {"train": train, "data": {"replay": replay}}
+    return {"train": train, "data": {"replay": replayed / a_step}}
 
 
 def _copy(base: Run, config: Config) -> Transformer:
