@@ -100,7 +100,7 @@ def test_the_validation_counts_the_held_out_answers(talks, tmp_path):
 
 
 def test_a_validation_without_an_answer_is_refused_before_training(talks, tmp_path, monkeypatch):
-    monkeypatch.setattr(Learner, "new", lambda *_: pytest.fail("the model was made first"))
+    monkeypatch.setattr(training_run, "train_step", lambda *_: pytest.fail("it trains"))
     with pytest.raises(UserError, match="no answer among the first 32 tokens that are held out"):
         train(config(talks, train={"eval_tokens": 32}), tmp_path / "run")
 

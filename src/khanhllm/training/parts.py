@@ -72,28 +72,14 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     data = ensure(source, config.model.vocab_size, round(needed))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
+    Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
     train: Shards | Belt = (
         Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
         if (data / RECIPE).exists()
         else Shards.open(data, "train", config.model.context)
     )
     validation = Shards.open(data, "validation", config.model.context)
-    _check_validation(validation, config, tokenizer)
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
-
-
-def _check_validation(validation: Shards, config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError where only answers count and the validation would find none, or the tokenizer knows no roles;
-    before the model is made."""
-    reading, train = Reading.of(config.train, tokenizer), config.train
-    if reading is None or reading.marks is None:
-        return
-    windows = islice(validation.windows(), -(-train.eval_tokens // config.model.context))
-    if not any(counted(window[None], reading.marks).any() for window in windows):
-        raise UserError(
-            f"{validation.folder}: no answer among the first {train.eval_tokens:,} tokens that are held out, so there "
-            "is nothing to validate; hold out more (data.validation) or read more of it (train.eval_tokens)"
-        )
 
 
 def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
@@ -144,6 +130,19 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
+
+
+def check_validation(parts: Parts) -> None:
+    """Where only answers count, the validation must find some."""
+    reading, train = parts.reading, parts.config.train
+    if reading is None or reading.marks is None:
+        return
+    windows = islice(parts.validation.windows(), -(-train.eval_tokens // parts.config.model.context))
+    if not any(counted(window[None], reading.marks).any() for window in windows):
+        raise UserError(
+            f"{parts.validation.folder}: no answer among the first {train.eval_tokens:,} tokens that are held out, so "
+            "there is nothing to validate; hold out more (data.validation) or read more of it (train.eval_tokens)"
+        )
 
 
 def restore(parts: Parts, path: Path) -> State:
