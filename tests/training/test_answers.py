@@ -12,6 +12,7 @@ import pytest
 from conftest import tiny
 from khanhllm import cli
 from khanhllm.data.tokenizer import train_tokenizer
+from khanhllm.errors import UserError
 from khanhllm.runs.evaluate import score_run
 from khanhllm.settings import resolve
 from khanhllm.training import run as training_run
@@ -96,6 +97,12 @@ def test_the_validation_counts_the_held_out_answers(talks, tmp_path):
     score = score_run(tmp_path / "run")
     assert score["val_ce"] == pytest.approx(float(logged(tmp_path / "run")[-1]["val_ce"]), abs=1e-5)
     assert score["val_tokens"] == 4 * (len(train_tokenizer(["what is one and one? two!"], 270).encode("two!")) + 1)
+
+
+def test_a_validation_without_an_answer_is_refused_before_training(talks, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_run, "train_step", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UserError, match="no answer among the first 32 tokens that are held out"):
+        train(config(talks, train={"eval_tokens": 32}), tmp_path / "run")
 
 
 def test_a_tokenizer_without_roles_is_refused_in_one_line(talks, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
-from khanhllm.data.counting import Reading
+from khanhllm.data.counting import Reading, counted
 from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
@@ -152,6 +153,19 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
+
+
+def check_validation(parts: Parts) -> None:
+    """Where only answers count, the validation must find some."""
+    reading, train = parts.reading, parts.config.train
+    if reading is None or reading.marks is None:
+        return
+    windows = islice(parts.validation.windows(), -(-train.eval_tokens // parts.config.model.context))
+    if not any(counted(window[None], reading.marks).any() for window in windows):
+        raise UserError(
+            f"{parts.validation.folder}: no answer among the first {train.eval_tokens:,} tokens that are held out, so "
+            "there is nothing to validate; hold out more (data.validation) or read more of it (train.eval_tokens)"
+        )
 
 
 def restore(parts: Parts, path: Path) -> State:

@@ -36,7 +36,7 @@ from khanhllm.planning import budget
 from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.parts import Parts, assemble, check_longer, check_same, restore, rows_of
+from khanhllm.training.parts import Parts, assemble, check_longer, check_same, check_validation, restore, rows_of
 from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.samples import write_samples
 from khanhllm.training.saver import Saver, room_for
@@ -120,6 +120,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         if last:
             check_longer(config, folder, saved)
         parts = assemble(config, folder, saved, machine)
+        check_validation(parts)
         state = restore(parts, last) if last else parts.learner.start()
         tight = _room(parts, state)
         with (
