@@ -137,11 +137,13 @@ def test_it_learns_to_end_its_answers(base, tmp_path):
         ({"replay": 1.0}, "--replay must be 0, or from 0.1 to 0.9"),
         ({"rate": -1.0}, "--epochs and --rate must be above 0"),
         ({"settings": {"model": {"context": 32}}}, "leave out --model options"),
+        ({"settings": {"data": {"clean": "gopher"}}}, "cleans texts, and .* holds conversations; leave it out"),
     ],
 )
 def test_what_cannot_be_tuned_writes_nothing(base, tmp_path, options, why):
+    tune(base, tmp_path / "before", source := chats(tmp_path / "chats.jsonl"))  # its rows lie in the cache
     with pytest.raises(UserError, match=why):
-        tune(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), **options)
+        tune(base, tmp_path / "out", source, **options)
     assert not (tmp_path / "out").exists()
 
 
