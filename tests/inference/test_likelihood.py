@@ -42,7 +42,7 @@ def plain(model, before, after):
 @given(pairs=st.lists(st.tuples(IDS.map(lambda ids: [0, *ids]), IDS), min_size=1, max_size=8), rows=st.integers(1, 200))
 @settings(deadline=None, max_examples=30)
 def test_batches_padding_and_shared_beginnings_change_nothing(name, pairs, rows):
-    model, pairs = MODELS[name], [*pairs, (pairs[0][0], pairs[0][1][:-1] + [7])]  # reads what the first one reads
+    model, pairs = MODELS[name], [*pairs, (pairs[0][0], [*pairs[0][1][:-1], 7])]  # reads what the first one reads
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(likelihood, "ROWS_OF_TOKENS", rows)
         patch.setattr(likelihood, "CHUNK", 5)

@@ -42,8 +42,12 @@ def write_sets(folder):
             for a, b in two
         ],
         "core/lambada_openai": [{"context": f"The {a} has a {b}. A ", "continuation": b} for a, b in two],
-        "core/copa": [{"query": f"The {a} sat, ", "choices": [f"a {b} saw.", "on the red mat."], "gold": 1} for a, b in two],
-        "core/piqa": [{"query": f"Question: what has the {a}?", "choices": [b, f"the old {b}"], "gold": 0} for a, b in two],
+        "core/copa": [
+            {"query": f"The {a} sat, ", "choices": [f"a {b} saw.", "on the red mat."], "gold": 1} for a, b in two
+        ],
+        "core/piqa": [
+            {"query": f"Question: what has the {a}?", "choices": [b, f"the old {b}"], "gold": 0} for a, b in two
+        ],
         "core/arc_easy": [
             {"query": f"Question: which {a}?", "choices": [b, "red lamp", "the box", "an old key"], "gold": n % 4}
             for n, (a, b) in enumerate(two)

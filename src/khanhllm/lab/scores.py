@@ -139,7 +139,10 @@ def draw(found: dict[str, Any], png: Path, name: str) -> None:
     for measure in found["measures"].values():
         if measure["unit"] == "accuracy":
             rows.append((measure["title"], measure, measure["chance"], measure.get("by_bytes")))
-            rows += [(f"{measure['title']} {field}", own, measure["chance"], None) for field, own in measure.get("fields", {}).items()]
+            rows += [
+                (f"{measure['title']} {field}", own, measure["chance"], None)
+                for field, own in measure.get("fields", {}).items()
+            ]
     figure = Figure(figsize=(9, 1.4 + 0.34 * max(2, len(rows))), dpi=130, layout="constrained")
     title = f"{visible(name)[-60:]} after {found['step']:,} steps"
     if "text" in found["measures"]:

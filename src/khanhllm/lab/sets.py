@@ -117,7 +117,9 @@ def question(source: Set, number: int, delimiter: str) -> Question:
 
 def _shaped(row: dict[str, Any], delimiter: str) -> Question:
     if "sentence_good" in row:
-        return Question([("", row["sentence_good"]), ("", row["sentence_bad"])], 0, str(row.get("field", "")).replace("/", "_"))
+        return Question(
+            [("", row["sentence_good"]), ("", row["sentence_bad"])], 0, str(row.get("field", "")).replace("/", "_")
+        )
     if "choices" in row:
         asked = row["query"].strip() + delimiter
         return Question([(asked, choice.strip()) for choice in row["choices"]], row["gold"])
