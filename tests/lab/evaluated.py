@@ -15,14 +15,15 @@ TEXT = "The cat sat on the mat. Question: what has the man?\nAnswer: a red lamp.
 
 def a_run(folder, **model):
     """A run that nobody trained, whose likelihoods are far from equal."""
-    config = tiny(**{"context": 256, "pattern": "DMD", **model})
+    tokenizer = train_tokenizer([TEXT * 5], 290)
+    config = tiny(**{"context": 256, "pattern": "DMD", "vocab_size": tokenizer.vocab_size, **model})
     ours = build(config)
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
     folder.mkdir(parents=True)
-    train_tokenizer([TEXT * 5], 290).save(folder / "tokenizer.json")
+    tokenizer.save(folder / "tokenizer.json")
     write_config(config, folder)
     save(folder, 3, ours, torch.optim.SGD(ours.parameters()), {"cursor": 0, "folder": str(folder / "no"), "data": ""})
     return open_run(folder, MachineConfig(device="cpu", threads=1))

@@ -313,5 +313,6 @@ def test_other_bytes_than_those_published_are_refused(run, server, tmp_path, cap
     words = ["evaluate", str(run.checkpoint.parents[1]), "--suite", "--files", str(tmp_path / "brought"), "--download"]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "copa.jsonl: its sha256 is not the published one" in error and len(error.splitlines()) == 1
+    assert "/core/copa.jsonl: wrong bytes arrived (its sha256 is not the published one)" in error
+    assert len(error.splitlines()) == 1
     assert not (tmp_path / "brought" / "copa.jsonl").exists()
