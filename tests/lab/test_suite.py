@@ -62,6 +62,7 @@ def test_each_shape_of_file_becomes_the_question_that_its_authors_ask(files):
         ("", "holds no questions"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query"', "copa.jsonl, line 2 is not valid JSON"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "copa.jsonl, question 1 has not sentence_good and"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 0.5}', "question 1 has not"),
         ('{"query": "a", "choices": ["b", 3], "gold": 0}', "question 1 has not"),
         ('{"query": "a", "gold": 0}', "question 1 has not"),
         ("[1]", "question 1 has not"),
@@ -82,9 +83,11 @@ def test_files_are_found_packed_and_in_folders_and_remembered_by_what_they_hold(
     (tmp_path / "copa.jsonl.txt").write_text("no set")
     packed = sets.load(sets.found(tmp_path)["copa"])
     assert (packed.rows, packed.sha256) == (plain.rows, plain.sha256)
-    (tmp_path / "piqa.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match=r"cannot read .*piqa"):
-        sets.load(tmp_path / "piqa.jsonl.gz")
+    whole = gzip.compress(plain.path.read_bytes())
+    for damaged in (b"no gzip", whole[:-20], whole[:15] + b"??????" + whole[21:]):
+        (tmp_path / "piqa.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*piqa"):
+            sets.load(tmp_path / "piqa.jsonl.gz")
 
 
 def oracle(monkeypatch, log):

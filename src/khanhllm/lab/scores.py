@@ -35,7 +35,8 @@ def show(
     path = writable(opened, FILE, out)
     if fetch:
         sets.download(suite.wanted(with_core), files)
-    found = suite.examine(opened, files, most, source, with_core)
+    with Console(stderr=True).status("measuring") as status:
+        found = suite.examine(opened, files, most, source, with_core, status.update)
     name = opened.checkpoint.parents[1].resolve().name
     drawn = write(path, found, name)
     if as_json:
@@ -156,7 +157,7 @@ def draw(found: dict[str, Any], png: Path, name: str) -> None:
         _dot(axes, own, y, "o", "the likeliest choice")
         if bytewise:
             _dot(axes, bytewise, y + 0.2, "D", "the likeliest per byte")
-    axes.set_yticks(range(len(rows)), [title for title, *_ in rows])
+    axes.set_yticks(range(len(rows)), [title for title, *_ in rows], parse_math=False)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-2, 102), xlabel="right answers (%), ± 2 standard errors")
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import tomllib
+import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -74,7 +75,7 @@ def load(path: Path) -> Set:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read(SMALL + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > SMALL:
         raise UserError(f"{path} has more than {SMALL:,} bytes; no set of questions is so large")
@@ -107,7 +108,8 @@ def question(source: Set, number: int, delimiter: str) -> Question:
     try:
         shaped = _shaped(row, delimiter)
         texts = [text for choice in shaped.choices for text in choice]
-        if all(isinstance(text, str) for text in texts) and 0 <= shaped.right < len(shaped.choices):
+        right = shaped.right if isinstance(shaped.right, int) else -1
+        if all(isinstance(text, str) for text in texts) and 0 <= right < len(shaped.choices):
             return shaped
     except (KeyError, TypeError, AttributeError):
         pass

@@ -6,7 +6,8 @@ short sample of each set is enough for that error; it is the same sample for eve
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,16 @@ def wanted(with_core: bool) -> list[str]:
     return [*sets.blimp(), LAMBADA, *CHOICES, *(core.files() if with_core else [])]
 
 
-def examine(opened: Run, folder: Path, most: int, source: str | None = None, with_core: bool = False) -> dict[str, Any]:
-    """Everything that the suite measures, as it goes to evaluation.json. Raises UserError."""
+def examine(
+    opened: Run,
+    folder: Path,
+    most: int,
+    source: str | None = None,
+    with_core: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Everything that the suite measures, as it goes to evaluation.json. say: hears what has been measured. Raises
+    UserError."""
     if with_core:
         core.check(opened)
     have, names = sets.found(folder), list(dict.fromkeys(wanted(with_core)))
@@ -129,8 +138,9 @@ def examine(opened: Run, folder: Path, most: int, source: str | None = None, wit
         if source is not None:
             raise
         notes.append(f"no bits per byte: {error}")
-    measures.update(_from_files(opened, loaded, most))
-    measures.update(_by_rule(opened, most))
+    for name, measure in chain(_from_files(opened, loaded, most), _by_rule(opened, most)):
+        measures[name] = measure
+        say(f"measured: {measure['title']}")
     known = sets.published()
     other = [str(one.path) for name, one in loaded.items() if name in known and known[name][1] != one.sha256]
     notes += [f"{path} is not the published file" for path in other]
