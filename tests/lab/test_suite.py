@@ -297,8 +297,8 @@ def server(files, tmp_path, monkeypatch):
 
 def test_a_download_brings_what_is_missing_and_nothing_else(run, server, tmp_path, files, capsys):
     folder = tmp_path / "brought"
-    folder.mkdir()
-    (folder / "piqa.jsonl").write_bytes((files / "core" / "piqa.jsonl").read_bytes())
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "piqa.jsonl.gz").write_bytes(gzip.compress((files / "core" / "piqa.jsonl").read_bytes()))
     words = ["evaluate", str(run.checkpoint.parents[1]), "--suite", "--items", "5", "--files", str(folder)]
     assert main([*words, "--download", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
