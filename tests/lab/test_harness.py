@@ -15,6 +15,8 @@ from khanhllm.inference.likelihood import encode, log_likelihoods
 from khanhllm.lab import sets, suite
 from khanhllm.lab.answers import ask
 
+pytestmark = pytest.mark.slow  # importing the harness takes seconds
+
 TASK = """
 task: {task}
 dataset_path: json
