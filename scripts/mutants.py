@@ -47,7 +47,7 @@ CORE = {
     **{f"optim/{name}.py": OPTIM for name in ["__init__", "adamw", "muon", "rounding", "schedule", "eight_bit"]},
     "training/step.py": [*TRAINING, "model"],
     "training/guard.py": TRAINING,
-    "training/checkpoint.py": [*TRAINING, "promises/test_broken_files.py"],
+    "training/checkpoint.py": [*TRAINING, "promises/test_broken_files.py", "promises/test_hostile_files.py"],
     "runs/evaluate.py": ["runs", "test_api.py", "inference", "promises/test_golden.py"],
     "inference/generate.py": ["inference", "test_api.py"],
     "inference/score.py": ["inference", "test_api.py", "runs"],
