@@ -7,7 +7,7 @@ from pathlib import Path
 from khanhllm.cli.arguments import given, knobs, name, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import folder_for, other_shape, preset, preset_names, read_toml, with_length
+from khanhllm.settings import folder_for, other_shape, preset, preset_names, read_config, read_toml, with_length
 
 
 def train(options: argparse.Namespace) -> int:
