@@ -25,8 +25,7 @@ def held_out_answers(opened: Run) -> Iterator[Pair]:
     """Each answer of the conversations that the run held out, <|end|> included, and all that stands before it."""
     marks = Marks.of(opened.tokenizer)
     for window in held_out(opened).windows():
-        row = window[: opened.config.model.context]
-        for ids in np.split(row, np.flatnonzero(row == marks.end_of_text)):
+        for ids in np.split(window, np.flatnonzero(window == marks.end_of_text)):
             for start in np.flatnonzero(ids == marks.assistant) + 1:
                 yield ids[:start].tolist(), ids[start : start + int(np.argmax(ids[start:] == marks.end)) + 1].tolist()
 
