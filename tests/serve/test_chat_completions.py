@@ -113,3 +113,17 @@ def test_the_default_is_all_the_room_there_is(chat, talker):
 def test_a_run_that_was_not_taught_says_so(client):
     answer = client.post(PATH, json={"messages": ASKED})
     assert answer.status_code == 400 and "not taught to talk" in answer.json()["error"]["message"]
+
+
+def test_openais_own_client_reads_it(chat, talker):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="none", http_client=chat)
+    asked = {"model": "*", "messages": ASKED, "max_tokens": 6, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected(talker, ASKED, tokens=6)
+    assert whole.usage.completion_tokens == 6 or whole.choices[0].finish_reason == "stop"
+    parts = list(client.chat.completions.create(**asked, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="turns must alternate"):
+        client.chat.completions.create(model="*", messages=[*ASKED, *ASKED])
