@@ -38,6 +38,8 @@ class Wanted(NamedTuple):
     logprobs: int | None
     echo: bool
     closed: dict[int, list[int]]
+    ends: frozenset[int]
+    """tokens that end it"""
 
 
 class Writing:
@@ -82,7 +84,7 @@ class Writing:
 
         def hear(score: Score) -> bool:
             text, scores = beginning()
-            ended = score.token == self.tokenizer.end_of_text
+            ended = score.token in wanted.ends
             text += words.rest() if ended else words.add(score.token)
             self.written += 1
             scored = [*scores, score] if wanted.logprobs is not None else []
