@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
@@ -34,7 +35,7 @@ from khanhllm.serve.openai import (
     parsed,
     usage,
 )
-from khanhllm.serve.writing import Logprobs, Piece, Wanted, Writing
+from khanhllm.serve.writing import Logprobs, Piece, Seen, Wanted, Writing, told
 
 STREAM = {"content-type": "text/event-stream", "x-accel-buffering": "no"}
 
@@ -181,7 +182,8 @@ class Server:
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
                 sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
-                wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
+                one = Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed)
+                wanted.append(one._replace(routes=asked.khanhllm.routes))
         return wanted
 
     def _closed(self, asked: Writes) -> dict[int, list[int]]:
@@ -213,7 +215,9 @@ class Server:
             scores = [score for piece in pieces for score in piece.scores]
             logprobs = Logprobs(self.tokenizer).add(scores) if one.logprobs is not None else None
             text = "".join(piece.text for piece in pieces)
-            choices.append(_choice(index, text, logprobs, pieces[-1].finish))
+            seen = [piece.seen for piece in pieces if piece.seen]
+            whole = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
+            choices.append(self._choice(index, text, logprobs, pieces[-1].finish, whole))
         return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
 
     async def _events(
@@ -230,16 +234,20 @@ class Server:
                 if piece.error:
                     yield event(_as_refused(piece.error).body())
                     return
-                if not (piece.text or piece.scores or piece.finish):
+                if not (piece.text or piece.scores or piece.finish or piece.seen):
                     continue
                 scored = logprobs[piece.choice].add(piece.scores) if asked.logprobs is not None else None
-                choice = _choice(piece.choice, piece.text, scored, piece.finish)
+                choice = self._choice(piece.choice, piece.text, scored, piece.finish, piece.seen)
                 yield event(reply | {"choices": [choice]} | ({"usage": None} if count else {}))
             if count:
                 yield event(reply | {"choices": [], "usage": usage(tokens, writing.written)})
             yield DONE
         finally:
             writing.cancel()
+
+    def _choice(self, index: int, text: str, logprobs: Any, finish: str | None, seen: Seen | None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return choice | ({"khanhllm": told(self.tokenizer, seen)} if seen else {})
 
 
 def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
@@ -251,10 +259,6 @@ def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
         min_p=asked.min_p,
         seed=seed,
     )
-
-
-def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
 async def _gathered(writing: Writing, choices: int) -> list[list[Piece]]:
