@@ -65,10 +65,18 @@ class Server:
             ("GET", "/tokenizer_info", self.tokenizer_info),
         ]
         routes = [Route(path, endpoint, methods=[method]) for method, path, endpoint in paths]
-        handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
-        self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        self.app.router.redirect_slashes = False
+        self.app = application(routes, self._lifespan)
         self.guard: Guard | None = None
+
+    @property
+    def talks(self) -> bool:
+        """Whether the run was taught to talk."""
+        return False
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What ended the engine."""
+        return self.engine.fault
 
     def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
         """The application behind its guard, whose settings these are."""
@@ -77,11 +85,19 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        thread.start()
+        self.start()
         yield
+        await self.stop()
+
+    def start(self) -> None:
+        """Let the engine work."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End all jobs, and the engine."""
         self.engine.close()
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
         self.engine.run()
@@ -248,6 +264,14 @@ class Server:
     def _choice(self, index: int, text: str, logprobs: Any, finish: str | None, seen: Seen | None) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return choice | ({"khanhllm": told(self.tokenizer, seen)} if seen else {})
+
+
+def application(routes: Sequence[Route], lifespan: Any) -> Starlette:
+    """These routes; whatever goes wrong is answered in JSON."""
+    handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
 
 
 def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
