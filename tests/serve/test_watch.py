@@ -33,7 +33,7 @@ def points(found, column="step", kind="mean", curve="0"):
 
 def test_rows_appear_once_and_a_half_line_waits_until_it_is_whole(log):
     watch = Watch(log)
-    assert watch.look()["curves"] == {} and watch.look()["columns"] == ["step", "loss", "val_ce"]
+    assert watch.look()["curves"] == {} and watch.names == ["step", "loss", "val_ce"]
     append(log, "1,0.5,\n2,0.")
     assert points(watch.look()) == [1]
     before = watch.look()["version"]
@@ -41,14 +41,16 @@ def test_rows_appear_once_and_a_half_line_waits_until_it_is_whole(log):
     append(log, "25,3\n")
     found = watch.look()
     assert points(found) == [1, 2] and points(found, "loss") == [0.5, 0.25] and points(found, "val_ce") == [None, 3]
-    assert found["version"] > before
+    assert found["version"] > before and found["last"]["0"] == {"step": 2, "loss": 0.25, "val_ce": 3}
+    append(log, "3,1,\n")
+    assert watch.look()["last"]["0"] == {"step": 3, "loss": 1, "val_ce": 3}
 
 
 def test_a_file_that_is_missing_has_no_curves_until_it_comes(tmp_path):
     watch = Watch(tmp_path / "log.csv")
-    assert watch.look() == {"version": 0, "columns": [], "curves": {}}
+    assert watch.look() == {"version": 0, "curves": {}, "last": {}}
     (tmp_path / "log.csv").write_text("st")
-    assert watch.look()["columns"] == []
+    assert watch.look()["curves"] == {} and not watch.names
     (tmp_path / "log.csv").write_text(HEADER + rows(1, 3))
     assert points(watch.look()) == [1, 2]
     (tmp_path / "log.csv").unlink()
@@ -93,7 +95,9 @@ def test_a_long_log_becomes_few_points_that_hide_no_extreme(log):
     watch = Watch(log)
     found = watch.look()
     assert POINTS // 2 <= len(points(found)) <= POINTS
-    assert max(points(found, "loss", "most")) == 99 and min(points(found, "loss", "least")) == pytest.approx(loss.min(), rel=1e-4)
+    assert max(points(found, "loss", "most")) == 99 and min(points(found, "loss", "least")) == pytest.approx(
+        loss.min(), rel=1e-4
+    )
     assert points(found, "val_ce") == [None] * len(points(found))
     width = watch.curves[0].width
     expected = [loss[start : start + width].mean() for start in range(0, 10_000, width)]
@@ -121,7 +125,7 @@ def test_pipes_and_links_are_not_read(tmp_path, log):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(log)
     for name in ("pipe", "link", "."):
-        assert Watch(tmp_path / name).look()["columns"] == [] and tail(tmp_path / name) == ""
+        assert Watch(tmp_path / name).look()["version"] == 0 and tail(tmp_path / name) == ""
 
 
 def test_the_end_of_a_text_in_whole_lines(tmp_path):

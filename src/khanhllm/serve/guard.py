@@ -28,6 +28,8 @@ PATIENCE = 10
 STALLED = 60
 """seconds after which a client that takes nothing is let go"""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+QUIET = "/api/"
+"""what the page asks every other second, which is worth a line only if it fails"""
 HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -97,6 +99,8 @@ class Guard:
             if not status:
                 await _json(sending, Refused(500, "something unforeseen happened here; the server's log says where"))
         self.answers[status] = self.answers.get(status, 0) + 1
+        if status < 400 and scope["path"].startswith(QUIET):
+            return
         took = (time.monotonic() - started) * 1000
         path = ascii(scope["path"])[1:-1][:100]
         when = time.strftime("%H:%M:%S")

@@ -26,6 +26,8 @@ from khanhllm.training import checkpoint
 
 SECONDS = 1.0
 """between two looks for a first checkpoint"""
+PYTHON = "import os\nimport sys\n\n\ndef main("
+"""where to begin with a model of Python"""
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = "; ".join(
     (
@@ -174,6 +176,7 @@ class House:
             "newest": max(map(checkpoint.step_of, kept), default=None),
             "waits_for": "" if server else self.why,
             "talks": bool(server and server.talks),
+            "prompt": config.train.sample_prompt or (PYTHON if config.data.source == "stdlib" else ""),
             "steps": config.train.steps,
             "parameters": total_parameters(paper),
             "active": active_parameters(paper),

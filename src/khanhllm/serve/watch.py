@@ -34,12 +34,16 @@ class Curves:
         self.rows, self.width = 0, 1
         self.sum_PC, self.count_PC = np.zeros((0, columns)), np.zeros((0, columns))
         self.least_PC, self.most_PC = np.zeros((0, columns)), np.zeros((0, columns))
+        self.last_C = np.full(columns, np.nan)
+        """of each column, what was measured last"""
 
     def add(self, rows_NC: Floats) -> None:
         """Take more rows; nan where nothing was measured."""
         point_N = (self.rows + np.arange(len(rows_NC))) // self.width
         self.rows += len(rows_NC)
         known_NC = np.isfinite(rows_NC)
+        latest_C = len(rows_NC) - 1 - known_NC[::-1].argmax(0)
+        self.last_C = np.where(known_NC.any(0), rows_NC[latest_C, np.arange(rows_NC.shape[1])], self.last_C)
         more = ((0, (self.rows - 1) // self.width + 1 - len(self.sum_PC)), (0, 0))
         self.sum_PC, self.count_PC = np.pad(self.sum_PC, more), np.pad(self.count_PC, more)
         self.least_PC = np.pad(self.least_PC, more, constant_values=np.inf)
@@ -74,7 +78,7 @@ class Curves:
 
 
 def _short(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
 class Watch:
@@ -104,7 +108,11 @@ class Watch:
                     self._forget()
                     self.version += 1
             curves = {str(name): curve.columns(self.names) for name, curve in sorted(self.curves.items())}
-            return {"version": self.version, "columns": self.names, "curves": curves}
+            last = {
+                str(name): dict(zip(self.names, map(_short, curve.last_C.tolist()), strict=True))
+                for name, curve in sorted(self.curves.items())
+            }
+            return {"version": self.version, "curves": curves, "last": last}
 
     def _follow(self, file: BinaryIO) -> None:
         status = os.fstat(file.fileno())

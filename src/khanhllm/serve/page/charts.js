@@ -3,6 +3,7 @@
 
 import { el, short, svg, whole } from "./dom.js";
 
+let count = 0;
 const HEIGHT = 190, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 26;
 
 // Round numbers between two values.
@@ -53,8 +54,8 @@ export class Chart {
   }
 
   draw() {
-    const width = this.node.clientWidth;
-    if (!width) return;
+    const width = Math.round(this.picture.getBoundingClientRect().width);
+    if (width < 2 * LEFT) return; // not in sight
     this.picture.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.picture.setAttribute("height", HEIGHT);
     this.legend.replaceChildren(...(this.lines.length > 1 ? this.lines.map((line) => el("span", { class: `name ${line.kind}` }, line.name)) : []));
@@ -67,22 +68,26 @@ export class Chart {
     const steps = this.lines.flatMap((line) => line.x);
     const first = Math.min(...steps), last = Math.max(...steps, first + 1);
     this.x = (step) => LEFT + ((step - first) / (last - first)) * (width - LEFT - RIGHT);
-    this.y = (value) => {
-      const share = (Math.min(Math.max(value, reach[0]), reach[1]) - reach[0]) / (reach[1] - reach[0]);
-      return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM);
-    };
+    this.y = (value) => HEIGHT - BOTTOM - ((value - reach[0]) / (reach[1] - reach[0])) * (HEIGHT - TOP - BOTTOM);
     this.back = (place) => first + ((place - LEFT) / (width - LEFT - RIGHT)) * (last - first);
     this.cursor = svg("g", { class: "cursor" });
-    this.picture.replaceChildren(...this.axes(reach, first, last, width), ...this.lines.flatMap((line) => this.line(line)), this.cursor);
+    this.picture.replaceChildren(...this.axes(reach, first, last, width), this.inside(width), this.cursor);
     this.picture.setAttribute("aria-label", `${this.title}${this.unit ? `, ${this.unit}` : ""}: ${this.lines.map(told).join("; ")}. Arrow keys read values.`);
     if (this.at !== null) this.point(this.at);
   }
 
+  // The lines, cut off where the axes end.
+  inside(width) {
+    const name = (this.name ??= `inside-${(count += 1)}`);
+    const frame = svg("rect", { x: LEFT - 4, y: TOP - 4, width: width - LEFT - RIGHT + 8, height: HEIGHT - TOP - BOTTOM + 8 });
+    return svg("g", { "clip-path": `url(#${name})` }, svg("clipPath", { id: name }, frame), this.lines.flatMap((line) => this.line(line)));
+  }
+
   axes(reach, first, last, width) {
-    const across = ticks(...reach, 4).map((value) => svg("g", {},
+    const across = ticks(...reach, 5).map((value) => svg("g", {},
       svg("line", { x1: LEFT, x2: width - RIGHT, y1: this.y(value), y2: this.y(value), class: "grid" }),
       svg("text", { x: LEFT - 8, y: this.y(value) + 4, class: "left" }, short(value))));
-    const along = ticks(first, last, Math.max(2, width / 120)).map((step) =>
+    const along = ticks(first, last, Math.max(3, width / 110)).map((step) =>
       svg("text", { x: this.x(step), y: HEIGHT - 8, class: "below" }, short(step)));
     return [...across, ...along];
   }

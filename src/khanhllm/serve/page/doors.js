@@ -5,6 +5,9 @@ import { colour } from "./tokens.js";
 
 const numbered = (experts) => (experts.length === 1 ? `expert ${experts[0]}` : `experts ${experts.join(", ")}`);
 
+// A cost that cannot be told from nothing is none.
+export const worth = (cost) => (Math.abs(cost.share) > 2 * cost.error ? change(cost.share) : "≈ 0");
+
 // A button for each expert of each mixture, and one for the whole.
 export class Doors {
   constructor(model, changed) {
@@ -59,11 +62,11 @@ export class Doors {
         const cost = all ? known?.off : known?.experts[expert]?.closed;
         const share = all || !sum ? null : counts[expert] / sum;
         button.setAttribute("aria-pressed", shut);
-        button.lastChild.textContent = cost ? change(cost.share) : "";
+        button.lastChild.textContent = cost ? worth(cost) : "";
         if (!all) button.children[1].style.setProperty("--share", share ?? 0);
         const words = [all ? `Whole mixture of layer ${layer}` : `Expert ${expert} of layer ${layer}`, shut ? "closed" : "open"];
         if (share !== null) words.push(`has ${percent(share)} of this text`);
-        if (cost) words.push(`closing it costs ${change(cost.share)} of the bits on held-out text`);
+        if (cost) words.push(`closing it costs ${worth(cost)} of the bits on held-out text`);
         button.setAttribute("aria-label", words.join(", "));
         button.title = words.join(", ");
       });

@@ -31,8 +31,8 @@ export class Heat {
   }
 
   draw() {
-    const width = this.node.clientWidth, shares = this.shares;
-    if (!width || !shares?.length) return;
+    const width = Math.round(this.canvas.getBoundingClientRect().width), shares = this.shares;
+    if (width < 2 * LEFT || !shares?.length) return;
     const height = ROW * shares.length, scale = devicePixelRatio || 1;
     Object.assign(this.canvas, { width: width * scale, height: height * scale });
     this.canvas.style.height = `${height}px`;

@@ -1,9 +1,10 @@
 // One expert: which tokens it gets, and what it is worth, as `khanhllm experts` measured it.
 
 import { get } from "./api.js";
-import { change, el, percent, whole } from "./dom.js";
+import { change, el, percent, shown, whole } from "./dom.js";
+import { worth as short } from "./doors.js";
 import { live } from "./rooms.js";
-import { colour, shown } from "./tokens.js";
+import { colour } from "./tokens.js";
 
 const MEASURES = {
   token: "this token tells", previous: "the token before tells", next: "the token after tells", kind: "the kind of token tells",
@@ -96,7 +97,7 @@ export function one(view, model) {
       el("h3", {}, `Layer ${layer.layer}`), el("p", { class: "faint" }, verdict(layer)),
       el("div", { class: "floor", role: "group", "aria-label": `Experts of layer ${layer.layer}` }, layer.experts.map((expert, at) => {
         const button = el("button", { type: "button", class: `door ${colour(expert.expert)}`, onclick: () => { picked = [nth, at]; show(); } },
-          el("b", {}, String(expert.expert)), el("span", { class: "bar" }), el("small", {}, expert.closed ? change(expert.closed.share) : ""));
+          el("b", {}, String(expert.expert)), el("span", { class: "bar" }), el("small", {}, expert.closed ? short(expert.closed) : ""));
         button.children[1].style.setProperty("--share", expert.share);
         button.setAttribute("aria-label", `Expert ${expert.expert} of layer ${layer.layer}, ${percent(expert.share)} of the choices`);
         buttons.push([button, nth, at]);

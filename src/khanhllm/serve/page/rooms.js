@@ -17,8 +17,8 @@ export function experts(view, model) {
   const per = model.experts_per_token;
   let nth = model.layers.length - 1, mode = "again", texts = { open: null, again: null, read: null };
 
-  const prompt = el("textarea", { id: "start", rows: 3, spellcheck: "false" });
-  prompt.value = "import os\nimport sys\n\n\ndef main(";
+  const prompt = el("textarea", { id: "start", rows: 5, spellcheck: "false" });
+  prompt.value = model.prompt;
   const settings = sampling(60);
   const details = el("aside", { class: "details", "aria-live": "off" }, el("p", { class: "faint" }, "Point at a token, or walk through the text with the arrow keys, to see where it went."));
   const explain = (text, at) => details.replaceChildren(...explained(text, at, model.layers).filter(Boolean));
@@ -28,12 +28,13 @@ export function experts(view, model) {
   const rightTitle = el("h2", {}), sum = el("p", { class: "lesson", id: "lesson" });
   const doors = new Doors(model, () => { compared(); if (texts.open) job.run("closed"); });
 
-  async function fill(key, body, signal) {
+  async function fill(key, body, signal, prompt = null) {
     const text = (texts[key] = new Text());
     redraw(true);
     for await (const event of stream("/v1/completions", body, signal)) {
       for (const one of event.choices) {
         text.add(one.khanhllm);
+        text.prompt = prompt ?? text.prompt;
         text.finish = one.finish_reason ?? text.finish;
         redraw(false);
       }
@@ -56,7 +57,7 @@ export function experts(view, model) {
       const khanhllm = { routes: true, off };
       const ids = texts.open.tokens.map((token) => token.id).slice(0, model.context);
       tell(`The same text is read without ${doors.words} …`);
-      await fill("read", { prompt: ids, max_tokens: 0, khanhllm }, signal);
+      await fill("read", { prompt: ids, max_tokens: 0, khanhllm }, signal, texts.open.prompt);
       tell(`The model writes without ${doors.words} …`);
       await fill("again", { ...body, khanhllm }, signal);
     }
@@ -88,6 +89,7 @@ export function experts(view, model) {
   function compared() {
     const { open, read, again } = texts, words = doors.words;
     view.classList.toggle("two", Boolean(words));
+    modes.hidden = !words;
     rightTitle.textContent = words ? `Without ${words}` : "";
     const parts = [];
     if (words && open?.finish && read?.finish) {
@@ -95,13 +97,14 @@ export function experts(view, model) {
       parts.push(`Reading the open text without ${words} takes ${after.toFixed(2)} bits a token instead of ${before.toFixed(2)} (${change(after / before - 1)}).`);
     }
     if (words && again?.finish) {
-      const parted = again.tokens.findIndex((token, at) => token.id !== open.tokens[at]?.id);
-      parts.push(parted < 0 ? "Writing, it chose the same tokens." : `Writing with the same seed, it took another way after ${whole(parted - open.prompt)} tokens.`);
+      const parted = again.tokens.findIndex((token, at) => token.id !== open.tokens[at]?.id) - open.prompt;
+      const when = parted === 0 ? "at the first token" : parted === 1 ? "after one token" : `after ${whole(parted)} tokens`;
+      parts.push(parted < 0 ? "Writing with the same seed, it chose the same tokens." : `Writing with the same seed, it went another way ${when}.`);
     }
     sum.textContent = parts.join(" ");
   }
 
-  const modes = choice("What to do without them", [["again", "write again"], ["read", "read the open text"]], mode, (picked) => { mode = picked; redraw(true); });
+  const modes = choice("What to do without them", [["again", "without them: write again"], ["read", "read the open text"]], mode, (picked) => { mode = picked; redraw(true); });
   const layers = choice("Layer that gives the colours", model.layers.map((layer, at) => [at, `layer ${layer}`]), nth, (picked) => { nth = picked; redraw(true); });
   const reopen = el("button", { type: "button", class: "quiet", onclick: () => doors.openAll() }, "open all doors");
 
@@ -112,12 +115,12 @@ export function experts(view, model) {
       el("details", { class: "settings" }, el("summary", {}, "Settings"), el("div", { class: "fields" }, settings.fields))),
     el("div", { class: "bar-row" }, el("h2", {}, "Doors"), reopen),
     doors.box, sum,
-    el("div", { class: "bar-row" }, el("span", { class: "faint" }, "Colours by"), layers,
+    el("div", { class: "bar-row" }, el("span", { class: "faint" }, "Colours by"), layers, modes,
       el("span", { class: "faint key" }, "A chip has the colours and numbers of its experts; the bar below it is its surprise, in bits.")),
     el("div", { class: "result" },
       el("div", { class: "pair" },
         el("section", {}, el("h2", {}, "All doors open"), leftHead, left.box),
-        el("section", { class: "other-side" }, rightTitle, el("div", { class: "bar-row" }, modes), rightHead, right.box)),
+        el("section", { class: "other-side" }, rightTitle, rightHead, right.box)),
       details),
   );
   doors.draw();

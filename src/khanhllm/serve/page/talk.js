@@ -4,9 +4,8 @@ import { stream } from "./api.js";
 import { byId, choice, el, field, number, say, whole } from "./dom.js";
 
 const WHY = {
-  length: "it has written as many tokens as it may",
-  stop: "the model ended its document, or wrote a stop text",
-  stopped: "you stopped it",
+  length: "as many as it may write",
+  stop: "the model ended its document, or wrote the stop text",
 };
 
 // Buttons that start and stop one piece of work, and a line that says how it goes. Ctrl+Enter starts, Escape stops.
@@ -26,7 +25,7 @@ export function worker(place, name, work) {
       end = await work(mine.signal, (text) => mine === control && (status.textContent = text), ...what);
     } catch (error) {
       if (mine !== control) return;
-      end = mine.signal.aborted ? `Ended: ${WHY.stopped}.` : error.message;
+      end = mine.signal.aborted ? "Ended: you stopped it." : error.message;
       status.classList.toggle("bad", !mine.signal.aborted);
     }
     if (mine !== control) return;
@@ -64,14 +63,14 @@ function following(box) {
   return () => end && (box.scrollTop = box.scrollHeight);
 }
 
-function base(place) {
-  const prompt = el("textarea", { id: "prompt", rows: 5, spellcheck: "false" });
-  prompt.value = "import os\nimport sys\n\n\ndef main(";
+function base(place, model) {
+  const prompt = el("textarea", { id: "prompt", rows: 5, spellcheck: "false", placeholder: "Empty: a new document" });
+  prompt.value = model.prompt;
   const stops = el("input", { type: "text", placeholder: "none", spellcheck: "false" });
   const settings = sampling(120);
   const text = el("pre", { id: "text", class: "paper", tabindex: "0", "aria-label": "What the model writes" });
 
-  const { row, status } = worker(place, "Write", async (signal, tell) => {
+  const { row, status, run } = worker(place, "Write", async (signal, tell) => {
     const written = el("span", { class: "new" });
     text.replaceChildren(el("span", { class: "given" }, prompt.value), written);
     place.classList.add("written");
@@ -92,10 +91,10 @@ function base(place) {
     say(written.textContent);
     return `Ended after ${whole(tokens)} tokens: ${WHY[reason] ?? reason}.`;
   });
-  const again = el("button", { type: "button" }, "Go on from here");
+  const again = el("button", { type: "button" }, "Go on");
   again.addEventListener("click", () => {
-    prompt.value = text.textContent;
-    prompt.focus();
+    prompt.value = text.textContent || prompt.value;
+    run();
   });
   row.append(again);
   place.append(
@@ -164,7 +163,7 @@ export function write(view, first) {
   function make(kind) {
     made = kind;
     place.replaceChildren();
-    (kind === "talk" ? chat : base)(place);
+    (kind === "talk" ? chat : base)(place, first);
   }
 
   function look(model) {

@@ -89,7 +89,8 @@ export class Chips {
     const before = base?.tokens[at];
     const other = base && before?.id !== token.id;
     const more = before && !other && token.bits !== null && before.bits !== null ? token.bits - before.bits : 0;
-    chip.classList.toggle("other", Boolean(other));
+    const parted = other && text.tokens.slice(0, at).every((one, nth) => one.id === base.tokens[nth]?.id);
+    chip.classList.toggle("parted", Boolean(parted));
     chip.classList.toggle("worse", more > 0.5);
     chip.classList.toggle("better", more < -0.5);
     const experts = route?.length ? `experts ${route.map(([expert]) => expert).join(" and ")}` : "no expert";
