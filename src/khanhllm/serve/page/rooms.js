@@ -93,7 +93,7 @@ export function experts(view, model) {
     rightTitle.textContent = words ? `Without ${words}` : "";
     const parts = [];
     if (words && open?.finish && read?.finish) {
-      const before = open.bits(1), after = read.bits(1);
+      const before = open.bits(1, read.tokens.length), after = read.bits(1);
       parts.push(`Reading the open text without ${words} takes ${after.toFixed(2)} bits a token instead of ${before.toFixed(2)} (${change(after / before - 1)}).`);
     }
     if (words && again?.finish) {

@@ -89,7 +89,8 @@ function base(place, model) {
       }
     }
     say(written.textContent);
-    return `Ended after ${whole(tokens)} tokens: ${WHY[reason] ?? reason}.`;
+    const full = reason === "length" && tokens < body.max_tokens;
+    return `Ended after ${whole(tokens)} tokens: ${full ? "the model sees no more at once" : WHY[reason] ?? reason}.`;
   });
   const again = el("button", { type: "button" }, "Go on");
   again.addEventListener("click", () => {

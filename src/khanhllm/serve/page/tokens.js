@@ -23,8 +23,8 @@ export class Text {
   }
 
   // Bits per token over what the model wrote, or over all that it read.
-  bits(from = this.prompt) {
-    const known = this.tokens.slice(from).filter((token) => token.bits !== null);
+  bits(from = this.prompt, to = this.tokens.length) {
+    const known = this.tokens.slice(from, to).filter((token) => token.bits !== null);
     return known.length ? known.reduce((sum, token) => sum + token.bits, 0) / known.length : NaN;
   }
 
