@@ -72,7 +72,9 @@ class House:
         self.name = self.names[0]
         self.files = page_files() if page else {}
         self.logs = [(Watch(run / FILE), Watch(run / EXPERTS, "layer")) for run in runs]
-        self.shapes = [read_config(run) for run in runs]
+        self.config = read_config(runs[0])
+        paper = on_paper(self.config.model)
+        self.sizes = {"parameters": total_parameters(paper), "active": active_parameters(paper)}
         self.why = "the run has no checkpoint yet; its model is served as soon as there is one"
         self.guard: Guard | None = None
         self._retired: list[Server] = []
@@ -166,10 +168,10 @@ class House:
         return _json(await asyncio.to_thread(self._model))
 
     def _model(self) -> dict[str, Any]:
-        config, server = self.shapes[0], self.server
-        shape, paper = config.model, on_paper(config.model)
+        config, server = self.config, self.server
+        shape = config.model
         kept = checkpoint.steps(self.runs[0])
-        return {
+        return self.sizes | {
             "name": self.name,
             "runs": self.names,
             "step": server.run.step if server else None,
@@ -178,8 +180,6 @@ class House:
             "talks": bool(server and server.talks),
             "prompt": config.train.sample_prompt or (PYTHON if config.data.source == "stdlib" else ""),
             "steps": config.train.steps,
-            "parameters": total_parameters(paper),
-            "active": active_parameters(paper),
             "pattern": shape.pattern,
             "layers": shape.moe_layers,
             "experts": shape.experts if shape.moe_layers else 0,

@@ -50,7 +50,7 @@ function card(found, layer, one, model) {
     rows.length ? worth(rows) : "",
     one.says.length ? el("h3", {}, "What it says") : "",
     one.says.length ? list(one.says) : "",
-    one.says.length ? el("p", { class: "faint" }, "The tokens that its mean answer, put through the head, makes likelier.") : "",
+    one.says.length ? el("p", { class: "faint" }, "The tokens that its mean answer, put through the head, raises most above those of its neighbours.") : "",
     with_.length ? el("h3", {}, "Who is called with it") : "",
     with_.length ? el("p", {}, with_.map(([share, expert]) => `expert ${expert} for ${percent(share)} of its tokens`).join(", ") + ".") : "",
     el("h3", {}, "In the text that you wrote last"),
