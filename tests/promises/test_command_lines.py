@@ -50,6 +50,7 @@ doctor run --json
 experts run --step 2 --tokens 200 --data corpus --part file --ablate 1:0 --checkpoints --out new.png
 bench tokenizer --steps 1 --out new.json
 chaos --seed 1 --faults 1 --minutes 0.01
+chaos --faults 1 --only nothing
 demo --run new {SMALL}
 help train
 --print-completion bash

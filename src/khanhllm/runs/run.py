@@ -226,4 +226,9 @@ def open_run(run: Path, machine_config: MachineConfig | None = None, step: Step 
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than this model knows")
-    return Run(path, config, machine, model, tokenizer, checkpoint.read_state(path))
+    state = checkpoint.read_state(path)
+    if state["tokenizer"] not in ("", tokenizer.sha256):  # empty in a checkpoint from before it was noted
+        raise UserError(
+            f"{run / 'tokenizer.json'} is not the tokenizer that the model learned with; bring that one back"
+        )
+    return Run(path, config, machine, model, tokenizer, state)

@@ -74,12 +74,13 @@ def read_key(file: Path | None) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound. Raises UserError if it cannot be."""
+    """A socket that takes connections, which wait until somebody serves them. Raises UserError if it cannot be."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(2048)
     except (OSError, UnicodeError) as error:
         text = error.strerror if isinstance(error, OSError) else "no name of a host"
         raise UserError(f"cannot serve on {host} port {port}: {text}; try another --port") from None
