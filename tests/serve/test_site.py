@@ -2,16 +2,21 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 import time
+import urllib.request
+import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
+from khanhllm.cli import main
 from khanhllm.errors import UserError
 from khanhllm.lab import experts as lab
 from khanhllm.lab.sample import take
@@ -189,6 +194,27 @@ def test_newer_weights_are_taken_when_asked_and_no_stream_is_cut(visit, run, mon
         shutil.rmtree(run / "checkpoints")
         answer = client.post("/api/newest", json={})
         assert answer.status_code == 503 and client.get("/health").status_code == 200
+
+
+def test_open_shows_the_page_in_a_browser(run, monkeypatch):
+    found = []
+
+    def visit(address):
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                found.append(answer.read())
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(webbrowser, "open", lambda address: threading.Thread(target=visit, args=[address]).start())
+    main(["serve", str(run), "--port", "0", "--open", "--machine.device", "cpu", "--machine.threads", "1"])
+    assert found[0].startswith(b"<!doctype html>")
+
+
+@pytest.mark.parametrize("words", [["--no-page", "--open"], ["OTHER", "--no-page"], ["nowhere"]])
+def test_words_that_do_not_fit_are_refused(run, words, capsys):
+    assert main(["serve", str(run), *(str(run) if word == "OTHER" else word for word in words)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_findings_of_the_laboratory(visit, run):

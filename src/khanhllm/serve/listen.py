@@ -143,7 +143,6 @@ def serve(
     if made:
         print(f"key, to be sent as Authorization: Bearer KEY:  {made}", flush=True)
     if browse:
-        bound.listen()  # what the browser asks waits until the server is up
         webbrowser.open(address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]"))
     with nobody_else():
         asyncio.run(listening.serve([bound]))
