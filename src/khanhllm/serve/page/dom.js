@@ -41,7 +41,9 @@ export function short(number) {
   return String(Number(number.toPrecision(4)));
 }
 
-export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
+export function percent(share, digits = 0) {
+  return share > 0 && 100 * share < 0.5 * 10 ** -digits ? `< ${10 ** -digits} %` : `${(100 * share).toFixed(digits)} %`;
+}
 
 // A change in percent, with its sign; the minus of typographers.
 export function change(share, digits = 1) {
