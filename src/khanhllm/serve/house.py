@@ -179,7 +179,7 @@ class House:
             "waits_for": "" if server else self.why,
             "talks": bool(server and server.talks),
             "prompt": config.train.sample_prompt or (PYTHON if config.data.source == "stdlib" else ""),
-            "steps": config.train.steps,
+            "steps": 0 if config.train.seconds else config.train.steps,
             "pattern": shape.pattern,
             "layers": shape.moe_layers,
             "experts": shape.experts if shape.moe_layers else 0,

@@ -1,7 +1,7 @@
 // The frame: which view is shown, what the run is called, and whether there are newer weights.
 
 import { get, post } from "./api.js";
-import { byId, say, short, whole } from "./dom.js";
+import { byId, say, sentence, short, whole } from "./dom.js";
 import { compare } from "./compare.js";
 import { experts } from "./rooms.js";
 import { one } from "./room.js";
@@ -17,7 +17,7 @@ let now = "";
 function fault(text) {
   const note = byId("fault");
   note.hidden = !text;
-  note.textContent = text;
+  note.textContent = sentence(text);
 }
 
 function header() {

@@ -29,6 +29,9 @@ export function say(text) {
   byId("said").textContent = text;
 }
 
+// One line of the server's as a sentence.
+export const sentence = (text) => text && `${text[0].toUpperCase()}${text.slice(1)}${/[.?!]$/.test(text) ? "" : "."}`;
+
 export const whole = (number) => Math.round(number).toLocaleString("en");
 
 export function short(number) {

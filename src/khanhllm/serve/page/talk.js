@@ -1,7 +1,7 @@
 // Write on from a text, or talk, as the run can.
 
 import { stream } from "./api.js";
-import { byId, choice, el, field, number, say, whole } from "./dom.js";
+import { byId, choice, el, field, number, say, sentence, whole } from "./dom.js";
 
 const WHY = {
   length: "as many as it may write",
@@ -25,7 +25,7 @@ export function worker(place, name, work) {
       end = await work(mine.signal, (text) => mine === control && (status.textContent = text), ...what);
     } catch (error) {
       if (mine !== control) return;
-      end = mine.signal.aborted ? "Ended: you stopped it." : error.message;
+      end = mine.signal.aborted ? "Ended: you stopped it." : sentence(error.message);
       status.classList.toggle("bad", !mine.signal.aborted);
     }
     if (mine !== control) return;
@@ -169,7 +169,7 @@ export function write(view, first) {
 
   function look(model) {
     waits.hidden = !model.waits_for;
-    waits.textContent = model.waits_for;
+    waits.textContent = sentence(model.waits_for);
     if (model.talks && made === "") {
       view.insertBefore(choice("Kind of writing", [["talk", "Talk"], ["text", "Continue a text"]], "talk", make), place);
       make("talk");

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { Chart } from "./charts.js";
-import { el, percent, short, whole } from "./dom.js";
+import { el, percent, sentence, short, whole } from "./dom.js";
 import { Heat } from "./heat.js";
 
 // The curves of a run, fetched anew only when they have changed.
@@ -59,6 +59,7 @@ export function training(view, model) {
   if (!model.layers.length) charts.balance.node.hidden = true;
   const messages = el("ol", { class: "messages", tabindex: "0", "aria-label": "Messages" });
   const samples = el("div", { class: "samples" });
+  const loads = el("h2", { hidden: true }, "Load of the experts");
   let texts = "";
 
   function drawLog() {
@@ -71,9 +72,10 @@ export function training(view, model) {
     charts.speed.show([curves.line("tokens_per_s", "speed", "k4")]);
     charts.memory.show([curves.line("memory_mb", "memory", "k5")]);
     const step = curves.last("step") ?? 0, at = (name) => (curves.last(name) === undefined ? null : short(curves.last(name)));
+    progress.hidden = !model.steps; // a run may end by the clock instead
     progress.value = Math.min(step / Math.max(model.steps, 1), 1);
     facts.replaceChildren(
-      big("Step", whole(step), `of ${whole(model.steps)}`), big("Tokens read", at("tokens")), big("Loss", at("loss"), "nats"),
+      big("Step", whole(step), model.steps ? `of ${whole(model.steps)}` : ""), big("Tokens read", at("tokens")), big("Loss", at("loss"), "nats"),
       big("Validation", at("val_bpb"), "bits per byte"), big("Speed", at("tokens_per_s"), "tokens/s"), big("Memory", at("memory_mb"), "MB"),
       ...(model.layers.length ? [big("Idlest expert", curves.last("least_share") === undefined ? null : percent(curves.last("least_share"), 1), "of a layer")] : []));
   }
@@ -82,6 +84,7 @@ export function training(view, model) {
     for (const [layer, heat] of heats) {
       const found = curves.known.loads.curves?.[layer];
       heat.node.hidden = !found;
+      loads.hidden &&= !found;
       if (found) heat.show(found.step.mean, [...new Array(model.experts).keys()].map((expert) => found[`share_${expert}`].mean));
     }
   }
@@ -102,7 +105,7 @@ export function training(view, model) {
 
   async function look(now) {
     waits.hidden = !now.waits_for;
-    waits.textContent = now.waits_for;
+    waits.textContent = sentence(now.waits_for);
     const [log, loads, found] = await Promise.all([curves.fetch("log"), model.layers.length && curves.fetch("loads"), get("/api/texts")]);
     if (log) drawLog();
     if (loads) drawLoads();
@@ -111,7 +114,7 @@ export function training(view, model) {
 
   view.append(waits, progress, facts,
     el("div", { class: "charts" }, Object.values(charts).map((chart) => chart.node)),
-    model.layers.length ? el("h2", {}, "Load of the experts") : "",
+    loads,
     el("div", { class: "charts" }, [...heats.values()].map((heat) => heat.node)),
     el("div", { class: "halves" },
       el("section", {}, el("h2", {}, "Messages"), messages),
