@@ -207,7 +207,10 @@ def test_open_shows_the_page_in_a_browser(run, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(webbrowser, "open", lambda address: threading.Thread(target=visit, args=[address]).start())
+    late = threading.Timer(60, os.kill, [os.getpid(), signal.SIGINT])  # if nobody opens it
+    late.start()
     main(["serve", str(run), "--port", "0", "--open", "--machine.device", "cpu", "--machine.threads", "1"])
+    late.cancel()
     assert found[0].startswith(b"<!doctype html>")
 
 
