@@ -191,6 +191,12 @@ class TrainConfig(Section):
     """length of each sample (tokens)"""
     sample_prompt: Text = ""
     """text that each sample continues; empty means a fresh document"""
+    targets: Literal["all", "answers"] = "all"
+    """tokens whose loss counts. answers: of a conversation only what the assistant says and the token that ends it; a
+    document without roles counts wholly"""
+    document_mask: bool = False
+    """whether attention, positions and pairs of tokens begin anew with each document; if not, a token also sees the
+    documents before its own in its row"""
 
     @property
     def rows(self) -> int:

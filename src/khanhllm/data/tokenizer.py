@@ -129,6 +129,7 @@ class Tokenizer:
         self._pieces = [by_rank[rank] for rank in range(len(by_rank))]
         self._special_ids = frozenset(names)
         self.vocab_size = len(self._pieces)
+        self.specials = specials
         self.end_of_text = specials[END_OF_TEXT]
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from khanhllm.data.counting import Reading
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
@@ -122,9 +123,11 @@ class Run:
         return self.score_windows(ids[start : start + context + 1] for start in range(0, len(ids) - 1, context))
 
     def score_windows(self, windows: Iterator[np.ndarray]) -> Score:
-        """Score windows of up to context + 1 ids; every token but the first of each counts."""
+        """Score windows of up to context + 1 ids; every token but the first of each counts, or what else the run says
+        (train.targets)."""
         rows = max(1, ROWS_OF_TOKENS // self.config.model.context)
-        return score(self.model, windows, self.tokenizer.token_bytes, self.machine, rows)
+        reading = Reading.of(self.config.train, self.tokenizer)
+        return score(self.model, windows, self.tokenizer.token_bytes, self.machine, rows, reading)
 
     @torch.inference_mode()
     def experts(self, text: str) -> ExpertChoices:

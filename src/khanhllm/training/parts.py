@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
+from khanhllm.data.counting import Reading, counted
 from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
@@ -27,6 +29,8 @@ from khanhllm.training.step import Learner, State
 
 FREE = ("data.source", "data.workers", "data.cache", "data.tokens")
 """what a resumed run may change; of a source, the shards that it gives are compared"""
+FIXED = ("seed", "targets", "document_mask")
+"""what it may not change of `train`"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
 
@@ -46,14 +50,18 @@ class Parts:
         return self.learner.config
 
     @property
+    def reading(self) -> Reading | None:
+        return Reading.of(self.config.train, self.tokenizer)
+
+    @property
     def is_belt(self) -> bool:
         return isinstance(self.train, Belt)
 
 
 def rows_of(parts: Parts, state: State, stop: Stop) -> Generator[Batch]:
     """What the run reads from here on; to be closed."""
-    train = parts.config.train
-    return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
+    train, device = parts.config.train, parts.learner.machine.device
+    return batches(parts.train, train.rows, train.seed, state.cursor, device, lambda: stop.asked, parts.reading)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
@@ -64,6 +72,7 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     data = ensure(source, config.model.vocab_size, round(needed))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
+    Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
     train: Shards | Belt = (
         Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
         if (data / RECIPE).exists()
@@ -108,7 +117,7 @@ def check_same(config: Config, folder: Path) -> None:
     changed = [key for key in changed if key not in FREE]
     if _has_read_nothing(folder):
         changed = [key for key in changed if key == "data.tokenizer" or not key.startswith("data.")]
-    changed += ["train.seed"] if config.train.seed != kept.train.seed else []
+    changed += [f"train.{key}" for key in FIXED if getattr(config.train, key) != getattr(kept.train, key)]
     if changed:
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
 
@@ -121,6 +130,19 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
+
+
+def check_validation(parts: Parts) -> None:
+    """Where only answers count, the validation must find some."""
+    reading, train = parts.reading, parts.config.train
+    if reading is None or reading.marks is None:
+        return
+    windows = islice(parts.validation.windows(), -(-train.eval_tokens // parts.config.model.context))
+    if not any(counted(window[None], reading.marks).any() for window in windows):
+        raise UserError(
+            f"{parts.validation.folder}: no answer among the first {train.eval_tokens:,} tokens that are held out, so "
+            "there is nothing to validate; hold out more (data.validation) or read more of it (train.eval_tokens)"
+        )
 
 
 def restore(parts: Parts, path: Path) -> State:

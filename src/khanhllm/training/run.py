@@ -34,7 +34,7 @@ from khanhllm.planning import budget
 from khanhllm.schema import Config, Sampling, TrainConfig
 from khanhllm.settings import read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.parts import Parts, assemble, check_longer, check_same, restore, rows_of
+from khanhllm.training.parts import Parts, assemble, check_longer, check_same, check_validation, restore, rows_of
 from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.saver import Saver, room_for
 from khanhllm.training.step import NoRows, State, rate_factor, train_step
@@ -118,6 +118,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         if last:
             check_longer(config, folder, saved)
         parts = assemble(config, folder, saved, machine)
+        check_validation(parts)
         state = restore(parts, last) if last else parts.learner.start()
         tight = _room(parts, state)
         with (
@@ -171,9 +172,9 @@ def validate(parts: Parts, tokens: int, stop: Stop) -> Score | None:
                 raise _Stopped
             yield window
 
-    learner = parts.learner
+    learner, token_bytes = parts.learner, parts.tokenizer.token_bytes
     try:
-        return score(learner.model, windows(), parts.tokenizer.token_bytes, learner.machine, parts.config.train.rows)
+        return score(learner.model, windows(), token_bytes, learner.machine, parts.config.train.rows, parts.reading)
     except _Stopped:
         return None
 
