@@ -61,11 +61,13 @@ def write(run: Path, steps, start=0, **options) -> str:
 
 
 def test_columns_are_the_contract():
-    assert ",".join(columns([1, 3])) == (
+    assert ",".join(columns(config())) == (
         "step,tokens,loss,balance,router_z,lr,grad_norm,rejected,val_ce,val_bpb,max_violation,least_share,"
         "balance_L1,balance_L3,"
         "tokens_per_s,mfu,waiting,memory_mb,seconds"
     )
+    answers = resolve(config().model_dump(), {"train": {"targets": "answers"}})
+    assert [name for name in columns(answers) if name not in columns(config())] == ["counted"]
 
 
 def test_a_row_is_written_one_step_late(tmp_path):

@@ -9,6 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from conftest import build, plain_machine, tiny
+from khanhllm.data.batches import batch_of
+from khanhllm.data.counting import Reading
 from khanhllm.machine import adapt as fit_module
 from khanhllm.machine.adapt import adapt
 
@@ -57,6 +59,27 @@ def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
     assert not torch.equal(loads[0], loads[1])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2  # of four blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["classic", "modern"])
+def test_blocks_compile_whole_and_once_with_a_document_mask(style, compiling):
+    fitted, plain = (build(tiny(style, pattern="DMDM")) for _ in range(2))
+    fitted = adapt(fitted, compiling)
+    for number in range(3):
+        ids = torch.randint(0, 20, (2, 33), generator=G).numpy()
+        batch = batch_of(ids, reading=Reading(0, None, document_mask=True))
+        found = []
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            for model in (fitted, plain):
+                nll, routings = model(*batch[:2], *batch.extras)
+                (nll.sum() + routings[1].prob_E.square().sum()).backward()
+                found.append([routings[1].load_E, *(parameter.grad for parameter in model.parameters())])
+                model.zero_grad()
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2  # of four blocks
 

@@ -72,6 +72,14 @@ def test_rebuilding_saves_memory_and_costs_arithmetic():
     assert full.flops > none.flops
 
 
+def test_the_mask_of_documents_is_counted_once():
+    with_mask = resolve(tiny(context=256, pattern="DMDM").model_dump(), {"train": {"document_mask": True}})
+    without = tiny(context=256, pattern="DMDM")
+    peaks = [simulate_step(config, "fp32", "cpu", update=False).peak for config in (with_mask, without)]
+    mask = 4 * without.train.rows * 256**2
+    assert mask <= peaks[0] - peaks[1] < 2 * mask
+
+
 def test_the_arithmetic_is_that_of_the_formula():
     config = tiny()
     model = build(config)

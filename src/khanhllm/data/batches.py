@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from khanhllm.data import counting
+from khanhllm.data.counting import Reading
 from khanhllm.schema import Config
 
 AHEAD = 4
@@ -33,6 +35,50 @@ class Batch(NamedTuple):
     """int64: the inputs, one token later"""
     cursor: int
     """rows trained on once this batch is done"""
+    counted_N: Tensor | None = None
+    """int64: the targets that count, by their place in the flattened targets; None: all"""
+    place_BT: Tensor | None = None
+    """int64: the position of each input in its own document, if documents do not see each other"""
+    padding_BT: Tensor | None = None
+    """bool: inputs that only fill a row"""
+    padding: int = 0
+    """how many they are"""
+
+    @property
+    def counted(self) -> int:
+        """Targets that count. Known without waiting for the device, as are `tokens`."""
+        return self.targets_BT.numel() if self.counted_N is None else len(self.counted_N)
+
+    @property
+    def tokens(self) -> int:
+        """Inputs, but for those that only fill a row."""
+        return self.inputs_BT.numel() - self.padding
+
+    @property
+    def extras(self) -> tuple[Tensor | None, ...]:
+        """What the model takes beside inputs and targets."""
+        return self.counted_N, self.place_BT, self.padding_BT
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with a function applied to each tensor."""
+        return Batch._make(function(value) if isinstance(value, Tensor) else value for value in self)
+
+
+def batch_of(ids_BT: np.ndarray, cursor: int = 0, reading: Reading | None = None) -> Batch:
+    """The batch, on the CPU, of rows of one more token than the model sees at once."""
+    tensor_BT = torch.from_numpy(ids_BT)
+    batch = Batch(tensor_BT[:, :-1], tensor_BT[:, 1:], cursor)
+    if reading is None:
+        return batch
+    padding_BT = counting.padding(ids_BT, reading.end_of_text)
+    counted_BT = counting.counted(ids_BT, reading.marks) if reading.marks else ~padding_BT
+    place_BT = counting.places(ids_BT[:, :-1], reading.end_of_text) if reading.document_mask else None
+    return batch._replace(
+        counted_N=torch.from_numpy(np.flatnonzero(counted_BT)),
+        place_BT=None if place_BT is None else torch.from_numpy(place_BT),
+        padding_BT=torch.from_numpy(padding_BT),
+        padding=int(padding_BT.sum()),
+    )
 
 
 class Rows(Protocol):
@@ -48,6 +94,7 @@ def batches(
     cursor: int,
     device: torch.device,
     give_up: Callable[[], object] = lambda: False,
+    reading: Reading | None = None,
 ) -> Generator[Batch]:
     """Batches of `micro_batch` rows from row number `cursor` on; closing the generator ends its thread. One that is
     alive when the interpreter exits may end the process with an error, from inside torch.
@@ -55,9 +102,9 @@ def batches(
     Endless, unless `give_up()` turns true while it waits for a batch. Raises the UserError of `source` in place of the
     batch.
     """
-    queue: Queue[tuple[Tensor, int] | BaseException] = Queue(AHEAD)
+    queue: Queue[Batch | BaseException] = Queue(AHEAD)
     stop = Event()
-    work = (source, micro_batch, seed, cursor, device.type == "cuda")
+    work = (source, micro_batch, seed, cursor, device.type == "cuda", reading)
     thread = Thread(target=_fill, args=(queue, stop, *work), daemon=True, name="batches")
     thread.start()
     try:
@@ -70,9 +117,7 @@ def batches(
                 continue
             if isinstance(item, BaseException):
                 raise item
-            ids_BT, cursor = item
-            ids_BT = ids_BT.to(device, non_blocking=True)
-            yield Batch(ids_BT[:, :-1], ids_BT[:, 1:], cursor)
+            yield item.map(lambda tensor: tensor.to(device, non_blocking=True))
     finally:
         stop.set()
         with suppress(Empty):  # it may wait for room
@@ -81,27 +126,26 @@ def batches(
 
 
 def _fill(
-    queue: "Queue[tuple[Tensor, int] | BaseException]",
+    queue: "Queue[Batch | BaseException]",
     stop: Event,
     source: Rows,
     micro_batch: int,
     seed: int,
     cursor: int,
     pin: bool,
+    reading: Reading | None,
 ) -> None:
     try:
         stream = source.rows_from(cursor, seed, stop)
         while not stop.is_set() and (rows := list(islice(stream, micro_batch))):
-            ids_BT = torch.from_numpy(np.stack(rows))
             cursor += micro_batch
-            _put(queue, stop, (ids_BT.pin_memory() if pin else ids_BT, cursor))
+            batch = batch_of(np.stack(rows), cursor, reading)
+            _put(queue, stop, batch.map(lambda tensor: tensor.contiguous().pin_memory()) if pin else batch)
     except BaseException as error:
         _put(queue, stop, error)
 
 
-def _put(
-    queue: "Queue[tuple[Tensor, int] | BaseException]", stop: Event, item: tuple[Tensor, int] | BaseException
-) -> None:
+def _put(queue: "Queue[Batch | BaseException]", stop: Event, item: Batch | BaseException) -> None:
     """Put an item into the queue; wait for room until `stop` is set, which says that the consumer has gone."""
     while not stop.is_set():
         try:

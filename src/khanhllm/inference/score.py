@@ -9,6 +9,8 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from khanhllm.data.batches import batch_of
+from khanhllm.data.counting import Reading
 from khanhllm.errors import UserError
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
@@ -40,23 +42,31 @@ def expert_load(model: Transformer, windows: Iterable[np.ndarray], machine: Mach
 
 @torch.no_grad()
 def score(
-    model: Transformer, windows: Iterable[np.ndarray], token_bytes: np.ndarray, machine: Machine, rows: int
+    model: Transformer,
+    windows: Iterable[np.ndarray],
+    token_bytes: np.ndarray,
+    machine: Machine,
+    rows: int,
+    reading: Reading | None = None,
 ) -> Score:
-    """Score every token of `windows` but the first of each; (up to context + 1,) ids each, `rows` at a time.
+    """Score every token of `windows` but the first of each, or what else counts in the `reading`; (up to
+    context + 1,) ids each, `rows` at a time.
 
     token_bytes: number of bytes of each token of the vocabulary, 0 for special tokens. The loss of special tokens
     counts (to know where a document ends is part of knowing the text); so val_bytes is the size of the text itself.
     """
     nats, size, tokens = 0.0, 0, 0
-    for batch in _same_length(windows, rows):
-        ids = torch.from_numpy(batch).to(machine.device)
+    for ids_BT in _same_length(windows, rows):
+        batch = batch_of(ids_BT, reading=reading)
+        counted = slice(None) if batch.counted_N is None else batch.counted_N.numpy()
+        size += int(token_bytes[ids_BT[:, 1:].flatten()[counted]].sum())
+        tokens += batch.counted
+        batch = batch.map(lambda tensor: tensor.to(machine.device))
         with machine.autocast():
-            nll_BT, _ = model(ids[:, :-1], ids[:, 1:])
-        nats += nll_BT.cpu().double().sum().item()
-        size += int(token_bytes[batch[:, 1:]].sum())
-        tokens += nll_BT.numel()
+            nll, _ = model(batch.inputs_BT, batch.targets_BT, *batch.extras)
+        nats += nll.cpu().double().sum().item()
     if not tokens:
-        raise UserError("there is no text to score")
+        raise UserError("there is no answer to score" if reading and reading.marks else "there is no text to score")
     return Score(val_ce=nats / tokens, val_bpb=nats / math.log(2) / max(size, 1), val_bytes=size, val_tokens=tokens)
 
 

@@ -122,7 +122,7 @@ def _hugging_face(name: str, config: Config, machine: Machine) -> tuple[Step, in
 
     def step() -> None:
         for _ in range(config.train.accumulation):
-            inputs_BT, targets_BT, _ = next(rows)
+            inputs_BT, targets_BT = next(rows)[:2]
             with machine.autocast():
                 out = model(input_ids=inputs_BT, labels=targets_BT, shift_labels=targets_BT)
             (out.loss / config.train.accumulation).backward()

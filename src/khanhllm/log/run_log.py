@@ -40,11 +40,13 @@ LARGEST = 2**30
 TIMING = {"tokens_per_s": ".1f", "mfu": ".4f", "waiting": ".4f", "memory_mb": ".1f", "seconds": ".2f"}
 
 
-def columns(moe_layers: list[int]) -> list[str]:
+def columns(config: Config) -> list[str]:
     """The columns of the CSV. Those of timing, which differ between equal runs, come last."""
+    moe_layers, some = config.model.moe_layers, config.train.targets != "all"
     measured = ["step", "tokens", "loss", "balance", "router_z", "lr", "grad_norm", "rejected", "val_ce", "val_bpb"]
     routed = ["max_violation", "least_share", *(f"balance_L{layer}" for layer in moe_layers)] if moe_layers else []
-    return [*measured, *routed, *TIMING]
+    own = ["counted"] * some + ["base_bpb"] * bool(config.data.base)
+    return [*measured, *own, *routed, *TIMING]
 
 
 def expert_columns(experts: int) -> list[str]:
@@ -79,7 +81,7 @@ class Log:
         """
         layers = config.model.moe_layers
         board = _open_board(run, start_step + 1 if start_step else None) if config.log.tensorboard else None
-        csv, earlier = Csv.open(run / FILE, columns(layers), start_step)
+        csv, earlier = Csv.open(run / FILE, columns(config), start_step)
         loads = Csv.open(run / EXPERTS, expert_columns(config.model.experts), start_step)[0] if layers else None
         story = RunView(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
         terminal = Terminal(story, config.log.every, console)
@@ -140,7 +142,8 @@ class Log:
         self.validations |= _validations([{"step": story.step, **score}])
         if self.board:
             self._try(_write_board, self.board, {"step": story.step, **score})
-        self.say(f"validation after step {story.step}: {score['val_ce']:.4f} ({score['val_bpb']:.3f} bits/byte)")
+        base = f"; base {score['base_bpb']:.3f}" if "base_bpb" in score else ""
+        self.say(f"validation after step {story.step}: {score['val_ce']:.4f} ({score['val_bpb']:.3f} bits/byte{base})")
 
     def say(self, text: str) -> None:
         """Show a message, after the steps that it follows, and keep it in messages.txt. Markup and escapes in it have
@@ -305,7 +308,7 @@ def _validations(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
 
 def validations_of(run: Path, config: Config) -> dict[int, float]:
     """The loss of each validation in the log of a run, by step. UserError if there is a log that cannot be read."""
-    path, names = run / FILE, columns(config.model.moe_layers)
+    path, names = run / FILE, columns(config)
     try:
         return _validations(row for _, row in _rows_up_to(path, names, 2**62)) if path.exists() else {}
     except OSError as error:
@@ -323,7 +326,7 @@ def best_of(steps: Iterable[int], validations: Mapping[int, float]) -> int | Non
 def lacks_validation(run: Path, config: Config, step: int) -> bool:
     """Whether the log has the row of a step, but not its validation, which a signal cut short."""
     with suppress(OSError):
-        rows = [row for _, row in _rows_up_to(run / FILE, columns(config.model.moe_layers), step)]
+        rows = [row for _, row in _rows_up_to(run / FILE, columns(config), step)]
         return bool(rows) and rows[-1]["step"] == step and "val_ce" not in rows[-1]
     return False
 

@@ -30,17 +30,24 @@ class Attention(nn.Module):
         self.rope = rope
         self.grouped = config.key_value_heads != config.heads
 
-    def forward(self, x_BTD: Tensor, past: LayerCache | None = None, own_BTS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        past: LayerCache | None = None,
+        own_BTS: Tensor | None = None,
+        mask_BHTS: Tensor | None = None,
+    ) -> Tensor:
         """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it, and is appended to it.
 
-        own_BTS: what each token itself adds to the values (value embedding), S = kv_heads x d.
+        own_BTS: what each token itself adds to the values (value embedding), S = kv_heads x d. mask_BHTS: which
+        positions each query sees, if not all before it; see `same_document`.
         """
         start = past.start if past else 0
         query_BHTd = self.rope(self.query_norm(self._heads(self.query(x_BTD))), start)
         key_BHTd = self.rope(self.key_norm(self._heads(self.key(x_BTD))), start)
         value_BTS = self.value(x_BTD)
         value_BHTd = self._heads(value_BTS if own_BTS is None else value_BTS + own_BTS)
-        mask, is_causal = _causal(past, x_BTD.shape[1], x_BTD.device)
+        mask, is_causal = (mask_BHTS, False) if mask_BHTS is not None else _causal(past, x_BTD.shape[1], x_BTD.device)
         if past:
             key_BHTd, value_BHTd = past.append(key_BHTd, value_BHTd)
         out_BHTd = F.scaled_dot_product_attention(
@@ -50,6 +57,21 @@ class Attention(nn.Module):
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def same_document(place_BT: Tensor, x_BTD: Tensor) -> Tensor:
+    """The mask of rows of several documents, which do not see each other: (B, 1, T, T), 0 or -inf, to be added to the
+    scores. In the type of the scores of x, because any other would be converted, and kept, by every layer.
+
+    place_BT: the position of each token in its own document. RoPE may go on counting through the row: only distances
+    matter to it.
+    """
+    device = x_BTD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
+    here_T = torch.arange(place_BT.shape[1], device=place_BT.device)
+    first_BT = here_T - place_BT
+    seen_BTT = (here_T >= first_BT[:, :, None]) & (here_T <= here_T[:, None])
+    return torch.zeros_like(seen_BTT, dtype=dtype).masked_fill_(~seen_BTT, -torch.inf).unsqueeze(1)
 
 
 def _causal(past: LayerCache | None, new: int, device: torch.device) -> tuple[Tensor | None, bool]:

@@ -21,10 +21,12 @@ class Block(nn.Module):
         x_BTD: Tensor,
         past: LayerCache | None = None,
         own_BTS: Tensor | None = None,
+        mask_BHTS: Tensor | None = None,
         closed_BE: Tensor | None = None,
+        padding_BT: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """closed_BE: for a mixture layer, the experts that each row must do without."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), past, own_BTS)
-        h_BTD = self.feedforward_norm(x_BTD)
-        y_BTD, routings = self.feedforward(h_BTD) if closed_BE is None else self.feedforward(h_BTD, closed_BE)
+        """mask_BHTS: see `Attention`. For a mixture layer, closed_BE: the experts that each row must do without;
+        padding_BT: see `Router`."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), past, own_BTS, mask_BHTS)
+        y_BTD, routings = self.feedforward(self.feedforward_norm(x_BTD), closed_BE, padding_BT)
         return x_BTD + y_BTD, routings

@@ -26,13 +26,15 @@ class TokenEmbedding(nn.Module):
         self.pair = _table(pairs, dim) if pairs else None
 
     def forward(self, ids_BT: Tensor, start: int | Tensor = 0, before_B1: Tensor | None = None) -> Tensor:
-        """ids_BT -> (B, T, D); `start` is the position of the first id, one
-        number or (B,), before_B1 the ids before it, if any."""
+        """ids_BT -> (B, T, D); `start` is the position of the first id, one number or (B,), or that of each id in its
+        own document, (B, T); before_B1 the ids before the first, if any."""
         x_BTD = self.token(ids_BT)
         if self.pair is None:
             return x_BTD  # type: ignore[no-any-return]
         first_B1 = torch.zeros_like(ids_BT[:, :1]) if before_B1 is None else before_B1
         before_BT = torch.cat((first_B1, ids_BT[:, :-1]), dim=1)
+        if isinstance(start, Tensor) and start.dim() == 2:
+            before_BT = before_BT.masked_fill(start == 0, 0)  # as at the beginning of a row
         hash_BT = ((before_BT << 24) + ids_BT) * MIX >> 16
         return x_BTD + self.pair(hash_BT % self.pair.num_embeddings)  # type: ignore[no-any-return]
 

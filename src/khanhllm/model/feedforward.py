@@ -1,4 +1,5 @@
-"""The dense feed-forwards. Each returns (y, ()), because a dense layer routes nothing."""
+"""The dense feed-forwards. Each returns (y, ()), because a dense layer routes nothing; so what a router heeds beside x
+does not concern it."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ class GeluFeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden)
         self.down = nn.Linear(hidden, dim)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[()]]:
+    def forward(self, x_BTD: Tensor, *_routing: Tensor | None) -> tuple[Tensor, tuple[()]]:
         return self.down(F.gelu(self.up(x_BTD))), ()
 
 
@@ -24,7 +25,7 @@ class Relu2FeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[()]]:
+    def forward(self, x_BTD: Tensor, *_routing: Tensor | None) -> tuple[Tensor, tuple[()]]:
         return self.down(F.relu(self.up(x_BTD)).square()), ()
 
 
@@ -37,5 +38,5 @@ class SwiGLUFeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, tuple[()]]:
+    def forward(self, x_BTD: Tensor, *_routing: Tensor | None) -> tuple[Tensor, tuple[()]]:
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD)), ()

@@ -16,8 +16,12 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.chunk = chunk
 
-    def forward(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (nats), (B, T), fp32."""
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor, counted_N: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each target (nats), (B, T), fp32; or only of those that count, (N,), by their
+        place in the flattened targets: the others cost nothing here."""
+        if counted_N is not None:
+            x_ND = self.norm(x_BTD.flatten(0, 1)[counted_N])
+            return token_nll(x_ND, self.weight, targets_BT.flatten()[counted_N], self.chunk)
         nll_T = token_nll(self.norm(x_BTD).flatten(0, 1), self.weight, targets_BT.flatten(), self.chunk)
         return nll_T.view(targets_BT.shape)
 

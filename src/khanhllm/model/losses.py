@@ -59,7 +59,8 @@ class _TokenNLL(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph: autograd cannot look inside, and would leave this part out unsaid
             raise RuntimeError("the loss of the tokens has no second derivative")
-        if ctx.of_sum and not any(grad_T.stride()):  # an expanded scalar: seen without waiting for the device
+        # an expanded scalar: seen without waiting for the device
+        if ctx.of_sum and len(grad_T) and not any(grad_T.stride()):
             x_grad_TD, weight_grad_VD = (gradient.mul_(grad_T[0]) for gradient in ctx.of_sum)
             ctx.of_sum = None  # scaled in place, so they serve only once
         else:
@@ -136,7 +137,8 @@ def share_of_step(
     """This micro-batch's share of the step's loss: the shares of all micro-batches add up to it.
 
     prob_LE and z_L are sums over the micro-batch's tokens, load_LE each expert's share of the load of a whole step.
-    counted: targets of the whole step that are not IGNORE, if some are; routers are balanced over all tokens.
+    step_tokens: tokens of the whole step that reach the routers. counted: targets of the whole step that count, if
+    they are not as many.
     """
     balanced = load_LE.shape[-1] * (load_LE * prob_LE).sum()
     nll = nll_BT.sum() if counted is None else nll_BT.sum() * (step_tokens / max(1, counted))
@@ -152,11 +154,12 @@ def micro_batch_loss(
     weights: LossConfig,
     autocast: AbstractContextManager[None],
     counted: int | None = None,
+    extras: tuple[Tensor | None, ...] = (),
 ) -> tuple[Tensor, Tensor, Routing]:
     """Forward: this micro-batch's share of the step's loss, its sum of token losses (nats) and its summed routing of
-    all mixture layers. See `share_of_step`."""
+    all mixture layers. See `share_of_step`. extras: what the model takes beside inputs and targets."""
     with autocast:
-        nll_BT, routings = model(inputs_BT, targets_BT)
+        nll_BT, routings = model(inputs_BT, targets_BT, *extras)
     routing_L = stack(routings, like=load_LE)
     loss = share_of_step(
         nll_BT, routing_L.prob_E, routing_L.z, load_LE, step_tokens, weights.balance, weights.router_z, counted

@@ -11,7 +11,7 @@ No token is dropped and no expert is padded, however uneven the load.
 
 from torch import Tensor, nn
 
-from khanhllm.model.router import Choice, Router, Routing
+from khanhllm.model.router import Choice, Router, Routing, count
 
 
 class MoE(nn.Module):
@@ -22,11 +22,18 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts
 
-    def forward(self, x_BTD: Tensor, closed_BE: Tensor | None = None) -> tuple[Tensor, tuple[Routing]]:
+    def forward(
+        self, x_BTD: Tensor, closed_BE: Tensor | None = None, padding_BT: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing]]:
         x_TD = x_BTD.flatten(0, 1)
         closed_TE = None if closed_BE is None else closed_BE.repeat_interleave(x_BTD.shape[1], 0)
-        choice, routing = self.router(x_TD, closed_TE)
-        y_TD = self.answer(x_TD, choice, routing.load_E)
+        if padding_BT is None:
+            choice, routing = self.router(x_TD, closed_TE)
+            load_E = routing.load_E
+        else:  # the experts also get what does not count
+            choice, routing = self.router(x_TD, closed_TE, padding_BT.flatten())
+            load_E = count(choice.expert_TK, len(routing.load_E))
+        y_TD = self.answer(x_TD, choice, load_E)
         return y_TD.view_as(x_BTD), (routing,)
 
     def answer(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 def places(start: int | Tensor, new: int, device: torch.device) -> Tensor:
-    """The positions of `new` tokens from `start` on: (T,), or (B, T) for a start of (B,)."""
+    """The positions of `new` tokens from `start` on: (T,), or (B, T) for a start of (B,) or of each token, (B, T)."""
     if isinstance(start, int):
         return torch.arange(start, start + new, device=device)
-    return start[:, None] + torch.arange(new, device=device)
+    return start if start.dim() == 2 else start[:, None] + torch.arange(new, device=device)
 
 
 class Rope(nn.Module):

@@ -49,8 +49,12 @@ class Router(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts) if biased else None)
         self.bias_E: Tensor | None
 
-    def forward(self, x_TD: Tensor, closed_TE: Tensor | None = None) -> tuple[Choice, Routing]:
-        """closed_TE: the experts that a token must do without, bool, (T, E) or (1, E).
+    def forward(
+        self, x_TD: Tensor, closed_TE: Tensor | None = None, padding_T: Tensor | None = None
+    ) -> tuple[Choice, Routing]:
+        """padding_T: tokens that only fill a row; they are routed, but do not count in the Routing.
+
+        closed_TE: the experts that a token must do without, bool, (T, E) or (1, E).
 
         Its tokens go to their next best. Probabilities are those of all experts, so a token that never wanted a closed
         one keeps every bit. Where fewer than K are open, the weight of the rest is 0; where none is, the layer answers
@@ -72,11 +76,11 @@ class Router(nn.Module):
             if closed_TE is not None:  # what stays open may be too unlikely for a float
                 total_T1 = total_T1.clamp_min(torch.finfo(torch.float32).tiny)
             weight_TK = top_TK if self.per_token == 1 else top_TK / total_T1
-            routing = Routing(
-                load_E=count(expert_TK, len(self.weight)),
-                prob_E=prob_TE.sum(dim=0),
-                z=scores_TE.logsumexp(dim=-1).square().sum(),
-            )
+            sent_TK, square_T = expert_TK, scores_TE.logsumexp(dim=-1).square()
+            if padding_T is not None:
+                sent_TK = sent_TK.masked_fill(padding_T[:, None], len(self.weight))  # to no expert
+                prob_TE, square_T = prob_TE.masked_fill(padding_T[:, None], 0), square_T.masked_fill(padding_T, 0)
+            routing = Routing(load_E=count(sent_TK, len(self.weight)), prob_E=prob_TE.sum(dim=0), z=square_T.sum())
         return Choice(expert_TK, weight_TK), routing
 
 

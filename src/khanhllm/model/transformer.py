@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from khanhllm.model.attention import Attention
+from khanhllm.model.attention import Attention, same_document
 from khanhllm.model.block import Block
 from khanhllm.model.cache import KVCache, LayerCache, TextCache, new_layers
 from khanhllm.model.embedding import EmbeddingSkip, NoSkip, TokenEmbedding, TokenPositionEmbedding, ValueEmbedding
@@ -44,33 +44,57 @@ class Transformer(nn.Module):
     @overload
     def forward(self, inputs_BT: Tensor) -> Tensor: ...
     @overload
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, tuple[Routing, ...]]: ...
     def forward(
-        self, inputs_BT: Tensor, targets_BT: Tensor | None = None
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        counted_N: Tensor | None = None,
+        place_BT: Tensor | None = None,
+        padding_BT: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]: ...
+    def forward(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        counted_N: Tensor | None = None,
+        place_BT: Tensor | None = None,
+        padding_BT: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Routing, ...]]:
         """Negative log-likelihood of each target (nats), (B, T), and one Routing per mixture layer; without targets,
-        the logits (B, T, V)."""
+        the logits (B, T, V).
+
+        counted_N: only these targets, by their place in the flattened ones; the answer is then (N,). place_BT: the
+        position of each token in its own document; documents then do not see each other. padding_BT: tokens that only
+        fill a row; they do not count in the Routing.
+        """
         if targets_BT is None:
             return self.logits(inputs_BT)
-        x_BTD, routings = self.trunk(inputs_BT)
-        return self.head(x_BTD, targets_BT), routings
+        x_BTD, routings = self.trunk(inputs_BT, place_BT=place_BT, padding_BT=padding_BT)
+        return self.head(x_BTD, targets_BT, counted_N), routings
 
     def trunk(
-        self, ids_BT: Tensor, cache: KVCache | None = None, closed: Closed = ALL_OPEN
+        self,
+        ids_BT: Tensor,
+        cache: KVCache | None = None,
+        closed: Closed = ALL_OPEN,
+        place_BT: Tensor | None = None,
+        padding_BT: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Everything below the head: (B, T, D) and the routings. With a cache, the ids continue those it holds."""
         end = (cache.length if cache else 0) + ids_BT.shape[1]
         if end > self.config.context:
             raise ValueError(f"{end} positions, but the model's context is {self.config.context}")
         start, before_B1 = (cache.start, cache.last_B1) if cache else (0, None)
-        x_BTD = embedding_BTD = self.embedding(ids_BT, start, before_B1)
+        x_BTD = embedding_BTD = self.embedding(ids_BT, start if place_BT is None else place_BT, before_B1)
+        mask_BHTS = None if place_BT is None else same_document(place_BT, x_BTD)
         if cache:
             cache.last_B1 = ids_BT[:, -1:]
         pasts = cache.layers if cache else [None] * len(self.blocks)
         routings: tuple[Routing, ...] = ()
         for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
             x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
-            x_BTD, more = block(x_BTD, past, self.value_embedding(ids_BT, layer), closed.get(layer))
+            own_BTS = self.value_embedding(ids_BT, layer)
+            x_BTD, more = block(x_BTD, past, own_BTS, mask_BHTS, closed.get(layer), padding_BT)
             routings += more
         return x_BTD, routings
 

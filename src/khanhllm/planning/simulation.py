@@ -188,8 +188,11 @@ def _gradient(
 ) -> None:
     """Run forward and backward of one micro-batch, as `train_step` does."""
     trace.forward = True
+    inputs_BT, targets_BT, tokens = ids_BT[:, :-1], ids_BT[:, 1:], config.tokens_per_step
+    place_BT = inputs_BT if config.train.document_mask else None  # only their shape matters
+    extras = (None, place_BT, None)  # and as if every target counted
     loss, _, _ = losses.micro_batch_loss(
-        model, ids_BT[:, :-1], ids_BT[:, 1:], load_LE, config.tokens_per_step, config.loss, machine.autocast()
+        model, inputs_BT, targets_BT, load_LE, tokens, config.loss, machine.autocast(), extras=extras
     )
     trace.forward = False
     loss.backward()  # type: ignore[no-untyped-call]

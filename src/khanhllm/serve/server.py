@@ -15,7 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from khanhllm.data.chat import check_turns, messages_of
+from khanhllm.data.render import render
 from khanhllm.data.tokenizer import END_OF_TEXT
+from khanhllm.errors import UserError
 from khanhllm.inference.engine import Dead, Engine, Full
 from khanhllm.runs.run import Run
 from khanhllm.schema import Sampling
@@ -24,9 +27,12 @@ from khanhllm.serve.openai import (
     ALIVE,
     DONE,
     Chat,
+    ChatForm,
     Completion,
     Detokenize,
+    Form,
     Refused,
+    TextForm,
     Tokenize,
     Writes,
     check_ids,
@@ -71,7 +77,7 @@ class Server:
     @property
     def talks(self) -> bool:
         """Whether the run was taught to talk."""
-        return False
+        return self.run.talks
 
     @property
     def fault(self) -> BaseException | None:
@@ -154,13 +160,21 @@ class Server:
         return _json({"prompt": self.tokenizer.decode(asked.tokens)})
 
     async def chat(self, request: Request) -> Response:
-        self._check_model(parsed(await request.body(), Chat).model)
-        raise Refused(400, "this run was not taught to talk; use /v1/completions")
+        asked = parsed(await request.body(), Chat)
+        self._check_model(asked.model)
+        if not self.run.talks:
+            raise Refused(400, "this run was not taught to talk (khanhllm tune); use /v1/completions")
+        return await self._answer(request, asked, self._wanted_answers(asked), asked.n, ChatForm)
 
     async def completions(self, request: Request) -> Response:
         asked = parsed(await request.body(), Completion)
         self._check_model(asked.model)
-        wanted = self._wanted(asked)
+        return await self._answer(request, asked, self._wanted(asked), asked.n, TextForm)
+
+    async def _answer(
+        self, request: Request, asked: Writes, wanted: Sequence[Wanted], choices: int, form: Form
+    ) -> Response:
+        wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
             writing = Writing(self.engine, self.tokenizer, wanted)
         except Full:
@@ -168,15 +182,35 @@ class Server:
         except Dead:
             raise Refused(503, "the engine has ended by an error") from None
         reply = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
+            "id": f"{form.prefix}-{secrets.token_hex(12)}",
+            "object": form.part_name if asked.stream else form.whole_name,
             "created": int(time.time()),
             "model": self.name,
         }
-        tokens = sum(len(one.ids) - one.shown for one in wanted[:: asked.n])
+        tokens = sum(len(one.ids) - one.shown for one in wanted[::choices])
         if asked.stream:
-            return StreamingResponse(self._events(asked, writing, wanted, reply, tokens), headers=STREAM)
-        return await self._whole(request, writing, wanted, reply, tokens)
+            return StreamingResponse(self._events(asked, writing, wanted, reply, tokens, form), headers=STREAM)
+        return await self._whole(request, writing, wanted, reply, tokens, form)
+
+    def _wanted_answers(self, asked: Chat) -> list[Wanted]:
+        """The n answers to a conversation."""
+        try:
+            turns = list(messages_of(asked.messages, "messages"))
+            check_turns(turns, "messages")
+        except UserError as error:
+            raise Refused(400, str(error), param="messages") from None
+        if turns[-1].role != "user":
+            raise Refused(400, "messages must end with a question, by the user", param="messages")
+        ids, context = render(turns, self.tokenizer, answer=True), self.shape.context
+        if len(ids) >= context:
+            text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
+            raise Refused(400, text, "context_length_exceeded", "messages")
+        most, closed = asked.tokens or context, self._closed(asked)
+        ends, seed = self.tokenizer.special_ids, _seed(asked)
+        return [
+            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed, ends)
+            for nth in range(asked.n)
+        ]
 
     def _wanted(self, asked: Completion) -> list[Wanted]:
         """A text to be continued for each prompt and each of its n choices."""
@@ -185,7 +219,7 @@ class Server:
         if asked.n * len(prompts) > most:
             text = f"{len(prompts)} prompts x n {asked.n} are more texts than this server holds, {most}"
             raise Refused(400, text, param="n")
-        seed = secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
+        seed, ends = _seed(asked), frozenset({self.tokenizer.end_of_text})
         closed, wanted, context = self._closed(asked), [], self.shape.context
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -198,8 +232,9 @@ class Server:
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
                 sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
-                one = Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed)
-                wanted.append(one._replace(routes=asked.khanhllm.routes))
+                wanted.append(
+                    Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed, ends)
+                )
         return wanted
 
     def _closed(self, asked: Writes) -> dict[int, list[int]]:
@@ -212,7 +247,13 @@ class Server:
         return {layer: sorted(set(experts)) for layer, experts in sorted(closed.items())}
 
     async def _whole(
-        self, request: Request, writing: Writing, wanted: Sequence[Wanted], reply: dict[str, Any], tokens: int
+        self,
+        request: Request,
+        writing: Writing,
+        wanted: Sequence[Wanted],
+        reply: dict[str, Any],
+        tokens: int,
+        form: Form,
     ) -> Response:
         """The answer at once; if the client goes before, its jobs end."""
         gone = asyncio.create_task(_gone(request))
@@ -233,16 +274,25 @@ class Server:
             text = "".join(piece.text for piece in pieces)
             seen = [piece.seen for piece in pieces if piece.seen]
             whole = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
-            choices.append(self._choice(index, text, logprobs, pieces[-1].finish, whole))
+            choices.append(form.whole(index, text, logprobs, pieces[-1].finish) | self._told(whole))
         return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
 
     async def _events(
-        self, asked: Completion, writing: Writing, wanted: Sequence[Wanted], reply: dict[str, Any], tokens: int
+        self,
+        asked: Writes,
+        writing: Writing,
+        wanted: Sequence[Wanted],
+        reply: dict[str, Any],
+        tokens: int,
+        form: Form,
     ) -> AsyncIterator[str]:
         """The answer as server-sent events; if the client goes, the jobs end."""
         logprobs = [Logprobs(self.tokenizer) for _ in wanted]
         count = asked.stream_options.include_usage
+        counted = {"usage": None} if count else {}
         try:
+            for first in filter(None, map(form.first, range(len(wanted)))):
+                yield event(reply | {"choices": [first]} | counted)
             async for piece in writing.pieces():
                 if piece is None:
                     yield ALIVE
@@ -252,18 +302,18 @@ class Server:
                     return
                 if not (piece.text or piece.scores or piece.finish or piece.seen):
                     continue
-                scored = logprobs[piece.choice].add(piece.scores) if asked.logprobs is not None else None
-                choice = self._choice(piece.choice, piece.text, scored, piece.finish, piece.seen)
-                yield event(reply | {"choices": [choice]} | ({"usage": None} if count else {}))
+                scores = wanted[piece.choice].logprobs is not None
+                scored = logprobs[piece.choice].add(piece.scores) if scores else None
+                choice = form.part(piece.choice, piece.text, scored, piece.finish) | self._told(piece.seen)
+                yield event(reply | {"choices": [choice]} | counted)
             if count:
                 yield event(reply | {"choices": [], "usage": usage(tokens, writing.written)})
             yield DONE
         finally:
             writing.cancel()
 
-    def _choice(self, index: int, text: str, logprobs: Any, finish: str | None, seen: Seen | None) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return choice | ({"khanhllm": told(self.tokenizer, seen)} if seen else {})
+    def _told(self, seen: Seen | None) -> dict[str, Any]:
+        return {"khanhllm": told(self.tokenizer, seen)} if seen else {}
 
 
 def application(routes: Sequence[Route], lifespan: Any) -> Starlette:
@@ -283,6 +333,10 @@ def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
         min_p=asked.min_p,
         seed=seed,
     )
+
+
+def _seed(asked: Writes) -> int:
+    return secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
 
 
 async def _gathered(writing: Writing, choices: int) -> list[list[Piece]]:

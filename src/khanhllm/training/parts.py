@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
+from khanhllm.data.counting import Reading, counted
 from khanhllm.data.ensure import check_rows_fit, ensure
+from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
@@ -27,6 +30,8 @@ from khanhllm.training.step import Learner, State
 
 FREE = ("data.source", "data.workers", "data.cache", "data.tokens")
 """what a resumed run may change; of a source, the shards that it gives are compared"""
+FIXED = ("seed", "targets", "document_mask")
+"""what it may not change of `train`"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
 
@@ -38,12 +43,18 @@ class Parts:
     run: Path
     learner: Learner
     tokenizer: Tokenizer
-    train: Shards | Belt
+    train: Shards | Belt | Replay
     validation: Shards
+    base: Shards | None = None
+    """what the run that this one goes on from held out"""
 
     @property
     def config(self) -> Config:
         return self.learner.config
+
+    @property
+    def reading(self) -> Reading | None:
+        return Reading.of(self.config.train, self.tokenizer)
 
     @property
     def is_belt(self) -> bool:
@@ -52,8 +63,8 @@ class Parts:
 
 def rows_of(parts: Parts, state: State, stop: Stop) -> Generator[Batch]:
     """What the run reads from here on; to be closed."""
-    train = parts.config.train
-    return batches(parts.train, train.rows, train.seed, state.cursor, parts.learner.machine.device, lambda: stop.asked)
+    train, device = parts.config.train, parts.learner.machine.device
+    return batches(parts.train, train.rows, train.seed, state.cursor, device, lambda: stop.asked, parts.reading)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
@@ -61,16 +72,37 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     source = _source(config, folder, saved)
     check_rows_fit(source.source, source.shard_tokens, config.model.context)
     needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
-    data = ensure(source, config.model.vocab_size, round(needed))
+    context = config.model.context
+    data = ensure(source, config.model.vocab_size, round(needed), laid_for(config))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
-    train: Shards | Belt = (
-        Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience)
-        if (data / RECIPE).exists()
-        else Shards.open(data, "train", config.model.context)
-    )
-    validation = Shards.open(data, "validation", config.model.context)
-    return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
+    Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
+    own, validation = _rows_in(data, config), Shards.open(data, "validation", context)
+    earlier, share = Path(config.data.base), config.data.replay
+    base = _of_base(earlier, tokenizer, context) if config.data.base else None
+    train = Replay(own, _rows_in(earlier, config), share) if base and share else own
+    return Parts(folder, Learner.new(config, machine), tokenizer, train, validation, base)
+
+
+def laid_for(config: Config) -> int:
+    """How long the rows are into which conversations are packed; 0 if the source holds none."""
+    return config.model.context if config.train.targets == "answers" else 0
+
+
+def _rows_in(folder: Path, config: Config) -> Shards | Belt:
+    data, context = config.data, config.model.context
+    if (folder / RECIPE).exists():
+        return Belt(folder, context, data.ahead, data.disk, data.patience)
+    return Shards.open(folder, "train", context)
+
+
+def _of_base(folder: Path, tokenizer: Tokenizer, context: int) -> Shards:
+    if not there(folder / MANIFEST):
+        raise UserError(f"the shards in {folder} (data.base), which this run replays or measures, are gone")
+    base = Shards.open(folder, "validation", context)
+    if base.manifest.tokenizer != tokenizer.sha256:
+        raise UserError(f"the shards in {folder} (data.base) were made with another tokenizer than this run's")
+    return base
 
 
 def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
@@ -108,7 +140,7 @@ def check_same(config: Config, folder: Path) -> None:
     changed = [key for key in changed if key not in FREE]
     if _has_read_nothing(folder):
         changed = [key for key in changed if key == "data.tokenizer" or not key.startswith("data.")]
-    changed += ["train.seed"] if config.train.seed != kept.train.seed else []
+    changed += [f"train.{key}" for key in FIXED if getattr(config.train, key) != getattr(kept.train, key)]
     if changed:
         raise UserError(f"{folder} was trained with another {changed[0]}; change it in a new run (--run)")
 
@@ -121,6 +153,19 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= saved["seconds"]:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
+
+
+def check_validation(parts: Parts) -> None:
+    """Where only answers count, the validation must find some."""
+    reading, train = parts.reading, parts.config.train
+    if reading is None or reading.marks is None:
+        return
+    windows = islice(parts.validation.windows(), -(-train.eval_tokens // parts.config.model.context))
+    if not any(counted(window[None], reading.marks).any() for window in windows):
+        raise UserError(
+            f"{parts.validation.folder}: no answer among the first {train.eval_tokens:,} tokens that are held out, so "
+            "there is nothing to validate; hold out more (data.validation) or read more of it (train.eval_tokens)"
+        )
 
 
 def restore(parts: Parts, path: Path) -> State:

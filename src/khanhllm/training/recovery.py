@@ -44,12 +44,13 @@ def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float:
     learner, train = parts.learner, parts.config.train
     back = state.guard.rejected + len(state.guard.losses) // 2
     known = replace(state, cursor=max(0, state.cursor - back * train.rows_per_step))
-    nll = []
+    nll, counted = [], 0
     with closing(rows_of(parts, known, stop)) as rows:
         for batch in islice(rows, train.accumulation):
             with learner.machine.autocast():
-                nll.append(learner.model(*batch[:2])[0].mean().item())
-    return sum(nll) / len(nll) if len(nll) == train.accumulation else nan
+                nll.append(learner.model(*batch[:2], *batch.extras)[0].sum().item())
+            counted += batch.counted
+    return sum(nll) / counted if counted and len(nll) == train.accumulation else nan
 
 
 def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) -> State:

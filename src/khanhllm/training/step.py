@@ -5,7 +5,7 @@ get micro-batches -> forward, loss + balance, backward (x accumulation) -> clip 
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -84,8 +84,8 @@ class NoRows(Exception):
 def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tuple[State, dict[str, Any]]:
     """One optimizer step: its micro-batches forward and backward, one update. Returns the next state and what to log.
 
-    A step that the guard rejects leaves weights and moments as they are, and its row says why under "fault". Raises
-    NoRows if the batches end.
+    A step that the guard rejects leaves weights and moments as they are, and its row says why under "fault". So does a
+    step in which no target counts, whose row has no loss. Raises NoRows if the batches end.
     """
     config, optimizer = learner.config, learner.optimizer
     started = time.perf_counter()
@@ -93,18 +93,29 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     if len(micro_batches) < config.train.accumulation:
         raise NoRows
     waited = time.perf_counter() - started
+    tokens, counted = (sum(getattr(batch, kind) for batch in micro_batches) for kind in ("tokens", "counted"))
+    if not counted:
+        following = replace(state, step=state.step + 1, cursor=micro_batches[-1].cursor)
+        return following, {"fault": ""} | _progress(config, following, counted)
     load_LE = load_for_balance(learner, state, micro_batches)
     sums: list[Tensor] = []
     for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
         loss, nll, routing_L = losses.micro_batch_loss(
-            learner.model, *batch[:2], load_LE, config.tokens_per_step, config.loss, learner.machine.autocast()
+            learner.model,
+            *batch[:2],
+            load_LE,
+            tokens,
+            config.loss,
+            learner.machine.autocast(),
+            counted,
+            batch.extras,
         )
         loss.backward()  # type: ignore[no-untyped-call]
         sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
     nll, routing_L = sums[0], Routing(*sums[1:])
     grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), config.optim.clip or torch.inf)
     # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
-    mean_nll, norm = torch.stack([nll.float() / config.tokens_per_step, grad_norm.float()]).tolist()
+    mean_nll, norm = torch.stack([nll.float() / counted, grad_norm.float()]).tolist()
     fault = state.guard.fault(mean_nll, norm, config.guard)
     factor = rate_factor(state, config)
     if not fault:
@@ -122,27 +133,32 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         share=state.share,
     )
     measured = {"loss": mean_nll, "lr": config.optim.lr * factor, "grad_norm": norm, "fault": fault}
-    return following, measured | _row(learner, following, routing_L, time.perf_counter() - started, waited)
+    row = _progress(config, following, counted) | _speed(learner, time.perf_counter() - started, waited)
+    return following, measured | row | _routed(routing_L, tokens)
 
 
-def _row(learner: Learner, state: State, routing_L: Routing, took: float, waited: float) -> dict[str, Any]:
-    """What else there is to log of the step that led to `state`; took, waited: seconds."""
-    config, share_LE = learner.config, _shares(routing_L.load_E)
-    rate, peak = config.tokens_per_step / took, learner.machine.peak_flops
-    row = {
-        "step": state.step,
-        "tokens": state.cursor * config.model.context,
-        "rejected": state.guard.rejected,
-        "tokens_per_s": rate,
-        "mfu": rate * learner.flops_per_token / peak if peak else None,
-        "waiting": waited / took,
-    }
+def _progress(config: Config, state: State, counted: int) -> dict[str, Any]:
+    """How far the run has come with the step that led to `state`."""
+    tokens = state.cursor * config.model.context
+    return {"step": state.step, "tokens": tokens, "counted": counted, "rejected": state.guard.rejected}
+
+
+def _speed(learner: Learner, took: float, waited: float) -> dict[str, Any]:
+    """took, waited: seconds."""
+    rate, peak = learner.config.tokens_per_step / took, learner.machine.peak_flops
+    mfu = rate * learner.flops_per_token / peak if peak else None
+    return {"tokens_per_s": rate, "mfu": mfu, "waiting": waited / took}
+
+
+def _routed(routing_L: Routing, tokens: int) -> dict[str, Any]:
+    """What a step's routing of so many tokens was like; nothing for a dense model."""
+    share_LE = _shares(routing_L.load_E)
     if not share_LE.numel():
-        return row
+        return {}
     balance_L = losses.load_balance(routing_L.load_E, routing_L.prob_E)
-    return row | {
+    return {
         "balance": balance_L.mean(),
-        "router_z": routing_L.z.mean() / config.tokens_per_step,
+        "router_z": routing_L.z.mean() / tokens,
         "max_violation": share_LE.max() * share_LE.shape[1] - 1,
         "least_share": share_LE.min(),
         "balance_per_layer": balance_L,
@@ -166,8 +182,9 @@ def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch])
     """(L, E): each expert's share of the load, over a whole step: the previous one, or this one counted beforehand."""
     if learner.config.loss.load == "previous" or not state.load_LE.numel():
         return state.load_LE
-    counted = torch.zeros_like(state.load_LE)
+    total_LE = torch.zeros_like(state.load_LE)
     with torch.no_grad(), learner.machine.autocast():
         for batch in micro_batches:
-            counted += stack(learner.model.trunk(batch.inputs_BT)[1], like=counted).load_E
-    return _shares(counted)
+            _, routings = learner.model.trunk(batch.inputs_BT, place_BT=batch.place_BT, padding_BT=batch.padding_BT)
+            total_LE += stack(routings, like=total_LE).load_E
+    return _shares(total_LE)
