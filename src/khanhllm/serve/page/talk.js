@@ -119,9 +119,8 @@ function chat(place) {
     if (!content) return "";
     messages.push({ role: "user", content });
     input.value = "";
-    said.append(el("li", { class: "user" }, content));
-    const answer = el("li", { class: "assistant" });
-    said.append(answer);
+    const question = el("li", { class: "user" }, content), answer = el("li", { class: "assistant" });
+    said.append(question, answer);
     const body = { ...settings.values(), messages };
     let reason = "";
     try {
@@ -135,7 +134,13 @@ function chat(place) {
         answer.scrollIntoView({ block: "nearest" });
       }
     } finally {
-      messages.push({ role: "assistant", content: answer.textContent });
+      if (answer.textContent) messages.push({ role: "assistant", content: answer.textContent });
+      else { // what was not answered was not said
+        messages.pop();
+        question.remove();
+        answer.remove();
+        input.value ||= content;
+      }
     }
     say(answer.textContent);
     return reason === "stop" ? "" : `Ended: ${WHY[reason] ?? reason}.`;
