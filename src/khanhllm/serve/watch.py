@@ -6,6 +6,7 @@ full, each two become one. A training may cut its log back at any time, or write
 
 import math
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +88,8 @@ class Watch:
 
     def __init__(self, path: Path, split: str = "") -> None:
         self.path, self.split = path, split
-        self.version = 0
-        """grows with each change"""
+        self.version = secrets.randbelow(2**40)
+        """grows with each change, and is another in another process"""
         self._lock = Lock()
         self._forget()
 
@@ -97,8 +98,9 @@ class Watch:
         self.names: list[str] = []
         self.curves: dict[int, Curves] = {}
 
-    def look(self) -> dict[str, Any]:
-        """The curves as they are now. A log that is missing, or is no regular file, has none."""
+    def look(self, known: str = "") -> dict[str, Any]:
+        """The curves as they are now; nothing but the version if that is the one `known`. A log that is missing, or is
+        no regular file, has none."""
         with self._lock:
             try:
                 with open(self.path, "rb", opener=_carefully) as file:
@@ -107,6 +109,8 @@ class Watch:
                 if self.offset:
                     self._forget()
                     self.version += 1
+            if known == str(self.version):
+                return {"version": self.version}
             curves = {str(name): curve.columns(self.names) for name, curve in sorted(self.curves.items())}
             last = {
                 str(name): dict(zip(self.names, map(_short, curve.last_C.tolist()), strict=True))

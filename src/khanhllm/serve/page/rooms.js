@@ -89,7 +89,7 @@ export function experts(view, model) {
   function compared() {
     const { open, read, again } = texts, words = doors.words;
     view.classList.toggle("two", Boolean(words));
-    modes.hidden = !words;
+    modes.hidden = reopen.hidden = !words;
     rightTitle.textContent = words ? `Without ${words}` : "";
     const parts = [];
     if (words && open?.finish && read?.finish) {
@@ -124,6 +124,7 @@ export function experts(view, model) {
       details),
   );
   doors.draw();
+  compared();
   get("/api/experts").then((answer) => {
     doors.worth = answer.findings?.layers;
     doors.draw();
