@@ -115,9 +115,10 @@ def test_a_long_conversation_is_cut_at_a_turn(tokenizer, marks):
 def test_the_oldest_turns_go_first_and_the_system_message_stays(tokenizer):
     system, asked = Message("system", "sun"), Message("user", "red cat")
     messages = [system, *[asked, Message("assistant", "green")] * 30, asked]
-    kept = fitting(messages, tokenizer, 64)
-    assert kept[0] == system and kept[1:] == messages[-len(kept) + 1 :] and kept[1].role == "user"
-    assert len(render(kept, tokenizer, answer=True)) <= 64
+    for room in range(40, 65):
+        kept = fitting(messages, tokenizer, room)
+        assert kept[0] == system and kept[1:] == messages[-len(kept) + 1 :] and kept[1].role == "user"
+        assert len(render(kept, tokenizer, answer=True)) <= room
     assert fitting(messages[-1:], tokenizer, 3) == []
     assert fitting(messages[:2], tokenizer, 64) == messages[:2]
 
@@ -143,6 +144,15 @@ def test_shards_of_conversations(tokenizer, marks, tmp_path):
             tuple(part) for row in rows for part in np.split(row, np.flatnonzero(row == 0)) if len(part) > 1
         }
     assert not texts["train"] & texts["validation"] and texts["validation"]
+    assert texts["train"] | texts["validation"] == {tuple(render(messages, tokenizer)) for _, messages in made(500)}
+
+
+def test_conversations_that_only_begin_alike_are_split_by_what_follows(tokenizer, tmp_path):
+    """Fault 18."""
+    turn = [Message("user", "red cat and green dog"), Message("assistant", "sun")]
+    source = chats(tmp_path / "chats.jsonl", [[*turn, Message("user", str(n)), turn[1]] for n in range(200)])
+    manifest = prepare(source, tokenizer, tmp_path / "out", validation=0.2, workers=1, laid_for=64)
+    assert 20 < sum(shard.documents for shard in manifest.of("validation")) < 70
 
 
 def test_shards_say_what_was_cut_and_left_out(tokenizer, tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, number, which
+from khanhllm.cli.arguments import WHICH, given, knobs, name, number, stop, which
 from khanhllm.schema import Config, Sampling
 from khanhllm.settings import checked, read_config, resolve
 
@@ -63,7 +63,7 @@ def chat(options: argparse.Namespace) -> int:
     """Talk with a run that `khanhllm tune` taught to.
 
     /help lists what else can be typed. Ctrl-C ends an answer, Ctrl-D the conversation. On a pipe, each line is a
-    question, and its answer is a line.
+    question.
     """
     names = {key: f"--{key.replace('_', '-')}" for key in Sampling.model_fields}
     sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "chat", names)
@@ -84,7 +84,12 @@ def chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
     parser.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="end answers before this text; may be repeated"
+        "--stop",
+        metavar="TEXT",
+        type=stop,
+        action="append",
+        default=[],
+        help="end answers before this text; repeatable",
     )
     for key, field in Sampling.model_fields.items():
         text = f"{field.description} (default {field.default})"

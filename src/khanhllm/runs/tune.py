@@ -120,7 +120,7 @@ def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str
     context, replay, usual = config.model.context, config.data.replay, config.train.rows
     least = max(-(-LEAST // context), round(1 / replay) if replay else 1, 2 if replay else 1)
     a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
-    a_step -= a_step % usual if a_step > usual else 0
+    a_step -= a_step % usual if a_step - a_step % usual >= least else 0
     replayed = min(max(round(a_step * replay), 1), a_step - 1) if replay else 0
     steps = math.ceil(epochs * shards.rows / (a_step - replayed))
     auto = config.train.micro_batch == "auto"

@@ -120,8 +120,10 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
 def _anchored(data: DataConfig) -> DataConfig:
     from khanhllm.data.sources import anchored
 
-    tokenizer = data.tokenizer and str(Path(data.tokenizer).absolute())
-    return data.model_copy(update={"source": anchored(data.source), "tokenizer": tokenizer})
+    files = {
+        key: path and str(Path(path).absolute()) for key, path in (("tokenizer", data.tokenizer), ("base", data.base))
+    }
+    return data.model_copy(update={"source": anchored(data.source), **files})
 
 
 def _has_read_nothing(folder: Path) -> bool:
