@@ -141,6 +141,30 @@ def test_it_writes_and_says_why_it_ended(site, run):
         expect(page.locator("img, #text *:not(span)")).to_have_count(0)
 
 
+def test_it_talks_if_the_run_was_taught_to(site, run):
+    config = (run / "config.toml").read_text("utf-8")
+    (run / "config.toml").write_text(config.replace("[train]\n", '[train]\ntargets = "answers"\n'), "utf-8")
+    with site() as (_, visit):
+        page = visit(refused=(400,))
+        view, said = page.locator("#view-write"), page.locator("#talk li")
+        view.get_by_text("Settings").click()
+        view.get_by_label("Tokens", exact=True).fill("3")
+        for nth, question in enumerate(("a", "<b>b</b>")):
+            view.get_by_label("Your message").fill(question)
+            view.get_by_label("Your message").press("Enter")
+            expect(said).to_have_count(2 * nth + 2)
+            expect(said.nth(2 * nth)).to_have_text(question)
+            expect(said.nth(2 * nth + 1)).not_to_be_empty()
+            expect(button(view, "Stop")).to_be_disabled()
+        view.get_by_label("Your message").fill("too long " * 40)
+        button(view, "Send").click()
+        expect(view.locator(".status")).to_contain_text("tokens, the model sees")
+        expect(said).to_have_count(4)
+        view.get_by_text("Continue a text").click()
+        button(view, "Write").click()
+        expect(view.locator(".status")).to_contain_text("Ended after")
+
+
 def test_stop_ends_the_work_of_the_server(site):
     with site() as (house, visit):
         engine = house.server.engine

@@ -77,7 +77,7 @@ class Server:
     @property
     def talks(self) -> bool:
         """Whether the run was taught to talk."""
-        return False
+        return self.run.talks
 
     @property
     def fault(self) -> BaseException | None:
@@ -174,6 +174,7 @@ class Server:
     async def _answer(
         self, request: Request, asked: Writes, wanted: Sequence[Wanted], choices: int, form: Form
     ) -> Response:
+        wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
             writing = Writing(self.engine, self.tokenizer, wanted)
         except Full:
@@ -206,9 +207,8 @@ class Server:
             raise Refused(400, text, "context_length_exceeded", "messages")
         most, closed = asked.tokens or context, self._closed(asked)
         ends, seed = self.tokenizer.special_ids, _seed(asked)
-        routes = asked.khanhllm.routes
         return [
-            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed, ends, routes)
+            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed, ends)
             for nth in range(asked.n)
         ]
 
@@ -232,8 +232,9 @@ class Server:
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
                 sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
-                one = Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed, ends)
-                wanted.append(one._replace(routes=asked.khanhllm.routes))
+                wanted.append(
+                    Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed, ends)
+                )
         return wanted
 
     def _closed(self, asked: Writes) -> dict[int, list[int]]:
