@@ -47,10 +47,15 @@ CORE = {
     **{f"optim/{name}.py": OPTIM for name in ["__init__", "adamw", "muon", "rounding", "schedule", "eight_bit"]},
     "training/step.py": [*TRAINING, "model"],
     "training/guard.py": TRAINING,
-    "training/checkpoint.py": [*TRAINING, "promises/test_broken_files.py"],
+    "training/checkpoint.py": [*TRAINING, "promises/test_broken_files.py", "promises/test_hostile_files.py"],
     "runs/evaluate.py": ["runs", "test_api.py", "inference", "promises/test_golden.py"],
     "inference/generate.py": ["inference", "test_api.py"],
     "inference/score.py": ["inference", "test_api.py", "runs"],
+    "inference/likelihood.py": ["inference/test_likelihood.py", "lab/test_harness.py"],
+    **{
+        f"lab/{name}.py": ["lab/test_core.py", "lab/test_suite.py"]
+        for name in ["answers", "core", "suite", "synthetic"]
+    },
 }
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

@@ -12,6 +12,7 @@ import torch
 import khanhllm
 from khanhllm import UserError
 from khanhllm.cli.arguments import given
+from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
 from khanhllm.runs.evaluate import score_run
 
@@ -44,7 +45,8 @@ def test_training_gives_an_opened_run(trained):
 def test_a_run_can_be_continued(trained, tmp_path):
     run, _ = trained
     copy = run.save(tmp_path / "copy")
-    more = khanhllm.train("nano", run=copy, resume=True, steps=6)
+    with pytest.warns(UserWarning, match="continues with its own config, not with preset nano: its model.dim"):
+        more = khanhllm.train("nano", run=copy, resume=True, steps=6)
     whole = khanhllm.train("nano", run=tmp_path / "whole", **{**KNOBS, **_data(run)}, steps=6)
     assert more.step == 6
     # the schedule of 4 steps differs from that of 6, so only steps and shape can agree
@@ -107,6 +109,7 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
         (lambda: khanhllm.train("nano", run=tmp_path / "none", resume=True), "holds no run to resume"),
         (lambda: khanhllm.train("nano", data="", run=tmp_path / "x"), "source of text is empty"),
         (lambda: khanhllm.load(tmp_path), "not a run folder"),
+        (lambda: khanhllm.load(folder / "rum"), r"did you mean .*run\?\)"),
         (lambda: khanhllm.load(folder / "run", device="banana"), "machine.device"),
         (lambda: khanhllm.history(tmp_path), "not a run folder"),
         (lambda: khanhllm.train("nanno"), "did you mean nano"),
@@ -126,6 +129,14 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             wrong()
+
+
+def test_a_foreign_tokenizer_in_the_folder_is_noticed(trained, tmp_path):
+    run, _ = trained
+    copy = run.save(tmp_path / "copy")
+    train_tokenizer(["quick brown foxes"] * 9, 270).save(copy / "tokenizer.json")
+    with pytest.raises(UserError, match="not the tokenizer that the model learned with"):
+        khanhllm.load(copy)
 
 
 def test_a_prompt_too_long_warns(trained):

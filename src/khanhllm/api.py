@@ -6,13 +6,14 @@ can put right raises `khanhllm.UserError`, whose text is one line that names wha
 
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from khanhllm.errors import UserError, missing_extra
 from khanhllm.schema import Config
-from khanhllm.settings import folder_for, nested, preset, preset_names, read_toml, resolve, with_length
+from khanhllm.settings import folder_for, nested, other_shape, preset, preset_names, read_toml, resolve, with_length
 
 if TYPE_CHECKING:
     from khanhllm.draw import Floats
@@ -114,6 +115,8 @@ def train(
     if resume and not kept.exists():
         raise UserError(f"{folder} holds no run to resume; leave resume out to begin one")
     base = read_toml(kept) if resume else _settings(preset)
+    if resume and preset in preset_names() and (other := other_shape(str(preset), folder)):
+        warnings.warn(other, stacklevel=3)
     if data is not None and not isinstance(data, str | Path):
         raise UserError(
             f"data must be one source of text, as str or Path, got {data!r:.60}; a mixture is 'a.txt:1, b/:2'"

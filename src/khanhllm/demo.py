@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from khanhllm import draw
-from khanhllm.data.chat import Message
 from khanhllm.data.made import KINDS, write_made
 from khanhllm.data.made import held_out as held_out_of
 from khanhllm.data.render import render
 from khanhllm.errors import missing_extra
-from khanhllm.inference.generate import continuation
 from khanhllm.inference.score import expert_load
+from khanhllm.lab.talks import likeliest
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
 from khanhllm.runs.evaluate import held_out, score_opened
 from khanhllm.runs.run import Run, open_run
@@ -93,13 +92,14 @@ def talk(folder: Path, settings: Mapping[str, Any]) -> str:
 
 def _score_answers(console: Console, opened: Run) -> None:
     """Print how many of its answers to held-out conversations end, and how many are right."""
+    kinds, conversations = zip(*held_out_of(ASKED, opened.config.data.validation), strict=True)
+    wholes = [render(messages, opened.tokenizer) for messages in conversations]
+    questions = [render(messages[:-1], opened.tokenizer, answer=True) for messages in conversations]
+    said = likeliest(opened, questions, tokens=64)
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    ended = 0
-    for kind, messages in held_out_of(ASKED, opened.config.data.validation):
-        *asked, (_, expected) = messages
-        text, whole = answered(opened, asked)
-        right[kind].append(text == expected)
-        ended += whole
+    for kind, question, whole, answer in zip(kinds, questions, wholes, said, strict=True):
+        right[kind].append(question + answer == whole)
+    ended = sum(answer[-1:] == [opened.tokenizer.special_id("<|end|>")] for answer in said)
     score = score_opened(opened)
     console.print(
         f"On conversations that it never read: {score['val_ce']:.3f} nats a token of the answers; "
@@ -109,17 +109,6 @@ def _score_answers(console: Console, opened: Run) -> None:
     )
     for kind, found in right.items():
         console.print(f"  {kind:10} {sum(found):3} of {len(found)} right", markup=False)
-
-
-def answered(opened: Run, asked: list[Message]) -> tuple[str, bool]:
-    """The likeliest answer, and whether it ended by itself."""
-    ids, sampling = render(asked, opened.tokenizer, answer=True), Sampling(tokens=64, temperature=0)
-    said: list[int] = []
-    for token in continuation(opened.model, ids, sampling, opened.machine, opened.tokenizer.vocab_size, slides=False):
-        if token in opened.tokenizer.special_ids:
-            return opened.tokenizer.decode(said), token == opened.tokenizer.special_id("<|end|>")
-        said.append(token)
-    return opened.tokenizer.decode(said), False
 
 
 def _free(folder: Path) -> Path:

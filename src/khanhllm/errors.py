@@ -18,6 +18,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "bitsandbytes": "8bit",
     "gguf": "export",
+    "lm_eval": "eval",
     "starlette": "serve",
     "uvicorn": "serve",
     "transformers": "dev",

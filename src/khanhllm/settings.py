@@ -7,6 +7,7 @@ file alone reproduces the run.
 
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,8 +156,29 @@ def read_config(run: Path) -> Config:
     """The config of a run folder. Raises UserError if it is not one."""
     file = run / "config.toml"
     if not file.exists():
-        raise UserError(f"{run} is not a run folder (it has no config.toml); train one with: khanhllm train nano")
+        hint = _like(run) or "; train one with: khanhllm train nano"
+        raise UserError(f"{run} is not a run folder (it has no config.toml){hint}")
     return resolve(read_toml(file), where=str(file))
+
+
+def _like(run: Path) -> str:
+    """The run that may be meant, in parentheses: nano is runs/nano."""
+    with suppress(OSError):
+        for place in (run.parent, run.parent / "runs"):
+            runs = [str(place / path.parent.name) for path in place.glob("*/config.toml")]
+            if hint := did_you_mean(str(place / run.name), runs):
+                return hint
+    return ""
+
+
+def other_shape(name: str, folder: Path) -> str:
+    """One line if a run that is resumed has another shape than the preset that was named, which is left aside."""
+    ours, theirs = read_config(folder).model, resolve(preset(name)).model
+    for key, has in ours:
+        if has != (would := getattr(theirs, key)):
+            what = f"its model.{key} is {has}, not {would}"
+            return f"{folder} continues with its own config, not with preset {name}: {what}"
+    return ""
 
 
 def folder_for(name: str) -> Path:

@@ -236,6 +236,15 @@ def test_text_comes_first_and_a_named_column_wins(tmp_path):
     assert f"{path}, line 1 has no text column 'title'; it has: body, article, text, my own; name one" in said
 
 
+def test_a_row_without_the_outer_field_of_a_column_is_blank_in_every_form(tmp_path):
+    rows = [{"a": None}, {"a": {"b": "one"}}, {"a": {"b": None}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    write(tmp_path / "a.json", json.dumps(rows).encode())
+    for ending in ("parquet", "jsonl", "json"):
+        assert read(f"{tmp_path}/a.{ending}#a.b") == ["one"]
+
+
 @given(st.lists(st.text(alphabet='ab,"\t\n\ré€😀', min_size=1).filter(str.strip)))
 def test_a_csv_field_comes_through_whole(tmp_path_factory, texts):
     path = tmp_path_factory.getbasetemp() / "a.csv"

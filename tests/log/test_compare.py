@@ -41,11 +41,6 @@ def test_runs_of_other_tokenizers_are_told_apart(tmp_path, capsys):
     assert names == [str(one), str(other), f"{one} (2)"]
 
 
-def test_the_clock_of_a_resumed_run_goes_on(tmp_path):
-    told = compare.read(run_folder(tmp_path / "run", [5, 4, 3, 2], [10, 20, 5, 15]))
-    assert list(told.seconds) == [10, 20, 25, 35]
-
-
 @pytest.mark.parametrize("losses", [[], ["nan"]])
 def test_what_is_no_run_or_has_no_step(losses, tmp_path):
     with pytest.raises(UserError, match="not a run folder"):

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from khanhllm import cli
-from khanhllm.chaos import belt, numbers, saves, trainers
+from khanhllm.chaos import belt, clients, numbers, saves, trainers
 from khanhllm.chaos.arena import Arena
 from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
@@ -40,6 +40,7 @@ def thrown(kind, arena, number):
         (numbers.not_finite, 60),
         (belt.failing_network, 40),
         (belt.dying_helpers, 5),
+        (clients.vanishing, 15),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -63,11 +64,18 @@ def test_a_guard_that_sleeps_is_found_out(arena, monkeypatch):
     assert all("reached the state" in fault for fault in thrown(numbers.not_finite, arena, 5))
 
 
+def test_a_server_that_grows_or_answers_otherwise_is_found_out(arena, monkeypatch):
+    monkeypatch.setattr(clients, "WARM", 2)
+    monkeypatch.setattr(clients, "MOST", -1e6)
+    monkeypatch.setattr(clients, "WRONG", [(b"{", {}, 200)])
+    faults = thrown(clients.vanishing, arena, 6)
+    assert any("400 instead of 200" in fault for fault in faults) and any("memory grew" in fault for fault in faults)
+
+
 def test_the_command_prints_a_table(capsys, monkeypatch):
     from khanhllm.chaos import run
 
     monkeypatch.setattr(run, "KINDS", {"damage": (saves.flipped, 1), "numbers": (numbers.not_finite, 1)})
-    monkeypatch.setattr(run, "LONG", 2)
     assert cli.main(["chaos", "--seed", "3", "--faults", "10"]) == 0
     printed = capsys.readouterr().out
     assert "khanhllm chaos --seed 3" in printed
@@ -76,6 +84,7 @@ def test_the_command_prints_a_table(capsys, monkeypatch):
     assert cli.main(["chaos", "--faults", "10"]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert cli.main(["chaos", "--faults", "0"]) == 2
+    assert cli.main(["chaos", "--only", "ghosts"]) == 2
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace writes down the order of system calls")

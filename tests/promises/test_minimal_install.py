@@ -15,7 +15,7 @@ WITHOUT = """
 import sys
 
 EXTRAS = "datatrove tokenizers fsspec orjson pyarrow requests zstandard matplotlib bitsandbytes py3langid".split()
-EXTRAS += ["starlette", "uvicorn"]
+EXTRAS += ["starlette", "uvicorn", "lm_eval"]
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -44,6 +44,7 @@ def test_a_run_is_resumed_scored_and_writes(khanhllm):
     for words in (
         ("train", "--resume", "--run", "modern"),
         ("evaluate", "modern"),
+        ("evaluate", "modern", "--suite", "--items", "10"),
         ("generate", "modern", "--tokens", "3"),
         ("experts", "modern", "--tokens", "100"),
     ):
@@ -57,6 +58,7 @@ def test_a_run_is_resumed_scored_and_writes(khanhllm):
     [
         (("train", "nano", "--data", "stdlib"), "datatrove", "data"),
         (("evaluate", "modern", "--data", "stdlib"), "datatrove", "data"),
+        (("evaluate", "modern", "--tasks", "piqa"), "lm_eval", "eval"),
         (("tokenizer", "--data", "stdlib"), "datatrove", "data"),
         (("compare", "modern"), "matplotlib", "plot"),
         (("serve", "modern"), "uvicorn", "serve"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from conftest import tiny
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
+from khanhllm.log.compare import read
 from khanhllm.runs.evaluate import score_run
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
@@ -240,8 +241,8 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
         assert len(file.readlines()) - 1 < 20
 
 
-def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch):
-    """On a clock that each step moves by a second, and each look by a hair."""
+def tick(monkeypatch):
+    """A clock that each step moves by a second, and each look by a hair."""
     now = [0.0]
     honest = training_run.train_step
 
@@ -255,6 +256,10 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
 
     monkeypatch.setattr(training_run, "train_step", ticking)
     monkeypatch.setattr(training_run.time, "perf_counter", read)
+
+
+def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch):
+    tick(monkeypatch)
     run = tmp_path / "run"
     train(config(corpus, cache, train={"seconds": 8, "save_every": 0}), run)
     assert checkpoint.newest(run).name == "step-0000007"  # an eighth would not have left time to save
@@ -262,6 +267,14 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
     assert checkpoint.newest(run).name == "step-0000011"
     with pytest.raises(UserError, match="longer --for"):
         train(config(corpus, cache, train={"seconds": 11}), run, resume=True)
+
+
+def test_the_clock_of_a_resumed_run_goes_on(corpus, cache, tmp_path, monkeypatch):
+    tick(monkeypatch)
+    run = tmp_path / "run"
+    for steps in (3, 7):
+        train(config(corpus, cache, train={"steps": steps, "save_every": 0}), run, resume=steps > 3)
+    assert [round(seconds) for seconds in read(run).seconds] == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("moment", ["in the step", "in the validation"])

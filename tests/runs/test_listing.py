@@ -34,6 +34,18 @@ def test_each_run_is_told_and_a_damaged_one_has_a_word(folder, capsys):
     assert rows["good"]["best_bpb"] == 1.75 and rows["new"]["step"] == 0 and "TOML" in rows["bad"]["fault"]
 
 
+@pytest.mark.parametrize(
+    "left", ["{}", '{"model.safetensors": {"bytes": 9}}', '{"x"', "[]", '{"model.safetensors": 9}']
+)
+def test_a_checkpoint_that_is_cut_is_told(left, folder, capsys):
+    made = folder / "good" / "checkpoints" / "step-0000002"
+    made.mkdir(parents=True)
+    (made / "model.safetensors").write_bytes(b"12345678")
+    (made / "manifest.json").write_text(left)
+    assert cli.main(["runs", str(folder / "good")]) == 0
+    assert ("damaged: step-0000002/" in capsys.readouterr().out) == (left != "{}")
+
+
 def test_where_there_is_none(tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path)]) == 2
     assert cli.main(["runs", str(tmp_path / "nowhere")]) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from khanhllm.chaos import belt, numbers, saves, trainers
+from khanhllm.chaos import belt, clients, numbers, saves, trainers
 from khanhllm.chaos.arena import Arena
 from khanhllm.errors import UserError
 
@@ -26,9 +26,9 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "NaN and infinity": (numbers.not_finite, 1000),
     "network faults": (belt.failing_network, 500),
     "deaths of belt worker and server": (belt.dying_helpers, 100),
+    "clients of the model's server": (clients.vanishing, 1000),
 }
 """each kind with its share of the faults; 0: a save is cut short at every system call that it makes"""
-LONG = sum(share for _, share in KINDS.values())
 
 
 @dataclass
@@ -42,22 +42,25 @@ class Tally:
     """what went wrong first"""
 
 
-def run(seed: int, faults: int, minutes: float, console: Console | None = None) -> int:
+def run(seed: int, faults: int, minutes: float, only: str = "", console: Console | None = None) -> int:
     """Inject faults and print a table of how many of each kind the run survived. Returns how many it did not.
 
-    minutes: no fault begins after this time; 0 for no limit. The same seed gives the same faults.
+    minutes: no fault begins after this time; 0 for no limit. only: leave out the kinds without this in their name. The
+    same seed gives the same faults.
     """
     console = console or Console()
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     tallies: dict[str, Tally] = {}
+    kinds = {name: kind for name, kind in KINDS.items() if only in name}
+    scale = faults / (sum(share for _, share in kinds.values()) or faults)
     with (
         tempfile.TemporaryDirectory(prefix="khanhllm-chaos-") as folder,
         console.status("an undisturbed run") as status,
     ):
         arena = Arena(Path(folder).resolve())
         arena.undisturbed  # noqa: B018
-        for name, (kind, share) in KINDS.items():
-            number = _number(name, share, faults, arena)
+        for name, (kind, share) in kinds.items():
+            number = _number(share, scale, arena)
             tally = tallies[name] = Tally()
             begun = time.monotonic()
             for fault in islice(kind(arena, random.Random(f"{seed}/{name}")), number):
@@ -75,11 +78,11 @@ def run(seed: int, faults: int, minutes: float, console: Console | None = None) 
     return sum(tally.faults - tally.survived for tally in tallies.values())
 
 
-def _number(name: str, share: int, faults: int, arena: Arena) -> int:
+def _number(share: int, scale: float, arena: Arena) -> int:
     if share:
-        return max(1, round(share * faults / LONG))
+        return max(1, round(share * scale))
     every = saves.boundaries(arena)
-    return min(every, max(1, round(every * faults / LONG))) if every else 0
+    return min(every, max(1, round(every * scale))) if every else 0
 
 
 def _table(tallies: dict[str, Tally], seed: int) -> Table:
@@ -92,9 +95,11 @@ def _table(tallies: dict[str, Tally], seed: int) -> Table:
     return table
 
 
-def checked(seed: int, faults: int, minutes: float) -> int:
+def checked(seed: int, faults: int, minutes: float, only: str) -> int:
     """`run` as a command. Returns its exit code: 1 if the run did not survive a fault. Raises UserError for arguments
     out of range."""
     if faults < 1 or minutes < 0:
         raise UserError("--faults must be at least 1 and --minutes at least 0")
-    return 1 if run(seed, faults, minutes) else 0
+    if not any(only in name for name in KINDS):
+        raise UserError(f"--only {only[:60]!r} is in no kind of fault; they are: {', '.join(KINDS)}")
+    return 1 if run(seed, faults, minutes, only) else 0

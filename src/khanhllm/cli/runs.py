@@ -12,6 +12,11 @@ from khanhllm.files import read
 from khanhllm.schema import Sampling
 from khanhllm.settings import checked, read_config, resolve
 
+SETS = "eval-data"
+"""the folder of the suite's sets"""
+ITEMS = 500
+"""most items of each set: the standard error of an accuracy is then about 2 %"""
+
 
 def generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained model; the text streams as it is made.
@@ -98,14 +103,34 @@ def runs_options(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure the cross entropy (nats per token) and the bits per byte of a run on text that it held out."""
+    """Measure a run: bits per byte of text that it held out, the suite (--suite), or tasks of lm-eval (--tasks).
+
+    The suite takes about a minute for a small model: bits per byte, BLiMP, LAMBADA, COPA, PIQA, ARC-easy, Winogrande as
+    far as their files are there, and questions made by rule, with standard errors and what chance gives. It writes
+    evaluation.json and a picture into the run. --tasks asks lm-evaluation-harness (the extra `eval`), and writes
+    evaluation-tasks.json.
+    """
     machine = resolve(given(options), where="evaluate").machine
+    _check_together(options)
     read_config(Path(options.run))
     from khanhllm.runs.evaluate import score_opened
     from khanhllm.runs.run import open_run
 
     opened = open_run(Path(options.run), machine, options.step)
     opened.machine.take_process()
+    out = Path(options.out) if options.out else None
+    if options.suite:
+        from khanhllm.lab import scores
+
+        files, items = Path(options.files or SETS), options.items or ITEMS
+        scores.show(opened, files, options.download, items, options.data, options.core, options.json, out)
+        return
+    if options.tasks:
+        from khanhllm.lab import harness
+
+        include = Path(options.include_path) if options.include_path else None
+        harness.show(opened, options.tasks, include, options.items, options.json, out)
+        return
     score = score_opened(opened, options.data)
     if options.json:
         print(json.dumps(score))
@@ -114,11 +139,50 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"bits per byte  {score['val_bpb']:.4f}                   ({score['val_bytes']:,} bytes)")
 
 
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise UserError for an option without the one that it belongs to."""
+    suite, tasks = bool(options.suite), bool(options.tasks)
+    belongs = {
+        "--files": (options.files, suite, "--suite"),
+        "--download": (options.download, suite, "--suite"),
+        "--core": (options.core, suite, "--suite"),
+        "--include-path": (options.include_path, tasks, "--tasks"),
+        "--items": (options.items, suite or tasks, "--suite or --tasks"),
+        "--out": (options.out, suite or tasks, "--suite or --tasks"),
+    }
+    for option, (value, there, owner) in belongs.items():
+        if value and not there:
+            raise UserError(f"evaluate: {option} belongs to {owner}")
+    if tasks and options.data:
+        raise UserError("evaluate: --tasks name their own data; leave out --data")
+
+
+def _names(text: str) -> list[str]:
+    """Names parted by commas."""
+    if not (found := [part.strip() for part in text.split(",") if part.strip()]):
+        raise argparse.ArgumentTypeError("names no task")
+    return found
+
+
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
     parser.add_argument("--data", metavar="SRC", help="text to score, all of it (default: what the run held out)")
-    parser.add_argument("--json", action="store_true", help="one JSON object: val_ce, val_bpb, val_bytes, val_tokens")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--suite", action="store_true", help="the suite: sets of questions from files, and made by rule")
+    way.add_argument("--tasks", metavar="NAMES", type=_names, help="tasks of lm-evaluation-harness, parted by commas")
+    text = f"where the sets of the suite lie, as .jsonl or .jsonl.gz, also in folders below ({SETS})"
+    parser.add_argument("--files", metavar="DIR", type=name, help=text)
+    parser.add_argument("--download", action="store_true", help="fetch the sets that --files lacks, checked by sha256")
+    parser.add_argument("--core", action="store_true", help="with --suite: DCLM's CORE too, from a context of 1,024 on")
+    parser.add_argument(
+        "--include-path", metavar="DIR", type=name, help="with --tasks: a folder with tasks of your own"
+    )
+    text = f"most items of each set (suite: {ITEMS}, of each of BLiMP's 67 paradigms a fifth of that; tasks: all)"
+    parser.add_argument("--items", metavar="N", type=some, help=text)
+    text = "where the scores go, with a picture beside it (RUN/evaluation.json, RUN/evaluation-tasks.json)"
+    parser.add_argument("--out", metavar="JSON", type=name, help=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     knobs(parser, ["machine"])
 
 

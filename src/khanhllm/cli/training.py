@@ -7,7 +7,7 @@ from pathlib import Path
 from khanhllm.cli.arguments import given, knobs, name, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import folder_for, preset, preset_names, read_config, read_toml, resolve, with_length
+from khanhllm.settings import folder_for, other_shape, preset, preset_names, read_config, read_toml, with_length
 
 
 def train(options: argparse.Namespace) -> int:
@@ -53,7 +53,8 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
     if options.resume and not kept.exists():
         raise UserError(f"{folder} holds no run to resume; leave --resume out to begin one")
     if options.resume:
-        _compare_shapes(options.preset, folder)
+        if options.preset and (other := other_shape(options.preset, folder)):
+            print(UserError(other), file=sys.stderr)
         layers = [read_toml(kept)]
     elif options.preset:
         layers = [preset(options.preset)]
@@ -66,16 +67,6 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
     layers += [] if options.config is None else [read_toml(Path(options.config))]
     layers += [{"model": read_config(Path(options.base)).model.model_dump()}] if options.base else []
     return [*layers, short("data", "source", options.data), given(options)]
-
-
-def _compare_shapes(name: str | None, folder: Path) -> None:
-    """Say so if a run that is resumed has another shape than the preset that was typed, which is left aside."""
-    ours = read_config(folder).model
-    theirs = resolve(preset(name)).model if name else ours
-    if other := [key for key, value in ours if value != getattr(theirs, key)]:
-        key, has, would = other[0], getattr(ours, other[0]), getattr(theirs, other[0])
-        what = f"model.{key} is {has}, not {would}"
-        print(UserError(f"{folder} continues with its own config, not with preset {name}: its {what}"), file=sys.stderr)
 
 
 def _twin(options: argparse.Namespace, config: Config) -> Config:

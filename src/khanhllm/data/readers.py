@@ -357,6 +357,8 @@ def _of_object(record: Any, wanted: str, place: str) -> str:
     outer, dot, inner = wanted.partition(".")
     if dot and wanted not in record and isinstance(record.get(outer), dict):
         return _of_object(record[outer], inner, f"{place}, '{outer}'")
+    if dot and outer in record and record[outer] is None:
+        return ""  # as in a table, where a missing struct has no text
     column = filled(text_columns(list(record), wanted, place), record)
     return _text(record[column], column, place)
 

@@ -38,6 +38,9 @@ SMALL = {
 LARGE = {"train": {"micro_batch": 8, "accumulation": 1}, "optim": {"name": "adamw"}}
 """changes to the 692M presets, so that both sides of the comparison do the same"""
 HEADLINES = ("ratio_huggingface", "ratio_dense_twin", "share_of_matmul_rate")
+WITHOUT = "left out: transformers is not installed (pip install 'khanhllm[dev]')"
+WRITTEN = 64
+"""tokens of a prompt, and of what is written after it"""
 TEXT = 4_000_000
 """text that the tokenizers encode (bytes)"""
 PREPARED = 10**8
@@ -175,7 +178,7 @@ def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) 
     try:
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
     except ImportError:
-        console.print("left out: transformers is not installed (pip install 'khanhllm[dev]')", markup=False)
+        console.print(WITHOUT, markup=False)
         return {}
     model = _untrained(machine)
     shape, ours = model.config, cast(Any, model.blocks[1]).feedforward
@@ -200,9 +203,9 @@ def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) 
     return {"moe": {"ms": ms, "ratio_huggingface": ratio}}
 
 
-def _untrained(machine: Machine) -> Transformer:
+def _untrained(machine: Machine, small: dict[str, Any] = SMALL) -> Transformer:
     """The model whose parts are measured alone, of a size that suits the device."""
-    config = resolve(SMALL if machine.device.type != "cuda" else preset("modern-692m"))
+    config = resolve(small if machine.device.type != "cuda" else preset("modern-692m"))
     with torch.device(machine.device):
         model = Transformer(config.model)
     model.initialise()
@@ -210,25 +213,45 @@ def _untrained(machine: Machine) -> Transformer:
 
 
 def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:
-    """Measure the generation of tokens, one by one, from the cache: of one text, and of eight together."""
-    from khanhllm.inference.engine import Engine, Job
-
-    model = _untrained(machine)
-    vocabulary, tokens = model.config.vocab_size, 64
-
-    def write(rows: int) -> None:
-        engine = Engine(model, machine, vocabulary, rows, waiting=rows)
-        for seed in range(rows):
-            sampling = Sampling(tokens=tokens, seed=seed)
-            engine.submit(Job(list(range(64)), sampling, lambda _score: False, lambda _reason, _error: None))
-        while engine.turn():
-            pass
-
-    one, eight = _turns([partial(write, 1), partial(write, 8)], min(steps, 7), machine)
-    rate = _spread([tokens / seconds for seconds in one])
+    """Measure the generation of tokens, one by one, from the cache: of one text and of eight together, and of one next
+    to transformers' generate with a model of the same shape."""
+    model, turns = _untrained(machine, preset("micro")), min(steps, 9)
+    one, eight = _turns([partial(_write, model, machine, 1), partial(_write, model, machine, 8)], turns, machine)
+    rate = _spread([WRITTEN / seconds for seconds in one])
     together = _spread([8 * alone / seconds for alone, seconds in zip(one, eight, strict=True)])
     console.print(f"decode: {_shown(rate, ',.0f')} tokens/s, eight texts together x {_shown(together, '.2f')}")
-    return {"decode": {"tokens_per_s": rate, "ratio_eight": together}}
+    report = {"tokens_per_s": rate, "ratio_eight": together}
+    try:
+        from transformers import Qwen3MoeForCausalLM  # type: ignore[attr-defined]
+    except ImportError:
+        console.print(WITHOUT, markup=False)
+        return {"decode": report}
+    model = _untrained(machine)
+    with torch.device(machine.device):
+        theirs: Any = Qwen3MoeForCausalLM(as_qwen3_moe(model.config, "grouped_mm")).eval()
+    prompt_BT = torch.arange(WRITTEN, device=machine.device)[None]
+    limits = {"min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "do_sample": False}
+
+    def generate() -> None:
+        with machine.autocast():
+            theirs.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **limits)
+
+    mine, other = _turns([partial(_write, model, machine, 1), generate], turns, machine)
+    ratio = _spread([b / a for a, b in zip(mine, other, strict=True)])
+    console.print(f"decode next to transformers' generate: x {_shown(ratio, '.2f')}")
+    return {"decode": report | {"ratio_huggingface": ratio}}
+
+
+def _write(model: Transformer, machine: Machine, rows: int) -> None:
+    """Write so many texts together, each after a prompt of its own."""
+    from khanhllm.inference.engine import Engine, Job
+
+    engine = Engine(model, machine, model.config.vocab_size, rows, waiting=rows)
+    for row in range(rows):
+        ids, sampling = list(range(row, row + WRITTEN)), Sampling(tokens=WRITTEN, temperature=0)
+        engine.submit(Job(ids, sampling, lambda _score: False, lambda _reason, _error: None))
+    while engine.turn():
+        pass
 
 
 def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:

@@ -63,7 +63,7 @@ def read(run: Path) -> RunLog:
         step=columns["step"],
         tokens=columns["tokens"],
         loss=columns["loss"],
-        seconds=_summed(columns["seconds"]),
+        seconds=columns["seconds"],
         bits=columns["val_bpb"],
         parameters=total_parameters(model),
         active=active_parameters(model),
@@ -71,15 +71,6 @@ def read(run: Path) -> RunLog:
         bits_of_a_nat=float(ratios[-1]) if len(ratios) else math.nan,
         tokenizer=hashlib.sha256(read_file(vocabulary)).hexdigest() if vocabulary.is_file() else "",
     )
-
-
-def _summed(clock: Floats) -> Floats:
-    """Turn a clock that restarts at zero with each resume into one that does not."""
-    again = np.maximum(0.0, -np.diff(clock, prepend=0.0))
-    resumed = again > 0
-    before = np.where(resumed, np.concatenate([[0.0], clock[:-1]]), 0.0)
-    total: Floats = clock + np.cumsum(before)
-    return total
 
 
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:

@@ -103,6 +103,11 @@ class Log:
     def files(self) -> list["Csv"]:
         return [self.csv, *([self.loads] if self.loads else [])]
 
+    @property
+    def seconds(self) -> float:
+        """The time that the run has taken, over all the times that it was resumed."""
+        return float(self.terminal.story.row.get("seconds") or 0)
+
     def expect(self, steps: int) -> None:
         """Set the step with which the run is now expected to end."""
         self.terminal.story.steps = steps

@@ -1,5 +1,6 @@
 """The runs of a folder, at a glance. Reads their small files only: no weights, and no torch."""
 
+import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from khanhllm.draw import visible
 from khanhllm.errors import UserError
+from khanhllm.files import read
 from khanhllm.log.pictures import read_log
 from khanhllm.settings import read_config
 from khanhllm.units import as_size
@@ -38,6 +40,7 @@ def _row(run: Path) -> Row:
     try:
         config = read_config(run)
         log = read_log(run / "training_log.csv", ("step", "loss", "val_bpb"))
+        _check_sizes(max(run.glob("checkpoints/step-*[0-9]"), default=None))
     except (UserError, OSError) as error:
         return row | {"fault": str(error)}
     model, bits = config.model, log["val_bpb"][np.isfinite(log["val_bpb"])]
@@ -45,6 +48,19 @@ def _row(run: Path) -> Row:
     known = {"step": int(log["step"][-1]), "loss": float(log["loss"][-1])} if len(log["loss"]) else {"step": 0}
     best = {"best_bpb": float(bits.min())} if len(bits) else {}
     return row | {"shape": f"{model.pattern}, width {model.dim}"} | asked | known | best
+
+
+def _check_sizes(newest: Path | None) -> None:
+    """Raise UserError if a file of the newest checkpoint is cut or gone; to read every byte would take too long."""
+    if newest is None:
+        return
+    try:
+        manifest = json.loads(read(newest / "manifest.json"))
+        for name, expected in manifest.items():
+            if (newest / Path(name).name).stat().st_size != expected["bytes"]:
+                raise UserError(f"{newest.name}/{name} is cut; an older checkpoint may be whole")
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{newest.name}/manifest.json is not a manifest; an older checkpoint may be whole") from None
 
 
 def lines(rows: list[Row]) -> Iterator[str]:

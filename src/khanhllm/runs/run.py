@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +18,13 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
 from khanhllm.inference.generate import answer, most_read, write
+from khanhllm.inference.routes import watched
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import best_of, validations_of
 from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper
-from khanhllm.model.router import Router
 from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
@@ -174,12 +173,7 @@ class Run:
         layers, ids = self.config.model.moe_layers, self._ids(text)
         if not layers:
             raise UserError("this model has no mixture layers, and so no experts")
-        routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        chosen: list[tuple[Tensor, Tensor]] = []
-        with ExitStack() as hooks:
-            for router in routers:
-                handle = router.register_forward_hook(lambda _module, _inputs, output: chosen.append(output[0]))
-                hooks.callback(handle.remove)
+        with watched(self.model) as chosen:
             self.logits(text)
         expert_LTK, weight_LTK = (torch.stack(parts).cpu() for parts in zip(*chosen, strict=True))
         return ExpertChoices([self.tokenizer.decode([token]) for token in ids], layers, expert_LTK, weight_LTK)
@@ -280,4 +274,9 @@ def open_run(run: Path, machine_config: MachineConfig | None = None, step: Step 
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than this model knows")
-    return Run(path, config, machine, model, tokenizer, checkpoint.read_state(path))
+    state = checkpoint.read_state(path)
+    if state["tokenizer"] not in ("", tokenizer.sha256):  # empty in a checkpoint from before it was noted
+        raise UserError(
+            f"{run / 'tokenizer.json'} is not the tokenizer that the model learned with; bring that one back"
+        )
+    return Run(path, config, machine, model, tokenizer, state)

@@ -46,6 +46,8 @@ class Own(Asked):
 
     off: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=10_000)] = []
     """experts to do without, each as [layer, expert]"""
+    routes: bool = False
+    """tell with each choice which experts its tokens went to, and those of the prompt"""
 
 
 class Writes(Asked):

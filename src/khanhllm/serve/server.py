@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
@@ -40,7 +41,7 @@ from khanhllm.serve.openai import (
     parsed,
     usage,
 )
-from khanhllm.serve.writing import Logprobs, Piece, Wanted, Writing
+from khanhllm.serve.writing import Logprobs, Piece, Seen, Wanted, Writing, told
 
 STREAM = {"content-type": "text/event-stream", "x-accel-buffering": "no"}
 
@@ -70,10 +71,18 @@ class Server:
             ("GET", "/tokenizer_info", self.tokenizer_info),
         ]
         routes = [Route(path, endpoint, methods=[method]) for method, path, endpoint in paths]
-        handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
-        self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        self.app.router.redirect_slashes = False
+        self.app = application(routes, self._lifespan)
         self.guard: Guard | None = None
+
+    @property
+    def talks(self) -> bool:
+        """Whether the run was taught to talk."""
+        return self.run.talks
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What ended the engine."""
+        return self.engine.fault
 
     def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
         """The application behind its guard, whose settings these are."""
@@ -82,11 +91,19 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        thread.start()
+        self.start()
         yield
+        await self.stop()
+
+    def start(self) -> None:
+        """Let the engine work."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End all jobs, and the engine."""
         self.engine.close()
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
         self.engine.run()
@@ -157,6 +174,7 @@ class Server:
     async def _answer(
         self, request: Request, asked: Writes, wanted: Sequence[Wanted], choices: int, form: Form
     ) -> Response:
+        wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
             writing = Writing(self.engine, self.tokenizer, wanted)
         except Full:
@@ -254,7 +272,9 @@ class Server:
             scores = [score for piece in pieces for score in piece.scores]
             logprobs = Logprobs(self.tokenizer).add(scores) if one.logprobs is not None else None
             text = "".join(piece.text for piece in pieces)
-            choices.append(form.whole(index, text, logprobs, pieces[-1].finish))
+            seen = [piece.seen for piece in pieces if piece.seen]
+            whole = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
+            choices.append(form.whole(index, text, logprobs, pieces[-1].finish) | self._told(whole))
         return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
 
     async def _events(
@@ -280,17 +300,28 @@ class Server:
                 if piece.error:
                     yield event(_as_refused(piece.error).body())
                     return
-                if not (piece.text or piece.scores or piece.finish):
+                if not (piece.text or piece.scores or piece.finish or piece.seen):
                     continue
                 scores = wanted[piece.choice].logprobs is not None
                 scored = logprobs[piece.choice].add(piece.scores) if scores else None
-                choice = form.part(piece.choice, piece.text, scored, piece.finish)
+                choice = form.part(piece.choice, piece.text, scored, piece.finish) | self._told(piece.seen)
                 yield event(reply | {"choices": [choice]} | counted)
             if count:
                 yield event(reply | {"choices": [], "usage": usage(tokens, writing.written)})
             yield DONE
         finally:
             writing.cancel()
+
+    def _told(self, seen: Seen | None) -> dict[str, Any]:
+        return {"khanhllm": told(self.tokenizer, seen)} if seen else {}
+
+
+def application(routes: Sequence[Route], lifespan: Any) -> Starlette:
+    """These routes; whatever goes wrong is answered in JSON."""
+    handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
 
 
 def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:

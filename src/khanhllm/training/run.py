@@ -57,7 +57,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
     with _opened(config, folder, resume) as (parts, state, log, saver, stop), ExitStack() as readers:
         train = parts.config.train
         rows = readers.enter_context(closing(rows_of(parts, state, stop)))
-        started = time.perf_counter() - (state.share or 0) * train.seconds
+        passed = log.seconds if state.share is None else state.share * train.seconds
+        started = time.perf_counter() - passed
         first, finished = state.step + 1, _make_up(parts, state, log, stop)
         last = finished or bool(stop.asked)
         while not last:
@@ -227,6 +228,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "cursor": state.cursor,
         "load": state.load_LE.tolist(),
         "data": parts.train.sha256,
+        "tokenizer": parts.tokenizer.sha256,
         "folder": str(parts.train.folder.resolve()),
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
