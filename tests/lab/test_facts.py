@@ -13,7 +13,7 @@ from conftest import plain_machine
 from khanhllm import cli
 from khanhllm.lab import facts as lab
 from khanhllm.lab import recall
-from khanhllm.lab.facts import CHOICES, MARKS, MODELS, NAMES, Facts, bits_stored, measure, race
+from khanhllm.lab.facts import BITS, CHOICES, MARKS, MODELS, NAMES, Facts, bits_stored, measure, race, vocabulary
 from khanhllm.settings import resolve
 
 SMALL = {
@@ -23,8 +23,6 @@ SMALL = {
     "schedule": lab.RECIPE["schedule"] | {"warmup": 5},
     "machine": {"device": "cpu", "threads": 1},
 }
-EACH = sum(map(math.log2, CHOICES.values()))
-"""what one fact says (bits)"""
 
 
 class Planted(torch.nn.Module):
@@ -47,13 +45,13 @@ UNIFORM = [math.log(choices) for choices in CHOICES.values()]
 @pytest.mark.parametrize("number", [1, 2, 50, 81])
 def test_facts_are_unique_and_say_exactly_so_much(number):
     facts = Facts.draw(number, 3)
+    assert pytest.approx(math.log2(28 * 12 * 100 * 200 * 100)) == BITS
     assert len({tuple(row) for row in facts.ids[:, :NAMES].tolist()}) == number
-    assert facts.bits == pytest.approx(number * math.log2(28 * 12 * 100 * 200 * 100))
     start = 2 * facts.names
     for column, choices in zip(facts.ids[:, NAMES:].T, CHOICES.values(), strict=True):
         assert start <= column.min() <= column.max() < start + choices
         start += choices
-    assert start == facts.vocab_size
+    assert start == vocabulary(number)
     assert (facts.ids == Facts.draw(number, 3).ids).all() and (facts.ids != Facts.draw(number, 4).ids).any()
 
 
@@ -77,7 +75,7 @@ def test_a_row_is_a_pure_function_of_seed_and_cursor():
 
 def test_who_knows_all_holds_all_and_who_knows_only_the_format_holds_nothing():
     facts = Facts.draw(9, 0)
-    assert sum(measure(Planted(99, [[0.0] * 5] * 9), facts, plain_machine())) == pytest.approx(facts.bits)
+    assert sum(measure(Planted(99, [[0.0] * 5] * 9), facts, plain_machine())) == pytest.approx(9 * BITS)
     assert sum(measure(Planted(0, [UNIFORM] * 9), facts, plain_machine())) == pytest.approx(0, abs=1e-4)
     assert bits_stored([math.log(568)] * 5, 9) == [0.0] * 5  # not even the format
 
@@ -104,7 +102,7 @@ def test_facts_are_measured_in_several_batches(monkeypatch):
     monkeypatch.setattr(lab, "ROWS", 3)
     facts = Facts.draw(8, 0)
     found = measure(Planted(1, [[0.0] * 5] * 6 + [UNIFORM] * 2), facts, plain_machine())
-    assert sum(found) == pytest.approx(6 * EACH)
+    assert sum(found) == pytest.approx(6 * BITS)
 
 
 def test_an_even_model_holds_nothing():
@@ -118,17 +116,17 @@ def test_an_even_model_holds_nothing():
 @pytest.mark.slow
 def test_three_models_learn_the_facts_by_heart_in_equal_time_and_no_others():
     """The clock of this test counts steps."""
-    config = resolve(SMALL, {"train": {"seconds": 120}})
+    config = resolve(SMALL, {"train": {"seconds": 96}})
     facts, steps = Facts.draw(20, 0), count()
     runners = race(config, facts, plain_machine(), clock=lambda: float(next(steps)))
     assert list(runners) == list(MODELS)
     for runner in runners.values():
-        assert (runner.state.step, runner.state.cursor) == (120, 120 * 20)
-        assert runner.seconds == pytest.approx([10 * mark for mark in range(MARKS + 1)], abs=1)
-        assert runner.bits[0] < 0.05 * facts.bits and runner.bits[-1] > 0.95 * facts.bits
+        assert (runner.state.step, runner.state.cursor) == (96, 96 * 20)
+        assert runner.seconds == pytest.approx([8 * mark for mark in range(MARKS + 1)], abs=1)
+        assert runner.bits[0] < 0.05 * 20 * BITS and runner.bits[-1] > 0.95 * 20 * BITS
         other = Facts.draw(20, 1)  # nearly the same names, other values
-        assert sum(measure(runner.learner.model, other, plain_machine())) < 0.1 * other.bits
-    found = lab.summary([runners], [facts])
+        assert sum(measure(runner.learner.model, other, plain_machine())) < 0.1 * 20 * BITS
+    found = lab.summary(config, 20, [{name: runner.result(facts) for name, runner in runners.items()}])
     sizes = {name: found[name]["parameters"] for name in MODELS}
     assert sizes["active"] < sizes["mixture"] and abs(sizes["total"] / sizes["mixture"] - 1) < 0.05
     assert abs(found["mixture"]["active_parameters"] / sizes["active"] - 1) < 0.05
@@ -145,7 +143,7 @@ def test_all_is_written_shown_and_drawn(monkeypatch, capsys, tmp_path):
     assert found == json.loads((out / "facts.json").read_text())
     assert (out / "facts.png").stat().st_size > 5000
     assert [run["seed"] for run in found["models"]["total"]["runs"]] == [0, 1]
-    assert found["bits"] == pytest.approx(20 * EACH)
+    assert found["bits"] == pytest.approx(20 * BITS)
     assert cli.main(words) == 0
     said = capsys.readouterr()
     for word in ("bits held", "bits per parameter", "2404.05405", "equal arithmetic", str(out / "facts.png")):

@@ -70,7 +70,9 @@ def lab_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", metavar="S", default="50", help="time that each model trains (seconds, 50)")
     parser.add_argument("--seeds", metavar="K", type=some, default=3, help="repetitions, each with other facts (3)")
     parser.add_argument("--json", action="store_true", help="print facts.json instead of the table")
-    parser.add_argument("--out", metavar="DIR", type=name, default="facts", help="the folder to write (facts)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=name, default="bench/facts", help="the folder to write (bench/facts)"
+    )
     knobs(parser, ["machine"])
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from khanhllm.data.batches import Batch, batches
 from khanhllm.machine.devices import Machine
-from khanhllm.model.counts import active_parameters, total_parameters
+from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.model.twin import dense_twin
 from khanhllm.schema import Config
 from khanhllm.training.step import Learner, State, train_step
@@ -74,6 +74,20 @@ ROWS = 1024
 Clock = Callable[[], float]
 
 
+BITS = sum(map(math.log2, CHOICES.values()))
+"""what there is to know of one fact"""
+
+
+def names_for(number: int) -> int:
+    """First names that so many facts need, and last names."""
+    return math.isqrt(number - 1) + 1
+
+
+def vocabulary(number: int) -> int:
+    """Tokens of so many facts."""
+    return 2 * names_for(number) + sum(CHOICES.values())
+
+
 @dataclass(frozen=True)
 class Facts:
     """Made-up people. A source of rows, as prepared shards are."""
@@ -87,22 +101,13 @@ class Facts:
     def draw(cls, number: int, seed: int) -> "Facts":
         """So many facts with unique names. Nearly all pairs of a first and a last name are taken, because knowing which
         of them exist is knowledge too, which nobody counts here."""
-        names, random = math.isqrt(number - 1) + 1, np.random.default_rng(seed)
+        names, random = names_for(number), np.random.default_rng(seed)
         pair = random.permutation(names**2)[:number]
         columns, start = [pair // names, names + pair % names], 2 * names
         for choices in CHOICES.values():
             columns.append(start + random.integers(choices, size=number))
             start += choices
         return cls(np.stack(columns, axis=1).astype(np.int64), names)
-
-    @property
-    def vocab_size(self) -> int:
-        return 2 * self.names + sum(CHOICES.values())
-
-    @property
-    def bits(self) -> float:
-        """All there is to know."""
-        return len(self.ids) * sum(map(math.log2, CHOICES.values()))
 
     def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
         """The rows of a training, endlessly: in each epoch every fact once, in an order of its own."""
@@ -180,6 +185,7 @@ class Runner:
         self.bits.append(sum(self.by_attribute))
 
     def result(self, facts: Facts) -> dict[str, Any]:
+        """What facts.json says of one training."""
         return {
             "seed": self.learner.config.train.seed,
             "steps": self.state.step,
@@ -224,28 +230,24 @@ def race(
     return runners
 
 
-def summary(rounds: list[dict[str, Runner]], facts: list[Facts]) -> dict[str, Any]:
-    """What facts.json says of each model, from the rounds of all seeds."""
+def summary(config: Config, number: int, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What facts.json says of each model, from the results of all seeds."""
     found: dict[str, Any] = {}
-    for name in MODELS:
-        model = rounds[0][name].learner.model
-        parameters = total_parameters(model)
-        runs = [runners[name].result(its) for runners, its in zip(rounds, facts, strict=True)]
+    for name, one in configs(config).items():
+        model, runs = on_paper(one.model), [results[name] for results in rounds]
         bits = [run["bits"][-1] for run in runs]
+        over = [results["mixture"]["bits"][-1] / max(results[name]["bits"][-1], 1.0) for results in rounds]
         found[name] = {
-            "parameters": parameters,
+            "parameters": total_parameters(model),
             "active_parameters": active_parameters(model),
-            "hidden": model.config.hidden,
+            "hidden": one.model.hidden,
             "bits": spread(bits),
-            "share": spread([one / its.bits for one, its in zip(bits, facts, strict=True)]),
-            "bits_per_parameter": spread([one / parameters for one in bits]),
+            "share": spread([each / (number * BITS) for each in bits]),
+            "bits_per_parameter": spread([each / total_parameters(model) for each in bits]),
             "readings": spread([run["readings"] for run in runs]),
+            "mixture_over_it": spread(over),
             "runs": runs,
         }
-    ours = [run["bits"][-1] for run in found["mixture"]["runs"]]
-    for name in ("active", "total"):
-        theirs = [run["bits"][-1] for run in found[name]["runs"]]
-        found[name]["mixture_over_it"] = spread([a / max(b, 1.0) for a, b in zip(ours, theirs, strict=True)])
     return found
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from khanhllm.draw import counted, duration, short
 from khanhllm.errors import UserError, missing_extra
 from khanhllm.files import check_writable, publish
-from khanhllm.lab.facts import MARKS, MODELS, RECIPE, Facts, race, summary
+from khanhllm.lab.facts import BITS, MARKS, MODELS, RECIPE, Facts, race, summary, vocabulary
 from khanhllm.machine.devices import open_machine
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import resolve
@@ -31,12 +31,12 @@ readings and about 2 after 1,000 (Allen-Zhu and Li 2024, arXiv 2404.05405)."""
 
 def show(number: int, seconds: Any, seeds: int, machine: MachineConfig, as_json: bool, out: Path) -> None:
     """Train the three models with each seed, write facts.json and facts.png, and print the table. Raises UserError."""
-    configs = [_config(number, seconds, seed, machine) for seed in range(seeds)]
+    config = _config(number, seconds, machine)
     written, picture = out / "facts.json", out / "facts.png"
     try:
         for path in (written, picture):
             check_writable(path)
-        found = learn(configs, number, Console(stderr=True, highlight=False))
+        found = learn(config, number, seeds, Console(stderr=True, highlight=False))
         out.mkdir(parents=True, exist_ok=True)
         publish(written, json.dumps(found, indent=1) + "\n")
         drawn = _drawn(found, picture)
@@ -51,45 +51,46 @@ def show(number: int, seconds: Any, seeds: int, machine: MachineConfig, as_json:
     console.print(f"written: {written}, {drawn}", markup=False, soft_wrap=True)
 
 
-def _config(number: int, seconds: Any, seed: int, machine: MachineConfig) -> Config:
-    vocabulary = {"vocab_size": max(Facts.draw(number, seed).vocab_size, 264)}  # 264: the least that a model takes
-    asked = {"model": vocabulary, "train": {"seconds": seconds, "seed": seed}, "machine": machine.model_dump()}
+def _config(number: int, seconds: Any, machine: MachineConfig) -> Config:
+    size = {"vocab_size": max(vocabulary(number), 264)}  # the least that a model takes
+    asked = {"model": size, "train": {"seconds": seconds}, "machine": machine.model_dump()}
     config = resolve(RECIPE, asked, where="lab facts", names={"train.seconds": "--seconds"})
     if not config.train.seconds:
         raise UserError("lab facts: --seconds must be more than 0")
     return config
 
 
-def learn(configs: list[Config], number: int, console: Console) -> dict[str, Any]:
+def learn(config: Config, number: int, seeds: int, console: Console) -> dict[str, Any]:
     """The race of each seed, as it goes to facts.json."""
-    opened = open_machine(configs[0].machine)
-    opened.take_process()
-    facts = [Facts.draw(number, config.train.seed) for config in configs]
-    whole, seconds = facts[0].bits, configs[0].train.seconds
+    machine, seconds = open_machine(config.machine), config.train.seconds
+    machine.take_process()
     console.print(
-        f"{counted(number, 'made-up fact')}, such as: {facts[0].in_words(0)}.\n"
-        f"That is {short(whole)} bits to know. {len(MODELS)} models take turns, {duration(seconds)} each"
-        f"{f', with {len(configs)} seeds' if len(configs) > 1 else ''}: "
-        f"{duration(len(MODELS) * len(configs) * seconds)} and a little."
+        f"{counted(number, 'made-up fact')}, such as: {Facts.draw(number, 0).in_words(0)}.\n"
+        f"That is {short(number * BITS)} bits to know. {len(MODELS)} models take turns, {duration(seconds)} each, with "
+        f"{counted(seeds, 'seed')}: {duration(len(MODELS) * seeds * seconds)} and a little.",
+        soft_wrap=True,
     )
     rounds = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("learning by heart", total=len(configs) * MARKS * len(MODELS))
-        for config, its in zip(configs, facts, strict=True):
-            rounds.append(race(config, its, opened, told=lambda: progress.advance(bar)))
-            held = "; ".join(f"{MODELS[name]}: {short(one.bits[-1])} bits" for name, one in rounds[-1].items())
-            console.print(f"seed {config.train.seed}: {held}", soft_wrap=True)
+        bar = progress.add_task("learning by heart", total=seeds * MARKS * len(MODELS))
+        for seed in range(seeds):
+            facts = Facts.draw(number, seed)
+            one = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+            runners = race(one, facts, machine, told=lambda: progress.advance(bar))
+            rounds.append({name: runner.result(facts) for name, runner in runners.items()})
+            held = "; ".join(f"{MODELS[name]}: {short(runner.bits[-1])} bits" for name, runner in runners.items())
+            console.print(f"seed {seed}: {held}", soft_wrap=True)
     return {
         "version": VERSION,
         "facts": number,
-        "bits": whole,
+        "bits": number * BITS,
         "seconds": seconds,
-        "seeds": len(configs),
-        "device": str(opened.device),
+        "seeds": seeds,
+        "device": str(machine.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "shape": configs[0].model.model_dump(),
-        "models": summary(rounds, facts),
+        "shape": config.model.model_dump(),
+        "models": summary(config, number, rounds),
     }
 
 
