@@ -206,9 +206,9 @@ class Server:
             text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
             raise Refused(400, text, "context_length_exceeded", "messages")
         most, closed = asked.tokens or context, self._closed(asked)
-        ends, seed = self.tokenizer.special_ids, _seed(asked)
+        seed = _seed(asked)
         return [
-            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed, ends)
+            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed)
             for nth in range(asked.n)
         ]
 
@@ -219,8 +219,7 @@ class Server:
         if asked.n * len(prompts) > most:
             text = f"{len(prompts)} prompts x n {asked.n} are more texts than this server holds, {most}"
             raise Refused(400, text, param="n")
-        seed, ends = _seed(asked), frozenset({self.tokenizer.end_of_text})
-        closed, wanted, context = self._closed(asked), [], self.shape.context
+        seed, closed, wanted, context = _seed(asked), self._closed(asked), [], self.shape.context
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             implied = isinstance(prompt, str) or ids[:1] != [self.tokenizer.end_of_text]
@@ -232,9 +231,7 @@ class Server:
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
                 sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
-                wanted.append(
-                    Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed, ends)
-                )
+                wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
         return wanted
 
     def _closed(self, asked: Writes) -> dict[int, list[int]]:
