@@ -65,7 +65,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("record", "why"), REFUSED)
 def test_what_breaks_the_rule_is_refused_by_its_place(record, why):
-    """Fault 17: roles that do not alternate, an assistant first, unknown roles; and tools, images, weights."""
+    """Roles that do not alternate, an assistant first, unknown roles; and tools, images, weights."""
     with pytest.raises(UserError, match=r"^chats\.jsonl, line 3") as refused:
         conversation(record, "chats.jsonl, line 3")
     assert why in str(refused.value) and "\n" not in str(refused.value)

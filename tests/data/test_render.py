@@ -48,7 +48,7 @@ def conversations(draw):
 @settings(max_examples=100, deadline=None)
 @given(messages=conversations())
 def test_what_is_served_is_the_beginning_of_what_was_trained_on(tokenizer, marks, messages):
-    """Faults 9, 10, 11, 12, 16: one end-of-text, a prefix law, texts encoded by themselves, no token out of a text, and
+    """One end-of-text, a prefix law, texts encoded by themselves, no token out of a text, and
     a system message only where there is one."""
     whole = render(messages, tokenizer)
     for nth, message in enumerate(messages):
@@ -69,7 +69,7 @@ def test_what_is_served_is_the_beginning_of_what_was_trained_on(tokenizer, marks
 @settings(max_examples=100, deadline=None)
 @given(messages=conversations())
 def test_exactly_the_answers_and_their_ends_count(tokenizer, marks, messages):
-    """Faults 2, 3, 8: every answer of every turn, from its first token to the one that ends it, and nothing else."""
+    """Every answer of every turn, from its first token to the one that ends it, and nothing else."""
     ids = np.array([render(messages, tokenizer)])
     targets = ids[0, 1:][counted(ids, marks)[0]].tolist()
     answers = [message.text for message in messages if message.role == "assistant"]
@@ -77,13 +77,12 @@ def test_exactly_the_answers_and_their_ends_count(tokenizer, marks, messages):
 
 
 def test_user_text_stays_text(tokenizer):
-    """Fault 12."""
     ids = render([Message("user", HOSTILE)], tokenizer)
     assert tokenizer.decode(ids[2:]) == HOSTILE and not set(ids[2:]) & tokenizer.special_ids
 
 
 def test_blocks_hold_whole_conversations_and_next_to_no_padding(tokenizer, marks):
-    """Faults 6, 9, 14: each begins with end-of-text, none is torn, and what fills a row never counts."""
+    """Each begins with end-of-text, none is torn, and what fills a row never counts."""
     rendered = [np.array(render(messages, tokenizer)) for _, messages in made(3000)]
     packed = list(blocks(rendered, 128, marks.end_of_text))
     assert all(len(block) == 128 and block[0] == marks.end_of_text for block in packed)
@@ -99,7 +98,6 @@ def test_blocks_hold_whole_conversations_and_next_to_no_padding(tokenizer, marks
 
 
 def test_a_long_conversation_is_cut_at_a_turn(tokenizer, marks):
-    """Fault 6."""
     turn = [Message("user", "red cat"), Message("assistant", "green dog")]
     messages = [Message("system", "sun"), *turn * 50]
     ids, lost = cut(messages, tokenizer, 64)
@@ -140,7 +138,7 @@ def chats(path, records):
 
 
 def test_shards_of_conversations(tokenizer, marks, tmp_path):
-    """Fault 18: the hash of a whole conversation decides its split, and no row holds parts of two splits."""
+    """The hash of a whole conversation decides its split, and no row holds parts of two splits."""
     source = chats(tmp_path / "chats.jsonl", [messages for _, messages in made(500)])
     manifest = prepare(source, tokenizer, tmp_path / "out", validation=0.1, workers=1, laid_for=64)
     assert manifest.laid.conversations == 500 and manifest.laid.context == 64
@@ -158,7 +156,6 @@ def test_shards_of_conversations(tokenizer, marks, tmp_path):
 
 
 def test_conversations_that_only_begin_alike_are_split_by_what_follows(tokenizer, tmp_path):
-    """Fault 18."""
     turn = [Message("user", "red cat and green dog"), Message("assistant", "sun")]
     source = chats(tmp_path / "chats.jsonl", [[*turn, Message("user", str(n)), turn[1]] for n in range(200)])
     manifest = prepare(source, tokenizer, tmp_path / "out", validation=0.2, workers=1, laid_for=64)
@@ -177,7 +174,7 @@ def test_shards_say_what_was_cut_and_left_out(tokenizer, tmp_path):
 
 
 def test_what_is_no_source_of_conversations(tokenizer, tmp_path):
-    """Fault 4: without any answer there is nothing to learn."""
+    """Without any answer there is nothing to learn."""
     asked = chats(tmp_path / "asked.jsonl", [[Message("user", "red cat?")], [Message("user", "sun?")]])
     (tmp_path / "plain.txt").write_text("red cat")
     (tmp_path / "empty.jsonl").write_text("\n")

@@ -45,7 +45,6 @@ def exported(run, out, to="hf", **options):
 
 @pytest.mark.parametrize("remote_code", [False, True])
 def test_transformers_writes_a_conversation_as_we_do(tmp_path, tokenizer, remote_code):
-    """Faults 9, 10, 16."""
     folder = exported(a_run(tmp_path / "run", tokenizer, targets="answers"), tmp_path / "out", remote_code=remote_code)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for messages in TALKS:

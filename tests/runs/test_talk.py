@@ -43,8 +43,12 @@ def test_lines_in_answers_out(talk, capsys):
 
 
 def test_commands(talk, capsys):
-    asked = talk("one", "/undo", "two", "/new", "three", "/system Short.", "four", "/what", "/help", "/quit", "five")
-    assert asked == [["user: one"], ["user: two"], ["user: three"], ["system: Short.", "user: four"]]
+    asked = talk(
+        "one", "zero", "/undo", "two", "/new", "three", "/system Short.", "four", "/what", "/help", "/quit", "five"
+    )
+    first = ["user: one", "assistant: answer 1"]
+    assert asked[:3] == [["user: one"], [*first, "user: zero"], [*first, "user: two"]]
+    assert asked[3:] == [["user: three"], ["system: Short.", "user: four"]]
     told = capsys.readouterr().err
     assert "/what is unknown" in told and "/undo " in told
 

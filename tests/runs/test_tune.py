@@ -115,7 +115,7 @@ def test_without_the_text_of_the_base_nothing_is_replayed(base, tmp_path):
 
 
 def test_it_learns_to_end_its_answers(base, tmp_path):
-    """Faults 2 and 13: the token that ends an answer, which no text has taught, is likely after a hundred steps."""
+    """The token that ends an answer, which no text has taught, is likely after a hundred steps."""
     record = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
     other = {"question": "c?", "answer": "b"}
     source = tmp_path / "chats.jsonl"
@@ -137,11 +137,13 @@ def test_it_learns_to_end_its_answers(base, tmp_path):
         ({"replay": 1.0}, "--replay must be 0, or from 0.1 to 0.9"),
         ({"rate": -1.0}, "--epochs and --rate must be above 0"),
         ({"settings": {"model": {"context": 32}}}, "leave out --model options"),
+        ({"settings": {"data": {"clean": "gopher"}}}, "cleans texts, and .* holds conversations; leave it out"),
     ],
 )
 def test_what_cannot_be_tuned_writes_nothing(base, tmp_path, options, why):
+    tune(base, tmp_path / "before", source := chats(tmp_path / "chats.jsonl"))  # its rows lie in the cache
     with pytest.raises(UserError, match=why):
-        tune(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), **options)
+        tune(base, tmp_path / "out", source, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -178,7 +180,7 @@ def test_replayed_rows_are_those_of_the_base_whatever_the_step(base):
 
 
 def test_a_mixture_is_balanced_while_it_is_tuned(base, tmp_path, capsys):
-    """Fault 19: the balancing loss stays, and the doctor looks at the load."""
+    """The balancing loss stays, and the doctor looks at the load."""
     config = tuned(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), epochs=1)
     assert config.loss == open_run(base).config.loss and config.loss.balance > 0
     assert all(float(row["balance"]) > 0 for row in logged(tmp_path / "out"))

@@ -41,7 +41,7 @@ def expected(run, messages, **sampling):
 
 
 def test_an_answer_is_that_of_the_run(chat, talker):
-    """Fault 10: served and trained on in one form."""
+    """Served and trained on in one form."""
     messages = [{"role": "system", "content": "Code."}, *ASKED]
     found = post(chat, messages).json()
     assert found["object"] == "chat.completion" and found["id"].startswith("chatcmpl-")

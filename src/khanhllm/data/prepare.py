@@ -293,6 +293,7 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     tokenizer, located = Tokenizer.load(Path(data.tokenizer)), locate(data.source, data.bad)
     check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
+    recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already
     folder = Path(data.cache) / _folder_name(data.source, recipe)
     with _alone(folder):
         if there(folder / MANIFEST):
