@@ -216,7 +216,7 @@ def test_items_cut_for_length_are_counted(tmp_path, files):
 
 
 def test_the_verb_prints_a_table_and_writes_two_files(run, files, tmp_path, capsys, monkeypatch):
-    folder, out = run.checkpoint.parents[1], tmp_path / "scores.json"
+    folder, out = run.checkpoint.parents[1], tmp_path / "new" / "scores.json"
     words = ["evaluate", str(folder), "--suite", "--files", str(files), "--items", "10", "--machine.threads", "1"]
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*words, "--out", str(out)]) == 0

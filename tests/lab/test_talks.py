@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny
 from khanhllm.data.batches import batch_of
 from khanhllm.data.counting import Marks, counted
+from khanhllm.errors import UserError
 from khanhllm.lab import experts, suite, talks
 from khanhllm.lab.sample import take
 from khanhllm.runs.evaluate import held_out, score_opened
@@ -92,6 +93,14 @@ def test_the_laboratory_reads_conversations_as_training_does(opened):
     _, (routing,) = opened.model(batch.inputs_BT, batch.targets_BT, *batch.extras)
     shares = [one["share"] for one in found["layers"][0]["experts"]]
     assert shares == pytest.approx((routing.load_E / routing.load_E.sum()).tolist())
+
+
+def test_the_laboratory_reads_other_conversations_too(opened):
+    source = str(opened.checkpoint.parents[2] / "chats.jsonl")
+    value = suite.bits_per_byte(opened, source)["value"]
+    assert value == pytest.approx(score_opened(opened, source)["val_bpb"], rel=1e-5)
+    with pytest.raises(UserError, match="leave out --part"):
+        take(opened, source, 1000, "file")
 
 
 def test_a_suite_without_the_conversations_measures_the_rest(opened):

@@ -106,6 +106,7 @@ def test_a_run_that_was_not_taught_is_refused_in_one_line(served, capsys):
         served.chat([{"role": "user", "content": "Hi"}])
 
 
-def test_a_closed_output_is_no_accident(talk, monkeypatch):
+def test_a_closed_output_is_told(talk, monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
-    assert talk("one", "two")[1] == ["user: one", "assistant: answer 1", "user: two"]
+    with pytest.raises(UserError, match="one of them is closed"):
+        talk("one")

@@ -13,7 +13,7 @@ from khanhllm.data.counting import Reading, padding, places
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
-from khanhllm.runs.evaluate import held_out, validation_of
+from khanhllm.runs.evaluate import conversations, held_out, validation_of
 from khanhllm.runs.run import Run
 
 if TYPE_CHECKING:
@@ -69,9 +69,14 @@ def take(opened: Run, source: str | None, tokens: int, part: str | None = None) 
         shards = validation_of(Path(source), opened)
     if shards and part:
         raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
+    rows = conversations(source, opened) if source is not None and not shards else None
+    if rows is not None and part:
+        raise UserError(f"rows of conversations hold several; leave out --part {part}")
     if shards:
         ids, names, part_of = _spread(shards, windows), ["all"], [0]
         told = f"held-out text of {shards.manifest.source}"
+    elif rows is not None:
+        ids, names, part_of, told = list(islice(rows, windows)), ["all"], [0], str(source)
     else:
         ids, names, part_of = _by_part(opened, str(source), windows, part)
         told = str(source)

@@ -66,6 +66,7 @@ def write(path: Path, found: dict[str, Any], name: str) -> str:
     """Write the JSON file, and the picture beside it; the name of the picture, or why there is none."""
     picture = path.with_suffix(".png")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, json.dumps(found, indent=1))
         draw(found, picture, name)
     except ModuleNotFoundError as error:

@@ -29,8 +29,8 @@ class Talk:
 
     def run(self) -> None:
         """Talk until the input ends."""
-        if sys.stdin is None:
-            raise UserError("khanhllm chat reads standard input, which is closed")
+        if sys.stdin is None or sys.stdout is None:
+            raise UserError("khanhllm chat needs standard input and output, and one of them is closed")
         if self.person:
             with suppress(ImportError):
                 import readline  # noqa: F401  arrow keys, and earlier questions
