@@ -186,5 +186,6 @@ def test_what_is_no_source_of_conversations(tokenizer, tmp_path):
     ):
         with pytest.raises(UserError, match=why):
             prepare(source, tokenizer, tmp_path / "out", validation=0.1, workers=1, laid_for=64)
+    wrong = str(tmp_path / "wrong.jsonl")
     with pytest.raises(UserError, match=r"nothing of it can be read \(data.bad = skip\)"):
-        prepare(str(tmp_path / "wrong.jsonl"), tokenizer, tmp_path / "out", validation=0.1, workers=1, laid_for=64, bad="skip")
+        prepare(wrong, tokenizer, tmp_path / "out", validation=0.1, workers=1, laid_for=64, bad="skip")

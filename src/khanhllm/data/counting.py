@@ -34,7 +34,7 @@ class Marks(NamedTuple):
         for name in SPECIALS:
             if name not in tokenizer.specials:
                 raise UserError(
-                    f"the tokenizer has no token {name}, which conversations need; take one by `khanhllm tokenizer`"
+                    f"the tokenizer has no token {name}, which conversations need; train with one that `khanhllm tokenizer` writes"
                 )
         return cls(*(tokenizer.specials[name] for name in SPECIALS))
 

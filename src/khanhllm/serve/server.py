@@ -206,7 +206,7 @@ class Server:
         if len(ids) >= context:
             text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
             raise Refused(400, text, "context_length_exceeded", "messages")
-        most, closed = asked.tokens or context, self._closed(asked)
+        most, closed = min(asked.tokens or context, context), self._closed(asked)
         seed = _seed(asked)
         return [
             Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed)
