@@ -33,9 +33,8 @@ class Marks(NamedTuple):
         """Raises UserError if the tokenizer lacks one."""
         for name in SPECIALS:
             if name not in tokenizer.specials:
-                raise UserError(
-                    f"the tokenizer has no token {name}, which conversations need; train with one that `khanhllm tokenizer` writes"
-                )
+                way = "train with one that `khanhllm tokenizer` writes"
+                raise UserError(f"the tokenizer has no token {name}, which conversations need; {way}")
         return cls(*(tokenizer.specials[name] for name in SPECIALS))
 
 

@@ -165,6 +165,7 @@ function chat(place) {
       }
     }
     say(answer.textContent);
+    status.scrollIntoView({ block: "nearest" }); // and the box for the next message with it
     const end = reason === "stop" ? "" : `Ended: ${WHY[reason] ?? reason}. `;
     return end + (forgot ? "The model no longer sees your first messages." : "");
   });
