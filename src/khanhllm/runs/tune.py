@@ -53,7 +53,9 @@ def tune(
 
     Raises UserError before anything is written.
     """
-    refuse_to_overwrite(out, resume=False)
+    if there(out / "config.toml"):
+        way = f"continue it (khanhllm train --resume --run {out}), or name another folder (--out)"
+        raise UserError(f"{out} already holds a run; {way}")
     if not (0 < epochs < math.inf and 0 < rate < math.inf):
         raise UserError(f"--epochs and --rate must be above 0, got {epochs:g} and {rate:g}")
     if replay and not LEAST_REPLAY <= replay <= 1 - LEAST_REPLAY:
