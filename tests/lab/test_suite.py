@@ -254,6 +254,7 @@ def test_a_score_within_two_errors_of_chance_is_in_parentheses():
         (["--items", "3"], "--items belongs to --suite or --tasks"),
         (["--suite", "--include-path", "there"], "--include-path belongs to --tasks"),
         (["--suite", "--tasks", "piqa"], "not allowed with"),
+        (["--tasks", "piqa", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
         (["--tasks", "piqa", "--data", "stdlib"], "leave out --data"),
         (["--tasks", " , "], "names no task"),
         (["--suite", "--core"], "CORE puts up to ten solved examples"),
