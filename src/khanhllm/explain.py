@@ -11,6 +11,7 @@ from khanhllm.schema import PATTERNS
 SENTENCES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
+    "dict_type": "must be an object",
     "finite_number": "must be a finite number",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
@@ -22,12 +23,16 @@ SENTENCES = {
     "int_type": "must be a whole number",
     "less_than": "must be less than {lt:,}",
     "less_than_equal": "must be at most {le:,}",
+    "list_type": "must be a list",
     "literal_error": "must be {expected}",
     "missing": "is missing",
     "model_type": "must be a group of keys",
     "string_too_long": "must have at most {max_length:,} characters",
+    "string_too_short": "must have at least {min_length:,} characters",
     "string_type": "must be text",
     "string_unicode": "must be text in UTF-8",
+    "too_long": "must have at most {max_length:,} items",
+    "too_short": "must have at least {min_length:,} items",
 }
 """for each type of pydantic's errors, and the facts that come with it"""
 
@@ -35,16 +40,21 @@ SENTENCES = {
 def explain(error: ValidationError, kind: type[BaseModel], names: Mapping[str, str]) -> str:
     """The first error in one line: the key, what is allowed, and the given value. names: what the user calls a key."""
     first = error.errors()[0]
-    key = ".".join(str(part)[:60] for part in first["loc"][:2])  # the rest is the type that pydantic tried
+    key = _key(first["loc"])
     if first["type"] == "extra_forbidden":
         for part in first["loc"][:-1]:
             kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
         known = list(kind.model_fields)
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1])[:60], known)}; known: {', '.join(known)}"
-    same = [sentence(other) for other in error.errors() if other["loc"][:2] == first["loc"][:2]]  # one for each type
+    same = [sentence(other) for other in error.errors() if _key(other["loc"]) == key]  # one for each type
     message = same[0] + "".join(f", or {text.removeprefix('must be ')}" for text in dict.fromkeys(same[1:]))
     key, given = names.get(key, key), first["input"]
     return f"{key}: {message}" + ("" if isinstance(given, Mapping | BaseModel) else f" (got {_shown(given)})")
+
+
+def _key(loc: tuple[str | int, ...]) -> str:
+    """The key at a place; what is no name, and what comes later, is the type that pydantic tried."""
+    return ".".join(str(part)[:60] for part in loc[:2] if str(part).replace("_", "").isalnum() or part == loc[0])
 
 
 def sentence(error: Any) -> str:

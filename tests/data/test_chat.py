@@ -54,6 +54,7 @@ REFUSED = [
     ({"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "message 2, by assistant, is empty"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "such as an image"),
     ({"messages": [{"role": "user", "content": 7}]}, "must be text, not int"),
+    ({"instruction": "Hi", "output": "Hello", "history": 5}, "history must be a list of"),
     ({"messages": "Hi"}, "the messages must be a list, not str"),
     ({"messages": ["Hi"]}, "message 1 is no object"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "answers to choose from"),

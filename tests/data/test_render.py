@@ -121,6 +121,16 @@ def test_the_oldest_turns_go_first_and_the_system_message_stays(tokenizer):
     assert fitting(messages[:2], tokenizer, 64) == messages[:2]
 
 
+def test_a_long_conversation_costs_no_more_than_what_is_kept(tokenizer, monkeypatch):
+    """To cut one of 10,000 turns once took 50 million encodings; a long talk took as many again for each question."""
+    turn = [Message("user", "red cat"), Message("assistant", "green dog")]
+    messages, encoded, encode = [*turn * 500, turn[0]], [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
+    assert len(fitting(messages, tokenizer, 64)) > 3 and len(encoded) < 64
+    encoded.clear()
+    assert len(cut(messages, tokenizer, 64)[0]) > 30 and len(encoded) < 64
+
+
 def chats(path, records):
     lines = ({"messages": [{"role": role, "content": text} for role, text in messages]} for messages in records)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -167,9 +177,15 @@ def test_what_is_no_source_of_conversations(tokenizer, tmp_path):
     """Without any answer there is nothing to learn."""
     asked = chats(tmp_path / "asked.jsonl", [[Message("user", "red cat?")], [Message("user", "sun?")]])
     (tmp_path / "plain.txt").write_text("red cat")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "wrong.jsonl").write_text('{"messages": 7}\n')
     for source, why in (
         (asked, "none of its conversations has an answer that fits into 64 tokens"),
+        (str(tmp_path / "empty.jsonl"), "every file of it is empty"),
         (str(tmp_path / "plain.txt"), "holds no conversations: those lie in JSON lines"),
     ):
         with pytest.raises(UserError, match=why):
             prepare(source, tokenizer, tmp_path / "out", validation=0.1, workers=1, laid_for=64)
+    wrong = str(tmp_path / "wrong.jsonl")
+    with pytest.raises(UserError, match=r"nothing of it can be read \(data.bad = skip\)"):
+        prepare(wrong, tokenizer, tmp_path / "out", validation=0.1, workers=1, laid_for=64, bad="skip")

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.data.tokenizer import SPECIALS, Tokenizer
 from khanhllm.inference.words import TokenWords, Words, spoken
 
 VIETNAMESE = "Khánh kể chuyện cổ tích 🏯 cho trẻ \ufffd em"
@@ -37,10 +37,11 @@ def test_half_a_character_at_the_end_is_marked(bytes_only):
     assert "".join(spoken(bytes_only, split(bytes_only, "a🏯")[:-1])) == "a\ufffd"
 
 
-def test_the_end_of_the_document_ends_it(bytes_only):
-    assert (
-        "".join(spoken(bytes_only, [*split(bytes_only, "ab"), bytes_only.end_of_text, *split(bytes_only, "c")])) == "ab"
-    )
+@pytest.mark.parametrize("name", SPECIALS)
+def test_a_special_token_ends_a_text(bytes_only, name):
+    """By its name in a text it would be taken for letters."""
+    tokens = [*split(bytes_only, "ab"), bytes_only.specials[name], *split(bytes_only, "c")]
+    assert "".join(spoken(bytes_only, tokens)) == "ab"
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))

@@ -17,13 +17,14 @@ from khanhllm.errors import UserError
 from khanhllm.lab import closing, doctor, experts, rooms
 from khanhllm.lab.closing import Cost, changed
 from khanhllm.lab.kinds import KINDS, kinds, shown
-from khanhllm.lab.sample import take
+from khanhllm.lab.sample import Sample, take
 from khanhllm.runs.run import open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.settings import resolve
 from khanhllm.training.run import train
 
 IDS = np.random.default_rng(0).integers(0, 300, (6, 33))
+SAMPLE = Sample(IDS, np.zeros(len(IDS), int), ["all"], "dice")
 SHAPES = [{}, {"experts_per_token": 1}, {"experts_per_token": 4}, {"router_bias": True}, {"style": "classic"}]
 MOE = 1
 """the layer of tiny's mixture"""
@@ -140,13 +141,13 @@ def test_what_a_mixture_is_worth_is_what_the_model_loses_without_it():
 def test_dice_send_each_token_to_different_experts_and_are_the_same_dice():
     model = build(tiny())
     with changed(model, MOE, closing.at_random(seed=1)):
-        found = experts.record(model, IDS, plain_machine()).expert_LWTK[0]
+        found = experts.record(model, SAMPLE, plain_machine()).expert_LWTK[0]
     assert (found[..., 0] != found[..., 1]).all()
     assert np.bincount(found.ravel()) == pytest.approx(np.full(4, found.size / 4), rel=0.25)
     with changed(model, MOE, closing.at_random(seed=1)):  # the experts compute by the load, so it must be the dice's
         assert load(model).tolist() == np.bincount(found.ravel()).tolist()
     with changed(model, MOE, closing.at_random(seed=1)):
-        assert np.array_equal(experts.record(model, IDS, plain_machine()).expert_LWTK[0], found)
+        assert np.array_equal(experts.record(model, SAMPLE, plain_machine()).expert_LWTK[0], found)
 
 
 def test_the_first_expert_alone_has_the_weight_of_all():
@@ -171,14 +172,14 @@ def test_a_cost_and_its_error():
 
 def test_a_planted_router_is_found():
     model = planted()
-    found = experts.record(model, IDS, plain_machine())
+    found = experts.record(model, SAMPLE, plain_machine())
     assert np.array_equal(found.expert_LWTK[0, :, :, 0], IDS[:, :-1] % 4)
     assert np.array_equal(found.expert_LWTK[0, :, :, 1], (IDS[:, :-1] + 1) % 4)
     assert torch.equal(found.nats_W, closing.losses(model, IDS, plain_machine()))
     assert 0 < found.opinion_L[0] < 1
     with torch.no_grad():
         closing.router_of(model, 0).weight.zero_()
-    assert experts.record(model, IDS, plain_machine()).opinion_L == pytest.approx([1])
+    assert experts.record(model, SAMPLE, plain_machine()).opinion_L == pytest.approx([1])
 
 
 @pytest.fixture(scope="module")

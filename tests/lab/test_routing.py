@@ -64,8 +64,9 @@ def test_pairs_that_go_together():
 
 
 def test_the_same_expert_again():
-    assert routing.repetition(np.repeat(np.arange(E), 10).reshape(E, 10), E) == (1, pytest.approx(1 / E), 0)
-    random = routing.repetition(RANDOM.reshape(100, -1), E)
+    all_WT = np.ones((E, 10), bool)
+    assert routing.repetition(np.repeat(np.arange(E), 10).reshape(E, 10), E, all_WT) == (1, pytest.approx(1 / E), 0)
+    random = routing.repetition(RANDOM.reshape(100, -1), E, np.ones((100, RANDOM.size // 100), bool))
     assert random.value == pytest.approx(random.chance, abs=0.01)
 
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from conftest import build, plain_machine, tiny
+from khanhllm.lab.sample import Sample
 from khanhllm.lab.says import answers, says
 
 IDS = np.random.default_rng(0).integers(0, 300, (6, 17))
+SAMPLE = Sample(IDS, np.zeros(len(IDS), int), ["all"], "dice")
 
 
 @pytest.mark.parametrize("style", ["modern", "classic"])
@@ -23,7 +25,7 @@ def test_answers_of_all_tokens_add_up_to_what_the_mixture_adds(style):
 
     for layer in (1, 2):
         model.blocks[layer].feedforward.register_forward_hook(keep(layer))
-    for layer, answer_ED in zip((1, 2), answers(model, IDS, plain_machine()), strict=True):
+    for layer, answer_ED in zip((1, 2), answers(model, SAMPLE, plain_machine()), strict=True):
         assert torch.allclose(loads[layer] @ answer_ED, added[layer], atol=1e-4)
 
 
@@ -39,5 +41,5 @@ def test_an_expert_that_adds_the_vector_of_a_token_says_that_token():
 
 def test_the_hooks_are_gone_afterwards():
     model = build(tiny(), seed=1)
-    answers(model, IDS, plain_machine())
+    answers(model, SAMPLE, plain_machine())
     assert not model.blocks[1].feedforward.experts._forward_hooks

@@ -5,6 +5,8 @@ import http.server
 import io
 import json
 import math
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -74,6 +76,19 @@ def test_a_file_that_is_no_set_is_told_in_one_line(run, tmp_path, capsys, text, 
     assert main(["evaluate", str(run.checkpoint.parents[1]), "--suite", "--files", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1
+
+
+def test_what_a_stranger_put_into_a_set_is_shown_as_letters(run, tmp_path, capsys):
+    """Half a surrogate pair, marks of the terminal, and a pipe where a file should be, which once waited for ever."""
+    folder = shutil.copytree(run.checkpoint.parents[1], tmp_path / "runs" / "mine[v2]")
+    row = {"sentence_good": "a b", "sentence_bad": "b \ud800", "field": "[bold]\ud800\x1b[31m"}
+    (tmp_path / "adjunct_island.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    words = ["evaluate", str(folder), "--suite", "--files", str(tmp_path), "--items", "5", "--machine.threads", "1"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "mine[v2] after" in said and "[bold]\\ud800" in said and "\x1b" not in said
+    os.mkfifo(tmp_path / "copa.jsonl")
+    assert main(words) == 2 and "copa.jsonl: it is not a regular file" in capsys.readouterr().err
 
 
 def test_files_are_found_packed_and_in_folders_and_remembered_by_what_they_hold(files, tmp_path):
@@ -201,7 +216,7 @@ def test_items_cut_for_length_are_counted(tmp_path, files):
 
 
 def test_the_verb_prints_a_table_and_writes_two_files(run, files, tmp_path, capsys, monkeypatch):
-    folder, out = run.checkpoint.parents[1], tmp_path / "scores.json"
+    folder, out = run.checkpoint.parents[1], tmp_path / "new" / "scores.json"
     words = ["evaluate", str(folder), "--suite", "--files", str(files), "--items", "10", "--machine.threads", "1"]
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*words, "--out", str(out)]) == 0
@@ -239,11 +254,13 @@ def test_a_score_within_two_errors_of_chance_is_in_parentheses():
         (["--items", "3"], "--items belongs to --suite or --tasks"),
         (["--suite", "--include-path", "there"], "--include-path belongs to --tasks"),
         (["--suite", "--tasks", "piqa"], "not allowed with"),
+        (["--tasks", "piqa", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
         (["--tasks", "piqa", "--data", "stdlib"], "leave out --data"),
         (["--tasks", " , "], "names no task"),
         (["--suite", "--core"], "CORE puts up to ten solved examples"),
         (["--suite", "--data", "nowhere"], "nowhere"),
         (["--suite", "--out", "/dev/null/scores.json"], "cannot write"),
+        (["--suite", "--out", "scores.PNG"], "name the JSON file; the picture lies beside it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

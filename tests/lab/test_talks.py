@@ -2,13 +2,17 @@
 nats are those of validation, and what it writes is what `chat` writes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from conftest import tiny
+from khanhllm.data.batches import batch_of
 from khanhllm.data.counting import Marks, counted
-from khanhllm.lab import suite, talks
+from khanhllm.errors import UserError
+from khanhllm.lab import experts, suite, talks
+from khanhllm.lab.sample import take
 from khanhllm.runs.evaluate import held_out, score_opened
 from khanhllm.runs.run import open_run
 from khanhllm.runs.tune import tune
@@ -73,3 +77,33 @@ def test_the_suite_has_them_for_a_run_that_talks_alone(opened, monkeypatch):
     assert {"answer_nats", "answers_end"} <= suite.examine(opened, opened.data, most=4)["measures"].keys()
     monkeypatch.setattr(type(opened), "talks", False)
     assert "answer_nats" not in suite.examine(opened, opened.data, most=4)["measures"]
+
+
+def test_the_laboratory_reads_conversations_as_training_does(opened):
+    """Only answers count, no conversation sees another, and nobody looks at what fills a row."""
+    sample, scored = take(opened, None, 10**6), score_opened(opened)
+    found = experts.examine(opened, sample)
+    assert found["bits_per_byte"] == pytest.approx(scored["val_bpb"], rel=1e-5)
+    measure = suite.bits_per_byte(opened, None)
+    assert measure["value"] == pytest.approx(scored["val_bpb"], rel=1e-5) and measure["title"] == "held-out answers"
+    end, ids = opened.tokenizer.end_of_text, sample.ids
+    padding = int(((ids[:, :-1] == end) & (ids[:, 1:] == end)).sum())
+    assert padding and found["tokens"] == ids[:, 1:].size - padding
+    batch = batch_of(ids, reading=sample.reading)
+    _, (routing,) = opened.model(batch.inputs_BT, batch.targets_BT, *batch.extras)
+    shares = [one["share"] for one in found["layers"][0]["experts"]]
+    assert shares == pytest.approx((routing.load_E / routing.load_E.sum()).tolist())
+
+
+def test_the_laboratory_reads_other_conversations_too(opened):
+    source = str(opened.checkpoint.parents[2] / "chats.jsonl")
+    value = suite.bits_per_byte(opened, source)["value"]
+    assert value == pytest.approx(score_opened(opened, source)["val_bpb"], rel=1e-5)
+    with pytest.raises(UserError, match="leave out --part"):
+        take(opened, source, 1000, "file")
+
+
+def test_a_suite_without_the_conversations_measures_the_rest(opened):
+    found = suite.examine(replace(opened, state=opened.state | {"folder": "/nowhere"}), opened.data, most=4)
+    assert "brackets" in found["measures"] and "answer_nats" not in found["measures"]
+    assert any(note.startswith("no held-out answers: the shards of this run") for note in found["notes"])

@@ -19,12 +19,12 @@ def run_folder(path, losses, seconds, model=None):
 
 
 def test_a_table_and_a_picture(tmp_path, capsys):
-    run_folder(tmp_path / "mixture", [5, 4, 3], [1, 2, 3])
+    run_folder(tmp_path / "mixture[v]", [5, 4, 3], [1, 2, 3])
     run_folder(tmp_path / "twin", [5, 4.5, 4], [1, 2, 3], dense_twin(tiny().model))
     png = tmp_path / "out.png"
-    assert cli.main(["compare", str(tmp_path / "mixture"), str(tmp_path / "twin"), "--out", str(png)]) == 0
+    assert cli.main(["compare", str(tmp_path / "mixture[v]"), str(tmp_path / "twin"), "--out", str(png)]) == 0
     printed = capsys.readouterr().out
-    assert "mixture" in printed and "twin" in printed and "1.5000" in printed
+    assert "mixture[v]" in printed and "twin" in printed and "1.5000" in printed
     assert png.read_bytes().startswith(b"\x89PNG")
 
 

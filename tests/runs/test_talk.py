@@ -55,6 +55,7 @@ def test_commands(talk, capsys):
 
 def test_a_system_message_begins_it(talk):
     assert talk("one", system="Short.") == [["system: Short.", "user: one"]]
+    assert talk("one", system="  ") == [["user: one"]]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_program(talk, monkeypatch, capsys):
@@ -85,9 +86,27 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talker, monkey
     assert text.startswith("<|endoftext|><|system|>S<|user|>or") and text.endswith("<|user|>a<|assistant|>")
 
 
+def test_a_long_system_message_is_never_left_out(talker, monkeypatch):
+    """One that took more than half of the context was."""
+    seen, context = [], talker.config.model.context
+    monkeypatch.setattr("khanhllm.runs.run.answer", lambda _m, _t, _d, ids, *_: iter(seen.append(ids) or ()))
+    system = next(text for n in range(9999) if len(talker.tokenizer.encode(text := "or " * n)) > context // 2)
+    turns = [{"role": role, "content": "or"} for role in ("user", "assistant", "user")]
+    talker.chat([{"role": "system", "content": system}, *turns])
+    assert talker.tokenizer.decode(seen[0]) == f"<|endoftext|><|system|>{system}<|user|>or<|assistant|>"
+    with pytest.raises(UserError, match="the question, with the system message, is longer than the model sees"):
+        talker.chat([{"role": "system", "content": system * 2}, *turns])
+
+
 def test_a_run_that_was_not_taught_is_refused_in_one_line(served, capsys):
     run = served.checkpoint.parents[1]
     assert main(["chat", str(run)]) == 2
     assert f"was not taught to talk; teach it: khanhllm tune {run} --data" in capsys.readouterr().err
     with pytest.raises(UserError, match="not taught"):
         served.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_closed_output_is_told(talk, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(UserError, match="one of them is closed"):
+        talk("one")

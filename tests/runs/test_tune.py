@@ -65,7 +65,7 @@ def test_the_way_of_the_command_line(base, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(["evaluate", str(out), "--json", "--data", str(tmp_path / "chats.jsonl")]) == 0
     assert json.loads(capsys.readouterr().out)["val_tokens"] == 120 * 3  # two digits and the end of each answer
-    assert cli.main(words) == 2 and "already holds a run" in capsys.readouterr().err
+    assert cli.main(words) == 2 and f"khanhllm train --resume --run {out}" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("1 1?\n/new\n2 2?\n"))
     assert cli.main(["chat", str(out), "--tokens", "3", "--temperature", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2
@@ -137,6 +137,9 @@ def test_it_learns_to_end_its_answers(base, tmp_path):
         ({"replay": 1.0}, "--replay must be 0, or from 0.1 to 0.9"),
         ({"rate": -1.0}, "--epochs and --rate must be above 0"),
         ({"settings": {"model": {"context": 32}}}, "leave out --model options"),
+        ({"settings": {"data": {"tokenizer": "other.json"}}}, "leave out --data.tokenizer"),
+        ({"settings": {"machine": {"device": "cuda:63"}}}, "cuda"),
+        ({"settings": {"data": {"base": "nowhere"}}}, "nowhere"),
         ({"settings": {"data": {"clean": "gopher"}}}, "cleans texts, and .* holds conversations; leave it out"),
     ],
 )

@@ -91,10 +91,15 @@ REFUSED = [
     ({"messages": [{"role": "robot", "content": "a"}]}, "message 1 is by 'robot'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "such as an image"),
     ({"messages": [{"role": "user"}]}, "is empty"),
-    ({"messages": [7]}, "messages"),
-    ({"messages": []}, "messages"),
     ({"messages": ASKED, "tools": [{"type": "function"}]}, "tools: KhanhLLM cannot do this yet"),
-    ({"messages": ASKED, "logprobs": True}, "logprobs: must be False"),
+    ({"messages": ASKED, "n": 100}, "more texts than this server holds"),  # to come later would not help
+    ({"messages": ASKED, "logprobs": True}, "logprobs: KhanhLLM cannot do this yet"),
+    ({"messages": []}, "messages: must have at least 1 items (got '[]')"),
+    ({"messages": ASKED * 1001}, "messages: must have at most 1,000 items"),
+    ({"messages": "Hi"}, "messages: must be a list (got 'Hi')"),
+    ({"messages": [7]}, "messages.0: must be an object (got '7')"),
+    ({"messages": ASKED, "stop": ""}, "stop: must have at least 1 characters, or a list (got '')"),
+    ({"messages": ASKED, "stop": [""]}, "stop: must be text, or must have at least 1 characters"),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "the model sees"),
 ]
 
@@ -105,8 +110,9 @@ def test_what_cannot_be_answered_is_refused(chat, body, why):
     assert answer.status_code == 400 and why in answer.json()["error"]["message"]
 
 
-def test_the_default_is_all_the_room_there_is(chat, talker):
-    found = post(chat, max_tokens=None).json()
+@pytest.mark.parametrize("tokens", [None, 10**9])
+def test_the_most_is_all_the_room_there_is(chat, talker, tokens):
+    found = post(chat, max_tokens=tokens).json()
     assert found["usage"]["total_tokens"] <= talker.config.model.context + 1
 
 

@@ -141,9 +141,13 @@ def test_it_writes_and_says_why_it_ended(site, run):
         expect(page.locator("img, #text *:not(span)")).to_have_count(0)
 
 
-def test_it_talks_if_the_run_was_taught_to(site, run):
+def teach(run):
     config = (run / "config.toml").read_text("utf-8")
     (run / "config.toml").write_text(config.replace("[train]\n", '[train]\ntargets = "answers"\n'), "utf-8")
+
+
+def test_it_talks_if_the_run_was_taught_to(site, run):
+    teach(run)
     with site() as (_, visit):
         page = visit(refused=(400,))
         view, said = page.locator("#view-write"), page.locator("#talk li")
@@ -156,13 +160,43 @@ def test_it_talks_if_the_run_was_taught_to(site, run):
             expect(said.nth(2 * nth)).to_have_text(question)
             expect(said.nth(2 * nth + 1)).not_to_be_empty()
             expect(button(view, "Stop")).to_be_disabled()
+        view.get_by_label("Your message").fill("x" * 20)
+        view.get_by_label("Your message").press("Enter")
+        expect(said).to_have_count(6)
+        expect(view.locator(".status")).to_contain_text("no longer sees your first messages")
         view.get_by_label("Your message").fill("too long " * 40)
         button(view, "Send").click()
         expect(view.locator(".status")).to_contain_text("tokens, the model sees")
-        expect(said).to_have_count(4)
+        expect(said).to_have_count(6)
         view.get_by_text("Continue a text").click()
         button(view, "Write").click()
         expect(view.locator(".status")).to_contain_text("Ended after")
+
+
+def test_who_does_not_wait_for_an_answer_breaks_no_conversation(site, run):
+    """A question sent while an answer came once stood before that answer, and the server refused all that followed."""
+    teach(run)
+    with site() as (house, visit):
+        gate, asked = Gate(house.server.engine), []
+        page = visit("#write")
+        page.on("request", lambda sent: "/chat/" in sent.url and asked.append(sent.post_data_json["messages"]))
+        view, said = page.locator("#view-write"), page.locator("#talk li")
+        message = view.get_by_label("Your message")
+        message.fill("a")
+        message.press("Enter")
+        gate.left.release(2)
+        expect(said.nth(1)).not_to_be_empty()
+        message.fill("b")
+        message.press("Enter")
+        expect(said).to_have_count(4)
+        assert [one["role"] for one in asked[-1]] == ["user", "assistant", "user"]
+        button(view, "Begin anew").click()
+        gate.left.release(1000)
+        message.fill("c")
+        message.press("Enter")
+        expect(said).to_have_count(2)
+        expect(said.nth(1)).not_to_be_empty()
+        assert asked[-1] == [{"role": "user", "content": "c"}]
 
 
 def test_stop_ends_the_work_of_the_server(site):

@@ -153,6 +153,8 @@ def _check_together(options: argparse.Namespace) -> None:
     for option, (value, there, owner) in belongs.items():
         if value and not there:
             raise UserError(f"evaluate: {option} belongs to {owner}")
+    if options.include_path and not Path(options.include_path).is_dir():
+        raise UserError(f"evaluate: --include-path {options.include_path} is no folder")
     if tasks and options.data:
         raise UserError("evaluate: --tasks name their own data; leave out --data")
 

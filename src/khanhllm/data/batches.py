@@ -59,6 +59,13 @@ class Batch(NamedTuple):
         """What the model takes beside inputs and targets."""
         return self.counted_N, self.place_BT, self.padding_BT
 
+    def by_row(self, value: Tensor) -> Tensor:
+        """The sums over each row, (B,), of a value of each target, (B, T), or of each that counts, (N,)."""
+        if self.counted_N is None:
+            return value.sum(1)
+        row_N = self.counted_N // self.targets_BT.shape[1]
+        return value.new_zeros(len(self.targets_BT)).index_add(0, row_N, value)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with a function applied to each tensor."""
         return Batch._make(function(value) if isinstance(value, Tensor) else value for value in self)

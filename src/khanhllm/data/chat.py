@@ -75,7 +75,8 @@ def _found(record: Mapping[str, Any], where: str, column: str) -> Iterator[Messa
     elif column:
         raise WrongConversation(f"{where} has no {column!r}; it has: {_named(record)}")
     elif "instruction" in record and "output" in record:
-        for turn in record.get("history") or []:
+        history = record.get("history") or []
+        for turn in history if isinstance(history, list | tuple) else [history]:
             if not isinstance(turn, list | tuple) or len(turn) != 2:
                 raise WrongConversation(f"{where}: history must be a list of [question, answer]")
             yield from _pair(turn[0], turn[1], where)

@@ -3,8 +3,8 @@
 Both can be read off the ids, since text never becomes a special token (see tokenizer.py): conversations need no second
 stream beside their tokens, and lie in the same shards as plain text.
 
-    <|endoftext|> <|user|> Two? <|end|> <|assistant|> Yes. <|end|> <|endoftext|> A text. <|endoftext|> <|endoftext|>
-                                                      ^^^^ ^^^^^^^               ^ ^^^^^ ^^^^^^^^^^^^^
+    <|endoftext|> <|user|> Two? <|assistant|> Yes. <|end|> <|endoftext|> A text. <|endoftext|> <|endoftext|>
+                                              ^^^^ ^^^^^^^               ^ ^^^^^ ^^^^^^^^^^^^^
 
 Of a conversation, the targets that count are what the assistant says and the token that ends it. A document without
 roles counts wholly, the end-of-text that ends it included. An end-of-text after another fills a row, and never counts.
@@ -33,9 +33,8 @@ class Marks(NamedTuple):
         """Raises UserError if the tokenizer lacks one."""
         for name in SPECIALS:
             if name not in tokenizer.specials:
-                raise UserError(
-                    f"the tokenizer has no token {name}, which conversations need; take one by `khanhllm tokenizer`"
-                )
+                way = "train with one that `khanhllm tokenizer` writes"
+                raise UserError(f"the tokenizer has no token {name}, which conversations need; {way}")
         return cls(*(tokenizer.specials[name] for name in SPECIALS))
 
 

@@ -102,10 +102,7 @@ class Job:
                 self._compare(step)
         reports = self.run(int(validation * HASHES))
         if not any(report.shards for report in reports):
-            why = f"cleaning it by {self.clean} leaves nothing" if self.clean else "every file of it is empty"
-            if context := self.source.laid_for:
-                why = f"none of its conversations has an answer that fits into {context:,} tokens (model.context)"
-            raise UserError(f"{self.source.name} holds no text: {why}")
+            raise UserError(f"{self.source.name} holds no text: {self._why_nothing(reports)}")
         lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
         if lowest == highest:
             documents = sum(shard.documents for report in reports for shard in report.shards)
@@ -115,6 +112,14 @@ class Job:
         if not any(report.count("train") for report in reports):
             return self.run(highest)
         return reports
+
+    def _why_nothing(self, reports: list[Report]) -> str:
+        if any(report.laid and report.laid.left_out for report in reports):
+            context = self.source.laid_for
+            return f"none of its conversations has an answer that fits into {context:,} tokens (model.context)"
+        if any(report.skipped for report in reports):
+            return "nothing of it can be read (data.bad = skip)"
+        return f"cleaning it by {self.clean} leaves nothing" if self.clean else "every file of it is empty"
 
     def _compare(self, step: str) -> None:
         """Let the tasks read the source for signatures, and merge these in this process."""

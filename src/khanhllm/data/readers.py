@@ -183,7 +183,8 @@ def for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean:
         raise UserError(f"data.clean = {clean} cleans texts, and {source.name} holds conversations; leave it out")
     kept = [(name, size) for name, size in zip(source.files, source.text_bytes, strict=True) if holds_records(name)]
     if not kept:
-        raise UserError(f"{source.name} holds no conversations: those lie in JSON lines, .json or parquet ({SHAPES})")
+        where = f"those lie in JSON lines, .json or parquet ({SHAPES}); plain text needs --train.targets all"
+        raise UserError(f"{source.name} holds no conversations: {where}")
     lost = Counter(ending(Path(name).name) for name in source.files if not holds_records(name))
     left_out = tuple((Counter(dict(source.left_out)) + lost).items())
     files, sizes = zip(*kept, strict=True)

@@ -34,31 +34,46 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, answer: bool = Fal
     """The ids of a conversation. answer: the assistant is to speak next."""
     marks = Marks.of(tokenizer)
     ids = [marks.end_of_text]
-    for role, text in messages:
-        ids += [getattr(marks, role), *tokenizer.encode(text)]
-        ids += [marks.end] * (role == "assistant")
+    for message in messages:
+        ids += _turn(message, tokenizer, marks)
     return [*ids, marks.assistant] if answer else ids
 
 
+def _turn(message: Message, tokenizer: Tokenizer, marks: Marks) -> list[int]:
+    end = [marks.end] * (message.role == "assistant")
+    return [getattr(marks, message.role), *tokenizer.encode(message.text), *end]
+
+
 def fitting(messages: Sequence[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
-    """The conversation without its oldest turns, as many as must go for it to fit into `room` tokens with the answer's
-    beginning. The system message stays. Empty if the last question alone is too long."""
+    """A conversation that ends with a question, without its oldest turns, as many as must go for it to fit into `room`
+    tokens with the answer's beginning. The system message stays. Empty if the last question alone is too long.
+
+    It counts from the end, so that a long history costs no more than what is kept of it."""
     head = [message for message in messages[:1] if message.role == "system"]
-    turns = list(messages[len(head) :])
-    while turns and len(render([*head, *turns], tokenizer, answer=True)) > room:
-        turns = turns[2:]
-    return [*head, *turns] if turns else []
+    kept, marks = list(messages[-1:]), Marks.of(tokenizer)
+    size = len(render([*head, *kept], tokenizer, answer=True))
+    if size > room:
+        return []
+    for at in range(len(messages) - 3, len(head) - 1, -2):
+        pair = messages[at : at + 2]
+        size += sum(len(_turn(message, tokenizer, marks)) for message in pair)
+        if size > room:
+            break
+        kept[:0] = pair
+    return [*head, *kept]
 
 
 def cut(messages: Sequence[Message], tokenizer: Tokenizer, context: int) -> tuple[np.ndarray, bool]:
     """The ids of a conversation up to its last answer that fits into a row, none if there is no such; and whether an
     answer was lost."""
-    ends = [nth + 1 for nth, message in enumerate(messages) if message.role == "assistant"]
-    for kept in reversed(ends):
-        ids = render(messages[:kept], tokenizer)
-        if len(ids) <= context:
-            return np.array(ids, np.uint32), kept < ends[-1]
-    return np.empty(0, np.uint32), bool(ends)
+    marks = Marks.of(tokenizer)
+    ids, fits, lost = [marks.end_of_text], 0, False
+    for message in messages:
+        if len(ids) <= context:  # else nothing that follows fits
+            ids += _turn(message, tokenizer, marks)
+        if message.role == "assistant":
+            fits, lost = (len(ids), False) if len(ids) <= context else (fits, True)
+    return np.array(ids[:fits], np.uint32), lost
 
 
 def blocks(conversations: Iterable[np.ndarray], context: int, end_of_text: int) -> Iterator[np.ndarray]:

@@ -132,6 +132,8 @@ class Tokenizer:
         self.vocab_size = len(self._pieces)
         self.specials = specials
         self.end_of_text = specials[END_OF_TEXT]
+        self.ends = frozenset(specials[name] for name in SPECIALS if name in specials)
+        """tokens with which a text or an answer is over; an imported tokenizer may have special ones in the midst"""
 
     @staticmethod
     def _pattern(layout: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ def write(
     sampling: Sampling,
     stops: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece, up to `sampling.tokens` tokens, the end of the document or
-    the first of `stops`."""
+    """Yield the continuation of `prompt` piece by piece, up to `sampling.tokens` tokens, the end of the document (or
+    of an answer, or where one would speak) or the first of `stops`."""
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     return spoken(tokenizer, continuation(model, ids, sampling, machine, tokenizer.vocab_size), stops)
 
@@ -34,9 +34,9 @@ def answer(
     stops: Sequence[str] = (),
 ) -> Iterator[str]:
     """Yield what the assistant says after `ids`, fewer than the context and with <|assistant|> at their end, piece by
-    piece. It is over with any special token, after `sampling.tokens` tokens, and where the context is full."""
+    piece. It is over with a role's token or an end, after `sampling.tokens` tokens, and where the context is full."""
     tokens = continuation(model, ids, sampling, machine, tokenizer.vocab_size, slides=False)
-    return spoken(tokenizer, tokens, stops, tokenizer.special_ids)
+    return spoken(tokenizer, tokens, stops)
 
 
 def most_read(context: int) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from khanhllm.data.batches import batch_of
+from khanhllm.data.counting import Reading
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing, count
@@ -56,7 +58,7 @@ def close(*experts: int) -> Change:
     def register(router: Router) -> Any:
         closed_TE = torch.zeros(1, len(router.weight), dtype=torch.bool, device=router.weight.device)
         closed_TE[:, list(experts)] = True
-        return router.register_forward_pre_hook(lambda _router, inputs: (inputs[0], closed_TE))
+        return router.register_forward_pre_hook(lambda _router, inputs: (inputs[0], closed_TE, *inputs[2:]))
 
     return register
 
@@ -111,15 +113,15 @@ def first_only() -> Change:
 
 
 @torch.inference_mode()
-def losses(model: Transformer, ids: np.ndarray, machine: Machine) -> Tensor:
-    """The nats that each window takes: (W,), fp64. ids: (W, T + 1)."""
+def losses(model: Transformer, ids: np.ndarray, machine: Machine, reading: Reading | None = None) -> Tensor:
+    """The nats of each window, of what counts in the `reading`: (W,), fp64. ids: (W, T + 1)."""
     found = []
     rows = max(1, ROWS_OF_TOKENS // ids.shape[1])
     for start in range(0, len(ids), rows):
-        batch = torch.from_numpy(ids[start : start + rows]).to(machine.device)
+        batch = batch_of(ids[start : start + rows], reading=reading).map(lambda tensor: tensor.to(machine.device))
         with machine.autocast():
-            nll_BT, _ = model(batch[:, :-1], batch[:, 1:])
-        found.append(nll_BT.double().sum(1).cpu())
+            nll, _ = model(batch.inputs_BT, batch.targets_BT, *batch.extras)
+        found.append(batch.by_row(nll.double()).cpu())
     return torch.cat(found)
 
 

@@ -51,17 +51,18 @@ class Record(NamedTuple):
     nats_W: Tensor
 
 
-def record(model: Transformer, ids: np.ndarray, machine: Machine) -> Record:
+def record(model: Transformer, sample: Sample, machine: Machine) -> Record:
     """Read the windows once and keep every choice."""
     layers, shape = model.config.moe_layers, model.config
     chosen: list[list[Tensor]] = [[] for _ in layers]
     entropy = [0.0] * len(layers)
 
     def keep(nth: int) -> Any:
-        def hook(router: Router, inputs: tuple[Tensor], output: tuple[Choice, Routing]) -> None:
+        def hook(router: Router, inputs: tuple[Any, ...], output: tuple[Choice, Routing]) -> None:
             chosen[nth].append(output[0].expert_TK.to(torch.int16).cpu())
             with torch.autocast(inputs[0].device.type, enabled=False):
-                log_TE = F.linear(inputs[0].float(), router.weight.float()).log_softmax(-1)
+                x_TD = inputs[0][~inputs[2]] if len(inputs) > 2 else inputs[0]  # without what fills a row
+                log_TE = F.linear(x_TD.float(), router.weight.float()).log_softmax(-1)
             entropy[nth] -= (log_TE.exp() * log_TE).sum().item()
 
         return hook
@@ -69,10 +70,10 @@ def record(model: Transformer, ids: np.ndarray, machine: Machine) -> Record:
     with ExitStack() as hooks:
         for nth, layer in enumerate(layers):
             hooks.callback(closing.router_of(model, layer).register_forward_hook(keep(nth)).remove)
-        nats_W = closing.losses(model, ids, machine)
-    windows, length = len(ids), ids.shape[1] - 1
+        nats_W = closing.losses(model, sample.ids, machine, sample.reading)
+    windows, length = sample.text_WT.shape
     expert_LWTK = torch.stack([torch.cat(parts) for parts in chosen]).view(len(layers), windows, length, -1).numpy()
-    most = windows * length * math.log(shape.experts)
+    most = int(sample.text_WT.sum()) * math.log(shape.experts)
     return Record(expert_LWTK, [total / most if most else 1.0 for total in entropy], nats_W)
 
 
@@ -103,21 +104,21 @@ def examine(
     """Everything that the laboratory knows of a run, as it goes to experts.json. Raises UserError for a dense run."""
     shape = opened.config.model
     close = wanted(ablate, shape.moe_layers, shape.experts)
-    found = record(opened.model, sample.ids, opened.machine)
+    found = record(opened.model, sample, opened.machine)
     layers = [_layer(opened, sample, found, nth) for nth in range(len(shape.moe_layers))]
     _add_words(opened, sample, layers)
     _add_costs(opened, sample, layers, close if ablate != "none" else {}, console)
     if earlier:
         _add_checkpoints(opened, sample, found, layers)
-    sizes = opened.tokenizer.token_bytes[sample.ids[:, 1:]].sum()
+    sizes = sample.bytes_W(opened.tokenizer.token_bytes).sum()
     return {
         "version": VERSION,
         "step": opened.step,
         "checkpoint": json.loads(read(opened.checkpoint / "manifest.json"))["model.safetensors"]["sha256"],
         "data": sample.source,
         "parts": sample.parts,
-        "tokens": int(sample.ids[:, 1:].size),
-        "tokens_ablated": int(_again(sample)[:, 1:].size),
+        "tokens": int(sample.text_WT.sum()),
+        "tokens_ablated": int(_again(sample).text_WT.sum()),
         "bits_per_byte": found.nats_W.sum().item() / math.log(2) / max(int(sizes), 1),
         "experts_per_token": shape.experts_per_token,
         "layers": layers,
@@ -126,13 +127,13 @@ def examine(
 
 def _layer(opened: Run, sample: Sample, found: Record, nth: int) -> dict[str, Any]:
     """One layer without what it is worth."""
-    experts, per_token = opened.config.model.experts, opened.config.model.experts_per_token
-    expert_WTK = found.expert_LWTK[nth].astype(np.int64)
-    expert_NK, first_WT = expert_WTK.reshape(-1, per_token), expert_WTK[:, :, 0]
-    first_N, tokens_N = first_WT.ravel(), sample.ids[:, :-1].ravel()
+    experts = opened.config.model.experts
+    text_WT = sample.text_WT
+    expert_NK = found.expert_LWTK[nth][text_WT].astype(np.int64)
+    first_N, tokens_N = expert_NK[:, 0], sample.ids[:, :-1][text_WT]
     kind_N = kinds(opened.tokenizer)[tokens_N]
     lift_XE = routing.lifts(kind_N, expert_NK, experts, len(KINDS))
-    part_N = np.repeat(sample.part_W, first_WT.shape[1])
+    part_N = np.repeat(sample.part_W, text_WT.sum(1))
     part_XE = routing.lifts(part_N, expert_NK, experts, len(sample.parts))
     liked = routing.likes(tokens_N, first_N, experts)
     shares, first = routing.shares(expert_NK, experts), routing.shares(first_N, experts)
@@ -158,24 +159,23 @@ def _layer(opened: Run, sample: Sample, found: Record, nth: int) -> dict[str, An
 def _measures(
     sample: Sample, found: Record, nth: int, experts: int, kind_N: np.ndarray, part_N: np.ndarray
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    expert_WTK = found.expert_LWTK[nth].astype(np.int64)
+    text_WT, ids, expert_WTK = sample.text_WT, sample.ids, found.expert_LWTK[nth].astype(np.int64)
     first_WT, per_token = expert_WTK[:, :, 0], expert_WTK.shape[2]
-    first_N, length = first_WT.ravel(), first_WT.shape[1]
-    position_N = np.tile(np.arange(length), len(first_WT))
+    first_N, tokens_N, later_WT = first_WT[text_WT], ids[:, :-1][text_WT], text_WT[:, 1:]
     measures: dict[str, routing.Measure | None] = {
         "opinion": routing.Measure(found.opinion_L[nth], 1.0),
-        "token": routing.known(sample.ids[:, :-1].ravel(), first_N, experts),
-        "previous": routing.known(sample.ids[:, :-2].ravel(), first_WT[:, 1:].ravel(), experts),
-        "next": routing.known(sample.ids[:, 1:].ravel(), first_N, experts),
+        "token": routing.known(tokens_N, first_N, experts),
+        "previous": routing.known(ids[:, :-2][later_WT], first_WT[:, 1:][later_WT], experts),
+        "next": routing.known(ids[:, 1:][text_WT], first_N, experts),
         "kind": routing.known(kind_N, first_N, experts),
-        "position": routing.known(position_N, first_N, experts),
+        "position": routing.known(sample.place_WT[text_WT], first_N, experts),
         "part": routing.known(part_N, first_N, experts) if len(sample.parts) > 1 else None,
-        "below": routing.known(found.expert_LWTK[nth - 1, :, :, 0].ravel(), first_N, experts) if nth else None,
-        "faithful": routing.faithful(sample.ids[:, :-1].ravel(), first_N, experts),
-        "repetition": routing.repetition(first_WT, experts),
+        "below": routing.known(found.expert_LWTK[nth - 1, :, :, 0][text_WT], first_N, experts) if nth else None,
+        "faithful": routing.faithful(tokens_N, first_N, experts),
+        "repetition": routing.repetition(first_WT, experts, text_WT),
     }
     if per_token > 1:
-        together = routing.together(expert_WTK.reshape(-1, per_token), experts)
+        together = routing.together(expert_WTK[text_WT], experts)
         measures["together"] = routing.Measure(float(together.max()), (per_token - 1) / max(experts - 1, 1))
     for name, measure in measures.items():
         if measure:
@@ -188,9 +188,10 @@ def _largest(names: list[str], lift_X: np.ndarray, most: int = 2) -> list[tuple[
     return [(names[x], float(lift_X[x])) for x in order[:most]]
 
 
-def _again(sample: Sample) -> np.ndarray:
+def _again(sample: Sample) -> Sample:
     """The windows that are read again for each change."""
-    return sample.ids[:: EVERY if len(sample.ids) >= 2 * EVERY else 1]
+    every = EVERY if len(sample.ids) >= 2 * EVERY else 1
+    return sample._replace(ids=sample.ids[::every], part_W=sample.part_W[::every])
 
 
 def _add_words(opened: Run, sample: Sample, layers: list[dict[str, Any]]) -> None:
@@ -208,8 +209,8 @@ def _add_costs(
     """Put what each expert and each mixture is worth into the layers."""
     if not close:
         return
-    ids, model, machine = _again(sample), opened.model, opened.machine
-    before_W = closing.losses(model, ids, machine)
+    again, model = _again(sample), opened.model
+    before_W = _losses(opened, again)
     whole = {"off": closing.off(), "random": closing.at_random(), "first": closing.first_only()}
     if opened.config.model.experts_per_token == 1:
         del whole["first"]
@@ -225,14 +226,14 @@ def _add_costs(
     watched = console is not None and console.is_terminal
     for place, name, nth, change in track(jobs, "closing doors", console=console, transient=True, disable=not watched):
         with closing.changed(model, nth, change):
-            after_W = closing.losses(model, ids, machine)
+            after_W = _losses(opened, again)
         place[name] = closing.cost(before_W, after_W)._asdict()
 
 
 def _add_checkpoints(opened: Run, sample: Sample, last: Record, layers: list[dict[str, Any]]) -> None:
     """Put into the layers how far each kept checkpoint agrees with the one opened."""
     run, model = opened.checkpoint.parents[1], copy.deepcopy(opened.model)
-    experts, per_token = opened.config.model.experts, opened.config.model.experts_per_token
+    experts = opened.config.model.experts
     for layer in layers:
         layer["saturation"] = {}
     for path in reversed(checkpoint.steps(run)):
@@ -240,20 +241,24 @@ def _add_checkpoints(opened: Run, sample: Sample, last: Record, layers: list[dic
         if step >= opened.step:
             continue
         checkpoint.load_model(find_checkpoint(run, opened.config, step), model)
-        then = record(model, sample.ids, opened.machine).expert_LWTK
+        then = record(model, sample, opened.machine).expert_LWTK
         for nth, layer in enumerate(layers):
-            one_NK, other_NK = (who[nth].reshape(-1, per_token) for who in (then, last.expert_LWTK))
+            one_NK, other_NK = (who[nth][sample.text_WT] for who in (then, last.expert_LWTK))
             layer["saturation"][str(step)] = routing.overlap(one_NK, other_NK, experts)._asdict()
 
 
 def worth(opened: Run, sample: Sample) -> dict[int, Cost]:
     """What it costs to switch off each mixture, by layer."""
-    before_W = closing.losses(opened.model, sample.ids, opened.machine)
+    before_W = _losses(opened, sample)
     found: dict[int, Cost] = {}
     for layer in opened.config.model.moe_layers:
         with closing.changed(opened.model, layer, closing.off()):
-            found[layer] = closing.cost(before_W, closing.losses(opened.model, sample.ids, opened.machine))
+            found[layer] = closing.cost(before_W, _losses(opened, sample))
     return found
+
+
+def _losses(opened: Run, sample: Sample) -> Tensor:
+    return closing.losses(opened.model, sample.ids, opened.machine, sample.reading)
 
 
 def write(found: dict[str, Any], run: Path) -> Path:

@@ -94,10 +94,11 @@ def together(expert_NK: Ints, experts: int) -> Floats:
     return both_EE / np.maximum(alone_E, 1)[:, None]
 
 
-def repetition(first_WT: Ints, experts: int) -> Measure:
-    """How often the next token goes to the same expert (Mixtral, Jiang et al. 2024, arXiv 2401.04088, section 5)."""
-    same = float((first_WT[:, 1:] == first_WT[:, :-1]).mean())
-    return Measure(same, float((shares(first_WT, experts) ** 2).sum()))
+def repetition(first_WT: Ints, experts: int, text_WT: npt.NDArray[np.bool_]) -> Measure:
+    """How often the next token goes to the same expert (Mixtral, Jiang et al. 2024, arXiv 2401.04088, section 5).
+    text_WT: the tokens that are looked at."""
+    same = float((first_WT[:, 1:] == first_WT[:, :-1])[text_WT[:, 1:]].mean())
+    return Measure(same, float((shares(first_WT[text_WT], experts) ** 2).sum()))
 
 
 def overlap(one_NK: Ints, other_NK: Ints, experts: int) -> Measure:

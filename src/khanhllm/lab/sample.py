@@ -6,11 +6,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
+from khanhllm.data.batches import batch_of
+from khanhllm.data.counting import Reading, padding, places
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
-from khanhllm.runs.evaluate import held_out, validation_of
+from khanhllm.runs.evaluate import conversations, held_out, validation_of
 from khanhllm.runs.run import Run
 
 if TYPE_CHECKING:
@@ -33,6 +36,28 @@ class Sample(NamedTuple):
     """their names; one if nobody asked"""
     source: str
     """what it was taken from, in words"""
+    reading: Reading | None = None
+    """how the run reads it, if not as one text: of conversations only answers count, and none sees another"""
+
+    @property
+    def text_WT(self) -> np.ndarray:
+        """Which inputs are text: not those that only fill a row."""
+        text_WT = np.ones(self.ids[:, :-1].shape, bool)
+        return text_WT if self.reading is None else ~padding(self.ids, self.reading.end_of_text)
+
+    @property
+    def place_WT(self) -> np.ndarray:
+        """The position of each input, in its own document if documents do not see each other."""
+        if self.reading is not None and self.reading.document_mask:
+            return places(self.ids[:, :-1], self.reading.end_of_text)
+        return np.broadcast_to(np.arange(self.ids.shape[1] - 1), self.ids[:, :-1].shape)
+
+    def bytes_W(self, token_bytes: np.ndarray) -> np.ndarray:
+        """The bytes of text that count in each window."""
+        batch = batch_of(self.ids, reading=self.reading)
+        size = torch.from_numpy(token_bytes)[batch.targets_BT]
+        found: np.ndarray = batch.by_row(size if batch.counted_N is None else size.flatten()[batch.counted_N]).numpy()
+        return found
 
 
 def take(opened: Run, source: str | None, tokens: int, part: str | None = None) -> Sample:
@@ -44,15 +69,21 @@ def take(opened: Run, source: str | None, tokens: int, part: str | None = None) 
         shards = validation_of(Path(source), opened)
     if shards and part:
         raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
+    rows = conversations(source, opened) if source is not None and not shards else None
+    if rows is not None and part:
+        raise UserError(f"rows of conversations hold several; leave out --part {part}")
     if shards:
         ids, names, part_of = _spread(shards, windows), ["all"], [0]
         told = f"held-out text of {shards.manifest.source}"
+    elif rows is not None:
+        ids, names, part_of, told = list(islice(rows, windows)), ["all"], [0], str(source)
     else:
         ids, names, part_of = _by_part(opened, str(source), windows, part)
         told = str(source)
     if len(ids) < 2:
         raise UserError(f"{told} has not two windows of {context} tokens (model.context); name more text (--data)")
-    return Sample(np.stack(ids), np.resize(part_of, len(ids)), names, told)
+    reading = Reading.of(opened.config.train, opened.tokenizer)
+    return Sample(np.stack(ids), np.resize(part_of, len(ids)), names, told, reading)
 
 
 def _spread(shards: Shards, windows: int) -> list[np.ndarray]:

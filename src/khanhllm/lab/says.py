@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from khanhllm.lab.closing import losses
 from khanhllm.lab.routing import OFTEN
+from khanhllm.lab.sample import Sample
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice
 
 
 @torch.inference_mode()
-def answers(model: Transformer, ids: np.ndarray, machine: Machine) -> list[Tensor]:
+def answers(model: Transformer, sample: Sample, machine: Machine) -> list[Tensor]:
     """For each mixture layer, what each expert adds to one of its tokens, on average: (E, D), fp32. 0 for an expert
     without tokens."""
     experts, dim = model.config.experts, model.config.dim
@@ -40,7 +41,7 @@ def answers(model: Transformer, ids: np.ndarray, machine: Machine) -> list[Tenso
         for nth, layer in enumerate(model.config.moe_layers):
             mixture: Any = model.blocks[layer].feedforward
             hooks.callback(mixture.experts.register_forward_hook(keep(nth)).remove)
-        losses(model, ids, machine)
+        losses(model, sample.ids, machine, sample.reading)
     return [sum_ED / tokens_E.clamp_min(1)[:, None] for sum_ED, tokens_E in zip(sum_LED, tokens_LE, strict=True)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from khanhllm.draw import counted, visible
 from khanhllm.errors import UserError, missing_extra
@@ -52,6 +53,8 @@ def show(
 def writable(opened: Run, name: str, out: Path | None) -> Path:
     """Where the JSON file goes. Raises UserError now if it cannot be written."""
     path = out or opened.checkpoint.parents[1] / name
+    if path.suffix.lower() == ".png":
+        raise UserError(f"--out {path}: name the JSON file; the picture lies beside it, with the ending .png")
     try:
         check_writable(path)
     except OSError as error:
@@ -63,7 +66,8 @@ def write(path: Path, found: dict[str, Any], name: str) -> str:
     """Write the JSON file, and the picture beside it; the name of the picture, or why there is none."""
     picture = path.with_suffix(".png")
     try:
-        publish(path, json.dumps(found, ensure_ascii=False, indent=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, json.dumps(found, indent=1))
         draw(found, picture, name)
     except ModuleNotFoundError as error:
         return f"no picture: {missing_extra(error) or error}"
@@ -100,15 +104,15 @@ def _core(found: dict[str, Any]) -> Iterator[str]:
 def table(measures: dict[str, dict[str, Any]], title: str) -> Table:
     """A line for each measure."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
-    shown.title, shown.title_justify, shown.title_style = visible(title), "left", "bold"
+    shown.title, shown.title_justify, shown.title_style = Text(visible(title)), "left", "bold"
     shown.add_column("measure", no_wrap=True)
     for header in ("score", "per byte", "chance", "items", "cut"):
         shown.add_column(header, justify="right", no_wrap=True)
     for measure in measures.values():
         unit = "" if measure["unit"] == "accuracy" else f", {measure['unit']}"
-        shown.add_row(*_row(measure["title"] + unit, measure, measure))
+        shown.add_row(*map(Text, _row(measure["title"] + unit, measure, measure)))
         for name, own in measure.get("fields", {}).items():
-            shown.add_row(*_row(f"  {name}", own, {**measure, "cut": None, "by_bytes": None}))
+            shown.add_row(*map(Text, _row(f"  {name}", own, {**measure, "cut": None, "by_bytes": None})))
     return shown
 
 

@@ -6,6 +6,7 @@ llm-foundry has for DCLM's CORE: {query, choices, gold}, {context, continuation}
 
 import gzip
 import hashlib
+import io
 import json
 import tomllib
 import zlib
@@ -14,8 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from khanhllm.draw import visible
 from khanhllm.errors import UserError
-from khanhllm.files import SMALL
+from khanhllm.files import SMALL, read
 from khanhllm.lab.answers import Question
 
 TABLE = Path(__file__).with_name("sets.toml")
@@ -73,8 +75,9 @@ def download(names: list[str], folder: Path) -> None:
 def load(path: Path) -> Set:
     """Read a set. Raises UserError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(SMALL + 1)
+        data = read(path)
+        if path.suffix == ".gz":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(SMALL + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > SMALL:
@@ -119,9 +122,8 @@ def question(source: Set, number: int, delimiter: str) -> Question:
 
 def _shaped(row: dict[str, Any], delimiter: str) -> Question:
     if "sentence_good" in row:
-        return Question(
-            [("", row["sentence_good"]), ("", row["sentence_bad"])], 0, str(row.get("field", "")).replace("/", "_")
-        )
+        field = visible(str(row.get("field", ""))).replace("/", "_")[:60]
+        return Question([("", row["sentence_good"]), ("", row["sentence_bad"])], 0, field)
     if "choices" in row:
         asked = row["query"].strip() + delimiter
         return Question([(asked, choice.strip()) for choice in row["choices"]], row["gold"])

@@ -81,9 +81,10 @@ def induction(opened: Run, count: int) -> Measure:
 def bits_per_byte(opened: Run, source: str | None) -> Measure:
     """Of text that the run held out, or of any other; the standard error is that of a ratio over windows."""
     sample = take(opened, source, TOKENS)
-    bits_W = closing.losses(opened.model, sample.ids, opened.machine).numpy() / math.log(2)
-    bytes_W = opened.tokenizer.token_bytes[sample.ids[:, 1:]].sum(1)
-    measure = {"title": "held-out text" if source is None else "text", "unit": "bits per byte"}
+    bits_W = closing.losses(opened.model, sample.ids, opened.machine, sample.reading).numpy() / math.log(2)
+    bytes_W = sample.bytes_W(opened.tokenizer.token_bytes)
+    held_out = "held-out answers" if opened.talks else "held-out text"
+    measure = {"title": held_out if source is None else "text", "unit": "bits per byte"}
     measure |= ratio(bits_W, bytes_W)
     return measure | {"chance": None, "of": None, "cut": 0, "text": sample.source}
 
@@ -95,6 +96,14 @@ def conversations(opened: Run, most: int) -> Iterator[tuple[str, Measure]]:
     yield "answer_nats", {"title": "held-out answers", "unit": "nats", **ratio(nats, tokens), "chance": None} | known
     yield "answers_end", {"title": "answers that end", "unit": "accuracy", **mean(ends), "chance": 0.0} | known
     yield "answers_right", {"title": "answers word for word", "unit": "accuracy", **mean(rights), "chance": 0.0} | known
+
+
+def _talked(opened: Run, most: int, notes: list[str]) -> Iterator[tuple[str, Measure]]:
+    """`conversations` of a run that talks; if it held out none, or they are gone, `notes` hears why."""
+    try:
+        yield from conversations(opened, most) if opened.talks else ()
+    except UserError as error:
+        notes.append(f"no held-out answers: {error}")
 
 
 def _from_files(opened: Run, loaded: dict[str, Set], most: int) -> Iterator[tuple[str, Measure]]:
@@ -140,14 +149,14 @@ def examine(
     have, names = sets.found(folder), list(dict.fromkeys(wanted(with_core)))
     loaded = {name: sets.load(have[name]) for name in names if name in have}
     measures: dict[str, Measure] = {}
-    notes = []
+    notes: list[str] = []
     try:
         measures["text"] = bits_per_byte(opened, source)
     except UserError as error:
         if source is not None:
             raise
         notes.append(f"no bits per byte: {error}")
-    talked = conversations(opened, min(most, ANSWERS)) if opened.talks else ()
+    talked = _talked(opened, min(most, ANSWERS), notes)
     for name, measure in chain(_from_files(opened, loaded, most), _by_rule(opened, most), talked):
         measures[name] = measure
         say(f"measured: {measure['title']}")

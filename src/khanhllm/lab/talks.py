@@ -31,16 +31,16 @@ def held_out_answers(opened: Run) -> Iterator[Pair]:
 
 
 def likeliest(opened: Run, questions: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """The likeliest answer to each question, token by token: up to `tokens`, or to the first special one, which is
+    """The likeliest answer to each question, token by token: up to `tokens`, or to the first that ends it, which is
     its last then. questions: ids, with <|assistant|> at their end."""
-    specials = opened.tokenizer.special_ids
+    ends = opened.tokenizer.ends
     answers: list[list[int]] = [[] for _ in questions]
     engine = Engine(opened.model, opened.machine, opened.tokenizer.vocab_size, ROWS, waiting=len(answers))
 
     def job(ids: Sequence[int], said: list[int]) -> Job:
         def hear(score: Score) -> bool:
             said.append(score.token)
-            return score.token in specials
+            return score.token in ends
 
         return Job(ids, Sampling(tokens=tokens, temperature=0), hear, lambda _reason, _error: None)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from khanhllm.draw import Floats, duration, short, visible
 from khanhllm.errors import UserError
@@ -114,7 +115,7 @@ def _table(logs: list[RunLog]) -> Table:
     for run in logs:
         bits = run.bits[np.isfinite(run.bits)]
         table.add_row(
-            run.name,
+            Text(run.name),
             short(run.parameters),
             short(run.active),
             f"{run.step[-1]:,.0f}",

@@ -42,7 +42,7 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     if (Path(source) / MANIFEST).exists():
         yield from validation_of(Path(source), opened).windows()
         return
-    if opened.talks and (rows := _rows(source, opened)) is not None:
+    if (rows := conversations(source, opened)) is not None:
         yield from rows
         return
     context, kept = opened.config.model.context, np.empty(0, np.int64)
@@ -55,11 +55,13 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
         yield kept
 
 
-def _rows(source: str, opened: Run) -> Iterator[np.ndarray] | None:
-    """Conversations as rows; None if the source holds texts."""
+def conversations(source: str, opened: Run) -> Iterator[np.ndarray] | None:
+    """The conversations of a source as rows; None if it holds texts, or the run does not talk."""
     from khanhllm.data.readers import Reader, holds_conversations
-    from khanhllm.data.sources import locate
+    from khanhllm.data.sources import components, locate
 
+    if not opened.talks or len(components(source)) > 1:
+        return None
     place, context, end = locate(source), opened.config.model.context, opened.tokenizer.end_of_text
     if not holds_conversations(place):
         return None

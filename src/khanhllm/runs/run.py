@@ -121,9 +121,11 @@ class Run:
         settings = checked(Sampling, sampling, "chat")
         most = most_read(self.config.model.context)
         room = most - min(settings.tokens, most // 2)
-        kept = fitting(turns, self.tokenizer, room) or fitting(turns[-1:], self.tokenizer, most)
+        last = [*turns[: turns[0].role == "system"], turns[-1]]
+        kept = fitting(turns, self.tokenizer, room) or fitting(last, self.tokenizer, most)
         if not kept:
-            raise UserError(f"the question is longer than the model sees at once, {self.config.model.context:,} tokens")
+            what = "the question, with the system message," if len(last) > 1 else "the question"
+            raise UserError(f"{what} is longer than the model sees at once, {self.config.model.context:,} tokens")
         ids = render(kept, self.tokenizer, answer=True)
         return answer(self.model, self.tokenizer, self.machine, ids, settings, _stops(stop))
 

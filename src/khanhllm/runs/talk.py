@@ -23,13 +23,14 @@ class Talk:
     def __init__(self, run: Run, sampling: Sampling, system: str = "", stops: Sequence[str] = ()) -> None:
         self.run_, self.sampling, self.stops = run, sampling, stops
         self.messages: list[dict[str, str]] = []
-        self.system = system
-        self.person = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        self.system = system if system.strip() else ""
+        self.screen = sys.stdout is not None and sys.stdout.isatty()
+        self.person = self.screen and sys.stdin is not None and sys.stdin.isatty()
 
     def run(self) -> None:
         """Talk until the input ends."""
-        if sys.stdin is None:
-            raise UserError("khanhllm chat reads standard input, which is closed")
+        if sys.stdin is None or sys.stdout is None:
+            raise UserError("khanhllm chat needs standard input and output, and one of them is closed")
         if self.person:
             with suppress(ImportError):
                 import readline  # noqa: F401  arrow keys, and earlier questions
@@ -79,7 +80,7 @@ class Talk:
         try:
             for piece in self.run_.stream_chat([*system, *asked], self.stops, **settings):
                 said += piece
-                print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                print(visible(piece) if self.screen else piece, end="", flush=True)
             print(flush=True)
         except UserError as error:
             self._tell(str(error))

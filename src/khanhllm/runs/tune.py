@@ -15,6 +15,7 @@ from khanhllm.data.ensure import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
+from khanhllm.machine.devices import open_machine
 from khanhllm.model import Transformer
 from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import Config
@@ -52,7 +53,9 @@ def tune(
 
     Raises UserError before anything is written.
     """
-    refuse_to_overwrite(out, resume=False)
+    if there(out / "config.toml"):
+        way = f"continue it (khanhllm train --resume --run {out}), or name another folder (--out)"
+        raise UserError(f"{out} already holds a run; {way}")
     if not (0 < epochs < math.inf and 0 < rate < math.inf):
         raise UserError(f"--epochs and --rate must be above 0, got {epochs:g} and {rate:g}")
     if replay and not LEAST_REPLAY <= replay <= 1 - LEAST_REPLAY:
@@ -68,6 +71,9 @@ def tune(
         "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0},
     }
     config = resolve(base.config.model_dump(), own, settings, where="tune")
+    if config.data.tokenizer != data["tokenizer"]:
+        raise UserError(f"the tokenizer is that of {run}; leave out --data.tokenizer")
+    open_machine(config.machine)  # refuses a device that is not there before anything is written
     folder = _shards(config)
     shards = Shards.open(folder, "train", config.model.context)
     config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
@@ -86,6 +92,7 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
     refuse_to_overwrite(out, resume=False)
     base = open_run(run)
     model = _copy(base, config)
+    open_machine(config.machine)
     earlier = config.data.base or _base(base, config.data.replay)
     own = {"tokenizer": str((run / "tokenizer.json").absolute()), "base": earlier}
     config = resolve(config.model_dump(), {"data": own}, where="train")
@@ -107,6 +114,8 @@ def _base(base: Run, replay: float) -> str:
 
 
 def _shards(config: Config) -> Path:
+    if config.data.base:  # what is wrong with it is said before anything is written
+        Shards.open(Path(config.data.base), "validation", config.model.context)
     needed = config.train.steps * config.tokens_per_step
     return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
 

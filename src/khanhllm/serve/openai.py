@@ -163,11 +163,13 @@ def parsed(raw: bytes, kind: type[Kind]) -> Kind:
         return kind.model_validate({key: value for key, value in body.items() if value is not None})
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])[:60]
-        text = f"{key}: KhanhLLM cannot do this yet" if key in UNABLE else explain(error, kind, {})
+        text = f"{key}: KhanhLLM cannot do this yet" if key in UNABLE[kind is Chat] else explain(error, kind, {})
         raise Refused(400, text.encode("ascii", "backslashreplace").decode(), param=key) from None
 
 
-UNABLE = {"frequency_penalty", "presence_penalty", "logit_bias", "best_of", "suffix", "tools", "functions"}
+PENALTIES = {"frequency_penalty", "presence_penalty", "logit_bias"}
+UNABLE = (PENALTIES | {"best_of", "suffix"}, PENALTIES | {"logprobs", "tools", "functions"})
+"""in a text, and in a conversation"""
 
 
 def _no_number(name: str) -> float:

@@ -194,6 +194,7 @@ class Server:
 
     def _wanted_answers(self, asked: Chat) -> list[Wanted]:
         """The n answers to a conversation."""
+        self._check_many(1, asked.n)
         try:
             turns = list(messages_of(asked.messages, "messages"))
             check_turns(turns, "messages")
@@ -205,22 +206,18 @@ class Server:
         if len(ids) >= context:
             text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
             raise Refused(400, text, "context_length_exceeded", "messages")
-        most, closed = asked.tokens or context, self._closed(asked)
-        ends, seed = self.tokenizer.special_ids, _seed(asked)
+        most, closed = min(asked.tokens or context, context), self._closed(asked)
+        seed = _seed(asked)
         return [
-            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed, ends)
+            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed)
             for nth in range(asked.n)
         ]
 
     def _wanted(self, asked: Completion) -> list[Wanted]:
         """A text to be continued for each prompt and each of its n choices."""
         prompts = asked.prompts(self.tokenizer.vocab_size)
-        most = self.engine.most_waiting + len(self.engine.rows)
-        if asked.n * len(prompts) > most:
-            text = f"{len(prompts)} prompts x n {asked.n} are more texts than this server holds, {most}"
-            raise Refused(400, text, param="n")
-        seed, ends = _seed(asked), frozenset({self.tokenizer.end_of_text})
-        closed, wanted, context = self._closed(asked), [], self.shape.context
+        self._check_many(len(prompts), asked.n)
+        seed, closed, wanted, context = _seed(asked), self._closed(asked), [], self.shape.context
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             implied = isinstance(prompt, str) or ids[:1] != [self.tokenizer.end_of_text]
@@ -232,10 +229,15 @@ class Server:
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
                 sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
-                wanted.append(
-                    Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed, ends)
-                )
+                wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
         return wanted
+
+    def _check_many(self, prompts: int, n: int) -> None:
+        """Raise Refused for more texts than there will ever be room for."""
+        most = self.engine.most_waiting + len(self.engine.rows)
+        if n * prompts > most:
+            text = f"{prompts} prompts x n {n} are more texts than this server holds, {most}"
+            raise Refused(400, text, param="n")
 
     def _closed(self, asked: Writes) -> dict[int, list[int]]:
         closed: dict[int, list[int]] = {}

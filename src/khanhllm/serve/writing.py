@@ -62,8 +62,6 @@ class Wanted(NamedTuple):
     logprobs: int | None
     echo: bool
     closed: dict[int, list[int]]
-    ends: frozenset[int]
-    """tokens that end it"""
     routes: bool = False
     """tell where each token went, those of the prompt too"""
 
@@ -132,7 +130,7 @@ class Writing:
         def hear(score: Score) -> bool:
             tokens.append(score)
             text, scores = beginning()
-            ended = score.token in wanted.ends
+            ended = score.token in self.tokenizer.ends
             text += words.rest() if ended else words.add(score.token)
             self.written += 1
             scored = [*scores, score] if wanted.logprobs is not None else []

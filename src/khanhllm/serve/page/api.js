@@ -6,9 +6,10 @@ let key = "";
 let asking = null;
 
 export class Fault extends Error {
-  constructor(message, status) {
+  constructor(message, status, code = "") {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -28,7 +29,7 @@ async function ask(path, settings = {}) {
     return ask(path, settings);
   }
   const fault = await answer.json().catch(() => ({}));
-  throw new Fault(fault.error?.message ?? `The server answered ${answer.status}.`, answer.status);
+  throw new Fault(fault.error?.message ?? `The server answered ${answer.status}.`, answer.status, fault.error?.code);
 }
 
 function askKey() {

@@ -13,7 +13,7 @@ export function worker(place, name, work) {
   const go = el("button", { class: "strong", type: "button" }, name);
   const halt = el("button", { type: "button", disabled: true }, "Stop");
   const status = el("p", { class: "status", role: "status" });
-  let control = null;
+  let control = null, going = Promise.resolve();
 
   async function run(...what) {
     control?.abort();
@@ -22,7 +22,11 @@ export function worker(place, name, work) {
     status.classList.remove("bad");
     let end = "";
     try {
-      end = await work(mine.signal, (text) => mine === control && (status.textContent = text), ...what);
+      await going; // what was just ended first puts its things in order
+      if (mine !== control) return;
+      const working = work(mine.signal, (text) => mine === control && (status.textContent = text), ...what);
+      going = working.catch(() => {});
+      end = await working;
     } catch (error) {
       if (mine !== control) return;
       end = mine.signal.aborted ? "Ended: you stopped it." : sentence(error.message);
@@ -70,12 +74,12 @@ function base(place, model) {
   const settings = sampling(120);
   const text = el("pre", { id: "text", class: "paper", tabindex: "0", "aria-label": "What the model writes" });
 
-  const { row, status, run } = worker(place, "Write", async (signal, tell) => {
+  const { row, status, run, stop } = worker(place, "Write", async (signal, tell) => {
     const written = el("span", { class: "new" });
     text.replaceChildren(el("span", { class: "given" }, prompt.value), written);
     place.classList.add("written");
-    const stop = stops.value ? [stops.value.replaceAll("\\n", "\n")] : [];
-    const body = { ...settings.values(), prompt: prompt.value, stop, stream_options: { include_usage: true } };
+    const ends = stops.value ? [stops.value.replaceAll("\\n", "\n")] : [];
+    const body = { ...settings.values(), prompt: prompt.value, stop: ends, stream_options: { include_usage: true } };
     let reason = "", tokens = 0;
     tell("The model reads the prompt …");
     for await (const event of stream("/v1/completions", body, signal)) {
@@ -106,26 +110,44 @@ function base(place, model) {
         el("div", { class: "fields" }, settings.fields, field("Stop text", stops)))),
     text,
   );
+  return stop;
 }
 
 function chat(place) {
-  const messages = [];
+  let messages = [], forgot = false;
   const said = el("ol", { id: "talk", class: "talk", "aria-label": "Conversation" });
   const input = el("textarea", { id: "message", rows: 3, placeholder: "Say something" });
   const settings = sampling(300);
 
-  const { row, status, run } = worker(place, "Send", async (signal, tell) => {
+  // The events of an answer. The oldest turns go where the model cannot see all, as in `khanhllm chat`.
+  async function* answering(talk, signal) {
+    for (let from = 0; ; from += 2) {
+      try {
+        for await (const event of stream("/v1/chat/completions", { ...settings.values(), messages: talk.slice(from) }, signal)) {
+          forgot ||= from > 0;
+          talk.splice(0, from);
+          from = 0;
+          yield event;
+        }
+        return;
+      } catch (error) {
+        if (error.code !== "context_length_exceeded" || from + 3 > talk.length) throw error;
+      }
+    }
+  }
+
+  const { row, status, run, stop } = worker(place, "Send", async (signal, tell) => {
     const content = input.value.trim();
     if (!content) return "";
-    messages.push({ role: "user", content });
+    const talk = messages; // "Begin anew" puts another in its place
+    talk.push({ role: "user", content });
     input.value = "";
     const question = el("li", { class: "user" }, content), answer = el("li", { class: "assistant" });
     said.append(question, answer);
-    const body = { ...settings.values(), messages };
     let reason = "";
     try {
       tell("The model reads the conversation …");
-      for await (const event of stream("/v1/chat/completions", body, signal)) {
+      for await (const event of answering(talk, signal)) {
         for (const one of event.choices) {
           answer.append(one.delta?.content ?? "");
           reason = one.finish_reason ?? reason;
@@ -134,16 +156,18 @@ function chat(place) {
         answer.scrollIntoView({ block: "nearest" });
       }
     } finally {
-      if (answer.textContent) messages.push({ role: "assistant", content: answer.textContent });
+      if (answer.textContent.trim()) talk.push({ role: "assistant", content: answer.textContent });
       else { // what was not answered was not said
-        messages.pop();
+        talk.pop();
         question.remove();
         answer.remove();
         input.value ||= content;
       }
     }
     say(answer.textContent);
-    return reason === "stop" ? "" : `Ended: ${WHY[reason] ?? reason}.`;
+    status.scrollIntoView({ block: "nearest" }); // and the box for the next message with it
+    const end = reason === "stop" ? "" : `Ended: ${WHY[reason] ?? reason}. `;
+    return end + (forgot ? "The model no longer sees your first messages." : "");
   });
   input.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.ctrlKey && !event.metaKey) {
@@ -153,23 +177,29 @@ function chat(place) {
   });
   const anew = el("button", { type: "button" }, "Begin anew");
   anew.addEventListener("click", () => {
-    messages.length = 0;
+    stop();
+    messages = [];
+    forgot = false;
     said.replaceChildren();
+    status.textContent = "";
   });
   row.append(anew);
   place.append(said, field("Your message (Enter sends it)", input), row, status,
     el("details", { class: "settings" }, el("summary", {}, "Settings"), el("div", { class: "fields" }, settings.fields)));
+  return stop;
 }
 
 export function write(view, first) {
   const waits = el("p", { class: "note" });
-  const place = el("div", { class: "write" });
-  let made = "";
+  let place = el("div"), made = "", leave = () => {};
 
   function make(kind) {
+    leave();
     made = kind;
-    place.replaceChildren();
-    (kind === "talk" ? chat : base)(place, first);
+    const fresh = el("div", { class: "write" }); // and with the old one goes what listens to it
+    place.replaceWith(fresh);
+    place = fresh;
+    leave = (kind === "talk" ? chat : base)(place, first);
   }
 
   function look(model) {
