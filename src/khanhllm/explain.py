@@ -44,7 +44,7 @@ def explain(error: ValidationError, kind: type[BaseModel], names: Mapping[str, s
     if first["type"] == "extra_forbidden":
         for part in first["loc"][:-1]:
             kind = kind.model_fields[str(part)].annotation  # type: ignore[assignment]
-        known = list(kind.model_fields)
+        known, key = list(kind.model_fields), ".".join(str(part)[:60] for part in first["loc"])
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1])[:60], known)}; known: {', '.join(known)}"
     same = [sentence(other) for other in error.errors() if _key(other["loc"]) == key]  # one for each type
     message = same[0] + "".join(f", or {text.removeprefix('must be ')}" for text in dict.fromkeys(same[1:]))

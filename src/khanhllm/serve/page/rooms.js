@@ -3,7 +3,7 @@
 import { get, stream } from "./api.js";
 import { Doors } from "./doors.js";
 import { change, choice, el, field, say, whole } from "./dom.js";
-import { sampling, worker } from "./talk.js";
+import { sampling, worker } from "./worker.js";
 import { Chips, Text, explained } from "./tokens.js";
 
 // The text that was written last, for the view of one expert.
