@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -50,7 +51,8 @@ class Served:
 
     def __init__(self, run: Path) -> None:
         command = [sys.executable, "-m", "khanhllm", "serve", str(run), "--port", "0", "--rows", str(ROWS)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads would fill, and hold the server
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         assert self.process.stdout
         told = re.search(r":(\d+)/v1", self.process.stdout.readline())
         self.port = int(told[1]) if told else 0
@@ -64,6 +66,7 @@ class Served:
             held.close()
         self.process.kill()
         self.process.communicate()
+        self.log.close()
 
     @property
     def megabytes(self) -> float:
@@ -188,11 +191,13 @@ def _signalled(served: Served, chance: random.Random) -> str:
     number = chance.choice([signal.SIGTERM, signal.SIGINT])
     served.process.send_signal(number)
     try:
-        _, said = served.process.communicate(timeout=PATIENCE)
+        served.process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return f"the server did not end on {number.name}"
     finally:
         for client in clients:
             client.close()
     code = served.process.returncode
+    served.log.seek(0)
+    said = served.log.read().decode("utf-8", "replace")
     return "" if code == 0 and "Traceback" not in said else f"exit code {code}: {said[-200:]}"
