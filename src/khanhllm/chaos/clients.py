@@ -163,7 +163,7 @@ def vanishing(arena: Arena, chance: random.Random) -> Iterator[str]:
                     break
                 kind = first.pop() if first else chance.choices(*zip(*KINDS, strict=True))[0]
                 fault = _told(kind, served, chance) or _told(_ordinary, served, chance)
-                now = served.megabytes if not served.process.poll() else 0.0
+                now = served.megabytes if served.process.poll() is None else 0.0
                 if number <= WARM:
                     before = max(before, now)
                 elif now > before + MOST and not fault:

@@ -298,18 +298,23 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     with _alone(folder):
         if there(folder / MANIFEST):
             return folder
-        prepare(
-            data.source,
-            tokenizer,
-            folder,
-            validation=data.validation,
-            tokens=data.tokens,
-            workers=data.workers,
-            clean=data.clean,
-            bad=data.bad,
-            laid_for=laid_for,
-        )
+        _prepare_as(data, tokenizer, folder, laid_for)
     return folder
+
+
+def _prepare_as(data: DataConfig, tokenizer: Tokenizer, folder: Path, laid_for: int = 0) -> None:
+    """`prepare` as the config says."""
+    prepare(
+        data.source,
+        tokenizer,
+        folder,
+        validation=data.validation,
+        tokens=data.tokens,
+        workers=data.workers,
+        clean=data.clean,
+        bad=data.bad,
+        laid_for=laid_for,
+    )
 
 
 def _make(
@@ -330,15 +335,7 @@ def _make(
         cleaned: dict[str, Any] = {"clean": data.clean, "bad": data.bad}
         if not parts:
             tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, **cleaned)
-            prepare(
-                data.source,
-                tokenizer,
-                folder,
-                validation=data.validation,
-                tokens=data.tokens,
-                workers=data.workers,
-                **cleaned,
-            )
+            _prepare_as(data, tokenizer, folder)
             return
         sources = [(locate(part, data.bad) if isinstance(part, str) else part, weight) for part, weight in parts]
         for located, _ in sources:
