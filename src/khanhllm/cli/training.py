@@ -14,7 +14,8 @@ def train(options: argparse.Namespace) -> int:
     """Train a model from a preset, a TOML file and single options; later ones win.
 
     The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
-    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
+    samples.txt, the tokenizer and the newest checkpoints. With --machine.processes N, N processes of this machine train
+    together, and torchrun starts them on several machines. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
     end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number for any signal. --resume
     continues. A signal that was ignored at the start, as under nohup, stays ignored.
     """
@@ -25,7 +26,7 @@ def train(options: argparse.Namespace) -> int:
     from khanhllm.machine.signals import exit_code
     from khanhllm.training import run
 
-    return exit_code(run.train(_twin(options, config), folder, resume=options.resume))
+    return exit_code(run.train(_twin(options, config), folder, resume=options.resume or options.resume_or_new))
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -41,6 +42,7 @@ def _folder(options: argparse.Namespace) -> Path:
 def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, object]]]:
     """What the config is made of, the strongest last."""
     kept = folder / "config.toml"
+    options.resume |= options.resume_or_new and kept.exists()
     if options.resume and not kept.exists():
         raise UserError(f"{folder} holds no run to resume; leave --resume out to begin one")
     if options.resume:
@@ -62,7 +64,7 @@ def _twin(options: argparse.Namespace, config: Config) -> Config:
         return config
     from khanhllm.model.twin import dense_twin
 
-    if options.resume:
+    if options.resume or options.resume_or_new:
         raise UserError("--twin begins a run of its own; to continue one, leave it out")
     return config.model_copy(update={"model": dense_twin(config.model, options.twin)})
 
@@ -70,7 +72,7 @@ def _twin(options: argparse.Namespace, config: Config) -> Config:
 def train_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N | --for TIME | --tokens N]\n"
-        "                      [--resume] [--section.key VALUE ...]"
+        "                      [--resume | --resume-or-new] [--section.key VALUE ...]"
     )
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
     parser.add_argument(
@@ -94,6 +96,9 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
+    )
+    parser.add_argument(
+        "--resume-or-new", action="store_true", help="the same, or begin a run where there is none, as clusters restart"
     )
     knobs(parser)
 

@@ -4,6 +4,7 @@ torchrun does this between machines. On one machine this keeps what a run says a
 port but on the loopback device, and gives a run all the time that it takes to save.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,8 @@ from khanhllm.settings import to_toml
 
 GRACE = 30.0
 """how long the others may take to end once one has failed (seconds)"""
+AT_ONCE = 2.0
+"""the same after a second signal"""
 LOST = 75
 """exit code where a process was lost: --resume goes on"""
 WATCHED = "KHANHLLM_LAUNCHED"
@@ -43,7 +46,7 @@ class Failed(UserError):
 
 def wanted(config: MachineConfig) -> bool:
     """Whether this process is to start others, instead of being one of them."""
-    return config.processes > 1 and "WORLD_SIZE" not in os.environ
+    return config.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def train(config: Config, folder: Path, resume: bool) -> str:
@@ -53,7 +56,7 @@ def train(config: Config, folder: Path, resume: bool) -> str:
         toml = Path(place) / "config.toml"
         toml.write_text(to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "khanhllm", "train", "--config", str(toml), "--run", str(folder)]
-        return Hands([*command, *(["--resume"] if resume else [])], config.machine.processes, Path(place)).run()
+        return Hands([*command, *(["--resume-or-new"] if resume else [])], config.machine.processes, Path(place)).run()
 
 
 @dataclass
@@ -65,8 +68,8 @@ class Hands:
     place: Path
     """for their store, and for what all but the first say"""
     children: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
-    asked: int = 0
-    """the first signal passed on"""
+    asked: list[int] = field(default_factory=list)
+    """the signals passed on"""
 
     def run(self) -> str:
         with self._passing_on():
@@ -104,11 +107,14 @@ class Hands:
         return self.place / f"said-{rank}.txt"
 
     def _wait(self) -> set[int]:
-        """Wait until all have ended. The ranks that had to be killed, as they did not end when another had failed."""
-        deadline = None
+        """Wait until all have ended. The ranks that must be killed, as they do not end after another has failed, or
+        after a second signal: one that waits for another process hears no signal."""
+        deadline: float | None = None
         while None in (codes := [child.poll() for child in self.children]):
             if deadline is None and any(code is not None and not self._in_order(code) for code in codes):
                 deadline = time.monotonic() + GRACE
+            if len(self.asked) > 1:
+                deadline = min(deadline or math.inf, time.monotonic() + AT_ONCE)
             if deadline is not None and time.monotonic() > deadline:
                 return {rank for rank, code in enumerate(codes) if code is None}
             time.sleep(0.05)
@@ -122,8 +128,8 @@ class Hands:
         """What the first that failed by itself ended with, for all."""
         codes = {rank: child.returncode for rank, child in enumerate(self.children) if rank not in killed}
         failed = {rank: code for rank, code in codes.items() if not self._in_order(code)}
-        if self.asked and any(code == -self.asked for code in failed.values()):  # before or after it could save
-            return signal.Signals(self.asked).name
+        if self.asked and (killed or any(code == -self.asked[0] for code in failed.values())):  # nothing was saved
+            return signal.Signals(self.asked[0]).name
         for rank, code in failed.items():
             if code < 0:
                 raise self._lost(f"process {rank} of {self.size} was ended by {signal.Signals(-code).name}")
@@ -149,7 +155,7 @@ class Hands:
         """Within this context, each signal that asks a training to stop goes to all processes."""
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
-            self.asked = self.asked or number
+            self.asked.append(number)
             for child in self.children:
                 with suppress(ProcessLookupError):
                     child.send_signal(number)

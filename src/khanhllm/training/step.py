@@ -95,8 +95,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     """
     config, optimizer = learner.config, learner.optimizer
     started = time.perf_counter()
-    micro_batches, tokens, counted = _rows(learner, batches)
-    waited = time.perf_counter() - started
+    micro_batches, waited, tokens, counted = _rows(learner, batches)
     following = replace(state, step=state.step + 1, cursor=state.cursor + config.train.rows_per_step)
     if not counted:
         return following, {"fault": ""} | _progress(config, following, counted)
@@ -125,23 +124,23 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     return following, measured | row | _routed(routing_L, tokens)
 
 
-def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], int, int]:
-    """This process's micro-batches of a step; the tokens, and the targets that count, of the whole step. Raises NoRows
-    if this or another process gets none."""
-    group, fault = learner.machine.group, None
+def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], float, int, int]:
+    """This process's micro-batches of a step, and how long it waited for them (seconds); the tokens, and the targets
+    that count, of the whole step. Raises NoRows if this or another process gets none."""
+    group, fault, started = learner.machine.group, None, time.perf_counter()
     share, found = sum(group.turns(learner.config.train.accumulation)), []
     try:
         found = list(islice(batches, share))
     except UserError as error:
         fault = error
-    lacks = len(found) < share
+    waited, lacks = time.perf_counter() - started, len(found) < share
     if lacks:
         group.call_off()
     sizes = (sum(getattr(batch, kind) for batch in found) for kind in ("tokens", "counted"))
     lacking, tokens, counted = (int(sum(numbers)) for numbers in zip(*group.exchange(lacks, *sizes), strict=True))
     if lacking:
         raise fault or NoRows
-    return found, tokens, counted
+    return found, waited, tokens, counted
 
 
 def _forward_and_backward(
