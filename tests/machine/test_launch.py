@@ -31,13 +31,13 @@ def test_all_finish(run):
 
 def test_the_first_that_failed_by_itself_counts(run):
     """The others only lost it."""
-    with pytest.raises(Failed, match="^the cause$") as failed:
+    with pytest.raises(Failed, match=r"^the cause$") as failed:
         run("print('warning\\nkhanhllm: the cause', file=sys.stderr) if rank else None; sys.exit(2 if rank else 75)")
     assert failed.value.exit_code == 2
 
 
 def test_what_the_first_process_says_is_not_said_again(run, capfd):
-    with pytest.raises(Failed, match="^$") as failed:
+    with pytest.raises(Failed, match=r"^$") as failed:
         run("sys.exit('khanhllm: the cause') if not rank else sys.exit(75)")
     assert failed.value.exit_code == 1
     assert capfd.readouterr().err == "khanhllm: the cause\n"
@@ -89,5 +89,6 @@ def test_processes_stop_when_the_launcher_is_gone():
 
 
 def test_nothing_listens_beyond_this_machine(run, tmp_path):
-    assert run(f"open({str(tmp_path)!r} + '/found', 'w').write(os.environ['GLOO_SOCKET_IFNAME'] + os.environ['NCCL_SOCKET_IFNAME'])") == ""
+    names = "os.environ['GLOO_SOCKET_IFNAME'] + os.environ['NCCL_SOCKET_IFNAME']"
+    assert run(f"open({str(tmp_path / 'found')!r}, 'w').write({names})") == ""
     assert (tmp_path / "found").read_text() in ("lolo", "lo0lo0")

@@ -1,7 +1,7 @@
 """What each process of `test_processes` runs: one training after the other, so that torch is loaded once.
 
-Its argument is a JSON file: a list of [config, folder, resume, fault]. A fault is [rank, nth, kind]: what happens to that
-process in its nth micro-batch of the training.
+Its argument is a JSON file: a list of [config, folder, resume, fault]. A fault is [rank, nth, kind]: what happens to
+that process in its nth micro-batch of the training.
 """
 
 import json
