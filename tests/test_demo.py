@@ -1,6 +1,9 @@
 import pytest
 
-from khanhllm import cli
+from conftest import tiny
+from khanhllm import cli, demo
+from khanhllm.settings import resolve
+from khanhllm.training.run import train
 
 
 @pytest.mark.slow
@@ -15,3 +18,16 @@ def test_the_story_is_told_to_its_end_twice(corpus, tmp_path, capsys):
         for word in ("tokenizer learns", "step 3/3", "gzip -9 needs", "def main(", str(tmp_path / name)):
             assert word in said
         assert (tmp_path / name / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_it_learns_to_talk(corpus, tmp_path, capsys, monkeypatch):
+    """`--chat` takes the run that is there, tunes it, says how many answers end, and opens no talk on a pipe."""
+    own = {"data": {"source": str(corpus), "cache": str(tmp_path / "shards"), "workers": 1}, "train": {"steps": 3}}
+    train(resolve(tiny(context=128, pattern="DM").model_dump(), own), tmp_path / "demo")
+    monkeypatch.setattr(demo, "MADE", 200)
+    monkeypatch.setattr(demo, "ASKED", 8)
+    assert demo.talk(tmp_path / "demo", {"machine": {"threads": "1"}}) == ""
+    told = capsys.readouterr().out
+    assert "of 8 answers end" in told and f"khanhllm chat {tmp_path / 'demo-chat'}" in told and "names" in told
+    assert (tmp_path / "demo-chat" / "training_log.csv").exists()

@@ -100,4 +100,4 @@ def test_only_one_file_speaks_to_other_processes_and_never_in_objects():
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
         assert name == "machine.group" or "torch.distributed" not in text, name
-        assert not re.search(r"\w_object(_list)?\(|distributed\.checkpoint|import pickle", text), name
+        assert not re.search(r"(gather|broadcast|scatter|send|recv)_object|distributed\.checkpoint", text), name

@@ -2,6 +2,8 @@
 
 import gzip
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping
 from itertools import count
@@ -13,16 +15,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from khanhllm import draw
+from khanhllm.data.made import KINDS, write_made
+from khanhllm.data.made import held_out as held_out_of
+from khanhllm.data.render import render
 from khanhllm.errors import missing_extra
 from khanhllm.inference.score import expert_load
+from khanhllm.lab.talks import likeliest
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
-from khanhllm.runs.evaluate import held_out
+from khanhllm.runs.evaluate import held_out, score_opened
 from khanhllm.runs.run import Run, open_run
-from khanhllm.schema import Config
+from khanhllm.runs.talk import Talk
+from khanhllm.runs.tune import tune
+from khanhllm.schema import Config, Sampling
 from khanhllm.settings import preset, resolve
 from khanhllm.training.run import train
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
+
+
+MADE = 4000
+"""conversations made by rule, from which `--chat` tunes"""
+ASKED = 200
 
 
 def tell(folder: Path, settings: Mapping[str, Any]) -> str:
@@ -49,6 +62,53 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> str:
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
     console.print(NEXT.format(run=folder, steps=2 * config.train.steps), markup=False, soft_wrap=True)
     return ""
+
+
+def talk(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Teach the run in `folder` to talk, from conversations made by rule, and let a person at the terminal try; if
+    there is none yet, train it first. Returns the name of the signal that stopped it; empty if none did."""
+    if not (folder / "config.toml").exists() and (stopped := tell(folder, settings)):
+        return stopped
+    out = _free(folder.with_name(f"{folder.name}-chat"))
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    console.rule("[bold]It learns to talk")
+    chats = out.with_suffix(".jsonl")
+    write_made(chats, MADE)
+    own = {key: value for key, value in settings.items() if key in ("machine", "log")}
+    config = tune(folder, out, str(chats), settings=own)
+    if stopped := train(config, out, resume=True):
+        return stopped
+    opened = open_run(out, config.machine)
+    console.rule("[bold]What it answers")
+    _score_answers(console, opened)
+    console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
+    console.print(f"To talk with it: khanhllm chat {out}\n", markup=False, soft_wrap=True)
+    if sys.stdin and sys.stdin.isatty() and console.is_terminal and "CI" not in os.environ:
+        console.print(TRY, markup=False)
+        Talk(opened, Sampling(temperature=0)).run()
+    return ""
+
+
+def _score_answers(console: Console, opened: Run) -> None:
+    """Print how many of its answers to held-out conversations end, and how many are right."""
+    kinds, conversations = zip(*held_out_of(ASKED, opened.config.data.validation), strict=True)
+    wholes = [render(messages, opened.tokenizer) for messages in conversations]
+    questions = [render(messages[:-1], opened.tokenizer, answer=True) for messages in conversations]
+    said = likeliest(opened, questions, tokens=64)
+    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    for kind, question, whole, answer in zip(kinds, questions, wholes, said, strict=True):
+        right[kind].append(question + answer == whole)
+    ended = sum(answer[-1:] == [opened.tokenizer.special_id("<|end|>")] for answer in said)
+    score = score_opened(opened)
+    console.print(
+        f"On conversations that it never read: {score['val_ce']:.3f} nats a token of the answers; "
+        f"{ended} of {ASKED} answers end.",
+        markup=False,
+        soft_wrap=True,
+    )
+    for kind, found in right.items():
+        console.print(f"  {kind:10} {sum(found):3} of {len(found)} right", markup=False)
 
 
 def _free(folder: Path) -> Path:
@@ -103,6 +163,11 @@ def _sample(console: Console, opened: Run) -> None:
         console.out(draw.visible(piece), end="", highlight=False)
     console.print("\n")
 
+
+TRY = """\
+It knows sums (What is 3 + 4?), copying (Say: red moon), capitals (Capital of Vietnam?),
+and your name, if it is one of those it read (I am Anna. / Who am I?).
+"""
 
 NEXT = """\
 {run} holds the checkpoint, the tokenizer with a readable vocab.txt,

@@ -162,6 +162,11 @@ class DataConfig(Section):
     """processes that prepare the data; 0 means one for each core"""
     cache: Name = "shards"
     """folder that keeps prepared shards, so that the next run on the same source starts at once"""
+    base: Name = ""
+    """folder of the shards of the run that this one goes on from: a part of its held-out text shows, in the log's
+    base_bpb, what is forgotten, and rows of its text may be replayed; empty means none"""
+    replay: Fraction = 0.0
+    """share of the rows that come from data.base; which ones they are depends on train.seed and their number alone"""
 
 
 class TrainConfig(Section):
@@ -194,8 +199,8 @@ class TrainConfig(Section):
     sample_prompt: Text = ""
     """text that each sample continues; empty means a fresh document"""
     targets: Literal["all", "answers"] = "all"
-    """tokens whose loss counts. answers: of a conversation only what the assistant says and the token that ends it; a
-    document without roles counts wholly"""
+    """tokens whose loss counts. answers: data.source holds conversations (docs/chat.md), of which only what the
+    assistant says counts, and the token that ends it; a document without roles counts wholly"""
     document_mask: bool = False
     """whether attention, positions and pairs of tokens begin anew with each document; if not, a token also sees the
     documents before its own in its row"""

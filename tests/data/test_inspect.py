@@ -15,6 +15,7 @@ from khanhllm import cli
 from khanhllm.data import inspect
 from khanhllm.data.prepare import prepare
 from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
+from khanhllm.errors import UserError
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. Con cáo nâu nhảy qua con chó lười.\n"
 
@@ -218,3 +219,18 @@ def test_blank_rows_of_a_table_are_counted(tmp_path, capsys):
     assert "1 file," in out
     assert "measured: 1 document\n" in out
     assert "2 blank documents, 0 unreadable files" in out
+
+
+def test_conversations_show_what_counts(tmp_path, capsys):
+    record = {"question": "one?", "answer": "two!", "system": "sun"}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    inspect.show(str(tmp_path / "chats.jsonl"), None, 3, 100)
+    assert "<|system|>sun<|user|>one?<|assistant|>«two!<|end|>»\n" in capsys.readouterr().out
+    tokenizer = train_tokenizer(["one? two!"], 270)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    inspect.show(str(tmp_path / "chats.jsonl"), str(tmp_path / "tokenizer.json"), 3, 100)
+    shown = capsys.readouterr().out
+    assert "<|endoftext|>│<|system|>│" in shown and "│<|assistant|>«" in shown and "│<|end|>»\n" in shown
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"role": "x"}]}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no document that can be read: .*line 1, message 1 is by 'x'"):
+        inspect.show(str(tmp_path / "bad.jsonl"), None, 3, 100)

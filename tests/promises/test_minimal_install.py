@@ -57,7 +57,7 @@ def test_a_run_is_resumed_scored_and_writes(khanhllm):
     ("words", "module", "extra"),
     [
         (("train", "nano", "--data", "stdlib"), "datatrove", "data"),
-        (("evaluate", "modern", "--data", "stdlib"), "orjson", "data"),
+        (("evaluate", "modern", "--data", "stdlib"), "datatrove", "data"),
         (("evaluate", "modern", "--tasks", "piqa"), "lm_eval", "eval"),
         (("tokenizer", "--data", "stdlib"), "datatrove", "data"),
         (("compare", "modern"), "matplotlib", "plot"),

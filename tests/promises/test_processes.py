@@ -48,7 +48,7 @@ KINDS = {
     "adamw8bit-bf16": {"optim": {"name": "adamw8bit"}, "model": WIDE, "machine": BF16},
     "muon8bit-bf16": {"optim": {"name": "muon8bit"}, "model": WIDE, "machine": BF16},
     "current-load": {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}, "model": {"router_bias": True}},
-    "documents": {"train": {"targets": "answers", "document_mask": True}},
+    "documents": {"train": {"document_mask": True}},
     "unclipped": {"optim": {"clip": 0.0}, "model": {"pattern": "DD"}},
 }
 

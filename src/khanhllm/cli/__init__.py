@@ -22,6 +22,7 @@ from khanhllm.explain import did_you_mean
 VERBS = {
     "training": ("train", "demo"),
     "runs": ("runs", "generate", "evaluate", "compare", "upcycle"),
+    "chat": ("tune", "chat"),
     "export": ("export", "import"),
     "serve": ("serve",),
     "planning": ("plan",),

@@ -85,6 +85,13 @@ def some(text: str) -> int:
     return number
 
 
+def stop(text: str) -> str:
+    """A text that ends what a model writes."""
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
 WHICH = "the checkpoint to take: of a step, or the one with the best validation (the newest)"
 
 

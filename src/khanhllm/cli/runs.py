@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, some, which, whole
+from khanhllm.cli.arguments import WHICH, given, knobs, name, some, stop, which, whole
 from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.schema import Sampling
@@ -68,12 +68,6 @@ def _prompt(options: argparse.Namespace) -> str:
         raise UserError(f"the prompt in {place} is not UTF-8 text") from None
 
 
-def _stop(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the text is empty")
-    return text
-
-
 def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
@@ -84,7 +78,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", type=name, help="a file with the text to continue (UTF-8)")
     parser.add_argument("--samples", metavar="N", type=some, default=1, help="continuations to write (1)")
     parser.add_argument(
-        "--stop", metavar="TEXT", type=_stop, action="append", default=[], help="end before this text; may be repeated"
+        "--stop", metavar="TEXT", type=stop, action="append", default=[], help="end before this text; may be repeated"
     )
     parser.add_argument("--json", action="store_true", help="a JSON object for each sample, on a line: seed, text")
     for key, field in Sampling.model_fields.items():

@@ -9,7 +9,10 @@ from khanhllm.settings import read_config, resolve
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve a trained model over HTTP, as clients of OpenAI's API expect it.
+    """Serve a run: a page to write, to open and close experts and to follow a training, and OpenAI's API for programs.
+
+    A run that trains and has no checkpoint yet shows its training; its model is served as soon as there is one. The
+    page shows the logs of further runs beside the first one's.
 
     Only programs on this machine can reach it, unless --host names another address; those others need a key, from
     --key-file or the environment variable KHANHLLM_KEY. Without either, the server makes one and prints it.
@@ -22,22 +25,31 @@ def serve(options: argparse.Namespace) -> None:
         if origin == "*" or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise UserError(f"--cors needs one origin such as https://my.example, got {origin!r}")
     machine = resolve(given(options), where="serve").machine
-    run = Path(options.run)
-    read_config(run)
+    runs = [Path(run) for run in (options.run, *options.others)]
+    for run in runs:
+        read_config(run)
+    if options.no_page and (options.open or options.others):
+        raise UserError("--no-page leaves nothing to --open, and shows no further runs")
     from khanhllm.serve import listen
+    from khanhllm.serve.house import House
     from khanhllm.serve.server import Server
 
     key = listen.read_key(Path(options.key_file) if options.key_file else None)
     from khanhllm.runs.run import open_run
+    from khanhllm.training import checkpoint
 
-    opened = open_run(run, machine)
-    opened.machine.take_process()
-    server = Server(opened, run.resolve().name, options.rows, options.waiting)
-    listen.serve(server, options.host, options.port, key, options.allow_host, options.cors)
+    def load() -> Server:
+        opened = open_run(runs[0], machine)
+        opened.machine.take_process()
+        return Server(opened, runs[0].resolve().name, options.rows, options.waiting)
+
+    house = House(runs, load, load() if checkpoint.steps(runs[0]) else None, page=not options.no_page)
+    listen.serve(house, options.host, options.port, key, options.allow_host, options.cors, options.open)
 
 
 def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
+    parser.add_argument("others", metavar="OTHER", type=name, nargs="*", help="runs to compare it with on the page")
     parser.add_argument(
         "--host", metavar="HOST", type=name, default="127.0.0.1", help="address to listen on (127.0.0.1)"
     )
@@ -53,4 +65,6 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cors", metavar="ORIGIN", type=name, action="append", default=[], help="pages of this origin may ask, too"
     )
+    parser.add_argument("--no-page", action="store_true", help="serve programs only")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
     knobs(parser, ["machine"])

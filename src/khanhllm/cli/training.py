@@ -7,7 +7,7 @@ from pathlib import Path
 from khanhllm.cli.arguments import given, knobs, name, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import folder_for, other_shape, preset, preset_names, read_toml, with_length
+from khanhllm.settings import folder_for, other_shape, preset, preset_names, read_config, read_toml, with_length
 
 
 def train(options: argparse.Namespace) -> int:
@@ -17,8 +17,11 @@ def train(options: argparse.Namespace) -> int:
     samples.txt, the tokenizer and the newest checkpoints. With --machine.processes N, N processes of this machine train
     together, and torchrun starts them on several machines. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
     end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number for any signal. --resume
-    continues. A signal that was ignored at the start, as under nohup, stays ignored.
+    continues. A signal that was ignored at the start, as under nohup, stays ignored. --from RUN begins with the weights
+    and the tokenizer of another run, in a folder of its own: for more text, or other text.
     """
+    if options.base and (options.resume or options.resume_or_new or options.twin):
+        raise UserError("--from begins a run of its own; --resume continues one, and --twin begins without weights")
     folder = _folder(options)
     config = with_length(
         *_layers(options, folder), steps=options.steps, time=options.time, tokens=options.tokens, where="train"
@@ -26,13 +29,20 @@ def train(options: argparse.Namespace) -> int:
     from khanhllm.machine.signals import exit_code
     from khanhllm.training import run
 
-    return exit_code(run.train(_twin(options, config), folder, resume=options.resume or options.resume_or_new))
+    if options.base:
+        from khanhllm.runs.tune import go_on
+
+        config = go_on(Path(options.base), folder, config)
+    resume = options.resume or options.resume_or_new or bool(options.base)
+    return exit_code(run.train(_twin(options, config), folder, resume=resume))
 
 
 def _folder(options: argparse.Namespace) -> Path:
     if options.run:
         return Path(options.run)
     begun_from = options.preset or options.config
+    if options.base and not begun_from:
+        return Path(f"{Path(options.base)}-more")
     if not begun_from:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
     folder = folder_for(begun_from)
@@ -51,11 +61,14 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
         layers = [read_toml(kept)]
     elif options.preset:
         layers = [preset(options.preset)]
+    elif options.base and options.config is None:
+        layers = [read_config(Path(options.base)).model_dump()]
     elif options.config is not None:
         layers = []
     else:
         raise UserError(f"name a preset ({', '.join(preset_names())}) or a --config FILE to begin a run in {folder}")
     layers += [] if options.config is None else [read_toml(Path(options.config))]
+    layers += [{"model": read_config(Path(options.base)).model.model_dump()}] if options.base else []
     return [*layers, short("data", "source", options.data), given(options)]
 
 
@@ -72,7 +85,7 @@ def _twin(options: argparse.Namespace, config: Config) -> Config:
 def train_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N | --for TIME | --tokens N]\n"
-        "                      [--resume | --resume-or-new] [--section.key VALUE ...]"
+        "                      [--from RUN] [--resume | --resume-or-new] [--section.key VALUE ...]"
     )
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
     parser.add_argument(
@@ -82,6 +95,9 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         help="a whole TOML, or a few keys of one; the config.toml of a run means that run's folder",
     )
     parser.add_argument("--data", metavar="SRC", help="where the text comes from; the same as --data.source")
+    parser.add_argument(
+        "--from", dest="base", metavar="RUN", type=name, help="begin with the weights and the tokenizer of this run"
+    )
     parser.add_argument(
         "--run",
         metavar="DIR",
@@ -104,13 +120,20 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes."""
+    """Show the whole way in a few minutes, offline: text, tokenizer, shards, a model that learns and then writes.
+
+    With --chat the model then learns to answer, from conversations made by rule, and you can talk with it.
+    """
     from khanhllm import demo
     from khanhllm.machine.signals import exit_code
 
-    return exit_code(demo.tell(Path(options.run), given(options)))
+    tell = demo.talk if options.chat else demo.tell
+    return exit_code(tell(Path(options.run), given(options)))
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", type=name, default="runs/demo", help="the run folder (runs/demo)")
+    parser.add_argument(
+        "--chat", action="store_true", help="teach it to talk; takes the run in the folder, if there is one"
+    )
     knobs(parser)

@@ -9,7 +9,7 @@ position of a run remains one integer, the number of rows trained on.
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from hashlib import sha256
 from itertools import count
@@ -71,7 +71,7 @@ class Belt:
                 return tokens / max(1, rows * self.context)
         raise AssertionError
 
-    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
+    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Generator[np.ndarray]:
         """Yield rows of context + 1 ids, int64, from number `cursor` of the run on, until `stopped` is set.
 
         Raises Starved if the child cannot continue.

@@ -19,17 +19,18 @@ def check_rows_fit(source: str, shard_tokens: int, context: int) -> None:
         raise UserError(too_short(shard_tokens, context))
 
 
-def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
+def ensure(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int = 0) -> Path:
     """The folder of shards for a run: the given one, one from the cache, or a new one.
 
     vocab_size: of the model, no less than the tokenizer's. tokens_needed: training tokens of the run. A source that is
-    remote, a mixture or large gets a belt, whose shards are made while the model trains. Raises UserError.
+    remote, a mixture or large gets a belt, whose shards are made while the model trains. laid_for: above 0, it holds
+    conversations, which lie in rows of so many tokens. Raises UserError.
     """
     folder = Path(data.source)
     if not there(folder / MANIFEST):
         from khanhllm.data.prepare import from_cache
 
-        folder = from_cache(data, vocab_size, tokens_needed)
+        folder = from_cache(data, vocab_size, tokens_needed, laid_for)
     elif data.clean:
         from khanhllm.data.clean import steps_of
 
@@ -37,6 +38,9 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         if steps and steps != made:
             raise UserError(f"{folder} was prepared with cleaning by {made or 'nothing'}; leave out data.clean {steps}")
     manifest = Manifest.read(folder)
+    if manifest.laid and manifest.laid.context != laid_for:
+        needs = f"rows of {laid_for:,} (model.context)" if laid_for else "train.targets = answers"
+        raise UserError(f"{folder} holds {manifest.laid.describe()}; this run needs {needs}")
     check_fits(manifest.vocab_size, vocab_size, str(folder))
     for path in (folder / "tokenizer.json", *([Path(data.tokenizer)] if data.tokenizer else [])):
         tokenizer = Tokenizer.load(path)

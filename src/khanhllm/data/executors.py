@@ -103,6 +103,8 @@ class Job:
         reports = self.run(int(validation * HASHES))
         if not any(report.shards for report in reports):
             why = f"cleaning it by {self.clean} leaves nothing" if self.clean else "every file of it is empty"
+            if context := self.source.laid_for:
+                why = f"none of its conversations has an answer that fits into {context:,} tokens (model.context)"
             raise UserError(f"{self.source.name} holds no text: {why}")
         lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
         if lowest == highest:

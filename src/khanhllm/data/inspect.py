@@ -7,7 +7,7 @@ the manifest.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -18,9 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from khanhllm.data.belt_notes import Made, Position, ShardStart
+from khanhllm.data.chat import from_json
 from khanhllm.data.clean import counted as cleaned
 from khanhllm.data.clean import table
-from khanhllm.data.readers import Reader
+from khanhllm.data.counting import Marks
+from khanhllm.data.counting import counted as counted_in
+from khanhllm.data.readers import Reader, holds_conversations
+from khanhllm.data.render import render
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
 from khanhllm.data.sources import Source, in_words, locate
 from khanhllm.data.tokenizer import Tokenizer
@@ -52,6 +56,8 @@ class SampleDoc:
     exact: bool = True
     whole: bool = True
     """whether the beginning is all of it"""
+    counts: list[bool] | None = None
+    """of a conversation, whether each piece counts in tuning"""
 
 
 @dataclass
@@ -94,8 +100,12 @@ def _show_text(console: Console, source: Source, tokenizer_file: str | None, doc
     console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
     if left_out := source.left_out_line():
         console.print(visible(left_out))
+    if talks := holds_conversations(source):
+        source = replace(source, laid_for=1)
+        console.print("conversations; what counts in `khanhllm tune` is coloured, or «marked»")
+    sample_doc = _sample_talk if talks else _sample_doc
     reader = Reader(source, [])
-    parts = ((_sample_doc(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
+    parts = ((sample_doc(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
     seen = _print_sample(console, parts, documents, sample)
     _shares(console, source)
     rejected = [counted(reader.blank, "blank document"), counted(len(seen.faults), "unreadable file")]
@@ -111,6 +121,8 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
     shards = counted(len(manifest.shards), "shard")
     console.print(visible(f"{folder}: {shards}, {size:,} bytes, made from {manifest.source}"))
     console.print(_splits(manifest))
+    if manifest.laid:
+        console.print(manifest.laid.describe())
     if skipped := _skipped_so_far(folder) or manifest.skipped:
         console.print(f"skipped, from where they could not be read: {in_words(skipped.items())}")
     if manifest.cleaning:
@@ -155,6 +167,20 @@ def _sample_doc(text: str, name: str, tokenizer: Tokenizer | None) -> SampleDoc:
     return SampleDoc(name, size, pieces, tokens, len(measured) == len(text), len(pieces) == tokens)
 
 
+def _sample_talk(text: str, name: str, tokenizer: Tokenizer | None) -> SampleDoc:
+    messages = from_json(text)
+    size = sum(len(message.text.encode(errors="replace")) for message in messages)
+    if tokenizer:
+        ids = np.array(render(messages, tokenizer))
+        pieces = _pieces(ids, tokenizer)
+        counts = [False, *counted_in(ids[None], Marks.of(tokenizer))[0].tolist()]
+        return SampleDoc(name, size, pieces, len(ids), whole=len(pieces) == len(ids), counts=counts)
+    marked = [(f"<|{role}|>", False) for role, _ in messages]
+    said = [(said + "<|end|>" * (role == "assistant"), role == "assistant") for role, said in messages]
+    parts = [part for pair in zip(marked, said, strict=True) for part in pair]
+    return SampleDoc(name, size, [piece for piece, _ in parts], counts=[counts for _, counts in parts])
+
+
 def _pieces(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     """The first tokens, each as text; a byte that is only part of a character appears as an escape."""
     pieces = [tokenizer.decode_bytes([rank]).decode("utf-8", "backslashreplace") for rank in ids[:BEGINNING]]
@@ -172,7 +198,12 @@ def _documents(folder: Path, shard: Shard, manifest: Manifest, tokenizer: Tokeni
         except IndexError:
             raise UserError(f"{folder / shard.file} holds a token beyond the vocabulary; prepare again") from None
         pieces = _pieces(ids[start:end], tokenizer)
-        yield SampleDoc(f"{shard.file}/{number}", size, pieces, end - start, whole=len(pieces) == end - start)
+        counts = None
+        if manifest.laid:
+            row = np.array([[tokenizer.end_of_text, *ids[start:end]]])
+            counts = counted_in(row, Marks.of(tokenizer))[0].tolist()
+        whole = len(pieces) == end - start
+        yield SampleDoc(f"{shard.file}/{number}", size, pieces, end - start, whole=whole, counts=counts)
 
 
 def _spans(ids: np.ndarray, end_of_text: int) -> Iterator[tuple[int, int]]:
@@ -194,13 +225,20 @@ def _print(console: Console, number: int, document: SampleDoc) -> None:
         facts += [f"{about}{document.tokens:,} tokens", f"{document.size / document.tokens:.2f} bytes a token"]
     console.print(visible(f"\n── {' · '.join(facts)}"), style="bold")
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
-    text = Text()
+    text, before = Text(), False
     for nth, piece in enumerate(document.pieces):
-        text.append("│" if nth and not coloured else "")
+        counts = document.counts is not None and document.counts[nth]
+        if not coloured and counts != before:
+            text.append("«" if counts else "»")
+        elif not coloured and nth and (document.tokens or document.counts is None):
+            text.append("│")
+        before = counts
         shown = visible(piece, console.encoding)
         for line in (shown.replace("\n", "↵\n") if document.tokens else shown).splitlines(keepends=True):
-            text.append(line.rstrip("\n"), STYLES[nth % 2] if coloured and document.tokens else "")
+            style = STYLES[nth % 2] if document.counts is None or counts else "dim"
+            text.append(line.rstrip("\n"), style if coloured and (document.tokens or document.counts) else "")
             text.append(line[len(line.rstrip("\n")) :])  # no colour after the end of a line
+    text.append("»" if before and not coloured else "")
     console.print(text, end="\n" if document.whole else " …\n")
 
 

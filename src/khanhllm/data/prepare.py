@@ -30,8 +30,8 @@ from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
 from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
-from khanhllm.data.readers import Reader
-from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
+from khanhllm.data.readers import Reader, for_conversations
+from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
 from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, share_note, text_hash
@@ -61,12 +61,14 @@ def prepare(
     execution: Execution | None = None,
     clean: str = "",
     bad: Literal["refuse", "skip"] = "refuse",
+    laid_for: int = 0,
 ) -> Manifest | None:
     """Write the shards of a source into the new folder `out`.
 
     validation: share of documents held out, in (0, 1). tokens: training tokens after which reading stops, 0 reads all.
     workers: processes, 0 means one for each core. execution: where the tasks run, instead of `workers` processes here.
     clean: steps between reading and tokens (clean.py). bad: what to do with files that cannot be read, as data.bad.
+    laid_for: above 0, the source holds conversations, to be packed into rows of so many tokens.
 
     Returns None while a cluster is still working. Raises UserError for anything wrong with the source, and if `out`
     exists or cannot be written; if it was prepared from the same, there is nothing to do. After an error or an
@@ -80,6 +82,8 @@ def prepare(
     if len(components(source)) > 1:
         raise UserError(f"{source} is a mixture, which is made while training; give it to khanhllm train --data")
     located = locate(source, bad)
+    if laid_for:
+        located = for_conversations(located, laid_for, tokenizer, clean)
     _say_left_out(located)
     steps = ", ".join(steps_of(clean))
     Cleaner(steps)  # raises now, not in an hour, if something is not installed
@@ -87,7 +91,7 @@ def prepare(
         raise UserError(f"{compares} reads the text twice; download {source} and prepare the files")
     started = time.monotonic()
     recipe: list[Any] = [VERSION, located.name, located.fingerprint, tokenizer.sha256, validation, tokens]
-    recipe += [steps] * bool(steps) + [bad] * (bad == "skip")
+    recipe += [steps] * bool(steps) + [bad] * (bad == "skip") + [["conversations", laid_for]] * bool(laid_for)
     if taken:
         if read(out / MADE_FROM) != json.dumps(recipe).encode():
             raise UserError(f"{out} was prepared from other text or otherwise; remove it or choose another folder")
@@ -114,6 +118,8 @@ def _report(manifest: Manifest, out: Path, seconds: float) -> None:
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens of "
         f"{sum(shard.documents for shard in manifest.shards):,} documents in {seconds:.0f} s: {out}"
     )
+    if manifest.laid:
+        say(manifest.laid.describe())
     _say_skipped(manifest.source, manifest.skipped)
     held = sum(shard.bytes for shard in manifest.of("validation"))
     total = sum(shard.bytes for shard in manifest.shards)
@@ -175,6 +181,9 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
         shards=tuple(shard for report in reports for shard in report.shards),
         cleaning=counted(clean, (report.tally for report in reports)),
         skipped=sum((Counter(report.skipped) for report in reports), Counter()) or None,
+        laid=sum((report.laid for report in reports if report.laid), Laid(context=source.laid_for))
+        if source.laid_for
+        else None,
     )
 
 
@@ -241,8 +250,10 @@ def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterato
         raise UserError(f"{source.name} holds no text: {why}")
 
 
-def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
+def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int = 0) -> Path:
     """The folder of shards of a source of text: one from the cache, or a new one. See `ensure`."""
+    if laid_for:
+        return _conversations_from_cache(data, vocab_size, laid_for)
     steps = ", ".join(steps_of(data.clean))
     # a remote source keeps its name for now, so that an existing belt is found without a network
     parts = [(name if is_remote(name) else locate(name, data.bad), weight) for name, weight in components(data.source)]
@@ -268,6 +279,36 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int) -> Path:
         _say_skipped(data.source, Manifest.read(folder).skipped)
     else:
         _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
+    return folder
+
+
+def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) -> Path:
+    """As `from_cache`, for a source of conversations, which is always prepared whole, and with a given tokenizer."""
+    if not data.tokenizer:
+        raise UserError("conversations need a tokenizer that is there already (data.tokenizer); khanhllm tune has one")
+    if len(components(data.source)) > 1:
+        raise UserError(
+            f"{data.source} is a mixture; conversations come from one source: a file, a folder or a pattern"
+        )
+    tokenizer, located = Tokenizer.load(Path(data.tokenizer)), locate(data.source, data.bad)
+    check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
+    recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
+    recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already
+    folder = Path(data.cache) / _folder_name(data.source, recipe)
+    with _alone(folder):
+        if there(folder / MANIFEST):
+            return folder
+        prepare(
+            data.source,
+            tokenizer,
+            folder,
+            validation=data.validation,
+            tokens=data.tokens,
+            workers=data.workers,
+            clean=data.clean,
+            bad=data.bad,
+            laid_for=laid_for,
+        )
     return folder
 
 

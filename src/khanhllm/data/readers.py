@@ -11,19 +11,17 @@ a file and one document.
 
 import csv
 import gzip
-import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import orjson
-import zstandard
 from datatrove.data import Document
 from datatrove.io import DataFolder
 from datatrove.pipeline.readers.base import BaseDiskReader
@@ -32,17 +30,20 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 from pyarrow.types import is_struct
 
+from khanhllm.data.chat import SHAPES, NoConversation, conversation, to_json
+from khanhllm.data.counting import Marks
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
 from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
+from khanhllm.data.records import holds_records, records
 from khanhllm.data.source_syntax import filled, text_columns
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
+from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.data.unpacked import lines, parsed, unpacked
 from khanhllm.data.walk import ending, kind
 from khanhllm.data.warc import page, pages
 from khanhllm.errors import UserError
 
-ZST_BLOCK = 2**9
-"""packed bytes that zstandard unpacks at once; even a file made to fill memory yields at most 2**17 from each 4"""
 HEAD = 512
 """bytes that show what a file is"""
 PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>])", re.IGNORECASE)
@@ -90,7 +91,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         self.blank = 0
         """documents that hold only white space, which the reader skips"""
         self.skipped = Counter[str]()
-        """files that it could not read to their end, by ending (data.bad = skip)"""
+        """files that it could not read to their end, by ending, and conversations (data.bad = skip)"""
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in self.read_files_shard(list(self.groups[rank])):
@@ -133,7 +134,19 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                 else:
                     self.blank += 1
 
+    def _conversations(self, raw: Any, where: str, form: str) -> Iterator[str]:
+        """With data.bad = skip, a conversation that breaks a rule is left out by itself."""
+        for record, place in records(raw, where, form):
+            try:
+                yield to_json(conversation(record, place, self.source.column))
+            except UserError:
+                if self.source.bad == "refuse":
+                    raise
+                self.skipped["conversation"] += 1
+
     def _texts(self, raw: Any, where: str, form: str) -> Iterator[str]:
+        if self.source.laid_for:
+            return self._conversations(raw, where, form)
         if form == "warc":
             name = where.partition("?")[0].lower()
             return pages(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, where)
@@ -144,7 +157,33 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return read(raw, where, self.source.column)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
-        return documents(decoded(_unpacked(raw, where), where), self.source.document_bytes)
+        return documents(decoded(unpacked(raw, where), where), self.source.document_bytes)
+
+
+def holds_conversations(source: Source) -> bool:
+    """Whether the first file of a source begins with a conversation, right or wrong."""
+    if not holds_records(source.files[0]):
+        return False
+    try:
+        return next(Reader(replace(source, laid_for=1), []).read_file(source.files[0]), None) is not None
+    except NoConversation:
+        return False
+    except UserError:  # who reads on will hear what is wrong with it
+        return True
+
+
+def for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean: str) -> Source:
+    """The source with its conversations, to be packed into rows of `context` tokens, instead of its texts."""
+    Marks.of(tokenizer)
+    if clean:
+        raise UserError(f"data.clean = {clean} cleans texts, and {source.name} holds conversations; leave it out")
+    kept = [(name, size) for name, size in zip(source.files, source.text_bytes, strict=True) if holds_records(name)]
+    if not kept:
+        raise UserError(f"{source.name} holds no conversations: those lie in JSON lines, .json or parquet ({SHAPES})")
+    lost = Counter(ending(Path(name).name) for name in source.files if not holds_records(name))
+    left_out = tuple((Counter(dict(source.left_out)) + lost).items())
+    files, sizes = zip(*kept, strict=True)
+    return replace(source, files=files, text_bytes=sizes, laid_for=context, left_out=left_out)
 
 
 def _check_beginning(raw: Any, where: str, name: str) -> None:
@@ -185,7 +224,7 @@ def _check_packed(path: Path) -> None:
         ParquetFile(path).metadata  # noqa: B018
     elif name.endswith((".gz", ".zst")):
         with path.open("rb") as raw:
-            for _ in _unpacked(raw, name):
+            for _ in unpacked(raw, name):
                 pass
 
 
@@ -265,8 +304,8 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """
     row = 1
 
-    def lines() -> Iterator[str]:
-        for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where))):
+    def decoded_lines() -> Iterator[str]:
+        for number, line in enumerate(lines(as_utf8(unpacked(raw, where), where))):
             if b"\0" in line:
                 raise UserError(f"{where}, row {row} holds NUL bytes; is it text? Convert it to UTF-8")
             try:
@@ -278,7 +317,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
     csv.field_size_limit(FIELD)
     tabs = where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz"))
     quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    rows = csv.reader(lines(), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
+    rows = csv.reader(decoded_lines(), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
     try:
         header = [name.strip() for name in next(rows)]
         if not any(header):
@@ -300,15 +339,15 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
 
 def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a JSON-lines file, packed or not."""
-    for number, line in enumerate(_lines(as_utf8(_unpacked(raw, where), where)), 1):
+    for number, line in enumerate(lines(as_utf8(unpacked(raw, where), where)), 1):
         if line.strip():
             place = f"{where}, line {number}"
-            yield _of_object(_parsed(line, place), wanted, place)
+            yield _of_object(parsed(line, place), wanted, place)
 
 
 def _items(raw: Any, where: str, wanted: str) -> Iterator[str]:
     """The texts of a .json file: an array of objects, or objects one after the other."""
-    for number, record in enumerate(values(decoded(_unpacked(raw, where), where), where), 1):
+    for number, record in enumerate(values(decoded(unpacked(raw, where), where), where), 1):
         yield _of_object(record, wanted, f"{where}, item {number}")
 
 
@@ -322,61 +361,6 @@ def _of_object(record: Any, wanted: str, place: str) -> str:
         return ""  # as in a table, where a missing struct has no text
     column = filled(text_columns(list(record), wanted, place), record)
     return _text(record[column], column, place)
-
-
-def _unpacked(raw: Any, where: str) -> Iterator[bytes]:
-    name = where.partition("?")[0].lower()
-    if name.endswith(".zst"):
-        return _unzstd(raw, where)
-    file = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
-    return iter(lambda: file.read(BLOCK), b"")
-
-
-def _unzstd(raw: Any, where: str) -> Iterator[bytes]:
-    """Unpack zstandard. Raises EOFError for a frame without its end, which zstandard's own reader accepts."""
-    frame = None
-    block = raw.read(ZST_BLOCK)
-    while block:
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
-        try:
-            unpacked = frame.decompress(block)
-        except zstandard.ZstdError as error:
-            if "too much memory" not in str(error):
-                raise
-            fault = "was packed with a window above 128 MB (zstd --long)"
-            raise UserError(f"{where} {fault}; unpack it by `zstd -d --long=31`, then pack it without --long") from None
-        yield from (unpacked[at : at + BLOCK] for at in range(0, len(unpacked), BLOCK))
-        block = frame.unused_data
-        frame = None if frame.eof else frame
-        block = block or raw.read(ZST_BLOCK)
-    if frame:
-        raise EOFError
-
-
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    pending: list[bytes] = []
-    for block in blocks:
-        first, *others = block.split(b"\n")
-        pending.append(first)
-        for line in others:
-            yield b"".join(pending)
-            pending = [line]
-    yield b"".join(pending)
-
-
-def _parsed(line: bytes, where: str) -> Any:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        why = error.msg
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text (byte {error.start} of the line); convert it to UTF-8") from None
-    try:
-        return json.loads(line)  # forgives lone surrogates, which real web text has
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} is not valid JSON ({why}); is the file cut in the middle?") from None
 
 
 def _text(text: Any, column: str, where: str) -> str:

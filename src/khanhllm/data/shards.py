@@ -12,7 +12,7 @@ run.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cached_property, lru_cache
 from itertools import accumulate, count
 from pathlib import Path
@@ -89,6 +89,30 @@ class Cleaning(BaseModel):
         return documents, self.bytes - sum(lost.bytes for lost in self.removed)
 
 
+class Laid(BaseModel):
+    """How conversations were packed into rows (render.py)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    context: int
+    """tokens of a row; each begins with a conversation and is padded with end-of-text"""
+    conversations: int = 0
+    cut: int = 0
+    """of them, those that lost their last turns, because they are longer than a row"""
+    left_out: int = 0
+    """conversations without an answer, or whose first one does not fit into a row"""
+
+    def __add__(self, other: "Laid") -> "Laid":
+        ours, theirs = self.model_dump(), other.model_dump()
+        return Laid(**{key: ours[key] + theirs[key] for key in ours} | {"context": self.context})
+
+    def describe(self) -> str:
+        """In words."""
+        lost = [f"{self.cut:,} cut at a turn"] * bool(self.cut)
+        lost += [f"{self.left_out:,} left out, as no answer of theirs fits"] * bool(self.left_out)
+        return ", ".join([f"{self.conversations:,} conversations in rows of {self.context:,} tokens", *lost])
+
+
 class Manifest(BaseModel):
     """What a folder of shards holds and how it was made."""
 
@@ -109,6 +133,8 @@ class Manifest(BaseModel):
     """None: nothing was cleaned"""
     skipped: dict[str, int] | None = None
     """files that could not be read to their end, by ending (data.bad = skip)"""
+    laid: Laid | None = None
+    """None: documents, one after the other"""
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -188,7 +214,7 @@ class Shards:
         start = (index - (self._ends[nth - 1] if nth else 0)) * self.context
         return self._window(nth, start)
 
-    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Iterator[np.ndarray]:
+    def rows_from(self, cursor: int, seed: int, stopped: Event) -> Generator[np.ndarray]:
         """Yield rows from number `cursor` of the run on, endlessly: epoch after epoch, each in an order of its own."""
         for number in count(cursor):
             epoch, index = divmod(number, self.rows)

@@ -66,6 +66,8 @@ class Source:
     """files of the source's own validation split; without one, documents are held out by a hash of their text"""
     bad: Literal["refuse", "skip"] = "refuse"
     """what to do with files that cannot be read"""
+    laid_for: int = 0
+    """above 0: it holds conversations, which are packed into rows of so many tokens"""
     left_out: tuple[tuple[str, int], ...] = ()
     """what a folder or pattern also holds, but is not read: its kind, and how often; decides nothing"""
 

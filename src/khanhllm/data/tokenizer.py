@@ -127,7 +127,8 @@ class Tokenizer:
         )
         by_rank = {rank: piece for piece, rank in ranks.items()} | names
         self._pieces = [by_rank[rank] for rank in range(len(by_rank))]
-        self._special_ids = frozenset(names)
+        self.special_ids = frozenset(names)
+        """tokens that no text becomes"""
         self.vocab_size = len(self._pieces)
         self.specials = specials
         self.end_of_text = specials[END_OF_TEXT]
@@ -186,12 +187,12 @@ class Tokenizer:
         for rank, piece in enumerate(self._pieces):
             shown = piece.decode("utf-8", "backslashreplace")
             shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
-            yield f"{rank}\t{shown}\n" if rank in self._special_ids else f"{rank}\t'{shown}'\n"
+            yield f"{rank}\t{shown}\n" if rank in self.special_ids else f"{rank}\t'{shown}'\n"
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """Number of bytes of text that each token stands for, 0 for special tokens; int32, (vocab_size,)."""
-        sizes = [0 if rank in self._special_ids else len(piece) for rank, piece in enumerate(self._pieces)]
+        sizes = [0 if rank in self.special_ids else len(piece) for rank, piece in enumerate(self._pieces)]
         return np.array(sizes, dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
@@ -200,7 +201,7 @@ class Tokenizer:
 
     def special_id(self, name: str) -> int | None:
         """The id of the special token of this name, if there is one."""
-        return next((rank for rank in self._special_ids if self._pieces[rank] == name.encode("utf-8", "replace")), None)
+        return next((rank for rank in self.special_ids if self._pieces[rank] == name.encode("utf-8", "replace")), None)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """The ids of each text, as uint32 arrays: as `encode`, but faster. Encoding does not hold the GIL."""

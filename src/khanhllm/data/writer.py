@@ -16,9 +16,11 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from pydantic import BaseModel
 
+from khanhllm.data.chat import from_json
 from khanhllm.data.clean import Cleaner, Removals
 from khanhllm.data.readers import Reader
-from khanhllm.data.shards import Dtype, Shard, Split, Tally, dtype_for
+from khanhllm.data.render import AT_ONCE, blocks, cut
+from khanhllm.data.shards import Dtype, Laid, Shard, Split, Tally, dtype_for
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import publish
@@ -40,7 +42,9 @@ class Report(BaseModel):
     tally: Tally = ()
     """what cleaning read and removed"""
     skipped: dict[str, int] = {}
-    """files that could not be read, by ending (data.bad = skip)"""
+    """files that could not be read, by ending, and conversations (data.bad = skip)"""
+    laid: Laid | None = None
+    """how its conversations were packed"""
 
     def count(self, split: Split) -> int:
         """Tokens of one split."""
@@ -100,19 +104,22 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
         ):
             self.reader.skipped.clear()
             texts = (document.text for document in self.reader.run(rank=group))
-            lowest, highest, tally = self._write(texts, cleaner, tokenizer, train, held)
+            if self.reader.source.laid_for:
+                found = self._lay(texts, tokenizer, train, held)
+            else:
+                found = self._write(texts, cleaner, tokenizer, train, held)
         shards = []
         for growing in (train, held):
             if growing.tokens:
                 shards.append(growing.shard(growing.path.stem))
                 growing.path.replace(growing.path.with_suffix(""))
-        report = Report(shards=shards, lowest=lowest, highest=highest, tally=tally, skipped=self.reader.skipped)
+        report = Report(shards=shards, skipped=self.reader.skipped, **found)
         publish(report_path(self.reports, group), report.model_dump_json())
 
     def _write(
         self, texts: Iterable[str], cleaner: Cleaner, tokenizer: Tokenizer, train: "Growing", held: "Growing"
-    ) -> tuple[int, int, Tally]:
-        lowest, highest = HASHES, 0
+    ) -> dict[str, Any]:
+        lowest, highest, tally = HASHES, 0, cleaner.tally
         for batch in batched(cleaner.run(texts), lambda item: len(item[0])):
             encoded = tokenizer.encode_batch([text for text, _ in batch], self.threads)
             for (text, tally), ids in zip(batch, encoded, strict=True):
@@ -122,8 +129,34 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]
                 (held if value < self.threshold else train).add(tokenizer.end_of_text, ids, len(raw))
                 # at least two different texts, else there would be nothing to hold out
                 if 0 < self.most <= train.tokens and lowest < highest:
-                    return lowest, highest, tally
-        return lowest, highest, cleaner.tally
+                    return {"lowest": lowest, "highest": highest, "tally": tally}
+        return {"lowest": lowest, "highest": highest, "tally": cleaner.tally}
+
+    def _lay(self, texts: Iterable[str], tokenizer: Tokenizer, train: "Growing", held: "Growing") -> dict[str, Any]:
+        """Pack conversations into rows. The hash of a whole one decides its split."""
+        context, lowest, highest = self.reader.source.laid_for, HASHES, 0
+        laid = Laid(context=context)
+        waiting: dict[Growing, list[tuple[np.ndarray, int]]] = {train: [], held: []}
+        for text in texts:
+            messages = from_json(text)
+            ids, lost = cut(messages, tokenizer, context)
+            laid += Laid(context=0, conversations=bool(len(ids)), cut=lost and bool(len(ids)), left_out=not len(ids))
+            if not len(ids):
+                continue
+            value = text_hash(text.encode())
+            lowest, highest = min(lowest, value), max(highest, value)
+            growing = held if value < self.threshold else train
+            waiting[growing].append((ids, int(tokenizer.token_bytes[ids].sum())))
+            if len(waiting[growing]) == AT_ONCE:
+                growing.pack(waiting[growing], context, tokenizer.end_of_text)
+                waiting[growing] = []
+                if 0 < self.most <= train.tokens and lowest < highest:
+                    break
+        for growing, left in waiting.items():
+            growing.pack(left, context, tokenizer.end_of_text)
+            if growing.tokens:
+                growing.write(np.array([tokenizer.end_of_text]), 0, 0)  # the last target of the last row
+        return {"lowest": lowest, "highest": highest, "laid": laid}
 
 
 class Growing:
@@ -147,12 +180,23 @@ class Growing:
 
     def add(self, end_of_text: int, ids: np.ndarray, size: int) -> None:
         """Append end-of-text and a document of `size` bytes."""
-        block = np.concatenate([[end_of_text], ids]).astype(self.dtype).tobytes()
+        self.write(np.concatenate([[end_of_text], ids]), size, 1)
+
+    def pack(self, conversations: list[tuple[np.ndarray, int]], context: int, end_of_text: int) -> None:
+        """Append conversations, given with their sizes (bytes of text), in rows of `context` tokens."""
+        for block in blocks((ids for ids, _ in conversations), context, end_of_text):
+            self.write(block, 0, 0)
+        self.bytes += sum(size for _, size in conversations)
+        self.documents += len(conversations)
+
+    def write(self, ids: np.ndarray, size: int, documents: int) -> None:
+        """Append ids, which stand for so many documents of `size` bytes of text."""
+        block = ids.astype(self.dtype).tobytes()
         self.file.write(block)
         self.hash.update(block)
-        self.tokens += 1 + len(ids)
+        self.tokens += len(ids)
         self.bytes += size
-        self.documents += 1
+        self.documents += documents
 
     def shard(self, name: str = "") -> Shard:
         """The manifest's entry for the shard, as it is now."""

@@ -18,6 +18,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new})[0]))
 ```"""
 
 
+CONTINUES = "It continues text like that it learned from, and was not taught to answer questions or to refuse."
+TALKS = (
+    "It was tuned on conversations, whose form is the tokenizer's chat template, and knows no more than they and its "
+    "first text said. It was not taught to refuse."
+)
+
+
 def card(
     run: Path, config: Config, exported: ModelConfig, step: int, dtype: str, checked: str, folder: str, remote: bool
 ) -> str:
@@ -47,8 +54,8 @@ def card(
         checked,
         "",
         "## Limits",
-        "It continues text like that it learned from, and was not taught to answer questions or to refuse. It repeats "
-        "what its text says, errors and prejudice included. Texts longer than the context must be cut.",
+        TALKS if config.train.targets == "answers" else CONTINUES,
+        "It repeats what its text says, errors and prejudice included. Texts longer than the context must be cut.",
         "In a prompt, transformers reads `<|endoftext|>` and the other special tokens as tokens; in training such "
         "letters were ordinary text. The tokenizer puts an `<|endoftext|>` before every text, as training did.",
         "",

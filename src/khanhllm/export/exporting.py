@@ -50,17 +50,20 @@ def export(
     run = path.parents[1]
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
     weights = load_file(path / "model.safetensors")  # mapped, not read
-    shape, encoded = config.model, weights
+    shape, encoded, talks = config.model, weights, config.train.targets == "answers"
     if not remote_code:
         shape, encoded = _encoded(to, config.model, weights, compatible)
     aside = out.with_name(f".export.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if to == "gguf":
-            gguf.write(aside, shape, encoded, tokenizer, dtype, _architecture(shape, compatible), run.resolve().name)
+            architecture, title = _architecture(shape, compatible), run.resolve().name
+            gguf.write(aside, shape, encoded, tokenizer, dtype, architecture, title, talks)
         else:
             aside.mkdir()
             (remote if remote_code else hf).write(aside, shape, encoded, tokenizer, dtype)
+            if talks:
+                hf.add_template(aside, tokenizer)
         report = UNCHECKED
         if compared:
             reader = gguf if to == "gguf" else remote if remote_code else hf

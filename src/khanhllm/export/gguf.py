@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from khanhllm.data.render import TEMPLATE
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.export.check import Exported
@@ -40,11 +41,13 @@ def write(
     dtype: str,
     architecture: str,
     name: str,
+    talks: bool = False,
 ) -> None:
     """Write a new file; one tensor at a time is in memory, besides the weights given. Norms, routers and biases stay in
     fp32 whatever the `dtype`, and under q8_0 matrices whose rows are no multiple of 32 become f16.
 
-    name: how llama.cpp will show the model. UserError for what the architecture does not have, and OSError, which
+    name: how llama.cpp will show the model. talks: it was taught to answer, so how a conversation is written belongs to
+    the file. UserError for what the architecture does not have, and OSError, which
     leave nothing behind.
     """
     import gguf
@@ -54,6 +57,7 @@ def write(
     notes = {"general.type": "model", "general.name": name, "general.file_type": DTYPES[dtype]}
     notes |= {"general.quantization_version": gguf.GGML_QUANT_VERSION}
     notes |= _settings(model, architecture) | _vocabulary(tokenizer, model.vocab_size)
+    notes |= _talk(tokenizer) if talks else {}
     with path.open("xb"):  # new, so that nothing is written through a link
         pass
     writer = gguf.GGUFWriter(path, architecture)
@@ -270,6 +274,10 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "add_eos_token": False,
     }
     return {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+
+
+def _talk(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.eot_token_id": tokenizer.specials["<|end|>"]}
 
 
 def _note(writer: Any, key: str, value: Any) -> None:

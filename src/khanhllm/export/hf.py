@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from khanhllm.data.render import TEMPLATE
 from khanhllm.data.tokenizer import END_OF_TEXT, Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.export.check import DTYPES, Exported
@@ -83,6 +84,14 @@ def write_notes(folder: Path, config: dict[str, Any], context: int, tokenizer: T
     for name, content in notes.items():
         text = json.dumps(content, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def add_template(folder: Path, tokenizer: Tokenizer) -> None:
+    """The notes of a model that talks: how a conversation is written, and which token ends an answer."""
+    words, ends = folder / "tokenizer_config.json", folder / "generation_config.json"
+    end = [tokenizer.specials["<|end|>"], tokenizer.end_of_text]
+    for path, more in ((words, {"chat_template": TEMPLATE}), (ends, {"eos_token_id": end})):
+        path.write_text(json.dumps(read_json(path) | more, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def with_beginning(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -9,7 +9,8 @@ With one row nothing is reused and a prompt is read at once, so that the same jo
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from khanhllm.errors import UserError
+from khanhllm.inference.routes import Route, routes, watched
 from khanhllm.inference.sample import Score, choose, scores
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
@@ -50,8 +52,10 @@ class Job:
     """score each token, and name so many of the likeliest in its place; None: no scores"""
     echo: Callable[[Score], None] | None = None
     """called with each token of the prompt but the first, scored; then the prompt is read from its beginning"""
+    route: Callable[[list[Route]], None] | None = None
+    """called with where each token went that was read, in their order; then the prompt is read from its beginning"""
     closed: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """experts that this text must do without, by layer"""
+    """experts that this text must do without, by layer; where all are closed, the layer adds nothing"""
     slides: bool = False
     """past the model's context, drop the older half of the text and go on, instead of ending"""
     cancelled: bool = False
@@ -202,7 +206,7 @@ class Engine:
 
     def _common(self, row: Row, job: Job) -> int:
         """How many of the job's ids, but the last, which must be read, the row has in its cache."""
-        if len(self.rows) == 1 or job.echo or {**row.closed} != {**job.closed}:
+        if len(self.rows) == 1 or job.echo or job.route or {**row.closed} != {**job.closed}:
             return 0
         pairs = zip(self.cache.ids[row.number], job.ids[:-1], strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -213,7 +217,7 @@ class Engine:
         assert job is not None
         new, row.left = row.left[: self.chunk], row.left[self.chunk :]
         ids_BT, cache, closed = self._tensor([new]), self.cache.one(row.number), self._closed([row])
-        with self.machine.autocast():
+        with self.machine.autocast(), self._routed([row]):
             if job.echo:
                 x_BTD, _ = self.model.trunk(ids_BT, cache, closed)
                 logits_TV = self._echo(job, job.echo, [*new[1:], *row.left[:1]], x_BTD)
@@ -222,6 +226,19 @@ class Engine:
         held += new
         if not row.left:
             self._draw(row, logits_TV[-1, : self.vocab_size].cpu())
+
+    @contextmanager
+    def _routed(self, rows: list[Row]) -> Iterator[None]:
+        """Around a forward of these rows: tells the jobs that want to know it where each token went."""
+        told = {nth: row.job.route for nth, row in enumerate(rows) if row.job and row.job.route}
+        if not told:
+            yield
+            return
+        with watched(self.model) as chosen:
+            yield
+        found = routes(chosen, len(rows))
+        for nth, route in told.items():
+            route(found[nth])
 
     def _echo(self, job: Job, echo: Callable[[Score], None], after: list[int], x_BTD: Tensor) -> Tensor:
         """Score the tokens of a prompt that come after each position; the logits of the last (1, V)."""
@@ -238,7 +255,7 @@ class Engine:
             return
         numbers = [row.number for row in rows]
         cache = self.cache.one(numbers[0]) if len(rows) == 1 else self.cache.several(numbers)
-        with self.machine.autocast():
+        with self.machine.autocast(), self._routed(rows):
             logits_BV = self.model.next_logits(self._tensor([row.left for row in rows]), cache, self._closed(rows))
         logits_BV = logits_BV[:, : self.vocab_size].cpu()
         for row, logits_V in zip(rows, logits_BV, strict=True):

@@ -25,15 +25,30 @@ def write(
     return spoken(tokenizer, continuation(model, ids, sampling, machine, tokenizer.vocab_size), stops)
 
 
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    machine: Machine,
+    ids: list[int],
+    sampling: Sampling,
+    stops: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield what the assistant says after `ids`, fewer than the context and with <|assistant|> at their end, piece by
+    piece. It is over with any special token, after `sampling.tokens` tokens, and where the context is full."""
+    tokens = continuation(model, ids, sampling, machine, tokenizer.vocab_size, slides=False)
+    return spoken(tokenizer, tokens, stops, tokenizer.special_ids)
+
+
 def most_read(context: int) -> int:
     """Tokens of a prompt that are read, its last ones: the first new token needs a place too."""
     return context - 1
 
 
 def continuation(
-    model: Transformer, ids: list[int], sampling: Sampling, machine: Machine, vocab_size: int
+    model: Transformer, ids: list[int], sampling: Sampling, machine: Machine, vocab_size: int, slides: bool = True
 ) -> Iterator[int]:
-    """Yield up to `sampling.tokens` ids that follow `ids`. Past the model's context it drops the older half.
+    """Yield up to `sampling.tokens` ids that follow `ids`. Past the model's context it drops the older half and goes
+    on, or ends there unless it `slides`.
 
     vocab_size: ids at or above it are never drawn (the model may have more rows than the tokenizer has tokens).
     """
@@ -48,7 +63,7 @@ def continuation(
         errors.extend([error] if error else [])
 
     engine = Engine(model, machine, vocab_size)
-    engine.submit(Job(ids[-most_read(model.config.context) :], sampling, hear, over, slides=True))
+    engine.submit(Job(ids[-most_read(model.config.context) :], sampling, hear, over, slides=slides))
     while engine.turn():
         yield from new
         new.clear()

@@ -1,7 +1,7 @@
 """Text out of tokens, as they come: characters that span tokens, and texts that end it."""
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from khanhllm.data.tokenizer import Tokenizer
 
@@ -56,11 +56,13 @@ class TokenWords:
         return self.words.add(last) + self.words.rest()
 
 
-def spoken(tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = ()) -> Iterator[str]:
-    """The text of tokens piece by piece, up to the end of the document or the first of `stops`."""
+def spoken(
+    tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = (), ends: Collection[int] = ()
+) -> Iterator[str]:
+    """The text of tokens piece by piece, up to the first of `stops` or of the tokens `ends`, by default end-of-text."""
     words = TokenWords(tokenizer, stops)
     for token in tokens:
-        if token == tokenizer.end_of_text:
+        if token in (ends or (tokenizer.end_of_text,)):
             break
         if piece := words.add(token):
             yield piece

@@ -60,3 +60,12 @@ def mean(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     count = len(values)
     error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else None
     return {"value": float(np.mean(values)), "error": error, "items": count}
+
+
+def ratio(amounts: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
+    """value: the sum of amounts over that of sizes, as bits over bytes; error: its standard error over the items."""
+    size, count = max(1, int(sizes.sum())), len(amounts)
+    value = float(amounts.sum()) / size
+    spread = float(np.square(amounts - value * sizes).sum())
+    error = math.sqrt(count / (count - 1) * spread) / size if count > 1 else None
+    return {"value": value, "error": error, "items": count}

@@ -27,6 +27,7 @@ from khanhllm.lab import closing, routing
 from khanhllm.lab.closing import Cost
 from khanhllm.lab.kinds import KINDS, kinds, shown
 from khanhllm.lab.sample import Sample
+from khanhllm.lab.says import answers, says
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing
@@ -104,6 +105,7 @@ def examine(
     close = wanted(ablate, shape.moe_layers, shape.experts)
     found = record(opened.model, sample.ids, opened.machine)
     layers = [_layer(opened, sample, found, nth) for nth in range(len(shape.moe_layers))]
+    _add_words(opened, sample, layers)
     _add_costs(opened, sample, layers, close if ablate != "none" else {}, console)
     if earlier:
         _add_checkpoints(opened, sample, found, layers)
@@ -189,6 +191,15 @@ def _largest(names: list[str], lift_X: np.ndarray, most: int = 2) -> list[tuple[
 def _again(sample: Sample) -> np.ndarray:
     """The windows that are read again for each change."""
     return sample.ids[:: EVERY if len(sample.ids) >= 2 * EVERY else 1]
+
+
+def _add_words(opened: Run, sample: Sample, layers: list[dict[str, Any]]) -> None:
+    """Put the tokens that each expert's answer makes likelier into the layers."""
+    found = answers(opened.model, _again(sample), opened.machine)
+    for layer, answer_ED in zip(layers, found, strict=True):
+        words = says(opened.model, answer_ED, sample.ids)
+        for one, tokens in zip(layer["experts"], words, strict=True):
+            one["says"] = [shown(opened.tokenizer, token) for token in tokens]
 
 
 def _add_costs(

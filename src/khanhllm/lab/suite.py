@@ -15,8 +15,8 @@ import numpy as np
 
 from khanhllm.errors import UserError
 from khanhllm.files import read
-from khanhllm.lab import closing, core, sets, synthetic
-from khanhllm.lab.answers import Question, ask, mean
+from khanhllm.lab import closing, core, sets, synthetic, talks
+from khanhllm.lab.answers import Question, ask, mean, ratio
 from khanhllm.lab.sample import take
 from khanhllm.lab.sets import Set
 from khanhllm.runs.run import Run
@@ -26,6 +26,8 @@ TOKENS = 100_000
 """of text for bits per byte"""
 PARADIGMS = 5
 """of each BLiMP paradigm, one question for so many of another set; there are 67"""
+ANSWERS = 200
+"""of held-out conversations, at most: a run writes each of them"""
 LAMBADA = "lambada_openai"
 CHOICES = {
     "copa": ("COPA", " "),
@@ -81,11 +83,18 @@ def bits_per_byte(opened: Run, source: str | None) -> Measure:
     sample = take(opened, source, TOKENS)
     bits_W = closing.losses(opened.model, sample.ids, opened.machine).numpy() / math.log(2)
     bytes_W = opened.tokenizer.token_bytes[sample.ids[:, 1:]].sum(1)
-    size, windows = max(1, int(bytes_W.sum())), len(bits_W)
-    value = float(bits_W.sum()) / size
-    error = math.sqrt(windows / (windows - 1) * np.square(bits_W - value * bytes_W).sum()) / size
-    measure = {"title": "held-out text" if source is None else "text", "unit": "bits per byte", "value": value}
-    return measure | {"error": error, "items": windows, "chance": None, "of": None, "cut": 0, "text": sample.source}
+    measure = {"title": "held-out text" if source is None else "text", "unit": "bits per byte"}
+    measure |= ratio(bits_W, bytes_W)
+    return measure | {"chance": None, "of": None, "cut": 0, "text": sample.source}
+
+
+def conversations(opened: Run, most: int) -> Iterator[tuple[str, Measure]]:
+    """What a run that was taught to talk makes of the conversations that it held out."""
+    nats, tokens, ends, rights = talks.answers(opened, most)
+    known = {"of": None, "cut": 0}
+    yield "answer_nats", {"title": "held-out answers", "unit": "nats", **ratio(nats, tokens), "chance": None} | known
+    yield "answers_end", {"title": "answers that end", "unit": "accuracy", **mean(ends), "chance": 0.0} | known
+    yield "answers_right", {"title": "answers word for word", "unit": "accuracy", **mean(rights), "chance": 0.0} | known
 
 
 def _from_files(opened: Run, loaded: dict[str, Set], most: int) -> Iterator[tuple[str, Measure]]:
@@ -138,7 +147,8 @@ def examine(
         if source is not None:
             raise
         notes.append(f"no bits per byte: {error}")
-    for name, measure in chain(_from_files(opened, loaded, most), _by_rule(opened, most)):
+    talked = conversations(opened, min(most, ANSWERS)) if opened.talks else ()
+    for name, measure in chain(_from_files(opened, loaded, most), _by_rule(opened, most), talked):
         measures[name] = measure
         say(f"measured: {measure['title']}")
     known = sets.published()

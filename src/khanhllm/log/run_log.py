@@ -45,7 +45,8 @@ def columns(config: Config) -> list[str]:
     moe_layers, some = config.model.moe_layers, config.train.targets != "all"
     measured = ["step", "tokens", "loss", "balance", "router_z", "lr", "grad_norm", "rejected", "val_ce", "val_bpb"]
     routed = ["max_violation", "least_share", *(f"balance_L{layer}" for layer in moe_layers)] if moe_layers else []
-    return [*measured, *(["counted"] if some else []), *routed, *TIMING]
+    own = ["counted"] * some + ["base_bpb"] * bool(config.data.base)
+    return [*measured, *own, *routed, *TIMING]
 
 
 def expert_columns(experts: int) -> list[str]:
@@ -147,7 +148,8 @@ class Log:
         self.validations |= _validations([{"step": story.step, **score}])
         if self.board:
             self._try(_write_board, self.board, {"step": story.step, **score})
-        self.say(f"validation after step {story.step}: {score['val_ce']:.4f} ({score['val_bpb']:.3f} bits/byte)")
+        base = f"; base {score['base_bpb']:.3f}" if "base_bpb" in score else ""
+        self.say(f"validation after step {story.step}: {score['val_ce']:.4f} ({score['val_bpb']:.3f} bits/byte{base})")
 
     def say(self, text: str) -> None:
         """Show a message, after the steps that it follows, and keep it in messages.txt. Markup and escapes in it have

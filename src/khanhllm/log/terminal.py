@@ -155,7 +155,8 @@ def _line(story: RunView) -> Iterator[str]:
     yield f"step {story.step}/{story.steps}"
     yield f"loss {_text(row, 'loss', '.4f')}"
     if row.get("val_ce") is not None:
-        yield f"val {row['val_ce']:.4f} ({_text(row, 'val_bpb', '.3f')} bits/byte)"
+        base = f"; base {_text(row, 'base_bpb', '.3f')}" if row.get("base_bpb") is not None else ""
+        yield f"val {row['val_ce']:.4f} ({_text(row, 'val_bpb', '.3f')} bits/byte{base})"
     yield f"lr {_text(row, 'lr', '.1e')}"
     yield f"grad {_text(row, 'grad_norm', '.2f')}"
     if "balance" in row:

@@ -1,10 +1,13 @@
 """Score a run on the text that it held out, or on any other."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from khanhllm.data.chat import from_json
+from khanhllm.data.render import blocks, cut
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
@@ -39,6 +42,9 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     if (Path(source) / MANIFEST).exists():
         yield from validation_of(Path(source), opened).windows()
         return
+    if opened.talks and (rows := _rows(source, opened)) is not None:
+        yield from rows
+        return
     context, kept = opened.config.model.context, np.empty(0, np.int64)
     for ids in _tokens(source, opened.tokenizer):
         kept = np.concatenate((kept, ids))
@@ -47,6 +53,20 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
             kept = kept[context:]
     if len(kept) > 1:
         yield kept
+
+
+def _rows(source: str, opened: Run) -> Iterator[np.ndarray] | None:
+    """Conversations as rows; None if the source holds texts."""
+    from khanhllm.data.readers import Reader, holds_conversations
+    from khanhllm.data.sources import locate
+
+    place, context, end = locate(source), opened.config.model.context, opened.tokenizer.end_of_text
+    if not holds_conversations(place):
+        return None
+    reader = Reader(replace(place, laid_for=context), [])
+    texts = (document.text for name in place.files for document in reader.read_file(name))
+    found = (cut(from_json(text), opened.tokenizer, context)[0] for text in texts)
+    return (np.append(block, end).astype(np.int64) for block in blocks(filter(len, found), context, end))
 
 
 def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:

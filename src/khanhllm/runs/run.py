@@ -1,8 +1,7 @@
 """A finished (or stopped) run, opened again: what it was trained with, and what its model says about a text."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,18 +11,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from khanhllm.data.chat import check_turns, messages_of
 from khanhllm.data.counting import Reading
+from khanhllm.data.render import fitting, render
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, there
-from khanhllm.inference.generate import most_read, write
+from khanhllm.inference.generate import answer, most_read, write
+from khanhllm.inference.routes import watched
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import best_of, validations_of
 from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper
-from khanhllm.model.router import Router
 from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
@@ -79,9 +80,7 @@ class Run:
         prompt is too long for the model. Raises UserError for a setting that makes no sense.
         """
         _check_text(prompt)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops) or stop == "":
-            raise UserError("stop must be one or more texts, none of them empty")
+        stops = _stops(stop)
         if lost := self.forgotten(prompt):
             warnings.warn(lost, Forgotten, stacklevel=2)
         settings = checked(Sampling, sampling, "generate")
@@ -93,6 +92,44 @@ class Run:
         seed = checked(Sampling, sampling, "generate").seed
         sampling.pop("seed", None)
         return ["".join(self.stream(prompt, stop, seed=seed + nth, **sampling)) for nth in range(n)]
+
+    @property
+    def talks(self) -> bool:
+        """Whether it was taught to answer (`khanhllm tune`)."""
+        return self.config.train.targets == "answers"
+
+    def check_talks(self) -> None:
+        """Raise UserError if it was not taught to."""
+        if not self.talks:
+            run = self.checkpoint.parents[1]
+            raise UserError(f"{run} was not taught to talk; teach it: khanhllm tune {run} --data chats.jsonl")
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], stop: str | Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """The answer to a conversation, piece by piece. messages: {"role", "content"} each, a question the last.
+
+        Where the model's context is full the oldest turns go, for the answer to have room. sampling and stop: as for
+        `stream`. Raises UserError for a run that was not taught to talk, for turns that do not alternate,
+        and for a question that is too long.
+        """
+        self.check_talks()
+        turns = list(messages_of(messages, "messages"))
+        check_turns(turns, "messages")
+        if not turns or turns[-1].role != "user":
+            raise UserError("messages must end with a question, by the user")
+        settings = checked(Sampling, sampling, "chat")
+        most = most_read(self.config.model.context)
+        room = most - min(settings.tokens, most // 2)
+        kept = fitting(turns, self.tokenizer, room) or fitting(turns[-1:], self.tokenizer, most)
+        if not kept:
+            raise UserError(f"the question is longer than the model sees at once, {self.config.model.context:,} tokens")
+        ids = render(kept, self.tokenizer, answer=True)
+        return answer(self.model, self.tokenizer, self.machine, ids, settings, _stops(stop))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], stop: str | Sequence[str] = (), **sampling: Any) -> str:
+        """The answer to a conversation; see `stream_chat`."""
+        return "".join(self.stream_chat(messages, stop, **sampling))
 
     def forgotten(self, prompt: str) -> str:
         """One line about the beginning of a prompt that the model cannot see; empty if it sees all of it."""
@@ -136,12 +173,7 @@ class Run:
         layers, ids = self.config.model.moe_layers, self._ids(text)
         if not layers:
             raise UserError("this model has no mixture layers, and so no experts")
-        routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        chosen: list[tuple[Tensor, Tensor]] = []
-        with ExitStack() as hooks:
-            for router in routers:
-                handle = router.register_forward_hook(lambda _module, _inputs, output: chosen.append(output[0]))
-                hooks.callback(handle.remove)
+        with watched(self.model) as chosen:
             self.logits(text)
         expert_LTK, weight_LTK = (torch.stack(parts).cpu() for parts in zip(*chosen, strict=True))
         return ExpertChoices([self.tokenizer.decode([token]) for token in ids], layers, expert_LTK, weight_LTK)
@@ -189,6 +221,13 @@ class Run:
 def _check_text(text: object) -> None:
     if not isinstance(text, str):
         raise UserError(f"a text must be a str, got {type(text).__name__}")
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops) or stop == "":
+        raise UserError("stop must be one or more texts, none of them empty")
+    return stops
 
 
 def _whole(name: str, number: object) -> None:

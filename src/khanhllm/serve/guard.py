@@ -28,8 +28,8 @@ PATIENCE = 10
 STALLED = 60
 """seconds after which a client that takes nothing is let go"""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-OPEN = frozenset({"/health"})
-"""what needs no key"""
+QUIET = "/api/"
+"""what the page asks every other second, which is worth a line only if it fails"""
 HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -51,13 +51,19 @@ class Guard:
 
     key: what clients must send as a bearer token; empty: none. names: what Host may say. origins: pages of the web
     that may ask. literal: whether Host may also be any IP address, which nobody can rebind; for servers that others
-    reach.
+    reach. open: paths that need no key.
     """
 
     def __init__(
-        self, app: Any, names: Iterable[str], origins: Iterable[str] = (), key: str = "", literal: bool = False
+        self,
+        app: Any,
+        names: Iterable[str],
+        origins: Iterable[str] = (),
+        key: str = "",
+        literal: bool = False,
+        open: Iterable[str] = ("/health",),
     ) -> None:
-        self.app, self.origins, self.literal = app, frozenset(origins), literal
+        self.app, self.origins, self.literal, self.open = app, frozenset(origins), literal, frozenset(open)
         self.names = LOOPBACK | {name.lower() for name in names}
         self.key = _digest(key.encode()) if key else None
         self.answers: dict[int, int] = {}
@@ -75,8 +81,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                own = list(message.get("headers", ()))
+                known = {name for name, _ in own}
                 more = HEADERS | (_cors(origin) if origin in self.origins else {})
-                message["headers"] = [*message.get("headers", ()), *_encoded(more)]
+                message["headers"] = own + [header for header in _encoded(more) if header[0] not in known]
             async with asyncio.timeout(STALLED):
                 await send(message)
 
@@ -91,6 +99,8 @@ class Guard:
             if not status:
                 await _json(sending, Refused(500, "something unforeseen happened here; the server's log says where"))
         self.answers[status] = self.answers.get(status, 0) + 1
+        if status < 400 and scope["path"].startswith(QUIET):
+            return
         took = (time.monotonic() - started) * 1000
         path = ascii(scope["path"])[1:-1][:100]
         when = time.strftime("%H:%M:%S")
@@ -100,7 +110,7 @@ class Guard:
         self._check_host(scope)
         if self._preflight(scope):
             return await _json(send, None, 204)
-        if scope["path"] not in OPEN:
+        if scope["path"] not in self.open:
             self._check_key(scope)
         if scope["method"] == "POST":
             kind = (_header(scope, b"content-type") or "").partition(";")[0].strip().lower()

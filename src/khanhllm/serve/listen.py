@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.serve.guard import PATIENCE, is_loopback
+from khanhllm.serve.house import House
 from khanhllm.serve.server import Server
 
 GRACE = 5
@@ -97,11 +99,19 @@ def nobody_else() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve(server: Server, host: str, port: int, key: str, allowed: Sequence[str], origins: Sequence[str]) -> None:
+def serve(
+    server: Server | House,
+    host: str,
+    port: int,
+    key: str,
+    allowed: Sequence[str],
+    origins: Sequence[str],
+    browse: bool = False,
+) -> None:
     """Serve until SIGINT or SIGTERM; then streams may finish for a while, and a second SIGINT ends it at once. Raises
     UserError if it cannot listen there, and RuntimeError when the engine has died.
 
-    Without a key, a server that other machines can reach makes one and prints it.
+    Without a key, a server that other machines can reach makes one and prints it. browse: open the page in a browser.
     """
     bound = listen(host, port)
     foreign = not is_loopback(host)
@@ -126,10 +136,15 @@ def serve(server: Server, host: str, port: int, key: str, allowed: Sequence[str]
         listening.should_exit = True
 
     server.died = died
-    print(f"{server.name} listens on http://{shown}:{bound.getsockname()[1]}/v1  (Ctrl-C ends it)", flush=True)
+    address = f"http://{shown}:{bound.getsockname()[1]}"
+    print(f"{server.name} listens on {address}/v1  (Ctrl-C ends it)", flush=True)
+    if isinstance(server, House) and server.files:
+        print(f"page: {address}/", flush=True)
     if made:
         print(f"key, to be sent as Authorization: Bearer KEY:  {made}", flush=True)
+    if browse:
+        webbrowser.open(address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]"))
     with nobody_else():
         asyncio.run(listening.serve([bound]))
-    if fault := server.engine.fault:
+    if fault := server.fault:
         raise RuntimeError(f"the engine has ended by an error: {type(fault).__name__}: {fault}") from fault

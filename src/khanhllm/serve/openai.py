@@ -46,6 +46,8 @@ class Own(Asked):
 
     off: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=10_000)] = []
     """experts to do without, each as [layer, expert]"""
+    routes: bool = False
+    """tell with each choice which experts its tokens went to, and those of the prompt"""
 
 
 class Writes(Asked):
@@ -103,17 +105,20 @@ class Completion(Writes):
         return given
 
 
-class Message(Asked):
-    role: str
-    content: Any = ""
-
-
 class Chat(Writes):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
+    logprobs: Literal[False] = False
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    functions: Annotated[list[Any], Field(max_length=0)] = []
+
+    @property
+    def tokens(self) -> int | None:
+        """The most that it may write; None: as many as there is room for."""
+        return self.max_completion_tokens or self.max_tokens
 
 
 class Tokenize(Asked):
@@ -162,7 +167,7 @@ def parsed(raw: bytes, kind: type[Kind]) -> Kind:
         raise Refused(400, text.encode("ascii", "backslashreplace").decode(), param=key) from None
 
 
-UNABLE = {"frequency_penalty", "presence_penalty", "logit_bias", "best_of", "suffix"}
+UNABLE = {"frequency_penalty", "presence_penalty", "logit_bias", "best_of", "suffix", "tools", "functions"}
 
 
 def _no_number(name: str) -> float:
@@ -177,6 +182,52 @@ def dumped(value: Mapping[str, Any]) -> str:
 def event(value: Mapping[str, Any]) -> str:
     """One server-sent event."""
     return f"data: {dumped(value)}\n\n"
+
+
+class TextForm:
+    """How an answer of /v1/completions is written."""
+
+    prefix, whole_name, part_name = "cmpl", "text_completion", "text_completion"
+
+    @staticmethod
+    def whole(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        """One choice."""
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    part = whole
+    """what is new in one choice"""
+
+    @staticmethod
+    def first(_index: int) -> dict[str, Any] | None:
+        """What comes before the parts of a choice."""
+        return None
+
+
+class ChatForm:
+    """How an answer of /v1/chat/completions is written."""
+
+    prefix, whole_name, part_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    @staticmethod
+    def whole(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        """One choice."""
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+    @staticmethod
+    def part(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        """What is new in one choice."""
+        delta = {"content": text} if text else {}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+    @staticmethod
+    def first(index: int) -> dict[str, Any] | None:
+        """Who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+Form = type[TextForm] | type[ChatForm]
 
 
 DONE = "data: [DONE]\n\n"

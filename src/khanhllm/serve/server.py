@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,7 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from khanhllm.data.chat import check_turns, messages_of
+from khanhllm.data.render import render
 from khanhllm.data.tokenizer import END_OF_TEXT
+from khanhllm.errors import UserError
 from khanhllm.inference.engine import Dead, Engine, Full
 from khanhllm.runs.run import Run
 from khanhllm.schema import Sampling
@@ -23,9 +27,12 @@ from khanhllm.serve.openai import (
     ALIVE,
     DONE,
     Chat,
+    ChatForm,
     Completion,
     Detokenize,
+    Form,
     Refused,
+    TextForm,
     Tokenize,
     Writes,
     check_ids,
@@ -34,7 +41,7 @@ from khanhllm.serve.openai import (
     parsed,
     usage,
 )
-from khanhllm.serve.writing import Logprobs, Piece, Wanted, Writing
+from khanhllm.serve.writing import Logprobs, Piece, Seen, Wanted, Writing, told
 
 STREAM = {"content-type": "text/event-stream", "x-accel-buffering": "no"}
 
@@ -64,10 +71,18 @@ class Server:
             ("GET", "/tokenizer_info", self.tokenizer_info),
         ]
         routes = [Route(path, endpoint, methods=[method]) for method, path, endpoint in paths]
-        handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
-        self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        self.app.router.redirect_slashes = False
+        self.app = application(routes, self._lifespan)
         self.guard: Guard | None = None
+
+    @property
+    def talks(self) -> bool:
+        """Whether the run was taught to talk."""
+        return self.run.talks
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What ended the engine."""
+        return self.engine.fault
 
     def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
         """The application behind its guard, whose settings these are."""
@@ -76,11 +91,19 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        thread.start()
+        self.start()
         yield
+        await self.stop()
+
+    def start(self) -> None:
+        """Let the engine work."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End all jobs, and the engine."""
         self.engine.close()
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
         self.engine.run()
@@ -137,13 +160,21 @@ class Server:
         return _json({"prompt": self.tokenizer.decode(asked.tokens)})
 
     async def chat(self, request: Request) -> Response:
-        self._check_model(parsed(await request.body(), Chat).model)
-        raise Refused(400, "this run was not taught to talk; use /v1/completions")
+        asked = parsed(await request.body(), Chat)
+        self._check_model(asked.model)
+        if not self.run.talks:
+            raise Refused(400, "this run was not taught to talk (khanhllm tune); use /v1/completions")
+        return await self._answer(request, asked, self._wanted_answers(asked), asked.n, ChatForm)
 
     async def completions(self, request: Request) -> Response:
         asked = parsed(await request.body(), Completion)
         self._check_model(asked.model)
-        wanted = self._wanted(asked)
+        return await self._answer(request, asked, self._wanted(asked), asked.n, TextForm)
+
+    async def _answer(
+        self, request: Request, asked: Writes, wanted: Sequence[Wanted], choices: int, form: Form
+    ) -> Response:
+        wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
             writing = Writing(self.engine, self.tokenizer, wanted)
         except Full:
@@ -151,15 +182,35 @@ class Server:
         except Dead:
             raise Refused(503, "the engine has ended by an error") from None
         reply = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
+            "id": f"{form.prefix}-{secrets.token_hex(12)}",
+            "object": form.part_name if asked.stream else form.whole_name,
             "created": int(time.time()),
             "model": self.name,
         }
-        tokens = sum(len(one.ids) - one.shown for one in wanted[:: asked.n])
+        tokens = sum(len(one.ids) - one.shown for one in wanted[::choices])
         if asked.stream:
-            return StreamingResponse(self._events(asked, writing, wanted, reply, tokens), headers=STREAM)
-        return await self._whole(request, writing, wanted, reply, tokens)
+            return StreamingResponse(self._events(asked, writing, wanted, reply, tokens, form), headers=STREAM)
+        return await self._whole(request, writing, wanted, reply, tokens, form)
+
+    def _wanted_answers(self, asked: Chat) -> list[Wanted]:
+        """The n answers to a conversation."""
+        try:
+            turns = list(messages_of(asked.messages, "messages"))
+            check_turns(turns, "messages")
+        except UserError as error:
+            raise Refused(400, str(error), param="messages") from None
+        if turns[-1].role != "user":
+            raise Refused(400, "messages must end with a question, by the user", param="messages")
+        ids, context = render(turns, self.tokenizer, answer=True), self.shape.context
+        if len(ids) >= context:
+            text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
+            raise Refused(400, text, "context_length_exceeded", "messages")
+        most, closed = asked.tokens or context, self._closed(asked)
+        ends, seed = self.tokenizer.special_ids, _seed(asked)
+        return [
+            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed, ends)
+            for nth in range(asked.n)
+        ]
 
     def _wanted(self, asked: Completion) -> list[Wanted]:
         """A text to be continued for each prompt and each of its n choices."""
@@ -168,7 +219,7 @@ class Server:
         if asked.n * len(prompts) > most:
             text = f"{len(prompts)} prompts x n {asked.n} are more texts than this server holds, {most}"
             raise Refused(400, text, param="n")
-        seed = secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
+        seed, ends = _seed(asked), frozenset({self.tokenizer.end_of_text})
         closed, wanted, context = self._closed(asked), [], self.shape.context
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -181,7 +232,9 @@ class Server:
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
                 sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
-                wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
+                wanted.append(
+                    Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed, ends)
+                )
         return wanted
 
     def _closed(self, asked: Writes) -> dict[int, list[int]]:
@@ -194,7 +247,13 @@ class Server:
         return {layer: sorted(set(experts)) for layer, experts in sorted(closed.items())}
 
     async def _whole(
-        self, request: Request, writing: Writing, wanted: Sequence[Wanted], reply: dict[str, Any], tokens: int
+        self,
+        request: Request,
+        writing: Writing,
+        wanted: Sequence[Wanted],
+        reply: dict[str, Any],
+        tokens: int,
+        form: Form,
     ) -> Response:
         """The answer at once; if the client goes before, its jobs end."""
         gone = asyncio.create_task(_gone(request))
@@ -213,16 +272,27 @@ class Server:
             scores = [score for piece in pieces for score in piece.scores]
             logprobs = Logprobs(self.tokenizer).add(scores) if one.logprobs is not None else None
             text = "".join(piece.text for piece in pieces)
-            choices.append(_choice(index, text, logprobs, pieces[-1].finish))
+            seen = [piece.seen for piece in pieces if piece.seen]
+            whole = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
+            choices.append(form.whole(index, text, logprobs, pieces[-1].finish) | self._told(whole))
         return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
 
     async def _events(
-        self, asked: Completion, writing: Writing, wanted: Sequence[Wanted], reply: dict[str, Any], tokens: int
+        self,
+        asked: Writes,
+        writing: Writing,
+        wanted: Sequence[Wanted],
+        reply: dict[str, Any],
+        tokens: int,
+        form: Form,
     ) -> AsyncIterator[str]:
         """The answer as server-sent events; if the client goes, the jobs end."""
         logprobs = [Logprobs(self.tokenizer) for _ in wanted]
         count = asked.stream_options.include_usage
+        counted = {"usage": None} if count else {}
         try:
+            for first in filter(None, map(form.first, range(len(wanted)))):
+                yield event(reply | {"choices": [first]} | counted)
             async for piece in writing.pieces():
                 if piece is None:
                     yield ALIVE
@@ -230,16 +300,28 @@ class Server:
                 if piece.error:
                     yield event(_as_refused(piece.error).body())
                     return
-                if not (piece.text or piece.scores or piece.finish):
+                if not (piece.text or piece.scores or piece.finish or piece.seen):
                     continue
-                scored = logprobs[piece.choice].add(piece.scores) if asked.logprobs is not None else None
-                choice = _choice(piece.choice, piece.text, scored, piece.finish)
-                yield event(reply | {"choices": [choice]} | ({"usage": None} if count else {}))
+                scores = wanted[piece.choice].logprobs is not None
+                scored = logprobs[piece.choice].add(piece.scores) if scores else None
+                choice = form.part(piece.choice, piece.text, scored, piece.finish) | self._told(piece.seen)
+                yield event(reply | {"choices": [choice]} | counted)
             if count:
                 yield event(reply | {"choices": [], "usage": usage(tokens, writing.written)})
             yield DONE
         finally:
             writing.cancel()
+
+    def _told(self, seen: Seen | None) -> dict[str, Any]:
+        return {"khanhllm": told(self.tokenizer, seen)} if seen else {}
+
+
+def application(routes: Sequence[Route], lifespan: Any) -> Starlette:
+    """These routes; whatever goes wrong is answered in JSON."""
+    handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
 
 
 def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
@@ -253,8 +335,8 @@ def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
     )
 
 
-def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+def _seed(asked: Writes) -> int:
+    return secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
 
 
 async def _gathered(writing: Writing, choices: int) -> list[list[Piece]]:

@@ -2,17 +2,31 @@
 
 import asyncio
 import codecs
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.inference.engine import Engine, Job
+from khanhllm.inference.routes import Route
 from khanhllm.inference.sample import Score
 from khanhllm.inference.words import TokenWords
 from khanhllm.schema import Sampling
 
 STALLED = 1000
 """pieces that may wait for a client that does not read; then its jobs are cancelled"""
+
+
+ALTERNATIVES = 5
+"""tokens that are named beside each one whose way is told"""
+
+
+class Seen(NamedTuple):
+    """What was seen of the model's work since the last piece. Both lists begin with the first token that was read, and
+    the n-th route is that of the n-th token: a token is drawn before it is read, so routes come one token later."""
+
+    tokens: Sequence[Score]
+    routes: Sequence[Route]
 
 
 class Piece(NamedTuple):
@@ -24,6 +38,7 @@ class Piece(NamedTuple):
     finish: str | None = None
     """stop or length: nothing follows"""
     error: Exception | None = None
+    seen: Seen | None = None
 
 
 class Wanted(NamedTuple):
@@ -38,6 +53,10 @@ class Wanted(NamedTuple):
     logprobs: int | None
     echo: bool
     closed: dict[int, list[int]]
+    ends: frozenset[int]
+    """tokens that end it"""
+    routes: bool = False
+    """tell where each token went, those of the prompt too"""
 
 
 class Writing:
@@ -72,6 +91,7 @@ class Writing:
         words = TokenWords(self.tokenizer, wanted.stops)
         prompt: list[Score] = [Score(token) for token in wanted.ids[wanted.shown : 1]]
         begun = not wanted.echo
+        tokens, routes = [Score(wanted.ids[0])], list[Route]()
 
         def beginning() -> tuple[str, list[Score]]:
             nonlocal begun
@@ -80,21 +100,34 @@ class Writing:
             begun = True
             return self.tokenizer.decode(wanted.ids[wanted.shown :]), prompt
 
+        def seen() -> Seen | None:
+            nonlocal tokens, routes
+            new, tokens, routes = Seen(tokens, routes), [], []
+            return new if wanted.routes else None
+
+        def echo(score: Score) -> None:
+            prompt.append(score)
+            tokens.append(score)
+
         def hear(score: Score) -> bool:
+            tokens.append(score)
             text, scores = beginning()
-            ended = score.token == self.tokenizer.end_of_text
+            ended = score.token in wanted.ends
             text += words.rest() if ended else words.add(score.token)
             self.written += 1
             scored = [*scores, score] if wanted.logprobs is not None else []
-            self._send(Piece(index, text, scored))
+            self._send(Piece(index, text, scored, seen=seen()))
             return ended or words.ended or self._queue.qsize() > STALLED
 
         def over(reason: str, error: Exception | None) -> None:
             text, scores = beginning()
-            self._send(Piece(index, text + words.rest(), scores if wanted.logprobs is not None else [], reason, error))
+            scored = scores if wanted.logprobs is not None else []
+            self._send(Piece(index, text + words.rest(), scored, reason, error, seen()))
 
-        job = Job(wanted.ids, wanted.sampling, hear, over, top=wanted.logprobs, closed=wanted.closed)
-        job.echo = prompt.append if wanted.echo and wanted.logprobs is not None else None
+        top = ALTERNATIVES if wanted.routes and wanted.logprobs is None else wanted.logprobs
+        job = Job(wanted.ids, wanted.sampling, hear, over, top=top, closed=wanted.closed)
+        job.echo = echo if wanted.routes or (wanted.echo and wanted.logprobs is not None) else None
+        job.route = (lambda new: routes.extend(new)) if wanted.routes else None
         return job
 
     def _send(self, piece: Piece) -> None:
@@ -132,9 +165,26 @@ class Logprobs:
         return {self.name(token): logprob for token, logprob in score.top} | {self.name(score.token): score.logprob}
 
     def name(self, token: int) -> str:
-        """The text of a token, or its bytes if they are no text, in OpenAI's spelling."""
-        raw = self.tokenizer.decode_bytes([token])
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return named(self.tokenizer, token)
+
+
+def named(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token, or its bytes if they are no text, in OpenAI's spelling."""
+    raw = tokenizer.decode_bytes([token])
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def told(tokenizer: Tokenizer, seen: Seen) -> dict[str, list[Any]]:
+    """`seen` as clients get it: each token as [id, text, bits, alternatives], bits being null where no token stands
+    before it; each route as [[expert, weight], ...] for every mixture layer."""
+
+    def one(score: Score) -> list[Any]:
+        bits = None if score.logprob is None else round(-score.logprob / math.log(2), 3)
+        likely = [[named(tokenizer, token), round(math.exp(logprob), 4)] for token, logprob in score.top]
+        return [score.token, named(tokenizer, score.token), bits, likely]
+
+    routes = [[[(expert, round(weight, 4)) for expert, weight in layer] for layer in route] for route in seen.routes]
+    return {"tokens": [one(score) for score in seen.tokens], "routes": routes}

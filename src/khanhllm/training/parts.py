@@ -14,6 +14,7 @@ from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
 from khanhllm.data.counting import Reading, counted
 from khanhllm.data.ensure import check_rows_fit, ensure
+from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
@@ -42,8 +43,10 @@ class Parts:
     run: Path
     learner: Learner
     tokenizer: Tokenizer
-    train: Shards | Belt
+    train: Shards | Belt | Replay
     validation: Shards
+    base: Shards | None = None
+    """what the run that this one goes on from held out"""
 
     @property
     def config(self) -> Config:
@@ -68,17 +71,38 @@ def rows_of(parts: Parts, state: State, stop: Stop, every: bool = False) -> Gene
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
     """Open everything that the run needs. Its config then names the text by absolute paths, for a resume elsewhere."""
+    context = config.model.context
     data = Path(machine.group.told(lambda: str(_prepared(config, folder, saved))))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
-    train: Shards | Belt = (
-        Belt(data, config.model.context, config.data.ahead, config.data.disk, config.data.patience, machine.group.rank)
-        if (data / RECIPE).exists()
-        else Shards.open(data, "train", config.model.context)
-    )
-    validation = Shards.open(data, "validation", config.model.context)
-    return Parts(folder, Learner.new(config, machine), tokenizer, train, validation)
+    rank = machine.group.rank
+    own, validation = _rows_in(data, config, rank), Shards.open(data, "validation", context)
+    earlier, share = Path(config.data.base), config.data.replay
+    base = _of_base(earlier, tokenizer, context) if config.data.base else None
+    train = Replay(own, _rows_in(earlier, config, rank), share) if base and share else own
+    return Parts(folder, Learner.new(config, machine), tokenizer, train, validation, base)
+
+
+def laid_for(config: Config) -> int:
+    """How long the rows are into which conversations are packed; 0 if the source holds none."""
+    return config.model.context if config.train.targets == "answers" else 0
+
+
+def _rows_in(folder: Path, config: Config, rank: int) -> Shards | Belt:
+    data, context = config.data, config.model.context
+    if (folder / RECIPE).exists():
+        return Belt(folder, context, data.ahead, data.disk, data.patience, rank)
+    return Shards.open(folder, "train", context)
+
+
+def _of_base(folder: Path, tokenizer: Tokenizer, context: int) -> Shards:
+    if not there(folder / MANIFEST):
+        raise UserError(f"the shards in {folder} (data.base), which this run replays or measures, are gone")
+    base = Shards.open(folder, "validation", context)
+    if base.manifest.tokenizer != tokenizer.sha256:
+        raise UserError(f"the shards in {folder} (data.base) were made with another tokenizer than this run's")
+    return base
 
 
 def _prepared(config: Config, folder: Path, saved: dict[str, Any]) -> Path:
@@ -86,7 +110,7 @@ def _prepared(config: Config, folder: Path, saved: dict[str, Any]) -> Path:
     source = _source(config, folder, saved)
     check_rows_fit(source.source, source.shard_tokens, config.model.context)
     needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
-    return ensure(source, config.model.vocab_size, round(needed))
+    return ensure(source, config.model.vocab_size, round(needed), laid_for(config))
 
 
 def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
@@ -104,8 +128,10 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
 def _anchored(data: DataConfig) -> DataConfig:
     from khanhllm.data.sources import anchored
 
-    tokenizer = data.tokenizer and str(Path(data.tokenizer).absolute())
-    return data.model_copy(update={"source": anchored(data.source), "tokenizer": tokenizer})
+    files = {
+        key: path and str(Path(path).absolute()) for key, path in (("tokenizer", data.tokenizer), ("base", data.base))
+    }
+    return data.model_copy(update={"source": anchored(data.source), **files})
 
 
 def _has_read_nothing(folder: Path) -> bool:

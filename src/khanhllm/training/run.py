@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from torch import nn
 
 from khanhllm import optim
 from khanhllm.data.belt import Starved
+from khanhllm.data.counting import Reading
+from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, locked, there
-from khanhllm.inference.generate import write
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine import launch
@@ -35,11 +37,12 @@ from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.optim.schedule import warmup_of
 from khanhllm.planning import budget
-from khanhllm.schema import Config, Sampling, TrainConfig
+from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.parts import Parts, assemble, check_longer, check_same, check_validation, restore, rows_of
 from khanhllm.training.recovery import adapted, recover
+from khanhllm.training.samples import write_samples
 from khanhllm.training.saver import Saver, room_for
 from khanhllm.training.step import NoRows, State, rate_factor, train_step
 
@@ -98,7 +101,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
             if due(state.step, train.save_every) or last:
                 _save(parts, state, log, saver, must=last)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
-                _write_sample(parts, state.step, log)
+                write_samples(parts, state.step, log)
         if finished:
             for line in _rise(parts, log):
                 log.say(line)
@@ -184,23 +187,34 @@ class _Stopped(Exception):
     """A signal asks to stop while the validation is at work."""
 
 
-def validate(parts: Parts, tokens: int, stop: Stop) -> Score | None:
-    """Score the first `tokens` tokens of the validation documents, always the same ones. None if a signal asks to stop:
-    a resumed run then makes up for it, from the same weights. The first process does it for all."""
+def validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
+    """Score the first `tokens` tokens of the validation documents, always the same ones, and of those of the run that
+    this one goes on from. None if a signal asks to stop: a resumed run then makes up for it, from the same weights. The
+    first process does it for all."""
     return parts.learner.machine.group.told(lambda: _validate(parts, tokens, stop))
 
 
-def _validate(parts: Parts, tokens: int, stop: Stop) -> Score | None:
+def _validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
 
-    def windows() -> Iterator[np.ndarray]:
-        for window in islice(parts.validation.windows(), -(-tokens // parts.config.model.context)):
+    def windows(shards: Shards) -> Iterator[np.ndarray]:
+        for window in islice(shards.windows(), -(-tokens // parts.config.model.context)):
             if stop.asked:
                 raise _Stopped
             yield window
 
-    learner, token_bytes = parts.learner, parts.tokenizer.token_bytes
+    learner = parts.learner
+
+    def scored(shards: Shards, reading: Reading | None) -> Score:
+        token_bytes, rows = parts.tokenizer.token_bytes, parts.config.train.rows
+        return score(learner.model, windows(shards), token_bytes, learner.machine, rows, reading)
+
     try:
-        return score(learner.model, windows(), token_bytes, learner.machine, parts.config.train.rows, parts.reading)
+        own = scored(parts.validation, parts.reading)
+        if not parts.base:
+            return {**own}
+        # as the base itself was scored: without a mask
+        reading = parts.reading and parts.reading._replace(document_mask=False)
+        return own | {"base_bpb": scored(parts.base, reading)["val_bpb"]}
     except _Stopped:
         return None
 
@@ -220,24 +234,8 @@ def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
     if group.leads:
         log.complete(found)
     if finished and train.sample_tokens:
-        _write_sample(parts, state.step, log)
+        write_samples(parts, state.step, log)
     return finished
-
-
-def _write_sample(parts: Parts, step: int, log: Log) -> None:
-    train = parts.config.train
-    if not parts.learner.machine.group.leads:
-        return
-    sampling = Sampling(tokens=train.sample_tokens, seed=train.seed + step)
-    learner = parts.learner
-    pieces = write(learner.model, parts.tokenizer, learner.machine, train.sample_prompt, sampling)
-    text = train.sample_prompt + "".join(pieces)
-    log.say(f"step {step} writes: {' '.join(text.split())[:300]}")
-    try:
-        with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:
-            file.write(f"--- step {step}\n{text}\n")
-    except OSError as error:
-        log.say(f"the sample could not be kept: {error}; training continues")
 
 
 def _rise(parts: Parts, log: Log) -> Iterator[str]:

@@ -1,0 +1,95 @@
+"""A conversation with a run, in a terminal or through a pipe."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from khanhllm.draw import visible
+from khanhllm.errors import UserError
+from khanhllm.runs.run import Run
+from khanhllm.schema import Sampling
+
+HELP = """\
+/system TEXT   begin anew, with this system message (none without TEXT)
+/new           begin anew
+/undo          forget the last question and its answer
+/help          this list
+/quit          leave, as Ctrl-D does; Ctrl-C ends an answer"""
+
+
+class Talk:
+    """Questions from the standard input, answers to the standard output."""
+
+    def __init__(self, run: Run, sampling: Sampling, system: str = "", stops: Sequence[str] = ()) -> None:
+        self.run_, self.sampling, self.stops = run, sampling, stops
+        self.messages: list[dict[str, str]] = []
+        self.system = system
+        self.person = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+    def run(self) -> None:
+        """Talk until the input ends."""
+        if sys.stdin is None:
+            raise UserError("khanhllm chat reads standard input, which is closed")
+        if self.person:
+            with suppress(ImportError):
+                import readline  # noqa: F401  arrow keys, and earlier questions
+            print("/help lists what else can be typed; Ctrl-D leaves", file=sys.stderr)
+        while (line := self._line()) is not None:
+            word, _, rest = line.strip().partition(" ")
+            if word == "/quit":
+                return
+            if word.startswith("/") and not self._command(word, rest.strip()):
+                self._tell(f"{word} is unknown; /help lists what can be typed")
+            elif line.strip() and not word.startswith("/"):
+                self._answer(line)
+
+    def _line(self) -> str | None:
+        """The next line; None at the end."""
+        try:
+            return input("> " if self.person else "")
+        except EOFError:
+            if self.person:
+                print()
+            return None
+        except UnicodeDecodeError:
+            raise UserError("the standard input is not UTF-8 text") from None
+        except KeyboardInterrupt:  # of a line that is being typed
+            if not self.person:
+                raise
+            print()
+            return ""
+
+    def _command(self, word: str, rest: str) -> bool:
+        if word == "/help":
+            self._tell(HELP)
+        elif word in ("/new", "/system"):
+            self.messages = []
+            self.system = rest if word == "/system" else self.system
+        elif word == "/undo":
+            self.messages = self.messages[:-2]
+        else:
+            return False
+        return True
+
+    def _answer(self, line: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": line}]
+        system = [{"role": "system", "content": self.system}] * bool(self.system)
+        said = ""
+        settings = self.sampling.model_dump() | {"seed": (self.sampling.seed + len(self.messages)) % 2**63}
+        try:
+            for piece in self.run_.stream_chat([*system, *asked], self.stops, **settings):
+                said += piece
+                print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            print(flush=True)
+        except UserError as error:
+            self._tell(str(error))
+            return
+        except KeyboardInterrupt:
+            if not self.person:
+                raise
+            print(" …")
+        if said.strip():  # what was not answered is forgotten
+            self.messages = [*asked, {"role": "assistant", "content": said}]
+
+    def _tell(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

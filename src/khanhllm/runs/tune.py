@@ -1,0 +1,137 @@
+"""A run goes on with other text, as a run of its own: conversations (`khanhllm tune`) or more of anything else
+(`khanhllm train --from`).
+
+Like upcycling, this writes a run at step 0 that holds the weights, with fresh moments and a config of its own; the one
+training loop does the rest.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from khanhllm.data.counting import Marks
+from khanhllm.data.ensure import ensure
+from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.errors import UserError
+from khanhllm.files import there
+from khanhllm.model import Transformer
+from khanhllm.runs.run import Run, open_run
+from khanhllm.schema import Config
+from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.training.parts import laid_for
+from khanhllm.training.start import write_start
+
+PEAKS = ("lr", "muon_lr", "embedding_lr", "head_lr")
+STEPS = 400
+"""steps that a tuning should have at least: with little text its steps become small"""
+LEAST = 512
+"""tokens of a step of a tuning, at least"""
+LEAST_REPLAY = 0.1
+"""below it, a step with one replayed row would be long"""
+PARTS = 4
+"""how often a tuning is validated, saved, and asked held-out questions"""
+VALIDATION = 0.05
+"""share of the conversations that are held out"""
+
+
+def tune(
+    run: Path,
+    out: Path,
+    source: str,
+    *,
+    epochs: float = 3.0,
+    replay: float = 0.3,
+    rate: float = 0.2,
+    settings: Mapping[str, Any] = {},
+) -> Config:
+    """Write `out`, a run at step 0 that is to learn the answers of the conversations in `source`; its config.
+
+    epochs: how often it reads them. replay: share of the rows that come from the text of `run`. rate: peaks of the
+    learning rates, as a share of those of `run`. settings: single keys of the config, which win.
+
+    Raises UserError before anything is written.
+    """
+    refuse_to_overwrite(out, resume=False)
+    if not (0 < epochs < math.inf and 0 < rate < math.inf):
+        raise UserError(f"--epochs and --rate must be above 0, got {epochs:g} and {rate:g}")
+    if replay and not LEAST_REPLAY <= replay <= 1 - LEAST_REPLAY:
+        raise UserError(f"--replay must be 0, or from {LEAST_REPLAY} to {1 - LEAST_REPLAY}, got {replay:g}")
+    base = open_run(run)
+    Marks.of(base.tokenizer)
+    peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
+    data = {"source": source, "tokenizer": str((run / "tokenizer.json").absolute()), "clean": "", "tokens": 0}
+    own = {
+        "data": data | {"validation": VALIDATION, "base": _base(base, replay), "replay": replay},
+        "train": {"targets": "answers", "document_mask": True, "seconds": 0},
+        "optim": peaks,
+        "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0},
+    }
+    config = resolve(base.config.model_dump(), own, settings, where="tune")
+    folder = _shards(config)
+    shards = Shards.open(folder, "train", config.model.context)
+    config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
+    often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
+    config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
+    write_start(out, config, _copy(base, config), base.tokenizer, data="", folder=str(folder.absolute()))
+    return config
+
+
+def go_on(run: Path, out: Path, config: Config) -> Config:
+    """Write `out`, a run at step 0 with the weights and the tokenizer of `run`, and return its config: this one, which
+    also knows the text of `run`, so that the log shows what is forgotten.
+
+    Raises UserError before anything is written.
+    """
+    refuse_to_overwrite(out, resume=False)
+    base = open_run(run)
+    model = _copy(base, config)
+    earlier = config.data.base or _base(base, config.data.replay)
+    own = {"tokenizer": str((run / "tokenizer.json").absolute()), "base": earlier}
+    config = resolve(config.model_dump(), {"data": own}, where="train")
+    write_start(out, config, model, base.tokenizer, data="", folder=str(_shards(config).absolute()))
+    return config
+
+
+def _base(base: Run, replay: float) -> str:
+    """The shards of a run, whose rows are replayed, and whose held-out text shows what is forgotten; "" if gone."""
+    folder = base.data.absolute()
+    if there(folder / MANIFEST):
+        return str(folder)
+    if replay:
+        raise UserError(
+            f"the shards of {base.checkpoint.parents[1]}, {folder}, are gone, so none of its text can be replayed; "
+            "tune without (--replay 0), or train it on with --resume, which makes them again"
+        )
+    return ""
+
+
+def _shards(config: Config) -> Path:
+    needed = config.train.steps * config.tokens_per_step
+    return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
+
+
+def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str, Any]]:
+    """Steps that read the conversations so often, and of which size.
+
+    Each step has the same number of replayed rows, at least one: text costs many times the nats of an answer, so in
+    steps of one kind each, those of text would look to the guard like spikes.
+    """
+    context, replay, usual = config.model.context, config.data.replay, config.train.rows
+    least = max(-(-LEAST // context), round(1 / replay) if replay else 1, 2 if replay else 1)
+    a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
+    a_step -= a_step % usual if a_step - a_step % usual >= least else 0
+    replayed = min(max(round(a_step * replay), 1), a_step - 1) if replay else 0
+    steps = math.ceil(epochs * shards.rows / (a_step - replayed))
+    auto = config.train.micro_batch == "auto"
+    rows = 1 if auto else max(part for part in range(1, usual + 1) if a_step % part == 0)
+    train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
+    return {"train": train, "data": {"replay": replayed / a_step}}
+
+
+def _copy(base: Run, config: Config) -> Transformer:
+    if config.model != base.config.model:
+        raise UserError(f"the model is that of {base.checkpoint.parents[1]}; leave out --model options")
+    model = Transformer(config.model)
+    model.load_state_dict(base.model.state_dict())
+    return model

@@ -1,0 +1,93 @@
+"""A conversation in the terminal."""
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from khanhllm.cli import main
+from khanhllm.errors import UserError
+from khanhllm.runs.talk import Talk
+from khanhllm.schema import Sampling
+
+
+@pytest.fixture
+def talker(served):
+    train = served.config.train.model_copy(update={"targets": "answers"})
+    return replace(served, config=served.config.model_copy(update={"train": train}))
+
+
+@pytest.fixture
+def talk(talker, monkeypatch):
+    """A function that types lines and returns what the model was asked each time; its answers are numbered."""
+
+    def typing(*lines, answers=iter, **options):
+        asked = []
+
+        def stream_chat(_run, messages, stop=(), **sampling):
+            asked.append([f"{one['role']}: {one['content']}" for one in messages])
+            return answers([f"answer {len(asked)}"])
+
+        monkeypatch.setattr(type(talker), "stream_chat", stream_chat)
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        Talk(talker, Sampling(), **options).run()
+        return asked
+
+    return typing
+
+
+def test_lines_in_answers_out(talk, capsys):
+    asked = talk("one", "", "two")
+    assert asked == [["user: one"], ["user: one", "assistant: answer 1", "user: two"]]
+    assert capsys.readouterr().out == "answer 1\nanswer 2\n"
+
+
+def test_commands(talk, capsys):
+    asked = talk(
+        "one", "zero", "/undo", "two", "/new", "three", "/system Short.", "four", "/what", "/help", "/quit", "five"
+    )
+    first = ["user: one", "assistant: answer 1"]
+    assert asked[:3] == [["user: one"], [*first, "user: zero"], [*first, "user: two"]]
+    assert asked[3:] == [["user: three"], ["system: Short.", "user: four"]]
+    told = capsys.readouterr().err
+    assert "/what is unknown" in told and "/undo " in told
+
+
+def test_a_system_message_begins_it(talk):
+    assert talk("one", system="Short.") == [["system: Short.", "user: one"]]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(talk, monkeypatch, capsys):
+    def interrupted(pieces):
+        yield from pieces
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Talk, "person", property(lambda _: True, lambda *_: None), raising=False)
+    asked = talk("one", "two", answers=interrupted)
+    assert asked[1] == ["user: one", "assistant: answer 1", "user: two"]
+    assert "answer 1 …" in capsys.readouterr().out
+
+
+def test_a_question_that_is_too_long_is_told_and_forgotten(talker, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 5000 + "\nimport\n"))
+    Talk(talker, Sampling(tokens=2)).run()
+    out, err = capsys.readouterr()
+    assert "longer than the model sees at once" in err and out.count("\n") >= 1
+
+
+def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talker, monkeypatch):
+    seen = []
+    monkeypatch.setattr("khanhllm.runs.run.answer", lambda _m, _t, _d, ids, *_: iter(seen.append(ids) or ()))
+    turns = [{"role": role, "content": "or"} for _ in range(60) for role in ("user", "assistant")]
+    talker.chat([{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "a"}])
+    text = talker.tokenizer.decode(seen[0])
+    assert len(seen[0]) <= talker.config.model.context // 2 < len(seen[0]) + 8
+    assert text.startswith("<|endoftext|><|system|>S<|user|>or") and text.endswith("<|user|>a<|assistant|>")
+
+
+def test_a_run_that_was_not_taught_is_refused_in_one_line(served, capsys):
+    run = served.checkpoint.parents[1]
+    assert main(["chat", str(run)]) == 2
+    assert f"was not taught to talk; teach it: khanhllm tune {run} --data" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not taught"):
+        served.chat([{"role": "user", "content": "Hi"}])

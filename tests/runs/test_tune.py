@@ -1,0 +1,189 @@
+"""A run learns to talk, or goes on with other text, as a run of its own that does not forget where it came from."""
+
+import csv
+import io
+import json
+import shutil
+from threading import Event
+
+import pytest
+import torch
+
+from conftest import save, tiny
+from khanhllm import cli, load
+from khanhllm.data.replay import Replay
+from khanhllm.data.shards import Shards
+from khanhllm.errors import UserError
+from khanhllm.runs.run import open_run
+from khanhllm.runs.tune import tune
+from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
+from khanhllm.training.run import train
+
+QUIET = {"machine": {"device": "cpu", "threads": 1}, "train": {"sample_tokens": 4}}
+TIMING = {"tokens_per_s", "mfu", "waiting", "memory_mb", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    own = {"data": {"source": str(corpus), "cache": str(folder / "shards"), "workers": 1}, "train": {"steps": 3}}
+    train(resolve(tiny(context=64, pattern="DM").model_dump(), own), folder / "run")
+    return folder / "run"
+
+
+def chats(path, number=120):
+    """Each a question of one digit and its answer, the same digit twice."""
+    records = ({"question": f"{nth % 10} {nth}?", "answer": f"{nth % 10}{nth % 10}"} for nth in range(number))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def logged(run):
+    with (run / "training_log.csv").open() as file:
+        return [{key: cell for key, cell in row.items() if key not in TIMING} for row in csv.DictReader(file)]
+
+
+def tuned(base, out, source, settings=QUIET, **options):
+    config = tune(base, out, source, settings=settings, **options)
+    train(config, out, resume=True)
+    return config
+
+
+def test_the_way_of_the_command_line(base, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "talks"
+    words = ["tune", str(base), "--data", chats(tmp_path / "chats.jsonl"), "--out", str(out), "--epochs", "1"]
+    assert cli.main([*words, "--machine.threads", "1", "--train.sample_tokens", "4"]) == 0
+    assert f"khanhllm chat {out}" in capsys.readouterr().err
+    rows = logged(out)
+    assert rows[-1]["counted"] and float(rows[-1]["val_ce"]) > 0 and float(rows[-1]["base_bpb"]) > 0
+    assert "<|user|>" in (out / "samples.txt").read_text() and "<|assistant|>" in (out / "samples.txt").read_text()
+    assert load(out).talks and not load(base).talks
+    assert cli.main(["runs", str(tmp_path)]) == 0 and "talks" in capsys.readouterr().out
+    assert cli.main(["generate", str(out), "--prompt", "import", "--tokens", "3"]) == 0
+    assert cli.main(["evaluate", str(out)]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out), "--json", "--data", str(tmp_path / "chats.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["val_tokens"] == 120 * 3  # two digits and the end of each answer
+    assert cli.main(words) == 2 and "already holds a run" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 1?\n/new\n2 2?\n"))
+    assert cli.main(["chat", str(out), "--tokens", "3", "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_its_config_says_all_and_its_base_is_untouched(base, tmp_path):
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in base.rglob("*"))
+    config = tune(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), rate=0.25, settings=QUIET)
+    kept = open_run(base).config
+    assert config.train.targets == "answers" and config.train.document_mask
+    assert abs(config.data.replay - 0.3) < 0.1 and config.data.replay * config.train.rows_per_step == 2
+    assert config.optim.lr == kept.optim.lr / 4 and config.model == kept.model
+    assert config.data.base == str(open_run(base).data.absolute())
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in base.rglob("*")) == before
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(open_run(tmp_path / "out").model.logits(ids), open_run(base).model.logits(ids))
+
+
+@pytest.mark.parametrize("replay", [0.3, 0.0])
+def test_a_tuning_goes_on_bit_for_bit(base, tmp_path, replay):
+    """From a checkpoint in its middle, as after kill -9."""
+    source, whole, half = chats(tmp_path / "chats.jsonl"), tmp_path / "whole", tmp_path / "half"
+    often = {"eval_every": 3, "save_every": 3, "sample_every": 0, "keep": 9, "steps": 8}
+    config = tuned(base, whole, source, QUIET | {"train": QUIET["train"] | often}, replay=replay, epochs=1)
+    shutil.copytree(whole, half)
+    for path in checkpoint.steps(half):
+        if checkpoint.step_of(path) > 3:
+            shutil.rmtree(path)
+    train(config, half, resume=True)
+    one, two = (checkpoint.newest(run) / "model.safetensors" for run in (whole, half))
+    assert one.parent.name == two.parent.name and one.read_bytes() == two.read_bytes()
+    assert logged(whole) == logged(half)
+
+
+def test_without_the_text_of_the_base_nothing_is_replayed(base, tmp_path):
+    moved, source = tmp_path / "moved", chats(tmp_path / "chats.jsonl")
+    shutil.copytree(base, moved)
+    path = checkpoint.newest(moved)
+    state = json.loads((path / "state.json").read_text()) | {"folder": str(tmp_path / "nowhere")}
+    shutil.rmtree(path)
+    model = open_run(base).model
+    save(moved, 3, model, torch.optim.SGD(model.parameters()), state)
+    with pytest.raises(UserError, match=r"nowhere, are gone, so none of its text can be replayed; tune without \("):
+        tune(moved, tmp_path / "out", source, settings=QUIET)
+    assert tune(moved, tmp_path / "out", source, settings=QUIET, replay=0).data.base == ""
+
+
+def test_it_learns_to_end_its_answers(base, tmp_path):
+    """The token that ends an answer, which no text has taught, is likely after a hundred steps."""
+    record = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
+    other = {"question": "c?", "answer": "b"}
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(one) + "\n" for one in [record] * 200 + [other]), encoding="utf-8")
+    steps = {"steps": 100, "micro_batch": 2, "accumulation": 1, "eval_every": 0, "sample_every": 0, "save_every": 0}
+    tuned(base, tmp_path / "out", str(source), QUIET | {"train": QUIET["train"] | steps}, replay=0.0, rate=3.0)
+    run = open_run(tmp_path / "out")
+    marks = [run.tokenizer.special_id(f"<|{name}|>") for name in ("endoftext", "user", "assistant", "end")]
+    end_of_text, user, assistant, end = marks
+    ids = [end_of_text, user, *run.tokenizer.encode("a?"), assistant, *run.tokenizer.encode("b")]
+    assert run._logits(ids)[-1].softmax(-1)[end] > 0.9
+    assert run.chat([{"role": "user", "content": "a?"}], temperature=0) == "b"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"epochs": 0}, "--epochs and --rate must be above 0"),
+        ({"replay": 1.0}, "--replay must be 0, or from 0.1 to 0.9"),
+        ({"rate": -1.0}, "--epochs and --rate must be above 0"),
+        ({"settings": {"model": {"context": 32}}}, "leave out --model options"),
+        ({"settings": {"data": {"clean": "gopher"}}}, "cleans texts, and .* holds conversations; leave it out"),
+    ],
+)
+def test_what_cannot_be_tuned_writes_nothing(base, tmp_path, options, why):
+    tune(base, tmp_path / "before", source := chats(tmp_path / "chats.jsonl"))  # its rows lie in the cache
+    with pytest.raises(UserError, match=why):
+        tune(base, tmp_path / "out", source, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_other_text(base, corpus, tmp_path, capsys):
+    """Continued pre-training: the weights and the tokenizer of a run, a config and a folder of its own."""
+    (tmp_path / "other.txt").write_text("\n\n".join(f"A line about the number {n}." for n in range(3000)), "utf-8")
+    words = ["train", "--from", str(base), "--data", str(tmp_path / "other.txt"), "--run", str(tmp_path / "more")]
+    words += ["--machine.threads", "1", "--train.steps", "2", "--data.cache", str(tmp_path / "shards")]
+    assert cli.main([*words, "--data.replay", "0.5"]) == 0
+    more = open_run(tmp_path / "more")
+    assert more.tokenizer.sha256 == open_run(base).tokenizer.sha256 and more.step == 2
+    assert float(logged(tmp_path / "more")[-1]["base_bpb"]) > 0
+    capsys.readouterr()
+    assert cli.main([*words[:-6], "--run", str(tmp_path / "x"), "--model.dim", "64"]) == 2
+    assert "leave out --model options" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert cli.main([*words, "--resume"]) == 2
+
+
+def test_replayed_rows_are_those_of_the_base_whatever_the_step(base):
+    folder = open_run(base).data
+    own, old = Shards.open(folder, "validation", 8), Shards.open(folder, "train", 8)
+    for share in (0.3, 1 / 3, 0.5, 0.05):
+        mixed = Replay(own, old, share)
+        whole = [row.tolist() for row, _ in zip(mixed.rows_from(0, 7, Event()), range(40), strict=False)]
+        for start in (1, 2, 17):
+            rest = zip(mixed.rows_from(start, 7, Event()), range(40 - start), strict=False)
+            assert [row.tolist() for row, _ in rest] == whole[start:]
+        replayed = [
+            row.tolist() for row, _ in zip(old.rows_from(0, 7, Event()), range(round(40 * share)), strict=False)
+        ]
+        found = iter(whole)
+        assert all(row in found for row in replayed)  # in their order
+    assert Replay(own, old, 0.3).sha256 != Replay(own, old, 0.4).sha256
+
+
+def test_a_mixture_is_balanced_while_it_is_tuned(base, tmp_path, capsys):
+    """The balancing loss stays, and the doctor looks at the load."""
+    config = tuned(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), epochs=1)
+    assert config.loss == open_run(base).config.loss and config.loss.balance > 0
+    assert all(float(row["balance"]) > 0 for row in logged(tmp_path / "out"))
+    capsys.readouterr()
+    cli.main(["doctor", str(tmp_path / "out")])
+    assert "experts share the work" in capsys.readouterr().out
