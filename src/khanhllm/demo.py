@@ -179,4 +179,5 @@ run. Try next:
   khanhllm train mini --data PATH        your own text, a larger model
   khanhllm doctor {run}           is it healthy?
   khanhllm experts {run}          what does each expert do, and what is it worth?
+  khanhllm lab facts              what do experts hold that a dense model does not?
 """

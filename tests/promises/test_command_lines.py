@@ -48,6 +48,7 @@ data show corpus --tokenizer tokenizer.json --documents 1 --sample 2
 data verify shards
 doctor run --json
 experts run --step 2 --tokens 200 --data corpus --part file --ablate 1:0 --checkpoints --out new.png
+lab facts --facts 20 --seconds 0.1 --seeds 1 --json --out new
 bench tokenizer --steps 1 --out new.json
 chaos --seed 1 --faults 1 --minutes 0.01
 chaos --faults 1 --only nothing

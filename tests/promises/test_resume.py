@@ -74,7 +74,7 @@ def cache(tmp_path_factory):
         {"optim": {"name": "muon8bit"}, "model": {"dim": 64, "hidden": 128}},
         {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}},
         {"model": {"pattern": "DD"}},
-        {"train": {"targets": "answers", "document_mask": True}},
+        {"train": {"document_mask": True}},
         {"machine": {"weights": "bf16"}},
         pytest.param({"machine": {"compile": "on"}}, marks=pytest.mark.slow),
         {"machine": {"weights": "bf16", "gradients": "bf16"}, "optim": {"name": "adamw8bit"}, "model": {"dim": 64}},

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -247,3 +249,22 @@ def test_a_wrong_command_line_is_one_line(words, capsys):
         code = end.code
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("khanhllm") and said.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of OpenMP as Linux has them")
+def test_only_the_engine_s_thread_has_helpers(served):
+    """Two threads with helpers of OpenMP's are more threads than cores, and every operation then waits."""
+    code = f"""
+import psutil, torch
+from khanhllm import cli
+from khanhllm.serve import house, listen, server
+torch.zeros(1)
+before = psutil.Process().num_threads()
+listen.serve = lambda *_: print(psutil.Process().num_threads() - before, torch.get_num_threads())
+cli.main(["serve", {str(served.checkpoint.parents[1])!r}, "--machine.device", "cpu"])
+torch.ones(2000, 2000).exp()
+print(psutil.Process().num_threads() - before)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["0", "2", "1"], done.stderr

@@ -45,7 +45,7 @@ def test_without_a_compiler_a_run_trains_uncompiled_and_says_so_once(corpus, tmp
 def test_no_thread_of_ours_outlives_a_training(corpus, tmp_path, monkeypatch):
     training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "run")
     assert not ours()
-    monkeypatch.setattr(training_run, "_write_sample", lambda *_: (_ for _ in ()).throw(UserError("enough")))
+    monkeypatch.setattr(training_run, "write_samples", lambda *_: (_ for _ in ()).throw(UserError("enough")))
     with pytest.raises(UserError, match="enough"):
         training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "other")
     assert not ours()

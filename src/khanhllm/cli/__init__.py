@@ -27,7 +27,7 @@ VERBS = {
     "serve": ("serve",),
     "planning": ("plan",),
     "data": ("tokenizer", "prepare", "data"),
-    "lab": ("doctor", "experts", "bench", "chaos"),
+    "lab": ("doctor", "experts", "lab", "bench", "chaos"),
 }
 """the module of this folder that has each verb as a function, and NAME_options beside it"""
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, number, short, which, whole
+from khanhllm.cli.arguments import WHICH, given, knobs, name, number, short, some, which, whole
 from khanhllm.settings import preset_names, resolve
 
 
@@ -49,6 +49,30 @@ def experts_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", action="store_true", help="compare with the earlier checkpoints of the run")
     parser.add_argument("--json", action="store_true", help="print experts.json instead of the table")
     parser.add_argument("--out", metavar="PNG", type=name, help="where the picture goes (RUN/experts.png)")
+    knobs(parser, ["machine"])
+
+
+def lab(options: argparse.Namespace) -> None:
+    """Run an experiment that shows what a mixture of experts is good for.
+
+    facts: a mixture and its dense twins, one of equal arithmetic and one of equal parameters, learn made-up facts by
+    heart for the same seconds. How much each one holds is counted in bits. Writes facts.json and a picture.
+    """
+    from khanhllm.lab import recall
+
+    machine = resolve(given(options), where="lab").machine
+    recall.show(options.facts, options.seconds, options.seeds, machine, options.json, Path(options.out))
+
+
+def lab_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", choices=["facts"], metavar="facts", help="which experiment")
+    parser.add_argument("--facts", metavar="N", type=some, default=5000, help="how many there are to learn (5000)")
+    parser.add_argument("--seconds", metavar="S", default="50", help="time that each model trains (seconds, 50)")
+    parser.add_argument("--seeds", metavar="K", type=some, default=3, help="repetitions, each with other facts (3)")
+    parser.add_argument("--json", action="store_true", help="print facts.json instead of the table")
+    parser.add_argument(
+        "--out", metavar="DIR", type=name, default="bench/facts", help="the folder to write (bench/facts)"
+    )
     knobs(parser, ["machine"])
 
 

@@ -35,15 +35,16 @@ def serve(options: argparse.Namespace) -> None:
     from khanhllm.serve.server import Server
 
     key = listen.read_key(Path(options.key_file) if options.key_file else None)
+    from khanhllm.machine.devices import one_thread
     from khanhllm.runs.run import open_run
     from khanhllm.training import checkpoint
 
     def load() -> Server:
-        opened = open_run(runs[0], machine)
-        opened.machine.take_process()
-        return Server(opened, runs[0].resolve().name, options.rows, options.waiting)
+        with one_thread():
+            return Server(open_run(runs[0], machine), runs[0].resolve().name, options.rows, options.waiting)
 
-    house = House(runs, load, load() if checkpoint.steps(runs[0]) else None, page=not options.no_page)
+    with one_thread():
+        house = House(runs, load, load() if checkpoint.steps(runs[0]) else None, page=not options.no_page)
     listen.serve(house, options.host, options.port, key, options.allow_host, options.cors, options.open)
 
 

@@ -40,6 +40,10 @@ class NoConversation(UserError):
     """A record of another shape."""
 
 
+class WrongConversation(UserError):
+    """One that breaks a rule."""
+
+
 class Message(NamedTuple):
     """One turn of a conversation."""
 
@@ -56,7 +60,7 @@ def conversation(record: Any, where: str, column: str = "") -> list[Message]:
     if not isinstance(record, Mapping):
         raise NoConversation(f"{where} is no object with a conversation in it")
     if "chosen" in record and "rejected" in record:
-        raise UserError(f"{where} holds answers to choose from; khanhllm tune learns from answers alone")
+        raise WrongConversation(f"{where} holds answers to choose from; khanhllm tune learns from answers alone")
     messages = list(_found(record, where, column))
     if system := _text(record.get("system"), f"{where}, system"):
         messages.insert(0, Message("system", system))
@@ -69,11 +73,11 @@ def _found(record: Mapping[str, Any], where: str, column: str) -> Iterator[Messa
     if name:
         yield from messages_of(record[name], where)
     elif column:
-        raise UserError(f"{where} has no {column!r}; it has: {_named(record)}")
+        raise WrongConversation(f"{where} has no {column!r}; it has: {_named(record)}")
     elif "instruction" in record and "output" in record:
         for turn in record.get("history") or []:
             if not isinstance(turn, list | tuple) or len(turn) != 2:
-                raise UserError(f"{where}: history must be a list of [question, answer]")
+                raise WrongConversation(f"{where}: history must be a list of [question, answer]")
             yield from _pair(turn[0], turn[1], where)
         asked = [_text(record[key], where) for key in ("instruction", "input") if record.get(key)]
         yield from _pair("\n".join(filter(None, asked)), record["output"], where)
@@ -100,20 +104,20 @@ def _pair(asked: Any, answer: Any, where: str) -> Iterator[Message]:
 def messages_of(turns: Any, where: str) -> Iterator[Message]:
     """The messages of a list of {"role", "content"} or {"from", "value"}. Raises UserError that names the message."""
     if not isinstance(turns, list | tuple):
-        raise UserError(f"{where}: the messages must be a list, not {type(turns).__name__}")
+        raise WrongConversation(f"{where}: the messages must be a list, not {type(turns).__name__}")
     for number, turn in enumerate(turns, 1):
         place = f"{where}, message {number}"
         if not isinstance(turn, Mapping):
-            raise UserError(f"{place} is no object with a role and a content")
+            raise WrongConversation(f"{place} is no object with a role and a content")
         said = turn.get("role") if turn.get("role") is not None else turn.get("from")
         if TOOLS & {key for key in turn if turn[key]} or (isinstance(said, str) and said in TOOLS):
-            raise UserError(f"{place} calls a tool or answers one, which KhanhLLM does not teach")
+            raise WrongConversation(f"{place} calls a tool or answers one, which KhanhLLM does not teach")
         if turn.get("weight") not in (None, 1, True):
-            raise UserError(
+            raise WrongConversation(
                 f"{place} has a weight of its own, but all answers count alike; end the conversation before it"
             )
         if not isinstance(said, str) or said not in ROLES:
-            raise UserError(f"{place} is by {ascii(said)[:40]}; known are {', '.join(ROLES)}")
+            raise WrongConversation(f"{place} is by {ascii(said)[:40]}; known are {', '.join(ROLES)}")
         yield Message(ROLES[said], _text(turn.get("content") if "content" in turn else turn.get("value"), place))
 
 
@@ -124,10 +128,12 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, list | tuple):
         parts = [part if isinstance(part, Mapping) else {} for part in value]
         if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-            raise UserError(f"{where} holds something else than text, such as an image; KhanhLLM reads text alone")
+            raise WrongConversation(
+                f"{where} holds something else than text, such as an image; KhanhLLM reads text alone"
+            )
         return "".join(part["text"] for part in parts)
     if not isinstance(value, str):
-        raise UserError(f"{where} must be text, not {type(value).__name__}")
+        raise WrongConversation(f"{where} must be text, not {type(value).__name__}")
     return value
 
 
@@ -138,9 +144,11 @@ def check_turns(messages: list[Message], where: str) -> None:
         if role not in NEXT[before]:
             after = f"after one by {before}" if before else "at the beginning"
             may = " or ".join(NEXT[before])
-            raise UserError(f"{where}, message {number} is by {role}, but {after} comes {may}; turns must alternate")
+            raise WrongConversation(
+                f"{where}, message {number} is by {role}, but {after} comes {may}; turns must alternate"
+            )
         if not messages[number - 1].text.strip():
-            raise UserError(f"{where}, message {number}, by {role}, is empty")
+            raise WrongConversation(f"{where}, message {number}, by {role}, is empty")
 
 
 def to_json(messages: list[Message]) -> str:

@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import ParquetFile
 from pyarrow.types import is_struct
 
-from khanhllm.data.chat import SHAPES, NoConversation, conversation, to_json
+from khanhllm.data.chat import SHAPES, NoConversation, WrongConversation, conversation, to_json
 from khanhllm.data.counting import Marks
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.json_values import values
@@ -161,15 +161,19 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 
 
 def holds_conversations(source: Source) -> bool:
-    """Whether the first file of a source begins with a conversation, right or wrong."""
-    if not holds_records(source.files[0]):
-        return False
-    try:
-        return next(Reader(replace(source, laid_for=1), []).read_file(source.files[0]), None) is not None
-    except NoConversation:
-        return False
-    except UserError:  # who reads on will hear what is wrong with it
-        return True
+    """Whether the first file that can be read begins with a conversation, right or wrong."""
+    for name in source.files:
+        if not holds_records(name):
+            break
+        try:
+            return next(Reader(replace(source, laid_for=1), []).read_file(name), None) is not None
+        except NoConversation:
+            break
+        except WrongConversation:
+            return True
+        except UserError:  # who reads on will hear what is wrong with it
+            continue
+    return False
 
 
 def for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean: str) -> Source:

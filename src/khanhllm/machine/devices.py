@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,6 +19,19 @@ from khanhllm.machine.backends import BackendName, probe
 from khanhllm.machine.cards import known_peak
 from khanhllm.machine.group import ALONE, Group
 from khanhllm.schema import MachineConfig
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch works in this thread alone. A thread keeps the helpers that it once had (OpenMP's), and if two
+    threads have some, there are more than cores: all of them then sleep between any two operations, and a small model
+    takes twice as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

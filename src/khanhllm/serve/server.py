@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
@@ -106,6 +105,7 @@ class Server:
         await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
+        self.run.machine.take_process()
         self.engine.run()
         if self.engine.fault:
             self.died()
@@ -268,13 +268,9 @@ class Server:
             gathered.cancel()
             writing.cancel()
         choices = []
-        for index, (one, pieces) in enumerate(zip(wanted, answers, strict=True)):
-            scores = [score for piece in pieces for score in piece.scores]
-            logprobs = Logprobs(self.tokenizer).add(scores) if one.logprobs is not None else None
-            text = "".join(piece.text for piece in pieces)
-            seen = [piece.seen for piece in pieces if piece.seen]
-            whole = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
-            choices.append(form.whole(index, text, logprobs, pieces[-1].finish) | self._told(whole))
+        for one, whole in zip(wanted, answers, strict=True):
+            logprobs = Logprobs(self.tokenizer).add(whole.scores) if one.logprobs is not None else None
+            choices.append(form.whole(whole.choice, whole.text, logprobs, whole.finish) | self._told(whole.seen))
         return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
 
     async def _events(
@@ -339,14 +335,14 @@ def _seed(asked: Writes) -> int:
     return secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
 
 
-async def _gathered(writing: Writing, choices: int) -> list[list[Piece]]:
-    """All pieces of each choice. Raises Refused if one ended by an error."""
-    found: list[list[Piece]] = [[] for _ in range(choices)]
+async def _gathered(writing: Writing, choices: int) -> list[Piece]:
+    """Each choice as one piece. Raises Refused if one ended by an error."""
+    found = [Piece(choice, "") for choice in range(choices)]
     async for piece in writing.pieces():
         if piece and piece.error:
             raise _as_refused(piece.error)
         if piece:
-            found[piece.choice].append(piece)
+            found[piece.choice] = found[piece.choice].then(piece)
     return found
 
 

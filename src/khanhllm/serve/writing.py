@@ -3,7 +3,9 @@
 import asyncio
 import codecs
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from khanhllm.data.tokenizer import Tokenizer
@@ -15,8 +17,9 @@ from khanhllm.schema import Sampling
 
 STALLED = 1000
 """pieces that may wait for a client that does not read; then its jobs are cancelled"""
-
-
+APART = 0.01
+"""least time between two parts of a stream (seconds): the engine's thread and the event loop share one lock of
+Python's, and to hand it over for each token takes as long as a small model does"""
 ALTERNATIVES = 5
 """tokens that are named beside each one whose way is told"""
 
@@ -39,6 +42,12 @@ class Piece(NamedTuple):
     """stop or length: nothing follows"""
     error: Exception | None = None
     seen: Seen | None = None
+
+    def then(self, more: "Piece") -> "Piece":
+        """This piece and the next one of its choice, as one."""
+        seen = [piece.seen for piece in (self, more) if piece.seen]
+        both = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
+        return Piece(self.choice, self.text + more.text, [*self.scores, *more.scores], more.finish, more.error, both)
 
 
 class Wanted(NamedTuple):
@@ -65,21 +74,32 @@ class Writing:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, wanted: Sequence[Wanted]) -> None:
         """Raises Full or Dead, as `Engine.submit` does."""
         self.engine, self.tokenizer, self.written = engine, tokenizer, 0
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+        self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
+        self._pieces, self._awaited = deque[Piece](), False
         self.jobs = [self._job(index, one) for index, one in enumerate(wanted)]
         engine.submit(*self.jobs)
 
     async def pieces(self, patience: float = 15) -> AsyncIterator[Piece | None]:
-        """The pieces of all choices as they come; None when there was none for so many seconds."""
+        """The pieces of all choices as they come, neighbours as one; None when there was none for so many seconds."""
         going = len(self.jobs)
         while going:
-            try:
-                piece = await asyncio.wait_for(self._queue.get(), patience)
-            except TimeoutError:
-                yield None
-                continue
-            going -= piece.finish is not None
-            yield piece
+            self._bell.clear()
+            self._awaited = True
+            if not self._pieces:
+                try:
+                    await asyncio.wait_for(self._bell.wait(), patience)
+                except TimeoutError:
+                    yield None
+                    continue
+            self._awaited = False
+            found: dict[int, Piece] = {}
+            while self._pieces:
+                piece = self._pieces.popleft()
+                found[piece.choice] = found[piece.choice].then(piece) if piece.choice in found else piece
+            for piece in found.values():
+                going -= piece.finish is not None
+                yield piece
+            await asyncio.sleep(APART if going else 0)
 
     def cancel(self) -> None:
         """End all jobs that are not over."""
@@ -117,7 +137,7 @@ class Writing:
             self.written += 1
             scored = [*scores, score] if wanted.logprobs is not None else []
             self._send(Piece(index, text, scored, seen=seen()))
-            return ended or words.ended or self._queue.qsize() > STALLED
+            return ended or words.ended or len(self._pieces) > STALLED
 
         def over(reason: str, error: Exception | None) -> None:
             text, scores = beginning()
@@ -131,8 +151,10 @@ class Writing:
         return job
 
     def _send(self, piece: Piece) -> None:
+        self._pieces.append(piece)
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+            if self._awaited:
+                self._loop.call_soon_threadsafe(self._bell.set)
         except RuntimeError:  # the event loop has ended, and with it everybody who could listen
             self.cancel()
 
