@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from khanhllm.errors import UserError
 from khanhllm.machine import devices
 from khanhllm.machine.signals import exit_code
 from khanhllm.model import losses
@@ -39,11 +40,19 @@ def with_fault(rank: int, nth: int, kind: str):
     return loss_of
 
 
-if __name__ == "__main__":
+def main() -> int:
     torch.set_num_threads(1)
     devices._peak = lambda _device: None
     name = ""
     for config, folder, resume, fault in json.loads(Path(sys.argv[1]).read_text()):
         losses.micro_batch_loss = with_fault(*fault) if fault else HONEST
-        name = train(Config.model_validate(config), Path(folder), resume)
-    sys.exit(exit_code(name))
+        try:
+            name = train(Config.model_validate(config), Path(folder), resume)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+    return exit_code(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -99,7 +99,18 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     following = replace(state, step=state.step + 1, cursor=state.cursor + config.train.rows_per_step)
     if not counted:
         return following, {"fault": ""} | _progress(config, following, counted)
-    nll, routing_L = _forward_and_backward(learner, state, micro_batches, tokens, counted)
+    load_LE = load_for_balance(learner, state, micro_batches)
+    sums: list[Tensor] = []
+    with _all_or_none(learner.machine):
+        for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
+            rows, autocast = batch[:2], learner.machine.autocast()
+            loss, nll, routing_L = losses.micro_batch_loss(
+                learner.model, *rows, load_LE, tokens, config.loss, autocast, counted, batch.extras
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
+    nll, *routing = learner.machine.group.sum(*sums)
+    routing_L = Routing(*routing)
     learner.owners.collect()
     grad_norm = learner.owners.clip(config.optim.clip or torch.inf)
     # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
@@ -141,31 +152,6 @@ def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], floa
     if lacking:
         raise fault or NoRows
     return found, waited, tokens, counted
-
-
-def _forward_and_backward(
-    learner: Learner, state: State, micro_batches: list[Batch], tokens: int, counted: int
-) -> tuple[Tensor, Routing]:
-    """Accumulate gradients: each parameter's `.grad` adds up to that of the step's loss. Returns the sum of token
-    losses (nats) and of the routing; both of the whole step."""
-    load_LE = load_for_balance(learner, state, micro_batches)
-    sums: list[Tensor] = []
-    with _all_or_none(learner.machine):
-        for batch in micro_batches:
-            loss, nll, routing_L = losses.micro_batch_loss(
-                learner.model,
-                *batch[:2],
-                load_LE,
-                tokens,
-                learner.config.loss,
-                learner.machine.autocast(),
-                counted,
-                batch.extras,
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
-    nll, *routing = learner.machine.group.sum(*sums)
-    return nll, Routing(*routing)
 
 
 @contextmanager
