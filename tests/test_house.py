@@ -4,6 +4,7 @@ A room is a folder of the package, or a file that lies loose in it.
 """
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -92,3 +93,11 @@ def test_no_decision_hangs_on_the_wall_clock():
         calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
         wall = calls & {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "time.localtime"}
         assert not wall or name in shown or (name, wall) == ("data.fetch", {"time.time"}), (name, wall)
+
+
+def test_only_one_file_speaks_to_other_processes_and_never_in_objects():
+    """Collectives of objects unpickle what the others send, and torch's distributed checkpoints hold a pickle."""
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        assert name == "machine.group" or "torch.distributed" not in text, name
+        assert not re.search(r"(gather|broadcast|scatter|send|recv)_object|distributed\.checkpoint", text), name

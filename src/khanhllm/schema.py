@@ -22,10 +22,12 @@ Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 Text = Annotated[str, Field(max_length=4000)]
 LAYERS = r"^[DM]{1,256}$"
+SHARES = r"^([1-9][0-9]{0,3}(,[1-9][0-9]{0,3}){1,63})?$"
 DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"
 NAME = r"^[^\x00]*$"
 PATTERNS = {
     LAYERS: "must be 1 to 256 letters, each D (dense) or M (mixture)",
+    SHARES: "must be a whole number for each process, such as 3,1",
     DEVICE: "must be auto, cpu, mps, cuda or cuda:N, such as cuda:1",
     NAME: "must have no NUL character",
 }
@@ -301,6 +303,14 @@ class MachineConfig(Section):
     the host wait; auto tries each on a tiny problem and takes the best that works"""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads; 0 means as many as OMP_NUM_THREADS says, or without that one for each core"""
+    processes: Annotated[int, Field(ge=0, le=64)] = 0
+    """processes of this machine that train the model together, with a GPU each if there are any: a step keeps its rows,
+    and they share its micro-batches. 0 means one, or as many as torchrun started"""
+    shares: Annotated[str, Field(max_length=400, pattern=SHARES)] = ""
+    """micro-batches of each process in turn, for GPUs of unequal speed: 3,1 gives the first process three of four;
+    empty means equally many"""
+    patience: Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False)] = 600.0
+    """time without an answer from another process until the run ends, with exit code 75 (seconds)"""
 
     @model_validator(mode="after")
     def _rungs_fit(self) -> Self:

@@ -9,6 +9,7 @@ from torch import nn
 from conftest import build, tiny
 from khanhllm import optim
 from khanhllm.data.batches import Batch
+from khanhllm.machine.owners import Owners
 from khanhllm.model.roles import HIDDEN, role
 from khanhllm.optim import muon
 from khanhllm.schema import OptimConfig
@@ -206,7 +207,14 @@ def test_the_schedule_scales_each_group_s_own_peak(machine):
     config = resolve(tiny().model_dump(), {"optim": {"name": "muon", "lr": 1e-3, "muon_lr": 0.05}})
     model = build(config)
     optimizer = optim.build(model, config.optim)
-    parts = SimpleNamespace(config=config, model=model, machine=machine, optimizer=optimizer, flops_per_token=1)
+    parts = SimpleNamespace(
+        config=config,
+        model=model,
+        machine=machine,
+        optimizer=optimizer,
+        flops_per_token=1,
+        owners=Owners(model.parameters(), machine.group),
+    )
     ids_BT = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
     rows = iter([Batch(ids_BT[:, :-1], ids_BT[:, 1:], 2)])
     _, row = train_step(parts, State(9, 0, torch.full((1, 4), 0.25)), rows)

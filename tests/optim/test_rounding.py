@@ -13,7 +13,7 @@ OPTIMIZERS = pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 
 
 def bits(seed=0, step=0):
-    return rounding.noise({"seed": seed, "step": step, "params": [torch.empty(0)]})
+    return rounding.noise({"seed": seed, "step": step, "params": [torch.empty(0)]}, 0)
 
 
 def rounded(x, draw):

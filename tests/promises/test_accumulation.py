@@ -8,6 +8,8 @@ import torch
 
 from conftest import build, plain_machine, tiny
 from khanhllm.data.batches import Batch, random_batches
+from khanhllm.machine.group import ALONE
+from khanhllm.machine.owners import Owners
 from khanhllm.model import losses
 from khanhllm.settings import resolve
 from khanhllm.training import step
@@ -35,7 +37,10 @@ def gradient(
         step=lambda: found.extend(parameter.grad for parameter in model.parameters()),
         zero_grad=lambda set_to_none: None,
     )
-    parts = SimpleNamespace(config=config, model=model, machine=plain_machine(), optimizer=optimizer, flops_per_token=1)
+    owners = Owners(model.parameters(), ALONE)
+    parts = SimpleNamespace(
+        config=config, model=model, machine=plain_machine(), optimizer=optimizer, flops_per_token=1, owners=owners
+    )
     batches = [Batch(rows[:, :-1], rows[:, 1:], 0) for rows in IDS.split(micro_batch)]
     step.train_step(parts, step.State(0, 0, LAST_LOAD.expand(pattern.count("M"), 4)), iter(batches))
     return found

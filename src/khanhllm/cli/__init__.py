@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()  # now, where a full disk can still be told in one line
         return code
     except UserError as error:
-        return _complain(str(error), error.exit_code)
+        return _complain(str(error), error.exit_code) if str(error) else error.exit_code  # said already
     except ModuleNotFoundError as error:
         missing = missing_extra(error)
         return _complain(f"{words[0]}: {missing}", 2) if missing else _complain(_unforeseen(error), 1)

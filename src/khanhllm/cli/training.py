@@ -14,12 +14,13 @@ def train(options: argparse.Namespace) -> int:
     """Train a model from a preset, a TOML file and single options; later ones win.
 
     The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
-    samples.txt, the tokenizer and the newest checkpoints. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
+    samples.txt, the tokenizer and the newest checkpoints. With --machine.processes N, N processes of this machine train
+    together, and torchrun starts them on several machines. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
     end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number for any signal. --resume
     continues. A signal that was ignored at the start, as under nohup, stays ignored. --from RUN begins with the weights
     and the tokenizer of another run, in a folder of its own: for more text, or other text.
     """
-    if options.base and (options.resume or options.twin):
+    if options.base and (options.resume or options.resume_or_new or options.twin):
         raise UserError("--from begins a run of its own; --resume continues one, and --twin begins without weights")
     folder = _folder(options)
     config = with_length(
@@ -32,7 +33,8 @@ def train(options: argparse.Namespace) -> int:
         from khanhllm.runs.tune import go_on
 
         config = go_on(Path(options.base), folder, config)
-    return exit_code(run.train(_twin(options, config), folder, resume=options.resume or bool(options.base)))
+    resume = options.resume or options.resume_or_new or bool(options.base)
+    return exit_code(run.train(_twin(options, config), folder, resume=resume))
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -50,6 +52,7 @@ def _folder(options: argparse.Namespace) -> Path:
 def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, object]]]:
     """What the config is made of, the strongest last."""
     kept = folder / "config.toml"
+    options.resume |= options.resume_or_new and kept.exists()
     if options.resume and not kept.exists():
         raise UserError(f"{folder} holds no run to resume; leave --resume out to begin one")
     if options.resume:
@@ -74,7 +77,7 @@ def _twin(options: argparse.Namespace, config: Config) -> Config:
         return config
     from khanhllm.model.twin import dense_twin
 
-    if options.resume:
+    if options.resume or options.resume_or_new:
         raise UserError("--twin begins a run of its own; to continue one, leave it out")
     return config.model_copy(update={"model": dense_twin(config.model, options.twin)})
 
@@ -82,7 +85,7 @@ def _twin(options: argparse.Namespace, config: Config) -> Config:
 def train_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "khanhllm train [PRESET] [--config FILE] [--data SRC] [--run DIR] [--steps N | --for TIME | --tokens N]\n"
-        "                      [--from RUN] [--resume] [--section.key VALUE ...]"
+        "                      [--from RUN] [--resume | --resume-or-new] [--section.key VALUE ...]"
     )
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
     parser.add_argument(
@@ -109,6 +112,9 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
+    )
+    parser.add_argument(
+        "--resume-or-new", action="store_true", help="the same, or begin a run where there is none, as clusters restart"
     )
     knobs(parser)
 

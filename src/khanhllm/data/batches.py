@@ -5,9 +5,9 @@ of (seed, cursor), so a resumed run and any micro-batch size see the same rows i
 be saved. A thread prepares the next batches while the model computes on this one.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import cycle, islice
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import NamedTuple, Protocol
@@ -102,8 +102,10 @@ def batches(
     device: torch.device,
     give_up: Callable[[], object] = lambda: False,
     reading: Reading | None = None,
+    turns: Sequence[bool] = (True,),
 ) -> Generator[Batch]:
-    """Batches of `micro_batch` rows from row number `cursor` on; closing the generator ends its thread. One that is
+    """Batches of `micro_batch` rows from row number `cursor` on. Where several processes share the rows, `turns` says
+    of each batch, over and over, whether it is for this one. Closing the generator ends its thread. One that is
     alive when the interpreter exits may end the process with an error, from inside torch.
 
     Endless, unless `give_up()` turns true while it waits for a batch. Raises the UserError of `source` in place of the
@@ -111,7 +113,7 @@ def batches(
     """
     queue: Queue[Batch | BaseException] = Queue(AHEAD)
     stop = Event()
-    work = (source, micro_batch, seed, cursor, device.type == "cuda", reading)
+    work = (source, micro_batch, seed, cursor, device.type == "cuda", reading, turns)
     thread = Thread(target=_fill, args=(queue, stop, *work), daemon=True, name="batches")
     thread.start()
     try:
@@ -141,11 +143,14 @@ def _fill(
     cursor: int,
     pin: bool,
     reading: Reading | None,
+    turns: Sequence[bool],
 ) -> None:
     try:
-        stream = source.rows_from(cursor, seed, stop)
+        stream, mine = source.rows_from(cursor, seed, stop), cycle(turns)
         while not stop.is_set() and (rows := list(islice(stream, micro_batch))):
             cursor += micro_batch
+            if not next(mine):
+                continue
             batch = batch_of(np.stack(rows), cursor, reading)
             _put(queue, stop, batch.map(lambda tensor: tensor.contiguous().pin_memory()) if pin else batch)
     except BaseException as error:

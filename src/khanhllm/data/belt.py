@@ -37,7 +37,8 @@ class Starved(UserError):
 class Belt:
     """The training rows of a belt. Iterating over `rows_from` runs the child that makes them."""
 
-    def __init__(self, folder: Path, context: int, ahead: int, disk: int, patience: float) -> None:
+    def __init__(self, folder: Path, context: int, ahead: int, disk: int, patience: float, rank: int = 0) -> None:
+        """rank: of this process among those that read the same rows; the first has the shards made."""
         self.folder = folder
         self.context = context
         self.recipe: Recipe = Recipe.read(folder / RECIPE)
@@ -47,6 +48,7 @@ class Belt:
         if len(self.recipe.weights) > 1 and self.recipe.shard_tokens <= context:  # else it makes shards for ever
             raise UserError(too_short(self.recipe.shard_tokens, context))
         self._settings = [str(ahead), str(disk), str(patience)]
+        self._makes = rank == 0
 
     @property
     def sha256(self) -> str:
@@ -75,7 +77,7 @@ class Belt:
         Raises Starved if the child cannot continue.
         """
         left = cursor
-        with _Child(self.folder, self._settings) as child:
+        with (_Child if self._makes else _Onlooker)(self.folder, self._settings) as child:
             for lap in count():
                 rows_before = left
                 for nth in count():
@@ -164,16 +166,19 @@ class _Child:
     def wait(self, path: Path, nth: int, stopped: Event) -> Any:
         """Wait for a note or a shard. Returns the note."""
         while not path.exists() and not stopped.is_set():
-            self.want(nth)
-            if self.process.poll() is not None:
-                self._replace()
-            elif self.heartbeat.silent():
-                self.process.kill()  # ends even a stopped process; the next turn replaces it
+            self._look_after(nth)
             stopped.wait(GLANCE)
         self.deaths = 0
         if nth not in self.notes and not stopped.is_set():
             self.notes[nth] = Made.read(note_path(self.folder, nth))
         return self.notes.get(nth)
+
+    def _look_after(self, nth: int) -> None:
+        self.want(nth)
+        if self.process.poll() is not None:
+            self._replace()
+        elif self.heartbeat.silent():
+            self.process.kill()  # ends even a stopped process; the next turn replaces it
 
     def _replace(self) -> None:
         """Start another child. Raises Starved if the dead one left a message or too many have died."""
@@ -184,3 +189,19 @@ class _Child:
             fate = f"died or hung {self.deaths} times in a row"
             raise Starved(message or f"the process that makes shards in {self.folder} {fate}")
         self._start()
+
+
+class _Onlooker(_Child):
+    """Waits for shards that the child of another process makes."""
+
+    def __enter__(self) -> "_Onlooker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def want(self, nth: int) -> None:
+        pass
+
+    def _look_after(self, nth: int) -> None:
+        pass

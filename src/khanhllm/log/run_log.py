@@ -73,7 +73,13 @@ class Log:
 
     @classmethod
     def open(
-        cls, run: Path, config: Config, start_step: int = 0, parameters: int = 0, console: Console | None = None
+        cls,
+        run: Path,
+        config: Config,
+        start_step: int = 0,
+        parameters: int = 0,
+        console: Console | None = None,
+        quiet: bool = False,
     ) -> Self:
         """Begin the log of the run, or continue it after `start_step` and drop the rows beyond.
 
@@ -84,7 +90,7 @@ class Log:
         csv, earlier = Csv.open(run / FILE, columns(config), start_step)
         loads = Csv.open(run / EXPERTS, expert_columns(config.model.experts), start_step)[0] if layers else None
         story = RunView(run.resolve().name, parameters, layers, config.train.steps, 0).cut(start_step, earlier)
-        terminal = Terminal(story, config.log.every, console)
+        terminal = Terminal(story, config.log.every, Console(quiet=True) if quiet else console)
         return cls(layers, csv, loads, terminal, board, Alarms(layers, config.model), _validations(earlier))
 
     def add(self, row: Row) -> None:

@@ -17,6 +17,7 @@ from khanhllm.errors import UserError
 from khanhllm.limits import cores, memory
 from khanhllm.machine.backends import BackendName, probe
 from khanhllm.machine.cards import known_peak
+from khanhllm.machine.group import ALONE, Group
 from khanhllm.schema import MachineConfig
 
 
@@ -45,6 +46,8 @@ class Machine:
     """loop, grouped or triton: see backends"""
     threads: int = 0
     """CPU threads; 0 leaves the number as it is"""
+    group: Group = ALONE
+    """the processes that train together, of which this machine serves one"""
 
     @cached_property
     def peak_flops(self) -> float | None:
@@ -91,13 +94,14 @@ class Machine:
         else:
             free, total = memory()
             name = f"{torch.get_num_threads()} threads, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-        return f"{self.device} ({name}), {self.precision}, compile {'on' if self.compile else 'off'}"
+        others = "" if self.group.alone else f", one of {self.group.size} processes"
+        return f"{self.device} ({name}), {self.precision}, compile {'on' if self.compile else 'off'}{others}"
 
 
-def open_machine(config: MachineConfig) -> Machine:
+def open_machine(config: MachineConfig, group: Group = ALONE) -> Machine:
     """Find the device that the config asks for. Raises UserError if the hardware cannot do it. Does not change the
     process; `Machine.take_process` does."""
-    device = _device(config.device)
+    device = _device(config.device, group.local_rank)
     precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
     cuda = device.type == "cuda"
     return Machine(
@@ -105,7 +109,8 @@ def open_machine(config: MachineConfig) -> Machine:
         precision=precision,
         compile=config.compile == "on" or (config.compile == "auto" and cuda and find_spec("triton") is not None),
         experts=_backend(config.experts, device, precision),
-        threads=config.threads or (0 if "OMP_NUM_THREADS" in os.environ else cores()),
+        threads=config.threads or (0 if "OMP_NUM_THREADS" in os.environ else max(1, cores() // group.local_size)),
+        group=group,
     )
 
 
@@ -122,14 +127,14 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def _device(wanted: str) -> torch.device:
+def _device(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return torch.device("cuda", local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if wanted.startswith("cuda"):
         count = torch.cuda.device_count()
-        device = torch.device("cuda", int(wanted.partition(":")[2] or 0))
+        device = torch.device("cuda", int(wanted.partition(":")[2] or local_rank))
         if device.index >= count:
             raise UserError(f"machine.device: {wanted} asked for, but {count} CUDA devices found; use auto or cpu")
         return device

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from khanhllm.machine.group import Group
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """clusters send the last two ahead of a time limit"""
 
@@ -19,6 +21,14 @@ class Stop:
     """name of the signal that came; empty if none"""
     over_panel = False
     """whether stdout shows a live panel; the answer then covers its bottom line, so that the next drawing fits"""
+
+    def agreed(self, group: Group) -> bool:
+        """Whether a signal asks this process, or another of its group, to stop. All processes call it at once."""
+        numbers = group.exchange(signal.Signals[self.asked] if self.asked else 0)
+        came = next((int(number) for (number,) in numbers if number), 0)
+        if came:
+            self.asked = signal.Signals(came).name
+        return bool(came)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

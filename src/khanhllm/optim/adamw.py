@@ -13,19 +13,17 @@ from khanhllm.optim.rounding import noise, slices, store
 class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW; it updates bf16 weights in fp32, a slice at a time, and rounds them stochastically.
 
-    The random bits come from the "seed" and the "step" of each group.
+    The random bits come from the "seed" and the "step" of its group.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step. Removes the gradients of bf16 weights, so that PyTorch's step skips these."""
         for group in self.param_groups:
-            halves = [p for p in group["params"] if p.dtype == torch.bfloat16 and p.grad is not None]
-            if halves:
-                bits = noise(group)
-            for parameter in halves:
-                self._update(parameter, group, bits)
-                parameter.grad = None
+            for nth, parameter in enumerate(group["params"]):
+                if parameter.dtype == torch.bfloat16 and parameter.grad is not None:
+                    self._update(parameter, group, noise(group, nth))
+                    parameter.grad = None
         return super().step(closure)
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any], bits: torch.Generator) -> None:

@@ -4,7 +4,6 @@
 Separate from `adamw` and `muon`, because the import loads a shared library that not every platform has.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,21 +24,16 @@ class AdamW8bit(Whole):  # type: ignore[misc]
     and "step"."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step."""
-        self._bits = {index: noise(group) for index, group in enumerate(self.param_groups) if group["params"]}
-        return super().step(closure)
-
-    @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
         """Update one parameter: bitsandbytes updates a stand-in for each slice, with the slice's moments."""
         state, weight, gradient = self.state[p], p.data.view(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
+        bits = noise(group, pindex) if p.dtype == torch.bfloat16 else None
         for part in slices(len(weight)):
             stand_in = nn.Parameter(weight[part].float(), requires_grad=False)
             stand_in.grad = gradient[part].float()
             self.state[stand_in] = {key: _part(key, value, part) for key, value in state.items()}
             super().update_step(group, stand_in, gindex, pindex)
-            store(weight[part], stand_in.data, self._bits[gindex])
+            store(weight[part], stand_in.data, bits)
             steps = self.state.pop(stand_in)["step"]
         state["step"] = steps
 

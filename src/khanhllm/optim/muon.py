@@ -56,13 +56,14 @@ class MuonMixin(Base):
         """Take one step. Removes the gradients of Muon's matrices, so that AdamW skips these."""
         for group in self.param_groups:
             if "newton_schulz" in group:
-                bits = noise(group) if any(p.dtype == torch.bfloat16 for p in group["params"]) else None
+                nth = {parameter: number for number, parameter in enumerate(group["params"])}
                 for alike in batches([parameter for parameter in group["params"] if parameter.grad is not None]):
-                    self._move(alike, group, bits)
+                    self._move(alike, group, [nth[parameter] for parameter in alike])
         return super().step(closure)
 
-    def _move(self, alike: list[Tensor], group: dict[str, Any], bits: torch.Generator | None) -> None:
-        """Decay the weights, then move them by Nesterov's momentum, orthogonalised."""
+    def _move(self, alike: list[Tensor], group: dict[str, Any], numbers: list[int]) -> None:
+        """Decay the weights, then move them by Nesterov's momentum, orthogonalised. numbers: those of the parameters in
+        their group."""
         gradients = [_take_gradient(parameter) for parameter in alike]
         momenta = [self._momentum(parameter) for parameter in alike]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -70,11 +71,12 @@ class MuonMixin(Base):
         for parameter, momentum in zip(alike, momenta, strict=True):
             self._keep(parameter, momentum)
         updates = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
-        for parameter, update in zip(alike, updates.split([len(matrices(p)) for p in alike]), strict=True):
+        parts = updates.split([len(matrices(parameter)) for parameter in alike])
+        for parameter, update, nth in zip(alike, parts, numbers, strict=True):
             exact = parameter.float()  # the parameter itself, unless it is bf16
             exact.mul_(1 - group["lr"] * group["weight_decay"])
             exact.add_(update.view_as(parameter), alpha=-group["lr"] * reach(parameter))
-            store(parameter, exact, bits)
+            store(parameter, exact, noise(group, nth) if parameter.dtype == torch.bfloat16 else None)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """The momentum of a parameter in fp32, zero at first."""

@@ -20,12 +20,13 @@ SLICE = 2**22
 """numbers whose fp32 copies exist at one time; a multiple of the 256 that one scale of 8-bit moments covers"""
 
 
-def noise(group: dict[str, Any]) -> torch.Generator:
-    """The random bits of one step for one group of an optimizer, on the device of its parameters.
+def noise(group: dict[str, Any], nth: int) -> torch.Generator:
+    """The random bits of one step for the nth parameter of an optimizer's group, on its device.
 
     They are the same for the same "seed" and "step" in the group, so there is nothing to save and resumed runs agree.
+    Each parameter has bits of its own, so it does not matter which others this process updates.
     """
-    digest = hashlib.blake2b(f"{group['seed']} {group['step']}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{group['seed']}/{nth} {group['step']}".encode(), digest_size=8).digest()
     return torch.Generator(group["params"][0].device).manual_seed(int.from_bytes(digest, "little", signed=True))
 
 

@@ -20,6 +20,7 @@ from khanhllm.units import as_size
 
 CONTEXT = 600_000_000
 """memory that CUDA and its libraries take on a card without a model (bytes, about)"""
+MORE_ROWS = "raise train.accumulation or train.micro_batch"
 SHARE = 0.95
 """share of the memory that a plan fills: allocators leave gaps"""
 ENOUGH = {"cpu": 2**12, "cuda": 2**15}
@@ -66,9 +67,9 @@ def here(machine: Machine) -> Hardware:
     try:
         process = psutil.Process().memory_info().rss
         free, total = limits.memory()
-        memory = min(total, free + process)
     except (OSError, psutil.Error, NotImplementedError) as error:
         raise UserError(f"this machine's memory cannot be read ({error}); give it: --memory 8GB") from None
+    memory = min(total, free // machine.group.local_size + process)
     return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops)
 
 
@@ -118,6 +119,20 @@ def micro_batch_sizes(config: Config, enough: int) -> list[int]:
     """Micro-batches that divide the rows of a step, from the largest of `enough` tokens down to one row."""
     rows, context = config.train.rows_per_step, config.model.context
     return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * context <= enough)]
+
+
+def shared_out(config: Config, hands: int) -> Config:
+    """The same step in at least so many micro-batches, as each process needs one; evenly many where that can be.
+
+    Raises UserError if it has too few rows.
+    """
+    train = config.train
+    if train.accumulation >= hands:
+        return config
+    cuts = [size for size in micro_batch_sizes(config, 2**62) if train.rows_per_step // size >= hands]
+    if not cuts:
+        raise UserError(f"a step of {train.rows_per_step} rows is too small for {hands} processes; {MORE_ROWS}")
+    return with_micro_batch(config, next((size for size in cuts if train.rows_per_step // size % hands == 0), cuts[0]))
 
 
 def with_micro_batch(config: Config, rows: int, checkpointing: str | None = None) -> Config:

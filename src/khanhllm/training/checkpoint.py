@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,8 @@ LONGEST_HEADER = 2**24
 OTHER_MODEL = "check model.* keys"
 """how a fault ends that lies in the model's config, not in the checkpoint"""
 Say = Callable[[str], None]
+Moments = Mapping[Any, dict[str, Any]]
+"""an optimizer's state, by parameter"""
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -89,9 +91,15 @@ class Snapshot:
         return replace(self, model=model, optimizer=optimizer)
 
 
-def snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    """The tensors themselves, not copies."""
-    tensors, numbers = _flatten(model, optimizer)
+def snapshot(
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    moments: Moments | None = None,
+) -> Snapshot:
+    """The tensors themselves, not copies. moments: the optimizer's state where that does not hold all of it."""
+    tensors, numbers = _flatten(model, optimizer, optimizer.state if moments is None else moments)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
 
@@ -274,8 +282,16 @@ def load_model(path: Path, model: nn.Module) -> None:
     model.load_state_dict(load_file(path / "model.safetensors"))
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+def load_optimizer(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbers: dict[str, Any],
+    mine: Container[nn.Parameter] | None = None,
+) -> None:
     """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
+
+    mine: the parameters that this process updates, if not all. The state of others is checked but not kept.
 
     UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
     """
@@ -290,19 +306,22 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
         kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
         if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
             raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")
-        here = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
-        optimizer.state[parameter] = numbers["state"].get(name, {}) | here
+        if mine is None or parameter in mine:
+            here = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
+            optimizer.state[parameter] = numbers["state"].get(name, {}) | here
     if tensors:
         raise UserError(f"{path}: {min(tensors)[:100]} in optimizer.safetensors belongs to no parameter")
 
 
-def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _flatten(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state by parameter name: as tensors, and as what JSON can hold."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
+        state = moments.get(parameter, {})
         numbers[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
         for key, value in state.items():
             if isinstance(value, Tensor):

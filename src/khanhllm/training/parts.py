@@ -61,26 +61,26 @@ class Parts:
         return isinstance(self.train, Belt)
 
 
-def rows_of(parts: Parts, state: State, stop: Stop) -> Generator[Batch]:
-    """What the run reads from here on; to be closed."""
-    train, device = parts.config.train, parts.learner.machine.device
-    return batches(parts.train, train.rows, train.seed, state.cursor, device, lambda: stop.asked, parts.reading)
+def rows_of(parts: Parts, state: State, stop: Stop, every: bool = False) -> Generator[Batch]:
+    """What this process reads from here on; to be closed. every: also the rows of the others of its group."""
+    train, machine = parts.config.train, parts.learner.machine
+    turns = [True] if every else machine.group.turns(train.accumulation)
+    place = (parts.train, train.rows, train.seed, state.cursor, machine.device)
+    return batches(*place, lambda: stop.asked or machine.group.is_called_off(), parts.reading, turns)
 
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
     """Open everything that the run needs. Its config then names the text by absolute paths, for a resume elsewhere."""
-    source = _source(config, folder, saved)
-    check_rows_fit(source.source, source.shard_tokens, config.model.context)
-    needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
     context = config.model.context
-    data = ensure(source, config.model.vocab_size, round(needed), laid_for(config))
+    data = Path(machine.group.told(lambda: str(_prepared(config, folder, saved))))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
-    own, validation = _rows_in(data, config), Shards.open(data, "validation", context)
+    rank = machine.group.rank
+    own, validation = _rows_in(data, config, rank), Shards.open(data, "validation", context)
     earlier, share = Path(config.data.base), config.data.replay
     base = _of_base(earlier, tokenizer, context) if config.data.base else None
-    train = Replay(own, _rows_in(earlier, config), share) if base and share else own
+    train = Replay(own, _rows_in(earlier, config, rank), share) if base and share else own
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation, base)
 
 
@@ -89,10 +89,10 @@ def laid_for(config: Config) -> int:
     return config.model.context if config.train.targets == "answers" else 0
 
 
-def _rows_in(folder: Path, config: Config) -> Shards | Belt:
+def _rows_in(folder: Path, config: Config, rank: int) -> Shards | Belt:
     data, context = config.data, config.model.context
     if (folder / RECIPE).exists():
-        return Belt(folder, context, data.ahead, data.disk, data.patience)
+        return Belt(folder, context, data.ahead, data.disk, data.patience, rank)
     return Shards.open(folder, "train", context)
 
 
@@ -103,6 +103,14 @@ def _of_base(folder: Path, tokenizer: Tokenizer, context: int) -> Shards:
     if base.manifest.tokenizer != tokenizer.sha256:
         raise UserError(f"the shards in {folder} (data.base) were made with another tokenizer than this run's")
     return base
+
+
+def _prepared(config: Config, folder: Path, saved: dict[str, Any]) -> Path:
+    """The folder of the run's shards."""
+    source = _source(config, folder, saved)
+    check_rows_fit(source.source, source.shard_tokens, config.model.context)
+    needed = config.train.seconds * A_SECOND or config.train.steps * config.tokens_per_step
+    return ensure(source, config.model.vocab_size, round(needed), laid_for(config))
 
 
 def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
@@ -179,7 +187,7 @@ def restore(parts: Parts, path: Path) -> State:
         other = f"{path} was trained on other shards than those in {parts.train.folder}{place}"
         raise UserError(f"{other}; to train on other text, begin a new run (--run)")
     checkpoint.load_model(path, learner.model)
-    checkpoint.load_optimizer(path, learner.model, learner.optimizer, saved["optimizer"])
+    checkpoint.load_optimizer(path, learner.model, learner.optimizer, saved["optimizer"], learner.owners.mine)
     start = learner.start()
     load_LE = torch.tensor([share for layer in saved["load"] for share in layer], device=learner.machine.device)
     if len(load_LE) != start.load_LE.numel():

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from math import isfinite, nan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def recover(parts: Parts, state: State, row: dict[str, Any], stop: Stop, log: Lo
     changed, else go back. See guard.py."""
     loss, guard = row["loss"], state.guard
     believable = isfinite(loss) and isfinite(row["grad_norm"]) and guard.losses
-    if not believable or not guard.text_changed(loss, _loss_of_known_rows(parts, state, stop)):
+    group = parts.learner.machine.group
+    if not believable or not guard.text_changed(loss, group.told(lambda: _loss_of_known_rows(parts, state, stop))):
         return _return_to_checkpoint(parts, state, log, saver)
     log.say(
         f"step {state.step}: the text has changed, as earlier rows are read as well as before; "
@@ -45,7 +47,7 @@ def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float:
     back = state.guard.rejected + len(state.guard.losses) // 2
     known = replace(state, cursor=max(0, state.cursor - back * train.rows_per_step))
     nll, counted = [], 0
-    with closing(rows_of(parts, known, stop)) as rows:
+    with closing(rows_of(parts, known, stop, every=True)) as rows:
         for batch in islice(rows, train.accumulation):
             with learner.machine.autocast():
                 nll.append(learner.model(*batch[:2], *batch.extras)[0].sum().item())
@@ -58,8 +60,8 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     read since then. Raises Diverged if that has been tried often enough."""
     learner, guard = parts.learner, state.guard
     saver.report(patient=True)
-    good = checkpoint.newest(parts.run, log.say, suits=lambda saved: not saved["guard"]["rejected"])
-    where = f"step {checkpoint.step_of(good)}" if good else "the beginning"
+    good = learner.machine.group.told(lambda: _last_good(parts.run, log))
+    where = f"step {checkpoint.step_of(Path(good))}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
     if guard.returns >= learner.config.guard.returns:
         again = "--resume goes on from there" if good else "nothing was saved yet"
@@ -67,7 +69,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike"
         )
-    restored = restore(parts, good) if good else learner.restart()
+    restored = restore(parts, Path(good)) if good else learner.restart()
     for group in learner.optimizer.param_groups:
         group["step"] = -1
     checkpoint.reject_after(parts.run, restored.step)
@@ -76,6 +78,10 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     # time that was used up stays so, as do rows
     guard = replace(restored.guard, accepted=0, returns=guard.returns + 1)
     return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
+
+
+def _last_good(run: Path, log: Log) -> str:
+    return str(checkpoint.newest(run, log.say, suits=lambda saved: not saved["guard"]["rejected"]) or "")
 
 
 def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:

@@ -14,11 +14,13 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import Timeout
+from torch import nn
 
 from khanhllm import optim
 from khanhllm.data.belt import Starved
@@ -28,7 +30,9 @@ from khanhllm.errors import UserError
 from khanhllm.files import foreign, locked, there
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
-from khanhllm.machine.devices import open_machine
+from khanhllm.machine import launch
+from khanhllm.machine.devices import Machine, open_machine
+from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.optim.schedule import warmup_of
@@ -54,19 +58,22 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 
     Raises UserError for what the user can put right, before any long work where that is possible.
     """
+    if launch.wanted(config.machine):
+        return launch.train(config, folder, resume)
     with _opened(config, folder, resume) as (parts, state, log, saver, stop), ExitStack() as readers:
-        train = parts.config.train
+        train, group = parts.config.train, parts.learner.machine.group
         rows = readers.enter_context(closing(rows_of(parts, state, stop)))
         passed = log.seconds if state.share is None else state.share * train.seconds
         started = time.perf_counter() - passed
         first, finished = state.step + 1, _make_up(parts, state, log, stop)
-        last = finished or bool(stop.asked)
+        last = finished or stop.agreed(group)
         while not last:
             try:
                 state, row = train_step(parts.learner, state, rows)
             except (NoRows, Starved) as error:
                 if state.step >= first:
                     _save(parts, state, log, saver, must=True)
+                stop.agreed(group)
                 if isinstance(error, Starved):
                     raise Starved(f"{error} (at step {state.step}; to continue: --resume --run {folder})") from None
                 break
@@ -84,11 +91,11 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 if state.step < row["step"]:
                     continue
             seconds = time.perf_counter() - started
-            state, finished = _progress(train, state, seconds, saver, log)
+            state, finished = _progress(train, state, seconds, saver, log, group)
             if due(state.step, train.eval_every) or finished:
                 row |= validate(parts, train.eval_tokens, stop) or {}
                 finished = finished and "val_ce" in row
-            last = finished or bool(stop.asked)
+            last = finished or stop.agreed(group)
             log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
             saver.report()
             if due(state.step, train.save_every) or last:
@@ -106,34 +113,29 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 @contextmanager
 def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts, State, Log, Saver, Stop]]:
     """Everything that a training needs, opened in an order that finds mistakes before long work, and closed again."""
-    refuse_to_overwrite(folder, resume)
-    machine = open_machine(config.machine)
-    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    machine.take_process()
-    if config.train.micro_batch == "auto":
-        config = budget.fit_micro_batch(config, budget.here(machine))
-    with _locked(folder):
-        if resume and checkpoint.steps(folder):
-            check_same(config, folder)
+    launch.end_with_launcher()
+    with opened(config.machine) as group, _own(folder, resume, group) as own:
+        machine = open_machine(config.machine, group)
+        threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        machine.take_process()
+        config = Config.model_validate_json(group.told(lambda: _cut(config, machine).model_dump_json()))
         paper = on_paper(config.model)
-        last = checkpoint.newest(folder, paper=paper) if resume else None
-        saved = checkpoint.read_state(last) if last else {}
-        if last:
-            check_longer(config, folder, saved)
-        parts = assemble(config, folder, saved, machine)
+        last = group.told(lambda: _last(config, folder, paper)) if resume else ""
+        saved = checkpoint.read_state(Path(last)) if last else {}
+        parts = assemble(config, own, saved, machine)
         check_validation(parts)
-        state = restore(parts, last) if last else parts.learner.start()
-        tight = _room(parts, state)
+        state = restore(parts, Path(last)) if last else parts.learner.start()
+        tight = _room(parts, state) if group.leads else ""
         with (
             stop_signals() as stop,
-            Log.open(folder, config, state.step, total_parameters(parts.learner.model)) as log,
-            Saver(folder, config.train.keep, log.say, *([log.best] if config.train.keep_best else [])) as saver,
+            Log.open(own, config, state.step, total_parameters(parts.learner.model), quiet=not group.leads) as log,
+            Saver(own, config.train.keep, log.say, *([log.best] if config.train.keep_best else [])) as saver,
         ):
             stop.over_panel = log.terminal.live is not None
-            parts.tokenizer.save(folder / "tokenizer.json")
-            told = [*_introduction(parts, state), *_rate(parts, state), tight]
-            write_config(parts.config, folder)
-            checkpoint.reject_after(folder, state.step, paper)
+            parts.tokenizer.save(own / "tokenizer.json")
+            told = [*_introduction(parts, state), *_rate(parts, state), tight] if group.leads else []
+            write_config(parts.config, own)
+            checkpoint.reject_after(own, state.step, paper)
             for line in filter(None, told):
                 log.say(line)
             try:
@@ -146,15 +148,35 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
                     torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
 
 
-def _progress(train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log) -> tuple[State, bool]:
-    """The state with the share of the time budget that is used up, and whether the run is finished."""
+def _cut(config: Config, machine: Machine) -> Config:
+    """The config with micro-batches that fit into the memory, and enough of them for all processes."""
+    if config.train.micro_batch == "auto":
+        config = budget.fit_micro_batch(config, budget.here(machine))
+    return budget.shared_out(config, sum(machine.group.shares))
+
+
+def _last(config: Config, folder: Path, paper: nn.Module) -> str:
+    """The checkpoint from which the run can go on; empty if there is none yet."""
+    if checkpoint.steps(folder):
+        check_same(config, folder)
+    if last := checkpoint.newest(folder, paper=paper):
+        check_longer(config, folder, checkpoint.read_state(last))
+    return str(last or "")
+
+
+def _progress(
+    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group = ALONE
+) -> tuple[State, bool]:
+    """The state with the share of the time budget that is used up, and whether the run is finished; by the clock of the
+    first process."""
     if state.share is None:
         return state, state.step == train.steps
     share = seconds / train.seconds
     # finished when there is no time left for another step and for saving
     finished = share + (share - state.share) + saver.seconds / train.seconds >= 1
+    share, finished = group.exchange(share, finished)[0]  # type: ignore[assignment]
     log.expect(state.step if finished else max(state.step + 1, round(state.step / share)))
-    return replace(state, share=share), finished
+    return replace(state, share=share), bool(finished)
 
 
 def due(step: int, every: int) -> bool:
@@ -167,7 +189,12 @@ class _Stopped(Exception):
 
 def validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
     """Score the first `tokens` tokens of the validation documents, always the same ones, and of those of the run that
-    this one goes on from. None if a signal asks to stop: a resumed run then makes up for it, from the same weights."""
+    this one goes on from. None if a signal asks to stop: a resumed run then makes up for it, from the same weights. The
+    first process does it for all."""
+    return parts.learner.machine.group.told(lambda: _validate(parts, tokens, stop))
+
+
+def _validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
 
     def windows(shards: Shards) -> Iterator[np.ndarray]:
         for window in islice(shards.windows(), -(-tokens // parts.config.model.context)):
@@ -195,14 +222,17 @@ def validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
 def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
     """Validate after the step that a resumed run starts from, if a signal cut that short, so that its log is the
     uninterrupted one's. Returns whether that finishes the run."""
-    train = parts.config.train
+    train, group = parts.config.train, parts.learner.machine.group
     finished = state.share is None and state.step == train.steps
-    if not (due(state.step, train.eval_every) or finished) or not lacks_validation(parts.run, parts.config, state.step):
+    if not (due(state.step, train.eval_every) or finished):
+        return False
+    if not group.told(lambda: lacks_validation(parts.run, parts.config, state.step)):
         return False
     found = validate(parts, train.eval_tokens, stop)
     if found is None:
         return False
-    log.complete(found)
+    if group.leads:
+        log.complete(found)
     if finished and train.sample_tokens:
         write_samples(parts, state.step, log)
     return finished
@@ -233,7 +263,10 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
     }
-    saver.save(state.step, parts.learner.model, parts.learner.optimizer, extra, must)
+    learner, optimizer = parts.learner, parts.learner.optimizer
+    moments = learner.owners.gathered(optimizer.state, optim.state_shapes(optimizer))
+    if learner.machine.group.leads:
+        saver.save(state.step, learner.model, optimizer, extra, must, moments)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:
@@ -279,6 +312,19 @@ def _room(parts: Parts, state: State) -> str:
     saves = -(-left // train.save_every) if train.save_every else min(left, 1)
     kept = train.keep + train.keep_best
     return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), kept, saves)
+
+
+@contextmanager
+def _own(folder: Path, resume: bool, group: Group) -> Iterator[Path]:
+    """The folder that this process writes into: the run's for the first process, which alone is read later, and one
+    that disappears for others."""
+    if group.leads:
+        refuse_to_overwrite(folder, resume)
+        with _locked(folder):
+            yield folder
+    else:
+        with TemporaryDirectory(prefix="khanhllm-") as scratch:
+            yield Path(scratch)
 
 
 @contextmanager

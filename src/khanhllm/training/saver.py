@@ -44,7 +44,13 @@ class Saver:
         self._writing: Future[Path] | None = None
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], must: bool
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        must: bool,
+        moments: checkpoint.Moments | None = None,
     ) -> None:
         """Begin to save, and say what became of the save before.
 
@@ -52,7 +58,7 @@ class Saver:
         too often. Raises UserError if that fails.
         """
         self.report(patient=True)
-        self.begin(step, model, optimizer, state)
+        self.begin(step, model, optimizer, state, moments)
         deadline = time.monotonic() + PATIENCE
         while must or self.failures >= FAILURES - 1:
             try:
@@ -65,7 +71,7 @@ class Saver:
                 self.say(f"{fault}; make room there: this waits for it up to {PATIENCE / 60:.0f} minutes")
             while self._lacks_room() and time.monotonic() <= deadline:
                 time.sleep(1)
-            self.begin(step, model, optimizer, state)
+            self.begin(step, model, optimizer, state, moments)
 
     def report(self, patient: bool = False) -> None:
         """Say what became of the last save, once it is known. patient: wait for it."""
@@ -75,9 +81,17 @@ class Saver:
         except OSError as error:
             self.say(f"a checkpoint could not be saved: {error}; training continues; {self._kept()}")
 
-    def begin(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Take what is to be saved, now. Where there is no memory for a copy, this waits until it is written."""
-        whole = checkpoint.snapshot(step, model, optimizer, state)
+    def begin(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        moments: checkpoint.Moments | None = None,
+    ) -> None:
+        """Take what is to be saved, now; see checkpoint.snapshot. Where there is no memory for a copy, this waits until
+        it is written."""
+        whole = checkpoint.snapshot(step, model, optimizer, state, moments)
         self._size = whole.bytes
         copy = limits.memory().free > 1.5 * whole.bytes
         best = self.best([step, *map(checkpoint.step_of, checkpoint.steps(self.run))])

@@ -5,6 +5,7 @@ get micro-batches -> forward, loss + balance, backward (x accumulation) -> clip 
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.data.batches import Batch
+from khanhllm.errors import UserError
 from khanhllm.machine.adapt import adapt, is_small
-from khanhllm.machine.devices import Machine, keep_freed_memory
+from khanhllm.machine.devices import Machine, keep_freed_memory, out_of_memory
+from khanhllm.machine.group import Lost
+from khanhllm.machine.owners import Owners
 from khanhllm.model import Transformer, losses
 from khanhllm.model.counts import flops_per_token
 from khanhllm.model.router import Routing, move_biases, stack
@@ -33,6 +37,7 @@ class Learner:
     model: Transformer
     optimizer: torch.optim.Optimizer
     flops_per_token: int
+    owners: Owners
 
     @classmethod
     def new(cls, config: Config, machine: Machine) -> "Learner":
@@ -41,7 +46,8 @@ class Learner:
         kind = config.machine
         model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         optimizer = optim.build(model, config.optim, config.train.seed)
-        return cls(config, machine, model, optimizer, flops_per_token(model))
+        owners = Owners(model.parameters(), machine.group)
+        return cls(config, machine, model, optimizer, flops_per_token(model), owners)
 
     def restart(self) -> "State":
         """Bring back the weights that the run began with, without moments."""
@@ -89,31 +95,24 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     """
     config, optimizer = learner.config, learner.optimizer
     started = time.perf_counter()
-    micro_batches = list(islice(batches, config.train.accumulation))
-    if len(micro_batches) < config.train.accumulation:
-        raise NoRows
-    waited = time.perf_counter() - started
-    tokens, counted = (sum(getattr(batch, kind) for batch in micro_batches) for kind in ("tokens", "counted"))
+    micro_batches, waited, tokens, counted = _rows(learner, batches)
+    following = replace(state, step=state.step + 1, cursor=state.cursor + config.train.rows_per_step)
     if not counted:
-        following = replace(state, step=state.step + 1, cursor=micro_batches[-1].cursor)
         return following, {"fault": ""} | _progress(config, following, counted)
     load_LE = load_for_balance(learner, state, micro_batches)
     sums: list[Tensor] = []
-    for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
-        loss, nll, routing_L = losses.micro_batch_loss(
-            learner.model,
-            *batch[:2],
-            load_LE,
-            tokens,
-            config.loss,
-            learner.machine.autocast(),
-            counted,
-            batch.extras,
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
-    nll, routing_L = sums[0], Routing(*sums[1:])
-    grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), config.optim.clip or torch.inf)
+    with _all_or_none(learner.machine):
+        for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
+            rows, autocast = batch[:2], learner.machine.autocast()
+            loss, nll, routing_L = losses.micro_batch_loss(
+                learner.model, *rows, load_LE, tokens, config.loss, autocast, counted, batch.extras
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
+    nll, *routing = learner.machine.group.sum(*sums)
+    routing_L = Routing(*routing)
+    learner.owners.collect()
+    grad_norm = learner.owners.clip(config.optim.clip or torch.inf)
     # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
     mean_nll, norm = torch.stack([nll.float() / counted, grad_norm.float()]).tolist()
     fault = state.guard.fault(mean_nll, norm, config.guard)
@@ -122,19 +121,58 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * factor, "step": state.step}
         optimizer.step()
+        learner.owners.spread()
         if config.model.router_bias:
             move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
     optimizer.zero_grad(set_to_none=True)
-    following = State(
-        step=state.step + 1,
-        cursor=micro_batches[-1].cursor,
+    following = replace(
+        following,
         load_LE=state.load_LE if fault else _shares(routing_L.load_E),
         guard=state.guard.reject() if fault else state.guard.accept(mean_nll),
-        share=state.share,
     )
     measured = {"loss": mean_nll, "lr": config.optim.lr * factor, "grad_norm": norm, "fault": fault}
     row = _progress(config, following, counted) | _speed(learner, time.perf_counter() - started, waited)
     return following, measured | row | _routed(routing_L, tokens)
+
+
+def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], float, int, int]:
+    """This process's micro-batches of a step, and how long it waited for them (seconds); the tokens, and the targets
+    that count, of the whole step. Raises NoRows if this or another process gets none."""
+    group, fault, started = learner.machine.group, None, time.perf_counter()
+    share, found = sum(group.turns(learner.config.train.accumulation)), []
+    try:
+        found = list(islice(batches, share))
+    except UserError as error:
+        fault = error
+    waited, lacks = time.perf_counter() - started, len(found) < share
+    if lacks:
+        group.call_off()
+    sizes = (sum(getattr(batch, kind) for batch in found) for kind in ("tokens", "counted"))
+    lacking, tokens, counted = (int(sum(numbers)) for numbers in zip(*group.exchange(lacks, *sizes), strict=True))
+    if lacking:
+        raise fault or NoRows
+    return found, waited, tokens, counted
+
+
+@contextmanager
+def _all_or_none(machine: Machine) -> Iterator[None]:
+    """Around what each process computes by itself: if memory ran out on one, or torch.compile failed, that is raised
+    on all, so that all take the same step again."""
+    fault = None
+    try:
+        yield
+    except RuntimeError as error:
+        fault = error
+    full = isinstance(fault, RuntimeError) and out_of_memory(fault)
+    faults = machine.group.exchange(full, fault is not None)
+    if fault:
+        raise fault
+    if any(full for full, _ in faults):
+        raise torch.OutOfMemoryError("memory ran out on another process")
+    if any(failed for _, failed in faults):
+        if machine.compile:
+            raise torch._dynamo.exc.TorchDynamoException("it fails on another process")
+        raise Lost("another process has failed; --resume goes on from the last checkpoint")
 
 
 def _progress(config: Config, state: State, counted: int) -> dict[str, Any]:
@@ -146,7 +184,7 @@ def _progress(config: Config, state: State, counted: int) -> dict[str, Any]:
 def _speed(learner: Learner, took: float, waited: float) -> dict[str, Any]:
     """took, waited: seconds."""
     rate, peak = learner.config.tokens_per_step / took, learner.machine.peak_flops
-    mfu = rate * learner.flops_per_token / peak if peak else None
+    mfu = rate * learner.flops_per_token / (peak * learner.machine.group.size) if peak else None
     return {"tokens_per_s": rate, "mfu": mfu, "waiting": waited / took}
 
 
@@ -183,8 +221,8 @@ def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch])
     if learner.config.loss.load == "previous" or not state.load_LE.numel():
         return state.load_LE
     total_LE = torch.zeros_like(state.load_LE)
-    with torch.no_grad(), learner.machine.autocast():
+    with _all_or_none(learner.machine), torch.no_grad(), learner.machine.autocast():
         for batch in micro_batches:
             _, routings = learner.model.trunk(batch.inputs_BT, place_BT=batch.place_BT, padding_BT=batch.padding_BT)
             total_LE += stack(routings, like=total_LE).load_E
-    return _shares(total_LE)
+    return _shares(*learner.machine.group.sum(total_LE))

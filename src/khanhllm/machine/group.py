@@ -1,0 +1,291 @@
+"""The processes that train one model together, and all that they say to each other.
+
+A process learns from its environment that others work beside it: `launch` and torchrun set RANK, WORLD_SIZE and what
+leads to the others. One without them is alone, and nothing here then does or costs anything.
+
+Numbers are summed in the order of the ranks, so that a sum has the same bits on every process and each time. What is
+not a tensor travels as JSON: torch's collectives of objects would unpickle, and so run, what any process of the network
+sends. No other file imports torch.distributed.
+"""
+
+import getpass
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count, cycle, islice
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from khanhllm.errors import UserError
+from khanhllm.schema import MachineConfig
+
+STORE = "KHANHLLM_STORE"
+"""names the file through which the processes that `launch` starts find each other"""
+CALLED_OFF = "called off"
+OPENED = count()
+"""groups that this process was part of: each has keys of its own in the store"""
+Result = TypeVar("Result")
+
+
+class Lost(UserError):
+    """Another process is gone, or does not answer."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: --resume goes on
+
+
+class Told(UserError):
+    """What the first process met and the user can put right; the others end with it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class Move(NamedTuple):
+    """A tensor that one process gives to another. `tensor` is what it is, or on the others only what it is like."""
+
+    tensor: Tensor
+    giver: int
+    taker: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one training."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """among those on this machine"""
+    local_size: int = 1
+    shares: tuple[int, ...] = (1,)
+    """micro-batches of each process in one round"""
+    patience: float = 600.0
+    """seconds"""
+    store: Store | None = None
+    direct: bool = False
+    """whether tensors go from card to card; if not, through the host's memory"""
+    _tales: list[str] = field(default_factory=list)
+    """the keys of what was told so far"""
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def turns(self, micro_batches: int) -> list[bool]:
+        """Whether each micro-batch of a step is this process's: they are dealt round by round, by shares."""
+        dealt = cycle([rank for rank, share in enumerate(self.shares) for _ in range(share)])
+        return [rank == self.rank for rank in islice(dealt, micro_batches)]
+
+    def exchange(self, *numbers: float) -> list[tuple[float, ...]]:
+        """The numbers of every process, in the order of the ranks."""
+        if self.alone:
+            return [numbers]
+        return [tuple(row.tolist()) for row in self._gathered(torch.tensor(numbers, dtype=torch.float64))]
+
+    def sum(self, *tensors: Tensor) -> list[Tensor]:
+        """The sum of each tensor over all processes, in the order of their ranks."""
+        if self.alone:
+            return list(tensors)
+        total, *others = self._gathered(torch.cat([tensor.flatten() for tensor in tensors]))
+        for other in others:
+            total += other
+        parts = total.to(tensors[0].device).split([tensor.numel() for tensor in tensors])
+        return [part.view_as(like).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
+
+    def told(self, make: Callable[[], Result]) -> Result:
+        """What `make` returns on the first process, which alone calls it: something that JSON can hold. It may take
+        its time. A UserError there is raised on all."""
+        if self.store is None:
+            return make()
+        key = f"told {len(self._tales)}"
+        if not self.leads:
+            result = self._hear(key)
+        else:
+            with self._beating(key):
+                result = make()
+            self.store.set(key, json.dumps({"result": result}))
+        self._tales.append(key)
+        return result  # type: ignore[no-any-return]
+
+    def tell_the_end(self, error: UserError) -> None:
+        """Answer with an error whoever waits to be told something."""
+        if self.leads and self.store is not None:
+            said = {"error": str(error), "code": error.exit_code}
+            self.store.set(f"told {len(self._tales)}", json.dumps(said))
+
+    def _hear(self, key: str) -> Any:
+        assert self.store
+        beats = 0
+        while not self.store.check([key]):
+            with suppress(RuntimeError):  # it took its time
+                self.store.wait([key], timedelta(seconds=self.patience))
+                break
+            with self._answered():
+                before, beats = beats, self.store.add(f"{key} beats", 0)
+            if beats == before:
+                raise self._lost()
+        with self._answered():
+            said = json.loads(self.store.get(key))
+        if "error" in said:
+            raise Told(said["error"], said["code"])
+        return said["result"]
+
+    @contextmanager
+    def _beating(self, key: str) -> Iterator[None]:
+        """Show the others that this process lives, while they wait."""
+        done, store = Event(), self.store
+        assert store
+
+        def beat() -> None:
+            while not done.wait(self.patience / 3):
+                store.add(f"{key} beats", 1)
+
+        thread = Thread(target=beat, daemon=True, name="heartbeat")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def heard(self, value: Any) -> list[Any]:
+        """What each process says, in the order of the ranks; of what JSON can hold."""
+        if self.alone:
+            return [value]
+        letter = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [int(length) for (length,) in self.exchange(len(letter))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(letter)] = letter
+        rows = zip(self._gathered(padded), lengths, strict=True)
+        return [json.loads(row[:length].numpy().tobytes()) for row, length in rows]
+
+    def move(self, moves: Sequence[Move]) -> list[Tensor | None]:
+        """Make all moves, which every process names in the same order. What arrives here, by move."""
+        arrived: list[Tensor | None] = [None] * len(moves)
+        work = []
+        for tag, (tensor, giver, taker) in enumerate(moves):
+            if self.rank == giver:
+                work.append(dist.P2POp(dist.isend, self._sent(tensor), taker, tag=tag))
+            elif self.rank == taker:
+                arrived[tag] = room = self._sent(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+                work.append(dist.P2POp(dist.irecv, room, giver, tag=tag))
+        with self._answered():
+            for request in dist.batch_isend_irecv(work) if work else ():
+                request.wait()
+        pairs = zip(arrived, moves, strict=True)
+        return [None if there is None else there.to(move.tensor.device) for there, move in pairs]
+
+    def spread(self, tensors: Sequence[Tensor], givers: Sequence[int]) -> None:
+        """Copy each tensor of its giver into those of all others."""
+        sent = [self._sent(tensor) for tensor in tensors]
+        with self._answered():
+            work = [dist.broadcast(one, giver, async_op=True) for one, giver in zip(sent, givers, strict=True)]
+            for request in work:
+                request.wait()
+        for tensor, one in zip(tensors, sent, strict=True):
+            if one is not tensor:
+                tensor.copy_(one)
+
+    def call_off(self) -> None:
+        """Let the others know that this process waits for rows no longer, and gets none."""
+        if self.store is not None:
+            self.store.set(CALLED_OFF, "")
+
+    def is_called_off(self) -> bool:
+        return self.store is not None and self.store.check([CALLED_OFF])
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        sent = self._sent(tensor)
+        rows = [torch.empty_like(sent) for _ in range(self.size)]
+        with self._answered():
+            dist.all_gather(rows, sent)
+        return rows
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """The tensor where it can be sent from."""
+        return (tensor if self.direct else tensor.cpu()).contiguous()
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Raise Lost for what torch.distributed raises."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            raise self._lost() from None
+
+    def _lost(self) -> Lost:
+        return Lost(
+            f"another of the {self.size} processes is gone, or has not answered for {self.patience:.0f} s; "
+            "--resume goes on from the last checkpoint"
+        )
+
+
+ALONE = Group()
+
+
+@contextmanager
+def opened(config: MachineConfig) -> Iterator[Group]:
+    """The group that this process's environment speaks of. Raises UserError, as where the others do not come."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield ALONE
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    shares = tuple(map(int, config.shares.split(","))) if config.shares else (1,) * size
+    if len(shares) != size:
+        raise UserError(f"machine.shares: {config.shares} is for {len(shares)} processes, but there are {size}")
+    direct = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    if direct and torch.cuda.device_count() < local_size:
+        cards = torch.cuda.device_count()
+        raise UserError(f"machine.processes: {local_size} processes need a GPU each, but {cards} are found")
+    if direct:
+        torch.cuda.set_device(local_rank)
+    if local_rank:  # two processes that compile into one folder read each other's half-written files
+        mine = f"torchinductor_{getpass.getuser()}_{local_rank}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / mine))
+    timeout = timedelta(seconds=config.patience)
+    try:
+        store = PrefixStore(f"khanhllm {next(OPENED)}", _store(size, timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if direct else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise Lost(f"the {size} processes do not find each other: {reason}") from None
+    group = Group(rank, size, local_rank, local_size, shares, config.patience, store, direct)
+    try:
+        yield group
+    except UserError as error:
+        group.tell_the_end(error)
+        raise
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _store(size: int, timeout: timedelta) -> Store:
+    """Where the processes find each other: in a file on one machine, else where torchrun says."""
+    if STORE in os.environ:
+        return dist.FileStore(os.environ[STORE], size)  # type: ignore[attr-defined]
+    store, _rank, _size = next(rendezvous("env://", timeout=timeout))
+    return store  # type: ignore[no-any-return]

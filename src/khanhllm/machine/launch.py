@@ -1,0 +1,185 @@
+"""Start the processes of one machine that train together, pass signals on to them, and end as they do.
+
+torchrun does this between machines. On one machine this keeps what a run says and the code that it ends with, opens no
+port but on the loopback device, and gives a run all the time that it takes to save.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+from types import FrameType
+from typing import IO
+
+from khanhllm.errors import UserError
+from khanhllm.machine.group import STORE
+from khanhllm.machine.signals import SIGNALS
+from khanhllm.schema import Config, MachineConfig
+from khanhllm.settings import to_toml
+
+GRACE = 30.0
+"""how long the others may take to end once one has failed (seconds)"""
+AT_ONCE = 2.0
+"""the same after a second signal"""
+LOST = 75
+"""exit code where a process was lost: --resume goes on"""
+WATCHED = "KHANHLLM_LAUNCHED"
+"""set where standard input ends with the launcher"""
+
+
+class Failed(UserError):
+    """The processes have failed."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def wanted(config: MachineConfig) -> bool:
+    """Whether this process is to start others, instead of being one of them."""
+    return config.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def train(config: Config, folder: Path, resume: bool) -> str:
+    """Train with `machine.processes` processes, each a `khanhllm train`. Returns the name of the signal that stopped
+    them; empty if the run is finished. Raises UserError."""
+    with TemporaryDirectory(prefix="khanhllm-") as place:
+        toml = Path(place) / "config.toml"
+        toml.write_text(to_toml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "khanhllm", "train", "--config", str(toml), "--run", str(folder)]
+        return Hands([*command, *(["--resume-or-new"] if resume else [])], config.machine.processes, Path(place)).run()
+
+
+@dataclass
+class Hands:
+    """The processes, by rank."""
+
+    command: list[str]
+    size: int
+    place: Path
+    """for their store, and for what all but the first say"""
+    children: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    """the signals passed on"""
+
+    def run(self) -> str:
+        with self._passing_on():
+            try:
+                for rank in range(self.size):
+                    self.children.append(self._start(rank))
+                killed = self._wait()
+            finally:
+                for child in self.children:
+                    child.kill()
+                    child.wait()
+        return self._outcome(killed)
+
+    def _start(self, rank: int) -> "subprocess.Popen[bytes]":
+        loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+        alone = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback) if loopback else {}
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
+        known = {**alone, **ranks, STORE: self.place / "store", WATCHED: 1}
+        said = None if rank == 0 else self._said(rank).open("wb")
+        try:
+            # a session of its own: Ctrl-C reaches only the launcher, which passes it on
+            return subprocess.Popen(
+                self.command,
+                env=os.environ | {name: str(value) for name, value in known.items()},
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        finally:
+            if said:
+                said.close()
+
+    def _said(self, rank: int) -> Path:
+        return self.place / f"said-{rank}.txt"
+
+    def _wait(self) -> set[int]:
+        """Wait until all have ended. The ranks that must be killed, as they do not end after another has failed, or
+        after a second signal: one that waits for another process hears no signal."""
+        deadline: float | None = None
+        while None in (codes := [child.poll() for child in self.children]):
+            if deadline is None and any(code is not None and not self._in_order(code) for code in codes):
+                deadline = time.monotonic() + GRACE
+            if len(self.asked) > 1:
+                deadline = min(deadline or math.inf, time.monotonic() + AT_ONCE)
+            if deadline is not None and time.monotonic() > deadline:
+                return {rank for rank, code in enumerate(codes) if code is None}
+            time.sleep(0.05)
+        return set()
+
+    def _in_order(self, code: int) -> bool:
+        """Whether a process ended because its run is finished or a signal asked for it."""
+        return code == 0 or code in (128 + getattr(signal, name, 0) for name in SIGNALS)
+
+    def _outcome(self, killed: set[int]) -> str:
+        """What the first that failed by itself ended with, for all."""
+        codes = {rank: child.returncode for rank, child in enumerate(self.children) if rank not in killed}
+        failed = {rank: code for rank, code in codes.items() if not self._in_order(code)}
+        if self.asked and (killed or any(code == -self.asked[0] for code in failed.values())):  # nothing was saved
+            return signal.Signals(self.asked[0]).name
+        for rank, code in failed.items():
+            if code < 0:
+                raise self._lost(f"process {rank} of {self.size} was ended by {signal.Signals(-code).name}")
+        for rank, code in failed.items():
+            if code != LOST:
+                raise self._failed(rank, code)
+        if killed:
+            raise self._lost(f"process {min(killed)} of {self.size} did not answer")
+        if failed:
+            raise self._failed(min(failed), LOST)
+        return next((signal.Signals(code - 128).name for code in codes.values() if code), "")
+
+    def _lost(self, what: str) -> Failed:
+        return Failed(f"{what}; --resume goes on from the last checkpoint", LOST)
+
+    def _failed(self, rank: int, code: int) -> Failed:
+        """The first process has said its error itself; that of another is the last line that it said."""
+        text = "" if rank == 0 else self._said(rank).read_text("utf-8", "replace").strip().rpartition("\n")[2]
+        return Failed(text.removeprefix("khanhllm: "), code)
+
+    @contextmanager
+    def _passing_on(self) -> Iterator[None]:
+        """Within this context, each signal that asks a training to stop goes to all processes."""
+
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            self.asked.append(number)
+            for child in self.children:
+                with suppress(ProcessLookupError):
+                    child.send_signal(number)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        before = {number: signal.signal(number, pass_on) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def end_with_launcher(stream: IO[str] | None = None) -> None:
+    """Where this process was launched, let it stop, as by SIGTERM, when the launcher has gone."""
+    if os.environ.pop(WATCHED, ""):
+        stream = stream or sys.stdin
+
+        def watch() -> None:
+            os.read(stream.fileno(), 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        Thread(target=watch, daemon=True, name="launcher").start()

@@ -1,0 +1,94 @@
+"""The launcher ends as its processes do: with the code of the first that failed by itself, and one line."""
+
+import os
+import signal
+import subprocess
+import sys
+from threading import Timer
+
+import pytest
+
+from khanhllm.machine import launch
+from khanhllm.machine.launch import Failed, Hands
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has other signals")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+
+    def running(program: str, size: int = 2) -> str:
+        start = "import os, signal, sys, time; rank = int(os.environ['RANK'])\n"
+        return Hands([sys.executable, "-c", start + program], size, tmp_path).run()
+
+    return running
+
+
+def test_all_finish(run):
+    assert run("sys.exit(0)", size=3) == ""
+
+
+def test_the_first_that_failed_by_itself_counts(run):
+    """The others only lost it."""
+    with pytest.raises(Failed, match=r"^the cause$") as failed:
+        run("print('warning\\nkhanhllm: the cause', file=sys.stderr) if rank else None; sys.exit(2 if rank else 75)")
+    assert failed.value.exit_code == 2
+
+
+def test_what_the_first_process_says_is_not_said_again(run, capfd):
+    with pytest.raises(Failed, match=r"^$") as failed:
+        run("sys.exit('khanhllm: the cause') if not rank else sys.exit(75)")
+    assert failed.value.exit_code == 1
+    assert capfd.readouterr().err == "khanhllm: the cause\n"
+
+
+def test_one_that_was_killed_is_named(run):
+    with pytest.raises(Failed, match="process 1 of 2 was ended by SIGKILL; --resume") as failed:
+        run("os.kill(os.getpid(), 9) if rank else sys.exit(75)")
+    assert failed.value.exit_code == 75
+
+
+def test_one_that_hangs_is_ended(run):
+    with pytest.raises(Failed, match="process 1 of 2 did not answer; --resume") as failed:
+        run("time.sleep(60 if rank else 0); sys.exit(75)")
+    assert failed.value.exit_code == 75
+
+
+def test_one_that_saves_is_given_its_time(run):
+    assert run("time.sleep(0 if rank else 1.2)") == ""
+    assert run("time.sleep(0 if rank else 1.2); sys.exit(143)") == "SIGTERM"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signals_are_passed_on(run, tmp_path, name):
+    program = f"""
+signal.signal(signal.{name}, lambda *_: sys.exit(128 + signal.{name}))
+open(os.path.join({str(tmp_path)!r}, f'ready-{{rank}}'), 'w')
+time.sleep(60)
+"""
+
+    def send():
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            pass
+        os.kill(os.getpid(), getattr(signal, name))
+
+    timer = Timer(0, send)
+    timer.start()
+    assert run(program) == name
+    timer.join()
+
+
+def test_processes_stop_when_the_launcher_is_gone():
+    program = "from khanhllm.machine.launch import end_with_launcher\nend_with_launcher()\nimport time\ntime.sleep(60)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, env=os.environ | {launch.WATCHED: "1"}
+    )
+    child.stdin.close()
+    assert child.wait(60) == -signal.SIGTERM
+
+
+def test_nothing_listens_beyond_this_machine(run, tmp_path):
+    names = "os.environ['GLOO_SOCKET_IFNAME'] + os.environ['NCCL_SOCKET_IFNAME']"
+    assert run(f"open({str(tmp_path / 'found')!r}, 'w').write({names})") == ""
+    assert (tmp_path / "found").read_text() in ("lolo", "lo0lo0")
