@@ -1,4 +1,4 @@
-"""What several processes cost: two with one thread each, beside one with two threads, on the same cores and rows.
+"""What several processes cost: two with one thread each, beside one with two, on the same cores and rows.
 
     python benchmarks/processes.py [--preset micro] [--steps 60] [--rounds 7] > benchmarks/results/processes-cpu.json
 
