@@ -27,10 +27,13 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("shards")
 
 
-def together(size: int, place: Path, *trainings: tuple[Config, Path, bool, Any]) -> str:
-    """Run trainings one after the other on so many processes: config, folder, resume, fault (see hands.py)."""
+def together(size: int, place: Path, *trainings: tuple[Any, ...]) -> str:
+    """Run trainings one after the other on so many processes: config, folder, resume, fault, more (see hands.py)."""
     place.mkdir()
-    told = [[settings.model_dump(), str(folder), *more] for settings, folder, *more in trainings]
+    told = [
+        [settings.model_dump(), str(folder), resume, fault, more[0] if more else {}]
+        for settings, folder, resume, fault, *more in trainings
+    ]
     (place / "trainings.json").write_text(json.dumps(told))
     worker = [sys.executable, str(Path(__file__).with_name("hands.py")), str(place / "trainings.json")]
     return launch.Hands(worker, size, place).run()
@@ -140,19 +143,6 @@ def test_nobody_waits_for_one_that_is_gone(kind, says, corpus, cache, tmp_path, 
     train(whole, tmp_path / "run", resume=True)
     train(whole, tmp_path / "whole")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-
-
-def test_the_command_starts_its_processes_itself(corpus, cache, tmp_path, capfd):
-    """A step of one micro-batch is cut, so that each process has rows; its mistakes are one line."""
-    whole = short(corpus, cache, 1, train={"micro_batch": 4}, machine={"processes": 2})
-    assert train(whole, tmp_path / "run") == ""
-    assert "2 micro-batches of 2" in capfd.readouterr().out
-    assert read_config(tmp_path / "run").train.accumulation == 2
-    with pytest.raises(launch.Failed) as failed:
-        train(whole, tmp_path / "run")
-    said = capfd.readouterr().err
-    assert failed.value.exit_code == 2 and not str(failed.value)
-    assert said.count("\n") == 1 and "already holds a run" in said
 
 
 @pytest.mark.slow
