@@ -2,9 +2,10 @@
 loaded once.
 
 Its argument is a JSON file: a list of [config, folder, resume, fault, more]. A fault is [rank, nths, kind]: what
-happens to that process in its nth micro-batches of the training; a signal may come so many collectives later. More may say that the training is one of fewer
-processes than were started ("size"), that it fails ("fails"), that it ends before its first update, with the gradients
-in the folder ("gradients"), or how much memory each process has ("room").
+happens to that process in its nth micro-batches of the training; a signal may come so many collectives later. More may
+say that only some of those started train: how many ("size"), beginning with which ("first"). Also that the training
+fails ("fails"), that it ends before its first update, with the gradients in the folder ("gradients"), or how much
+memory each process has ("room").
 """
 
 import json
@@ -81,9 +82,9 @@ def write_gradients(model, folder: Path):
     return SimpleNamespace(param_groups=[], state={}, step=write, zero_grad=lambda set_to_none: None)
 
 
-def prepare(job: int, folder: Path, rank: int, size: int, gradients: bool = False, room: list[int] = (), **_) -> None:
+def prepare(job: int, folder: Path, rank: int, size: int, gradients: bool, room: list[int]) -> None:
     """Let this process be one of so many in its next training."""
-    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     if store := os.environ.get(group.STORE):
         os.environ[group.STORE] = str(Path(store).with_name(f"store-{job}"))
         group.OPENED = count()  # those that sat out have opened fewer
@@ -100,11 +101,12 @@ def prepare(job: int, folder: Path, rank: int, size: int, gradients: bool = Fals
 def main() -> int:
     torch.set_num_threads(1)
     devices._peak = lambda _device: None
-    name, rank, started = "", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    name, place, started = "", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for job, (config, folder, resume, fault, more) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        if rank >= more.get("size", started):
+        size, rank = more.get("size", started), place - more.get("first", 0)
+        if not 0 <= rank < size:
             continue
-        prepare(job, Path(folder), rank, **{"size": started} | more)
+        prepare(job, Path(folder), rank, size, more.get("gradients", False), more.get("room", []))
         losses.micro_batch_loss = with_fault(*fault) if fault else HONEST
         try:
             name = train(Config.model_validate(config), Path(folder), resume)

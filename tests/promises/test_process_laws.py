@@ -43,12 +43,41 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(corpus, talks, cache, tmp_path_factory):
-    """The folder of all runs, after their trainings."""
+    """The folder of all runs, after their trainings. The last of them loses a process."""
     folder, jobs = tmp_path_factory.mktemp("laws"), []
 
-    def job(name, settings, size, fault=None, resume=False, **more):
-        jobs.append((settings, folder / name, resume, fault, {"size": size} | more))
+    def job(name, settings, size, fault=None, **more):
+        """One process alone is the last of the four, so that the others can go on beside it."""
+        more = {"size": size, "first": 3 if size == 1 else 0} | more
+        jobs.append((settings, folder / name, more.pop("resume", False), fault, more))
 
+    two = short(corpus, cache, 2)
+    for name, sizes, nth in (("2-1", (2, 1), 4), ("1-2", (1, 2), 7)):
+        job(name, two, sizes[0], [sizes[0] - 1, nth, "SIGTERM"], first=0)
+        job(name, two, sizes[1], resume=True, first=0)
+    wide, long = (short(corpus, cache, 2, train=it) for it in ({"micro_batch": 2}, {"steps": 40, "eval_every": 20}))
+    answers = {"targets": "answers", "document_mask": True, "steps": 16}
+    faults = {
+        "whole": (two, [], ""),
+        "talks": (short(corpus, cache, 2, data={"source": str(talks)}, train=answers), [], ""),
+        "nan": (two, [3], "nan"),
+        "back": (long, [6, 7, 8], "nan"),
+        "text": (long, [36, 37, 38], "spike"),
+        "memory": (wide, [3], "memory"),
+    }
+    for name, (settings, nths, kind) in faults.items():
+        job(name, settings, 2, [1, nths, kind])
+        job(f"{name}-alone", settings, 1, [0, [2 * nth for nth in nths], kind])
+    job("time", short(corpus, cache, 2, train={"seconds": 1.0}), 2)
+    for name, rows in ROOM.items():
+        auto = short(corpus, cache, 12, train={"micro_batch": "auto", "steps": 1})
+        job(name, auto, 2, room=[needed(auto, number) for number in rows])
+    job("apart", short(corpus, cache, 2, model={"router_bias": True}), 2, [1, 7, "flip"], fails=True)
+    for nth, size in enumerate((2, 4, 2)):  # the same four rows in each step, one micro-batch on each process
+        length = {"steps": 4 * (nth + 1), "micro_batch": 4 // size}
+        settings = short(corpus, cache, size, optim={"name": "muon"}, train=length)
+        job("pieces", settings, size, resume=nth > 0)
+        job("pieces-alone", settings, 1, resume=nth > 0)
     for name, (size, shares) in CUTS.items():
         six = short(corpus, cache, 6, train={"steps": 20}, machine={"shares": shares, "experts": "loop"})
         job(name, six, size)
@@ -56,23 +85,10 @@ def done(corpus, talks, cache, tmp_path_factory):
         job(f"gradients-{name}", unclipped, size, gradients=True, fails=True)
     job("three-pieces", six, 3, [2, 9, "SIGTERM"])
     job("three-pieces", six, 3, resume=True)
-    for nth, size in enumerate((2, 4, 2)):  # the same four rows in each step, one micro-batch on each process
-        length = {"steps": 4 * (nth + 1), "micro_batch": 4 // size}
-        settings = short(corpus, cache, size, optim={"name": "muon"}, train=length)
-        job("pieces", settings, size, resume=nth > 0)
-        job("pieces-alone", settings, 1, resume=nth > 0)
-    answers = {"targets": "answers", "document_mask": True, "steps": 16}
-    talking = short(corpus, cache, 2, data={"source": str(talks)}, train=answers)
-    long = short(corpus, cache, 2, train={"steps": 40, "eval_every": 20})
-    faults = {"talks": (talking, []), "back": (long, [6, 7, 8], "nan"), "text": (long, [36, 37, 38], "spike")}
-    for name, (settings, nths, *kind) in faults.items():
-        job(name, settings, 2, [1, nths, *kind] if kind else None)
-        job(f"{name}-alone", settings, 1, [0, [2 * nth for nth in nths], *kind] if kind else None)
-    for name, rows in ROOM.items():
-        auto = short(corpus, cache, 12, train={"micro_batch": "auto", "steps": 1})
-        job(name, auto, 2, room=[needed(auto, number) for number in rows])
-    job("apart", short(corpus, cache, 2, model={"router_bias": True}), 2, [1, 7, "flip"], fails=True)
-    assert not together(4, folder / "x", *jobs)
+    job("killed", two, 2, [1, 8, "SIGKILL"])
+    with pytest.raises(Failed, match=r"^process 1 of 4 was ended by SIGKILL; --resume") as failed:
+        together(4, folder / "x", *jobs)
+    assert failed.value.exit_code == 75
     return folder
 
 
@@ -114,9 +130,23 @@ def test_the_same_number_of_processes_gives_the_same_bits_also_in_pieces(done):
     assert outcome(done / "three-pieces") == outcome(done / "three")
 
 
-def test_another_number_of_processes_goes_on_with_the_same_bits(done):
-    """Two, then four, then two, each with one micro-batch of a step."""
+@pytest.mark.parametrize("name", ["2-1", "1-2"])
+def test_any_number_of_processes_goes_on_where_another_stopped(done, name):
+    """A signal reached one of them: all stopped after that step, saved."""
+    assert outcome(done / name) == outcome(done / "whole-alone") == outcome(done / "whole")
+    assert "stopped by SIGTERM" in (done / name / "messages.txt").read_text()
+
+
+def test_two_four_and_two_processes_equal_one(done):
+    """Each has one micro-batch of a step."""
     assert outcome(done / "pieces") == outcome(done / "pieces-alone")
+
+
+def test_nobody_waits_for_one_that_is_gone(done):
+    """It was killed in step 8 of 10."""
+    settings = read_config(done / "killed")
+    train(settings, done / "killed", resume=True)
+    assert outcome(done / "killed") == outcome(done / "whole")
 
 
 def test_where_only_answers_count_too(done):
@@ -126,10 +156,26 @@ def test_where_only_answers_count_too(done):
     assert {0.0, max(counted) / 2, max(counted)} == set(counted)
 
 
-@pytest.mark.parametrize(("name", "says"), [("back", "back to step 5, beyond"), ("text", "the text has changed")])
-def test_all_decide_alike_what_a_row_of_rejected_steps_means(done, name, says):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nan", "step 3 is rejected: the loss is nan"),
+        ("back", "back to step 5, beyond"),
+        ("text", "the text has changed"),
+    ],
+)
+def test_all_decide_alike_what_a_rejected_step_means(done, name, says):
     assert outcome(done / name) == outcome(done / f"{name}-alone")
     assert says in (done / name / "messages.txt").read_text()
+
+
+def test_without_memory_on_one_all_take_smaller_micro_batches(done):
+    assert read_config(done / "memory").train.rows == read_config(done / "memory-alone").train.rows == 1
+    assert column(done / "memory", "loss") == pytest.approx(column(done / "memory-alone", "loss"), abs=1e-3)
+
+
+def test_a_run_by_time_ends_by_one_clock(done):
+    assert (done / "time" / "checkpoints").exists()
 
 
 def test_the_log_has_the_memory_of_the_process_that_took_most(done):
@@ -169,7 +215,7 @@ def test_every_row_of_a_step_is_one_process_s(kind, corpus, cache):
         for shares in ((1,), (1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1, 1), (3, 1), (1, 3, 2)):
             groups = [Group(rank, len(shares), shares=shares) for rank in range(len(shares))]
             parts = [read(cursor, group.turns(6), rank=1) for group in groups]  # the shards lie there by now
-            assert all(parts) and sorted(sum(parts, [])) == whole
+            assert all(parts) and sorted(batch for part in parts for batch in part) == whole
 
 
 @contextmanager

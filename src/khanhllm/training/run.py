@@ -31,7 +31,7 @@ from khanhllm.files import foreign, locked, there
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine import launch
-from khanhllm.machine.devices import open_machine
+from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
@@ -120,7 +120,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
         machine.take_process()
         hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
-        config = Config.model_validate_json(group.told(lambda: _cut(config, hardware, group).model_dump_json()))
+        config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
         last = group.told(lambda: _last(config, folder, paper)) if resume else ""
         saved = checkpoint.read_state(Path(last)) if last else {}
@@ -150,11 +150,11 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
                     torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
 
 
-def _cut(config: Config, hardware: budget.Hardware | None, group: Group) -> Config:
-    """The config with micro-batches that fit into the memory, if that is given, and enough of them for all processes."""
+def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> Config:
+    """The config with micro-batches that fit into this hardware, if that is given, and enough of them for all."""
     if hardware:
         config = budget.fit_micro_batch(config, hardware)
-    return budget.shared_out(config, sum(group.shares))
+    return budget.shared_out(config, sum(machine.group.shares))
 
 
 def _last(config: Config, folder: Path, paper: nn.Module) -> str:
