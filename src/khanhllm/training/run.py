@@ -96,7 +96,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 row |= validate(parts, train.eval_tokens, stop) or {}
                 finished = finished and "val_ce" in row
             last = finished or stop.agreed(group)
-            log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
+            memory = max(group.exchange(parts.learner.machine.peak_memory()))[0]
+            log.add(row | {"memory_mb": memory, "seconds": seconds})
             saver.report()
             if due(state.step, train.save_every) or last:
                 _save(parts, state, log, saver, must=last)
@@ -114,11 +115,12 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts, State, Log, Saver, Stop]]:
     """Everything that a training needs, opened in an order that finds mistakes before long work, and closed again."""
     launch.end_with_launcher()
-    with opened(config.machine) as group, _own(folder, resume, group) as own:
+    with launch.last_words(), opened(config.machine) as group, _own(folder, resume, group) as own:
         machine = open_machine(config.machine, group)
         threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
         machine.take_process()
-        config = Config.model_validate_json(group.told(lambda: _cut(config, machine).model_dump_json()))
+        hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
+        config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
         last = group.told(lambda: _last(config, folder, paper)) if resume else ""
         saved = checkpoint.read_state(Path(last)) if last else {}
@@ -148,10 +150,10 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
                     torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
 
 
-def _cut(config: Config, machine: Machine) -> Config:
-    """The config with micro-batches that fit into the memory, and enough of them for all processes."""
-    if config.train.micro_batch == "auto":
-        config = budget.fit_micro_batch(config, budget.here(machine))
+def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> Config:
+    """The config with micro-batches that fit into this hardware, if that is given, and enough of them for all."""
+    if hardware:
+        config = budget.fit_micro_batch(config, hardware)
     return budget.shared_out(config, sum(machine.group.shares))
 
 
@@ -252,7 +254,8 @@ def _rise(parts: Parts, log: Log) -> Iterator[str]:
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
-    """Begin to save; `must` as in Saver.save."""
+    """Begin to save; `must` as in Saver.save. Raises Apart rather than save weights on which processes differ."""
+    parts.learner.owners.check(parts.learner.model.state_dict())
     log.flush()
     extra = {
         "cursor": state.cursor,
