@@ -2,7 +2,7 @@
 
     python benchmarks/processes.py [--preset micro] [--steps 60] [--rounds 7] > benchmarks/results/processes-cpu.json
 
-They take turns, each a training of its own from the beginning; the speed of one is the median over its steps but for the
+They take turns, each a training of its own from the beginning; its speed is the median over its steps but for the
 first ten. Printed as JSON: tokens/s of each turn, and the ratio in each round, as median, least and most.
 """
 
