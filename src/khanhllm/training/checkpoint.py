@@ -97,10 +97,13 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     moments: Moments | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The tensors themselves, not copies. moments: the optimizer's state where that does not hold all of it."""
+    """The tensors themselves, not copies. moments, weights: the optimizer's state and the model's where these do not
+    hold all of them."""
     tensors, numbers = _flatten(model, optimizer, optimizer.state if moments is None else moments)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    whole = model.state_dict() if weights is None else weights
+    weights = {name: tensor.contiguous() for name, tensor in whole.items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
 
 
@@ -276,10 +279,11 @@ def _compare(path: Path, model: nn.Module) -> None:
             raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
 
 
-def load_model(path: Path, model: nn.Module) -> None:
-    """Copy the weights into `model`. UserError if its shapes are not those of the checkpoint."""
+def load_model(path: Path, model: nn.Module, load: Callable[[dict[str, Tensor]], object] | None = None) -> None:
+    """Copy the weights into `model`, as `load` does where it has only a part of them. UserError if its shapes are not
+    those of the checkpoint."""
     _compare(path, model)
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    (load or model.load_state_dict)(load_file(path / "model.safetensors"))
 
 
 def load_optimizer(
@@ -288,10 +292,12 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     numbers: dict[str, Any],
     mine: Container[nn.Parameter] | None = None,
+    named: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
     """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
 
-    mine: the parameters that this process updates, if not all. The state of others is checked but not kept.
+    mine: the parameters that this process updates, if not all. The state of others is checked but not kept. named: the
+    optimizer's parameters by name, if they are not the model's.
 
     UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
     """
@@ -302,7 +308,7 @@ def load_optimizer(
     if not tensors:  # saved before the first update
         return
     wanted = optim.state_shapes(optimizer)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (named or dict(model.named_parameters())).items():
         kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
         if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
             raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")
