@@ -31,21 +31,27 @@ def with_fault(rank: int, nth: int, kind: str):
     calls = count(1)
 
     def loss_of(*arguments):
+        now = rank == int(os.environ.get("RANK", 0)) and next(calls) == nth
+        if now and kind == "bytes":
+            print(bytes_of_tensors(), flush=True)
         loss, nll, routing = HONEST(*arguments)
-        if rank == int(os.environ.get("RANK", 0)) and next(calls) == nth:
-            if kind == "nan":
-                return loss * torch.nan, nll * torch.nan, routing
-            if kind == "memory":
-                raise torch.OutOfMemoryError("out of memory")
-            if kind == "bytes":  # how many all tensors take
-                gc.unfreeze()
-                storages = [obj.untyped_storage() for obj in gc.get_objects() if type(obj) in (Tensor, Parameter)]
-                print(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()), flush=True)
-                return loss, nll, routing
+        if now and kind == "nan":
+            return loss * torch.nan, nll * torch.nan, routing
+        if now and kind == "memory":
+            raise torch.OutOfMemoryError("out of memory")
+        if now and kind != "bytes":
             os.kill(os.getpid(), getattr(signal, kind))
         return loss, nll, routing
 
     return loss_of
+
+
+def bytes_of_tensors() -> int:
+    """What all tensors of this process take."""
+    gc.unfreeze()
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def main() -> int:

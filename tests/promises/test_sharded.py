@@ -14,6 +14,7 @@ from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.planning import budget
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
 KINDS = {name: kind for name, kind in OF_OWNERS.items() if not name.endswith("bf16")} | {
@@ -65,11 +66,15 @@ def test_any_split_goes_on_where_another_stopped(corpus, cache, tmp_path, monkey
         monkeypatch.setattr(losses, "micro_batch_loss", with_fault(0, 7, "SIGTERM"))
         assert train(whole, tmp_path / folder) == "SIGTERM"
         monkeypatch.undo()
-    stop = [1, 4, "SIGTERM"]
-    assert together(2, tmp_path / "x", (cut(whole), tmp_path / "all-one", False, stop)) == "SIGTERM"
-    assert together(2, tmp_path / "y", (cut(whole), tmp_path / "one-all-owners", True, [0, 2, "SIGTERM"])) == "SIGTERM"
-    trainings = [(cut(whole), tmp_path / "one-all", True, None), (whole, tmp_path / "one-all-owners", True, None)]
-    assert not together(2, tmp_path / "z", *trainings, (cut(six), tmp_path / "six-all", False, None))
+    trainings = [
+        (cut(whole), "all-one", False, [1, 4, "SIGTERM"]),
+        (cut(whole), "one-all-owners", True, [0, 2, "SIGTERM"]),
+        (whole, "one-all-owners", True, None),
+        (cut(whole), "one-all", True, None),
+        (cut(six), "six-all", False, None),
+    ]
+    assert not together(2, tmp_path / "x", *((kind, tmp_path / name, *more) for kind, name, *more in trainings))
+    assert checkpoint.step_of(checkpoint.steps(tmp_path / "all-one")[0]) == 4
     assert train(cut(whole), tmp_path / "all-one", resume=True) == ""
     for folder in ("one-all", "all-one", "one-all-owners"):
         assert outcome(tmp_path / folder) == outcome(tmp_path / "whole"), folder
@@ -77,33 +82,40 @@ def test_any_split_goes_on_where_another_stopped(corpus, cache, tmp_path, monkey
     assert near == pytest.approx(far, abs=1e-3)
 
 
-def test_a_process_holds_its_part_of_weights_gradients_and_moments(corpus, cache, tmp_path):
-    large = short(corpus, cache, 4, train={"steps": 2}, model={"dim": 128, "hidden": 512, "expert_hidden": 256})
-    assert not together(2, tmp_path / "x", (cut(large), tmp_path / "run", False, [1, 4, "bytes"]))
-    whole = 16 * total_parameters(on_paper(large.model))  # in fp32, in the second micro-batch of the second step
-    held = int((tmp_path / "x" / "said-1.txt").read_text().split()[-1])
-    assert 0.5 * whole < held < 0.55 * whole
-
-
 def test_what_fails_on_one_process(corpus, cache, tmp_path, monkeypatch):
-    """Of a NaN all reject the step. Without memory, or where one is gone, the others cannot take it again: they end."""
+    """Of a NaN all reject the step, and go back where that is due. Without memory, or where one is gone, the others
+    cannot take the step again: they end. Of weights, gradients and moments each holds its part."""
     whole = short(corpus, cache, 2, train={"micro_batch": 2}, machine={"patience": 30.0})
-    monkeypatch.setattr(losses, "micro_batch_loss", with_fault(0, 6, "nan"))
-    train(whole, tmp_path / "one")
+    back = resolve(whole.model_dump(), {"guard": {"patience": 1}})
+    large = short(corpus, cache, 4, train={"steps": 2}, model={"dim": 128, "hidden": 512, "expert_hidden": 256})
+    for name, kind, nth in (("nan", whole, 3), ("restart", back, 3), ("return", back, 7)):
+        monkeypatch.setattr(losses, "micro_batch_loss", with_fault(0, 2 * nth, "nan"))
+        train(kind, tmp_path / "one" / name)
     monkeypatch.undo()
     monkeypatch.setattr(launch, "GRACE", 5.0)
     trainings = [
-        (cut(whole), tmp_path / "nan", False, [1, 3, "nan"]),
-        (cut(whole), tmp_path / "memory", False, [1, 3, "memory"]),
+        (large, "large", [1, 4, "bytes"]),
+        (whole, "nan", [1, 3, "nan"]),
+        (back, "restart", [1, 3, "nan"]),
+        (back, "return", [1, 7, "nan"]),
+        (whole, "memory", [1, 3, "memory"]),
     ]
     with pytest.raises(
-        launch.Failed, match=r"of 2; go on with --resume --train.micro_batch 1 --train.accumulation 4"
+        launch.Failed, match=r"of 2; go on with --resume --train.micro_batch 1 --train.acc.* 4"
     ) as failed:
-        together(2, tmp_path / "x", *trainings)
+        together(2, tmp_path / "x", *((cut(kind), tmp_path / name, False, fault) for kind, name, fault in trainings))
     assert failed.value.exit_code == 2
-    assert outcome(tmp_path / "nan") == outcome(tmp_path / "one")
+    for name in ("nan", "restart", "return"):
+        assert outcome(tmp_path / name) == outcome(tmp_path / "one" / name), name
+    held = next(int(line) for line in (tmp_path / "x" / "said-1.txt").read_text().splitlines() if line.isdigit())
+    whole_of_it = 16 * total_parameters(on_paper(large.model))  # in fp32, in the second micro-batch of the second step
+    assert 0.5 * whole_of_it < held < 0.55 * whole_of_it
+
+
+def test_nobody_waits_for_one_that_is_gone(corpus, cache, tmp_path):
+    whole = short(corpus, cache, 2, machine={"patience": 30.0})
     with pytest.raises(launch.Failed, match="process 1 of 2 was ended by SIGKILL; --resume") as failed:
-        together(2, tmp_path / "y", (cut(whole), tmp_path / "gone", False, [1, 8, "SIGKILL"]))
+        together(2, tmp_path / "x", (cut(whole), tmp_path / "gone", False, [1, 8, "SIGKILL"]))
     assert failed.value.exit_code == 75
     train(whole, tmp_path / "gone", resume=True)
     train(whole, tmp_path / "whole")

@@ -73,10 +73,6 @@ class Owners:
         """All weights by name, on the first process."""
         return model.state_dict()
 
-    def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Take these weights."""
-        model.load_state_dict(weights)
-
     def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The optimizer's parameters, by the names that they have in the model."""
         return model.named_parameters()

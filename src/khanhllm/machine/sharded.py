@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 
 from khanhllm.errors import UserError
 from khanhllm.machine.devices import Machine, out_of_memory
 from khanhllm.machine.group import Group
-from khanhllm.machine.owners import Owners, Shapes
+from khanhllm.machine.owners import LARGEST, Owners, Shapes
 from khanhllm.machine.precision import ROUNDED
 from khanhllm.model import Transformer
 from khanhllm.model.roles import role
@@ -45,7 +46,8 @@ class Sharded(Owners):
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")  # which nobody writes into
         named = dict(model.named_parameters())
         super().__init__(named.values(), machine.group)
-        self.model = model
+        self.pairs = list(zip(self.parameters, self.owner, strict=True))
+        self.model, self.mesh = model, self.group.mesh()
         self.parts = model.parts()
         self.gathers = [_Gather(self.group, nth) for nth in range(len(self.parts))]
         kept = {parameter for name, parameter in named.items() if role(name) not in ROUNDED}
@@ -54,7 +56,7 @@ class Sharded(Owners):
             _cut(part, gather, kept, machine)
             for parameter in stand_ins:
                 _empty(parameter, machine.device)
-        fully_shard(model, mesh=self.group.mesh(), ignored_params=kept)
+        fully_shard(model, mesh=self.mesh, ignored_params=kept)
         register_fsdp_forward_method(model.head, "logits")
         for part, before in zip(self.parts, [self.parts[0], *self.parts], strict=False):
             # by default FSDP goes by the forwards that a process has seen, and the first process validates
@@ -64,16 +66,16 @@ class Sharded(Owners):
             parameter.data = parameter.data.to(machine.device)
         pairs = zip(named.values(), model.parameters(), strict=True)
         self.shard = {whole: cut for whole, cut in pairs if cut is not whole}
-        self.kept = [parameter for parameter in self.parameters if parameter in kept]
+        self.kept = [pair for pair in self.pairs if pair[0] in kept]
+        model.register_load_state_dict_pre_hook(self._shard_all)
         with torch.no_grad(), machine.autocast():  # FSDP's first forward must be that of the whole
             model(torch.zeros(1, 1, dtype=torch.int64, device=machine.device))
 
     @torch.no_grad()
     def collect(self) -> None:
         """Bring each parameter's gradient, whose shards are sums already, to its owner."""
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.kept]
-        totals = self.group.sum(*found)
-        for parameter, total in zip(self.kept, totals, strict=True):
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p, _ in self.kept]
+        for (parameter, _), total in zip(self.kept, self.group.sum(*found), strict=True):
             parameter.grad = total if parameter in self.mine else None
         for bucket in self._cut_buckets():
             shards = []
@@ -95,8 +97,7 @@ class Sharded(Owners):
             for parameter, shard in self._divided(bucket):
                 self._local(parameter).copy_(shard.view_as(self._local(parameter)))
                 _empty(parameter, parameter.device)
-        numbers = [nth for nth, parameter in enumerate(self.parameters) if parameter not in self.shard]
-        self.group.spread([parameter.data for parameter in self.kept], [self.owner[nth] for nth in numbers])
+        self.group.spread([parameter.data for parameter, _ in self.kept], [owner for _, owner in self.kept])
 
     @torch.no_grad()
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -109,23 +110,17 @@ class Sharded(Owners):
                 found[name_of[parameter]] = whole.cpu()
         return found
 
-    @torch.no_grad()
-    def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Take this process's part of these weights."""
-        whole_of = {id(cut): whole for whole, cut in self.shard.items()}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if id(tensor) not in whole_of:
-                if name in weights:
-                    tensor.copy_(weights[name])
-                continue
-            parameter = whole_of[id(tensor)]
-            local = self._local(parameter)
-            start = sum(self._count(parameter, rank) for rank in range(self.group.rank))
-            local.copy_(weights[name].flatten()[start : start + local.numel()].view_as(local))
+    def _shard_all(self, _model: nn.Module, weights: dict[str, Any], *_: Any) -> None:
+        """Of weights that come whole, as from a checkpoint, take this process's part."""
+        for name, parameter in self.named(self.model):
+            if parameter in self.shard:
+                cut, most = self.shard[parameter], self._rows(parameter)
+                rows = weights[name][self.group.rank * most : (self.group.rank + 1) * most].to(cut.device)
+                weights[name] = DTensor.from_local(rows, self.mesh, [Shard(0)], shape=cut.shape, stride=cut.stride())
 
     def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The optimizer's parameters, by the names that they have in the model."""
-        return zip((name for name, _ in model.named_parameters()), self.parameters, strict=True)
+        return ((name, pair[0]) for (name, _), pair in zip(model.named_parameters(), self.pairs, strict=True))
 
     def gathered(self, state: Mapping[Any, dict[str, Any]], shapes: Shapes) -> Mapping[Any, dict[str, Any]]:
         """The same as that of owners, by the model's parameters."""
@@ -165,19 +160,27 @@ class Sharded(Owners):
 
     def _cut_buckets(self) -> Iterator[Bucket]:
         """Parameters in shards and their owners, bucket by bucket; in each by owner."""
-        for bucket in self._buckets():
-            if cut := [pair for pair in bucket if pair[0] in self.shard]:
-                yield sorted(cut, key=lambda pair: pair[1])
+        bucket: Bucket = []
+        for pair in self.pairs:
+            if pair[0] in self.shard:
+                if bucket and sum(p.numel() for p, _ in bucket) + pair[0].numel() > LARGEST:
+                    yield sorted(bucket, key=lambda pair: pair[1])
+                    bucket = []
+                bucket.append(pair)
+        yield sorted(bucket, key=lambda pair: pair[1])
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """This process's rows of a parameter."""
-        return self.shard[parameter].to_local()  # type: ignore[operator,no-any-return]
+        return self.shard[parameter].to_local()  # type: ignore[attr-defined,no-any-return]
+
+    def _rows(self, parameter: nn.Parameter) -> int:
+        """Rows of a parameter on each process; the last ones may have fewer, or none."""
+        return -(-len(parameter) // self.group.size)
 
     def _count(self, parameter: nn.Parameter, rank: int) -> int:
         """Numbers in the rows of a parameter that lie on a process."""
-        rows = len(parameter)
-        most = -(-rows // self.group.size)
-        return max(0, min(most, rows - rank * most)) * (parameter.numel() // rows)
+        most = self._rows(parameter)
+        return max(0, min(most, len(parameter) - rank * most)) * (parameter.numel() // len(parameter))
 
     def _united(self, bucket: Bucket, shards: list[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """What this process takes of the parameters in a bucket, each with who takes it, from the shards of all."""

@@ -131,8 +131,8 @@ def in_shards(step: SimulatedStep, config: Config, processes: int) -> SimulatedS
     largest = max(sum(p.numel() for p in part.parameters()) for part in on_paper(config.model).parts())
     cut = {part: step.at_peak[part] // processes for part in ("weights", "gradients", "optimizer")}
     cut["work space"] = step.at_peak["work space"] + 5 * 4 * largest
-    own = (size // processes for size in (step.weights, step.gradients, step.optimizer))
-    return SimulatedStep(*own, step.at_peak | cut, step.flops)
+    weights, gradients, optimizer = (size // processes for size in (step.weights, step.gradients, step.optimizer))
+    return SimulatedStep(weights, gradients, optimizer, step.at_peak | cut, step.flops)
 
 
 def micro_batch_sizes(config: Config, enough: int) -> list[int]:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,13 +97,11 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     moments: Moments | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The tensors themselves, not copies. moments, weights: the optimizer's state and the model's where these do not
-    hold all of them."""
+    """The tensors themselves, not copies. moments, weights: all of them, where optimizer and model hold only some."""
     tensors, numbers = _flatten(model, optimizer, optimizer.state if moments is None else moments)
-    whole = model.state_dict() if weights is None else weights
-    weights = {name: tensor.contiguous() for name, tensor in whole.items()}
+    weights = {name: tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
 
 
@@ -279,11 +277,10 @@ def _compare(path: Path, model: nn.Module) -> None:
             raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
 
 
-def load_model(path: Path, model: nn.Module, load: Callable[[dict[str, Tensor]], object] | None = None) -> None:
-    """Copy the weights into `model`, as `load` does where it has only a part of them. UserError if its shapes are not
-    those of the checkpoint."""
+def load_model(path: Path, model: nn.Module) -> None:
+    """Copy the weights into `model`. UserError if its shapes are not those of the checkpoint."""
     _compare(path, model)
-    (load or model.load_state_dict)(load_file(path / "model.safetensors"))
+    model.load_state_dict(load_file(path / "model.safetensors"))
 
 
 def load_optimizer(
@@ -292,12 +289,12 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     numbers: dict[str, Any],
     mine: Container[nn.Parameter] | None = None,
-    named: Mapping[str, nn.Parameter] | None = None,
+    named: Iterable[tuple[str, nn.Parameter]] = (),
 ) -> None:
     """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
 
-    mine: the parameters that this process updates, if not all. The state of others is checked but not kept. named: the
-    optimizer's parameters by name, if they are not the model's.
+    mine: the parameters that this process updates, if not all. The state of others is checked but not kept. named: all,
+    if the optimizer's are not the model's.
 
     UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
     """
@@ -308,7 +305,7 @@ def load_optimizer(
     if not tensors:  # saved before the first update
         return
     wanted = optim.state_shapes(optimizer)
-    for name, parameter in (named or dict(model.named_parameters())).items():
+    for name, parameter in named or model.named_parameters():
         kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
         if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
             raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")

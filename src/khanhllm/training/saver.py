@@ -1,7 +1,7 @@
 """Save checkpoints beside the training, which waits only for a copy of its tensors in memory."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +51,7 @@ class Saver:
         state: dict[str, Any],
         must: bool,
         moments: checkpoint.Moments | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
         """Begin to save, and say what became of the save before.
 
@@ -89,7 +89,7 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         moments: checkpoint.Moments | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
         """Take what is to be saved, now; see checkpoint.snapshot. Where there is no memory for a copy, this waits until
         it is written."""

@@ -55,7 +55,7 @@ class Learner:
 
     def restart(self) -> "State":
         """Bring back the weights that the run began with, without moments."""
-        self.owners.load(self.model, initial_model(self.config).state_dict())
+        self.model.load_state_dict(initial_model(self.config).state_dict())
         self.optimizer.state.clear()
         return self.start()
 
