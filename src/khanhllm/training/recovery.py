@@ -91,6 +91,8 @@ def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
     Raises any other error again, and UserError if memory ran out with one row, or in the update.
     """
     learner = parts.learner
+    if end := learner.owners.final(error, learner.config.train):
+        raise end from None
     updating = learner.optimizer.param_groups[0]["step"] == state.step
     full = out_of_memory(error)
     if not full and (updating or not _compiler_failed(error, learner.machine)):
