@@ -309,6 +309,9 @@ class MachineConfig(Section):
     shares: Annotated[str, Field(max_length=400, pattern=SHARES)] = ""
     """micro-batches of each process in turn, for GPUs of unequal speed: 3,1 gives the first process three of four;
     empty means equally many"""
+    split: Literal["optimizer", "all"] = "optimizer"
+    """what several processes divide among them: the optimizer's moments; or all, for what does not fit into one GPU:
+    weights and gradients too, which are then sent in each micro-batch"""
     patience: Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False)] = 600.0
     """time without an answer from another process until the run ends, with exit code 75 (seconds)"""
 
@@ -318,6 +321,12 @@ class MachineConfig(Section):
             raise ValueError(f"weights = bf16 needs precision = bf16 (got {self.precision})")
         if self.gradients == "bf16" and self.weights != "bf16":
             raise ValueError("gradients = bf16 needs weights = bf16 too")
+        if self.split == "all" and self.weights == "bf16":
+            raise ValueError("split = all needs weights = fp32, which it sends in bf16 to a device that computes in it")
+        if self.split == "all" and self.shares:
+            raise ValueError("split = all needs equal shares: leave shares empty")
+        if self.split == "all" and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"split = all needs device = auto, cuda or cpu (got {self.device})")
         return self
 
 

@@ -196,3 +196,17 @@ def test_auto_settles_on_numbers_that_keep_the_rows(corpus, tmp_path):
 def test_a_micro_batch_that_is_neither_a_number_nor_auto():
     with pytest.raises(UserError, match=r"train.micro_batch: .*whole number.*, or auto \(got 'banana'\)"):
         resolve({"train": {"micro_batch": "banana"}})
+
+
+def test_shards_take_their_part_of_what_lies_whole_and_all_of_what_does_not():
+    whole, cut = tiny(dim=128), resolve(tiny(dim=128).model_dump(), {"machine": {"split": "all"}})
+    alone, four = BIG.takes(whole), dataclasses.replace(BIG, processes=4).takes(cut)
+    assert BIG.takes(cut) == alone == dataclasses.replace(BIG, processes=4).takes(whole)
+    for part in ("weights", "gradients", "optimizer"):
+        assert four.at_peak[part] == alone.at_peak[part] // 4
+    assert four.at_peak["activations"] == alone.at_peak["activations"]
+    saved = budget.savings(whole, dataclasses.replace(BIG, processes=4))
+    assert saved["--machine.split all"][0] > 0
+    bf16 = resolve(whole.model_dump(), {"machine": {"weights": "bf16", "gradients": "bf16", "precision": "auto"}})
+    assert "--machine.split all" not in budget.savings(bf16, dataclasses.replace(BIG, processes=4))
+    assert four.at_peak["work space"] > alone.at_peak["work space"]

@@ -8,6 +8,7 @@ fails ("fails"), that it ends before its first update, with the gradients in the
 memory each process has ("room").
 """
 
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
 
 from khanhllm import optim
 from khanhllm.errors import UserError
@@ -43,6 +46,8 @@ def with_fault(rank: int, nths: int | list[int], kind: str, later: int = 0):
         if faulty and kind == "flip":
             for tensor in arguments[0].state_dict().values():
                 tensor.data.view(-1)[0] += 1
+        if faulty and kind == "bytes":
+            print(bytes_of_tensors(), flush=True)
         loss, nll, routing = HONEST(*arguments)
         if faulty and kind == "nan":
             return loss * torch.nan, nll * torch.nan, routing
@@ -96,6 +101,14 @@ def prepare(job: int, folder: Path, rank: int, size: int, gradients: bool, room:
         folder.mkdir(exist_ok=True)
         optim.build = lambda model, *_: write_gradients(model, folder)
         step.initial_model = lambda config: INITIAL(config).double()
+
+
+def bytes_of_tensors() -> int:
+    """What all tensors of this process take."""
+    gc.unfreeze()
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def main() -> int:

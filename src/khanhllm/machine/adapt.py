@@ -38,16 +38,21 @@ def is_small(model: Transformer) -> bool:
 
 
 def adapt(
-    model: Transformer, machine: Machine, checkpointing: str = "none", weights: str = "fp32", gradients: str = "fp32"
+    model: Transformer,
+    machine: Machine,
+    checkpointing: str = "none",
+    weights: str = "fp32",
+    gradients: str = "fp32",
+    move: bool = True,
 ) -> Transformer:
     """Change the model in place and return it.
 
     weights, gradients: fp32 or bf16, the types of matrices and of their summed gradients. checkpointing:
-    none, selective or full.
+    none, selective or full. move: whether all of it goes to the device; if not, `Sharded` brings a part of it there.
     """
     if weights == "bf16":
         keep_in_bf16(model, gradients)
-    if next(model.parameters()).device != machine.device:
+    if move and next(model.parameters()).device != machine.device:
         model.to(machine.device)
     backend = _backend(machine.experts, model.config)
     for module in model.modules():

@@ -102,6 +102,10 @@ def open_machine(config: MachineConfig, group: Group = ALONE) -> Machine:
     """Find the device that the config asks for. Raises UserError if the hardware cannot do it. Does not change the
     process; `Machine.take_process` does."""
     device = _device(config.device, group.local_rank)
+    if config.split == "all" and not group.alone and device.type == "mps":
+        raise UserError(
+            "machine.split: all needs NVIDIA GPUs or CPUs, but this device is mps; use --machine.device cpu"
+        )
     precision = _precision("bf16" if config.weights == "bf16" else config.precision, device)
     cuda = device.type == "cuda"
     return Machine(

@@ -5,7 +5,7 @@ leads to the others. One without them is alone, and nothing here then does or co
 
 Numbers are summed in the order of the ranks, so that a sum has the same bits on every process and each time. What is
 not a tensor travels as JSON: torch's collectives of objects would unpickle, and so run, what any process of the network
-sends. No other file imports torch.distributed.
+sends. No other file imports torch.distributed, but for FSDP in sharded.py.
 """
 
 import getpass
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -33,6 +34,8 @@ from khanhllm.schema import MachineConfig
 STORE = "KHANHLLM_STORE"
 """names the file through which the processes that `launch` starts find each other"""
 CALLED_OFF = "called off"
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""the newer name, and that before torch 2.13"""
 OPENED = count()
 """groups that this process was part of: each has keys of its own in the store"""
 Result = TypeVar("Result")
@@ -202,6 +205,24 @@ class Group:
         for tensor, one in zip(tensors, sent, strict=True):
             if one is not tensor:
                 tensor.copy_(one)
+
+    def swap(self, tensor: Tensor, gives: Sequence[int], gets: Sequence[int]) -> Tensor:
+        """Give each process so many numbers of this flat tensor, in the order of the ranks. What all others give to
+        this one, in the same order, of which it knows how many there are."""
+        sent = self._sent(tensor)
+        arrived = sent.new_empty(sum(gets))
+        with self._answered():
+            dist.all_to_all_single(arrived, sent, list(gets), list(gives))
+        return arrived.to(tensor.device)
+
+    def unite(self, whole: Tensor, part: Tensor, later: bool = False) -> Any:
+        """Fill the whole with the parts of all processes, in the order of the ranks. later: return what to wait for."""
+        with self._answered():
+            return ALL_GATHER(whole, part, async_op=later)
+
+    def mesh(self) -> DeviceMesh:
+        """All processes, as FSDP wants them."""
+        return DeviceMesh.from_group(dist.group.WORLD, "cuda" if self.direct else "cpu")  # type: ignore[arg-type]
 
     def call_off(self) -> None:
         """Let the others know that this process waits for rows no longer, and gets none."""

@@ -5,17 +5,19 @@ ranks. The owner alone keeps its moments and updates it, whole, and then gives i
 what it is, and with one micro-batch on each process a step has the bits that it has on one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from khanhllm.errors import UserError
 from khanhllm.machine.group import Group, Move
+from khanhllm.schema import TrainConfig
 
 LARGEST = 2**24
 """numbers whose gradients are under way at one time, as the owner keeps those of all processes until it adds them"""
+Result = TypeVar("Result")
 Shapes = Mapping[nn.Parameter, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
 
 
@@ -64,6 +66,11 @@ class Owners:
         torch.nn.utils.clip_grads_with_norm_(self.mine, longest, total)
         return total
 
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer update this process's parameters, and give them to all others."""
+        optimizer.step()
+        self.spread()
+
     def spread(self) -> None:
         """Give every process the parameters that their owners have updated."""
         if not self.group.alone:
@@ -83,6 +90,22 @@ class Owners:
                     f"{name} has other bits on process {rank} than on process 0: a card, memory or a link has failed; "
                     "they are not saved, and --resume goes on from the last checkpoint"
                 )
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights by name, on the first process."""
+        return model.state_dict()
+
+    def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The optimizer's parameters, by the names that they have in the model."""
+        return model.named_parameters()
+
+    def led(self, make: Callable[[], Result]) -> Result:
+        """What `make` returns on the first process, which alone calls it and may ask the model; see `Group.told`."""
+        return self.group.told(make)
+
+    def final(self, error: RuntimeError, train: TrainConfig) -> Exception | None:
+        """What the run ends with if computing a gradient failed on this process; None if all can begin it again."""
+        return None
 
     def gathered(self, state: Mapping[Any, dict[str, Any]], shapes: Shapes) -> Mapping[Any, dict[str, Any]]:
         """The optimizer's state of all parameters, on the first process; elsewhere it is not whole.

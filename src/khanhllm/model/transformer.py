@@ -106,6 +106,10 @@ class Transformer(nn.Module):
         """Logits of the token after the last position, which generation needs: (B, V)."""
         return self.head.logits(self.trunk(ids_BT, cache, closed)[0][:, -1:])[:, 0]
 
+    def parts(self) -> list[nn.Module]:
+        """All but a few numbers of the model, cut where a forward goes from one part to the next."""
+        return [self.embedding, *self.value_embedding.tables.values(), *self.blocks, self.head]
+
     def new_cache(self, rows: int = 1) -> KVCache:
         """An empty cache for `rows` texts of one length."""
         return KVCache(self._new_layers(rows))

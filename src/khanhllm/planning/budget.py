@@ -13,6 +13,7 @@ from khanhllm import limits
 from khanhllm.errors import UserError
 from khanhllm.machine.cards import Card
 from khanhllm.machine.devices import Machine
+from khanhllm.model.counts import on_paper
 from khanhllm.planning.simulation import SimulatedStep, simulate_step
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
@@ -48,11 +49,14 @@ class Hardware:
     process: int
     """bytes in use before the model is made"""
     peak_flops: float | None
+    processes: int = 1
+    """that share the work; a split of all makes each take less"""
 
     def takes(self, config: Config, update: bool = True) -> SimulatedStep:
         """What one step of `config` takes on this hardware; `update` as in `simulate_step`."""
         precision = "bf16" if config.machine.weights == "bf16" else self.precision
-        return simulate_step(config, precision, self.device, update)
+        step = simulate_step(config, precision, self.device, update)
+        return in_shards(step, config, self.processes) if config.machine.split == "all" else step
 
     def total(self, config: Config) -> int:
         """Bytes at the peak of forward and backward, the process included."""
@@ -63,14 +67,15 @@ def here(machine: Machine) -> Hardware:
     """This machine, as it is now: what is free, and what this process holds already."""
     if machine.device.type == "cuda":
         memory = round(SHARE * _card_memory(machine.device))
-        return Hardware(str(machine.device), "cuda", machine.precision, memory, CONTEXT, machine.peak_flops)
+        size = machine.group.size
+        return Hardware(str(machine.device), "cuda", machine.precision, memory, CONTEXT, machine.peak_flops, size)
     try:
         process = psutil.Process().memory_info().rss
         free, total = limits.memory()
     except (OSError, psutil.Error, NotImplementedError) as error:
         raise UserError(f"this machine's memory cannot be read ({error}); give it: --memory 8GB") from None
-    memory = min(total, free // machine.group.local_size + process)
-    return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops)
+    memory, size = min(total, free // machine.group.local_size + process), machine.group.size
+    return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops, size)
 
 
 def least(machine: Machine) -> Hardware:
@@ -122,23 +127,44 @@ def fit_micro_batch(config: Config, hardware: Hardware) -> Config:
     )
 
 
+def in_shards(step: SimulatedStep, config: Config, processes: int) -> SimulatedStep:
+    """What a step takes of one of these processes, where all lies in shards.
+
+    At most two parts of the model are together at one time, one at work and one on its way, and the gradients of one:
+    as they are, and twice on their way. Copies in bf16, which shards make none of, are still counted.
+    """
+    if processes == 1:
+        return step
+    largest = max(sum(p.numel() for p in part.parameters()) for part in on_paper(config.model).parts())
+    cut = {part: step.at_peak[part] // processes for part in ("weights", "gradients", "optimizer")}
+    cut["work space"] = step.at_peak["work space"] + 5 * 4 * largest
+    weights, gradients, optimizer = (size // processes for size in (step.weights, step.gradients, step.optimizer))
+    return SimulatedStep(weights, gradients, optimizer, step.at_peak | cut, step.flops)
+
+
 def micro_batch_sizes(config: Config, enough: int) -> list[int]:
     """Micro-batches that divide the rows of a step, from the largest of `enough` tokens down to one row."""
     rows, context = config.train.rows_per_step, config.model.context
     return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * context <= enough)]
 
 
-def shared_out(config: Config, hands: int) -> Config:
+def shared_out(config: Config, hands: int, evenly: bool = False) -> Config:
     """The same step in at least so many micro-batches, as each process needs one; evenly many where that can be.
 
-    Raises UserError if it has too few rows.
+    Raises UserError if it has too few rows, or if they must be evenly many and cannot.
     """
     train = config.train
-    if train.accumulation >= hands:
+    if train.accumulation >= hands and not (evenly and train.accumulation % hands):
         return config
-    cuts = [size for size in micro_batch_sizes(config, 2**62) if train.rows_per_step // size >= hands]
+    least = max(hands, train.accumulation)
+    cuts = [size for size in micro_batch_sizes(config, 2**62) if train.rows_per_step // size >= least]
     if not cuts:
         raise UserError(f"a step of {train.rows_per_step} rows is too small for {hands} processes; {MORE_ROWS}")
+    if evenly and train.rows_per_step % hands:
+        raise UserError(
+            f"machine.split = all: a step of {train.rows_per_step} rows gives {hands} processes unequally many; "
+            f"take a train.accumulation that {hands} divides"
+        )
     return with_micro_batch(config, next((size for size in cuts if train.rows_per_step // size % hands == 0), cuts[0]))
 
 
@@ -154,8 +180,14 @@ def savings(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]]:
     plain = hardware.takes(config, update=False)
     saved = {}
     smaller = config.optim.name.removesuffix("8bit") + "8bit"
-    for switch, settings in (SWITCHES | {f"--optim.name {smaller}": {"optim": {"name": smaller}}}).items():
-        other = resolve(config.model_dump(), settings)
+    switches = SWITCHES | {f"--optim.name {smaller}": {"optim": {"name": smaller}}}
+    if hardware.processes > 1:
+        switches |= {"--machine.split all": {"machine": {"split": "all"}}}
+    for switch, settings in switches.items():
+        try:
+            other = resolve(config.model_dump(), settings)
+        except UserError:  # it does not go with what is on already
+            continue
         if other != config:
             switched = hardware.takes(other, update=False)
             saved[switch] = (plain.peak - switched.peak, switched.flops / plain.flops - 1)

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,10 +97,11 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     moments: Moments | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The tensors themselves, not copies. moments: the optimizer's state where that does not hold all of it."""
+    """The tensors themselves, not copies. moments, weights: all of them, where optimizer and model hold only some."""
     tensors, numbers = _flatten(model, optimizer, optimizer.state if moments is None else moments)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
 
 
@@ -288,10 +289,12 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     numbers: dict[str, Any],
     mine: Container[nn.Parameter] | None = None,
+    named: Iterable[tuple[str, nn.Parameter]] = (),
 ) -> None:
     """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
 
-    mine: the parameters that this process updates, if not all. The state of others is checked but not kept.
+    mine: the parameters that this process updates, if not all. The state of others is checked but not kept. named: all,
+    if the optimizer's are not the model's.
 
     UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
     """
@@ -302,7 +305,7 @@ def load_optimizer(
     if not tensors:  # saved before the first update
         return
     wanted = optim.state_shapes(optimizer)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named or model.named_parameters():
         kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
         if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
             raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")

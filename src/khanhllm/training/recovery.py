@@ -29,8 +29,8 @@ def recover(parts: Parts, state: State, row: dict[str, Any], stop: Stop, log: Lo
     changed, else go back. See guard.py."""
     loss, guard = row["loss"], state.guard
     believable = isfinite(loss) and isfinite(row["grad_norm"]) and guard.losses
-    group = parts.learner.machine.group
-    if not believable or not guard.text_changed(loss, group.told(lambda: _loss_of_known_rows(parts, state, stop))):
+    owners = parts.learner.owners
+    if not believable or not guard.text_changed(loss, owners.led(lambda: _loss_of_known_rows(parts, state, stop))):
         return _return_to_checkpoint(parts, state, log, saver)
     log.say(
         f"step {state.step}: the text has changed, as earlier rows are read as well as before; "
@@ -91,6 +91,8 @@ def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
     Raises any other error again, and UserError if memory ran out with one row, or in the update.
     """
     learner = parts.learner
+    if end := learner.owners.final(error, learner.config.train):
+        raise end from None
     updating = learner.optimizer.param_groups[0]["step"] == state.step
     full = out_of_memory(error)
     if not full and (updating or not _compiler_failed(error, learner.machine)):

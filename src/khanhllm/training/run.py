@@ -174,7 +174,7 @@ def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> 
     """The config with micro-batches that fit into this hardware, if that is given, and enough of them for all."""
     if hardware:
         config = budget.fit_micro_batch(config, hardware)
-    return budget.shared_out(config, sum(machine.group.shares))
+    return budget.shared_out(config, sum(machine.group.shares), evenly=config.machine.split == "all")
 
 
 def _last(config: Config, folder: Path, paper: nn.Module) -> str:
@@ -213,7 +213,7 @@ def validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
     """Score the first `tokens` tokens of the validation documents, always the same ones, and of those of the run that
     this one goes on from. None if a signal asks to stop: a resumed run then makes up for it, from the same weights. The
     first process does it for all."""
-    return parts.learner.machine.group.told(lambda: _validate(parts, tokens, stop))
+    return parts.learner.owners.led(lambda: _validate(parts, tokens, stop))
 
 
 def _validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
@@ -288,8 +288,9 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
     }
     learner, optimizer = parts.learner, parts.learner.optimizer
     moments = learner.owners.gathered(optimizer.state, optim.state_shapes(optimizer))
+    weights = learner.owners.weights(learner.model)
     if learner.machine.group.leads:
-        saver.save(state.step, learner.model, optimizer, extra, must, moments)
+        saver.save(state.step, learner.model, optimizer, extra, must, moments, weights)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:

@@ -44,10 +44,14 @@ class Learner:
         model = initial_model(config)
         keep_freed_memory(is_small(model))
         kind = config.machine
-        model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
+        cut = kind.split == "all" and not machine.group.alone
+        if cut:
+            from khanhllm.machine.sharded import Sharded  # only here, as its import takes a second
+        model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients, move=not cut)
+        flops = flops_per_token(model)
         optimizer = optim.build(model, config.optim, config.train.seed)
-        owners = Owners(model.parameters(), machine.group)
-        return cls(config, machine, model, optimizer, flops_per_token(model), owners)
+        owners = Sharded(model, machine) if cut else Owners(model.parameters(), machine.group)
+        return cls(config, machine, model, optimizer, flops, owners)
 
     def restart(self) -> "State":
         """Bring back the weights that the run began with, without moments."""
@@ -101,7 +105,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         return following, {"fault": ""} | _progress(config, following, counted)
     load_LE = load_for_balance(learner, state, micro_batches)
     sums: list[Tensor] = []
-    with _all_or_none(learner.machine):
+    with _all_or_none(learner):
         for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
             rows, autocast = batch[:2], learner.machine.autocast()
             loss, nll, routing_L = losses.micro_batch_loss(
@@ -120,8 +124,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     if not fault:
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * factor, "step": state.step}
-        optimizer.step()
-        learner.owners.spread()
+        learner.owners.update(optimizer)
         if config.model.router_bias:
             move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
     optimizer.zero_grad(set_to_none=True)
@@ -155,13 +158,15 @@ def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], floa
 
 
 @contextmanager
-def _all_or_none(machine: Machine) -> Iterator[None]:
+def _all_or_none(learner: Learner) -> Iterator[None]:
     """Around what each process computes by itself: if memory ran out on one, or torch.compile failed, that is raised
     on all, so that all take the same step again."""
-    fault = None
+    fault, machine, owners = None, learner.machine, learner.owners
     try:
         yield
     except RuntimeError as error:
+        if end := owners.final(error, learner.config.train):
+            raise end from None
         fault = error
     full = isinstance(fault, RuntimeError) and out_of_memory(fault)
     faults = machine.group.exchange(full, fault is not None)
@@ -221,7 +226,7 @@ def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch])
     if learner.config.loss.load == "previous" or not state.load_LE.numel():
         return state.load_LE
     total_LE = torch.zeros_like(state.load_LE)
-    with _all_or_none(learner.machine), torch.no_grad(), learner.machine.autocast():
+    with _all_or_none(learner), torch.no_grad(), learner.machine.autocast():
         for batch in micro_batches:
             _, routings = learner.model.trunk(batch.inputs_BT, place_BT=batch.place_BT, padding_BT=batch.padding_BT)
             total_LE += stack(routings, like=total_LE).load_E
