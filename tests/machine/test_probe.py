@@ -4,13 +4,15 @@ import dataclasses
 import os
 import time
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
-from conftest import plain_machine
+from conftest import plain_machine, tiny
 from khanhllm.machine import probe
 from khanhllm.machine.group import Group
 from khanhllm.machine.probe import LinkSpeed, link_speed
+from khanhllm.training.run import _slow_link
 
 
 class Both(Group):
@@ -59,6 +61,15 @@ def test_a_link_that_takes_most_of_a_step_is_named():
     assert found.warning(step=1.1) == ""
     assert found.warning(step=0.8).startswith("the processes wait for their link for about 62% of a step of 0.8 s; ")
     assert "100%" in found.warning(step=0.1)
+
+
+def test_a_run_compares_the_link_with_the_step_that_it_took():
+    config = tiny()
+    parts = SimpleNamespace(config=config, link=LinkSpeed(processes=2, speed=1e8, moved=50_000_000))
+    assert "62% of a step of 0.8 s" in _slow_link(parts, {"tokens_per_s": config.tokens_per_step / 0.8})
+    assert _slow_link(parts, {"tokens_per_s": config.tokens_per_step / 2}) == ""
+    assert _slow_link(parts, {}) == ""  # a step in which no target counted
+    assert _slow_link(SimpleNamespace(config=config, link=None), {"tokens_per_s": 1.0}) == ""
 
 
 def test_cards_that_do_not_answer_end_the_process_with_what_helps(monkeypatch, capsys):

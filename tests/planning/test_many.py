@@ -225,6 +225,21 @@ def test_what_fits_only_in_shards_is_planned_in_shards():
     assert ["nothing fits" in way.get("fault", "") for way in report["ways"]] == [True, True, False, True]
 
 
+def test_a_card_holds_its_part_and_what_it_needs_beside():
+    config = budget.with_micro_batch(resolve(tiny(pattern="DMDMDM", hidden=512).model_dump()), 1, "full")
+    whole = CARD.takes(config).at_peak
+    shards, owners = (many.OneOf(**vars(CARD), division=way, cards=4).takes(config) for way in (by_shards, by_owners))
+    way = by_shards(config, "bf16", 4)
+    assert shards.at_peak == whole | {
+        "weights": round(whole["weights"] * way.weights),
+        "gradients": round(whole["gradients"] * way.gradients),
+        "optimizer": round(whole["optimizer"] * way.moments),
+        "work space": whole["work space"] + way.beside,
+    }
+    collecting = by_owners(config, "bf16", 4).after  # more than the activations of one row
+    assert (owners.at_peak["work space"], owners.at_peak["activations"]) == (collecting, 0)
+
+
 def test_what_fits_in_no_way_is_one_line():
     with pytest.raises(UserError, match=r"^on each of 2 cards, nothing fits into 0.00 GB: .*; these save most"):
         plan(tiny(pattern="D"), 2, "NVLink", dataclasses.replace(CARD, memory=1000))
