@@ -197,7 +197,8 @@ def _sum(known: Sequence[Item], kind: str) -> int:
 
 def chosen(config: Config, precision: str, cards: int) -> Way:
     """The way that a run takes."""
-    return by_owners(config, precision, cards)
+    division = by_shards if config.machine.split == "all" else by_owners
+    return division(config, precision, cards)
 
 
 def divisions(config: Config, cards: int) -> list[Division]:
