@@ -48,5 +48,5 @@ def test_one_bit_is_enough_to_tell_weights_apart(tensor):
         flipped = tensor.clone()
         flipped.view(-1).view(torch.uint8)[place // 8] ^= 1 << place % 8
         del said[1:]
-        with pytest.raises(Apart, match="^b has other bits on process 1 than on process 0"):
+        with pytest.raises(Apart, match=r"^b has other bits on process 1 than on process 0"):
             Owners([], group).check({"a": torch.zeros(2), "b": flipped})
