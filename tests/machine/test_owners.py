@@ -1,10 +1,12 @@
 """Who owns what, and whose turn it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from khanhllm.machine.group import ALONE, Group, opened
-from khanhllm.machine.owners import Owners, dealt
+from khanhllm.machine.owners import Apart, Owners, dealt
 from khanhllm.schema import MachineConfig
 
 
@@ -35,3 +37,16 @@ def test_alone_is_nothing(monkeypatch):
     owners.collect()
     assert weight.grad is gradient and owners.mine == {weight}
     assert owners.gathered(state := {weight: {"step": 1}}, {}) is state
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, 3), torch.ones(5, dtype=torch.bfloat16), torch.tensor(torch.nan)])
+def test_one_bit_is_enough_to_tell_weights_apart(tensor):
+    said = []
+    group = SimpleNamespace(alone=False, size=2, rank=0, exchange=lambda *n: said.append([*map(float, n)]) or said)
+    Owners([], group).check({"a": torch.zeros(2), "b": tensor})
+    for place in range(tensor.nbytes * 8):
+        flipped = tensor.clone()
+        flipped.view(-1).view(torch.uint8)[place // 8] ^= 1 << place % 8
+        del said[1:]
+        with pytest.raises(Apart, match=r"^b has other bits on process 1 than on process 0"):
+            Owners([], group).check({"a": torch.zeros(2), "b": flipped})

@@ -61,7 +61,7 @@ def done(corpus, talks, cache, tmp_path_factory):
         "whole": (two, [], ""),
         "talks": (short(corpus, cache, 2, data={"source": str(talks)}, train=answers), [], ""),
         "nan": (two, [3], "nan"),
-        "back": (long, [6, 7, 8], "nan"),
+        "back": (two, [6, 7, 8], "nan"),
         "text": (long, [36, 37, 38], "spike"),
         "memory": (wide, [3], "memory"),
     }

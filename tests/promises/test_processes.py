@@ -57,7 +57,8 @@ def short(corpus, cache, accumulation, **settings):
     return config(corpus, cache, **settings | {"train": length | settings.get("train", {})})
 
 
-SOME = ["muon", "adamw8bit", "muon8bit-bf16", "current-load"]
+SOME = ["muon8bit-bf16", "current-load"]
+"""test_process_laws has AdamW and Muon"""
 
 
 @pytest.mark.parametrize(

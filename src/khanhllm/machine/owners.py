@@ -78,14 +78,15 @@ class Owners:
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise Apart unless these have the same bits on all processes, as far as the sums of their bits tell. It reads
-        the weights once and sends a number of each."""
+        the weights once and sends two numbers of each."""
         if self.group.alone:
             return
-        sums = torch.stack([_sum_of_bits(tensor) for tensor in weights.values()]) & 2**53 - 1  # what fp64 holds exactly
-        first, *others = self.group.exchange(*sums.tolist())
+        sums = torch.stack([_sum_of_bits(tensor) for tensor in weights.values()])
+        halves = torch.stack([sums >> 32, sums & 2**32 - 1])  # fp64 holds them exactly
+        first, *others = self.group.exchange(*halves.flatten().tolist())
         for rank, other in enumerate(others, start=1):
-            differs = (name for name, *pair in zip(weights, first, other, strict=True) if pair[0] != pair[1])
-            if name := next(differs, ""):
+            pairs = zip([*weights, *weights], first, other, strict=True)
+            if name := next((name for name, here, there in pairs if here != there), ""):
                 raise Apart(
                     f"{name} has other bits on process {rank} than on process 0: a card, memory or a link has failed; "
                     "they are not saved, and --resume goes on from the last checkpoint"
