@@ -11,7 +11,9 @@ scores each model as it was trained, "document_alone" both with the mask, as one
 import argparse
 import json
 import statistics
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ def measured(way: str, seed: int, options: argparse.Namespace) -> dict[str, floa
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        train(resolve(preset(options.preset), given), run)
+        with redirect_stdout(sys.stderr):
+            train(resolve(preset(options.preset), given), run)
         opened = open_run(run, MachineConfig(**machine))
         speed = statistics.median(read_log(run / FILE, ("tokens_per_s",))["tokens_per_s"])
     found = {"tokens_per_s": round(float(speed))}

@@ -1,14 +1,17 @@
 """What many tests share: tiny configs, a tiny corpus of real text, a machine."""
 
+import hashlib
 import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
@@ -74,6 +77,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in (json, logging):
         for path in sorted(Path(package.__file__).parent.glob("*.py")):
             (folder / f"{package.__name__}-{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared shards of rows that each begin with an end-of-text; every fourth row has no answer."""
+    folder = tmp_path_factory.mktemp("talks")
+    tokenizer = train_tokenizer(["what is one and one? two!"], 270)
+    tokenizer.save(folder / "tokenizer.json")
+    end_of_text, _system, user, assistant, end = range(5)
+
+    def row(nth):
+        question, answer = tokenizer.encode("what is?"), tokenizer.encode("two!")
+        talk = [end_of_text, user, *question, nth % 200 + 50, end]
+        talk += [assistant, *answer, end] if nth % 4 else []
+        return talk + [end_of_text] * (tiny().model.context - len(talk))
+
+    shards = []
+    for split, rows in (("train", 40), ("validation", 6)):
+        ids = np.array([*(token for nth in range(rows) for token in row(nth)), end_of_text]).astype("<u2")
+        file = f"{split}-00000.bin"
+        (folder / file).write_bytes(ids.tobytes())
+        digest = hashlib.sha256(ids.tobytes()).hexdigest()
+        shards.append(dict(file=file, split=split, tokens=len(ids), bytes=1, documents=1, sha256=digest))
+    manifest = dict(
+        version=1, source="x", tokenizer=tokenizer.sha256, vocab_size=tokenizer.vocab_size, dtype="uint16",
+        validation=0.1, train_tokens=shards[0]["tokens"], validation_tokens=shards[1]["tokens"], shards=shards,
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
 

@@ -96,8 +96,10 @@ def test_no_decision_hangs_on_the_wall_clock():
 
 
 def test_only_one_file_speaks_to_other_processes_and_never_in_objects():
-    """Collectives of objects unpickle what the others send, and torch's distributed checkpoints hold a pickle."""
+    """Collectives of objects unpickle what the others send, and torch's distributed checkpoints hold a pickle. What
+    shards a model (sharded.py) needs torch's types for that."""
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
-        assert name in ("machine.group", "machine.sharded") or "torch.distributed" not in text, name
-        assert not re.search(r"(gather|broadcast|scatter|send|recv)_object|distributed\.checkpoint", text), name
+        speaks = re.search(r"torch\.distributed|torch import .*\bdistributed\b|\bdist\.", text)
+        assert not speaks or name in ("machine.group", "machine.sharded"), name
+        assert not re.search(r"(gather|broadcast|scatter|send|recv)_object|distributed\.checkpoint|\bdcp\b", text), name

@@ -1,4 +1,7 @@
-"""The errors that a user can correct."""
+"""The errors that a user can correct, and what a command says of any other."""
+
+import tempfile
+import traceback
 
 EXTRAS = {
     **dict.fromkeys(
@@ -41,3 +44,17 @@ def missing_extra(error: ModuleNotFoundError) -> UserError | None:
     module = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(module)
     return UserError(f"this needs {module}, which is not installed: pip install 'khanhllm[{extra}]'") if extra else None
+
+
+def in_a_line(error: Exception) -> tuple[str, int]:
+    """What a command says of an error, in one line, and the code that it ends with."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and (missing := missing_extra(error)):
+        return str(missing), missing.exit_code
+    if isinstance(error, OSError):  # the system's own refusal; where we know more, we say more
+        return f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 2
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="khanhllm-", suffix=".txt", delete=False) as report:
+        traceback.print_exception(error, file=report)
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (unforeseen; the details are in {report.name})", 1

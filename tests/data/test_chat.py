@@ -58,6 +58,7 @@ REFUSED = [
     ({"messages": "Hi"}, "the messages must be a list, not str"),
     ({"messages": ["Hi"]}, "message 1 is no object"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "answers to choose from"),
+    ({"prompt": "Hi", "completion": "Bye", "label": False}, "marked as a bad answer"),
     ({"text": "Hi"}, "holds no conversation (messages, conversations, instruction and output"),
     ([1], "is no object with a conversation"),
 ]

@@ -36,11 +36,30 @@ def test_the_first_that_failed_by_itself_counts(run):
     assert failed.value.exit_code == 2
 
 
-def test_what_the_first_process_says_is_not_said_again(run, capfd):
-    with pytest.raises(Failed, match=r"^$") as failed:
-        run("sys.exit('khanhllm: the cause') if not rank else sys.exit(75)")
-    assert failed.value.exit_code == 1
-    assert capfd.readouterr().err == "khanhllm: the cause\n"
+def test_the_last_words_of_a_process_are_said_by_the_launcher_alone(run, tmp_path, capfd, monkeypatch):
+    """Also those of the first, whose standard error is the user's."""
+    leave = "open(os.environ['KHANHLLM_LAST_WORDS'], 'w').write('the cause'); sys.exit(2)"
+    with pytest.raises(Failed, match=r"^the cause$") as failed:
+        run(f"if rank: sys.exit(75)\n{leave}")
+    assert failed.value.exit_code == 2 and capfd.readouterr() == ("", "")
+
+    for error, text, code in (
+        (launch.Failed("said", 75), "said", 75),
+        (ModuleNotFoundError(name="tiktoken"), "ModuleNotFoundError", 1),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied", 2),
+    ):
+        monkeypatch.setenv(launch.WORDS, str(tmp_path / "words"))
+        with pytest.raises(Failed, match=r"^$") as failed, launch.last_words():
+            raise error
+        assert failed.value.exit_code == code and (tmp_path / "words").read_text().startswith(text)
+        with pytest.raises(type(error)), launch.last_words():  # not launched
+            raise error
+
+
+def test_one_that_left_no_words_is_named(run):
+    with pytest.raises(Failed, match=r"^process 0 of 2 ended with exit code 3$") as failed:
+        run("sys.exit(75 if rank else 3)")
+    assert failed.value.exit_code == 3
 
 
 def test_one_that_was_killed_is_named(run):

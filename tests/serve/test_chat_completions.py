@@ -92,6 +92,7 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "such as an image"),
     ({"messages": [{"role": "user"}]}, "is empty"),
     ({"messages": ASKED, "tools": [{"type": "function"}]}, "tools: KhanhLLM cannot do this yet"),
+    ({"messages": ASKED, "response_format": {"type": "json_object"}}, "response_format: KhanhLLM cannot do this yet"),
     ({"messages": ASKED, "n": 100}, "more texts than this server holds"),  # to come later would not help
     ({"messages": ASKED, "logprobs": True}, "logprobs: KhanhLLM cannot do this yet"),
     ({"messages": []}, "messages: must have at least 1 items (got '[]')"),

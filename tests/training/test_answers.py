@@ -1,12 +1,10 @@
 """A run that learns only what the assistant says, from shards of conversations."""
 
 import csv
-import hashlib
 import json
 import os
 import signal
 
-import numpy as np
 import pytest
 
 from conftest import tiny
@@ -18,37 +16,6 @@ from khanhllm.settings import resolve
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 from khanhllm.training.step import Learner
-
-CONTEXT = 32
-
-
-@pytest.fixture(scope="module")
-def talks(tmp_path_factory):
-    """Prepared shards of rows that each begin with an end-of-text; every fourth row has no answer."""
-    folder = tmp_path_factory.mktemp("talks")
-    tokenizer = train_tokenizer(["what is one and one? two!"], 270)
-    tokenizer.save(folder / "tokenizer.json")
-    end_of_text, _system, user, assistant, end = range(5)
-
-    def row(nth):
-        question, answer = tokenizer.encode("what is?"), tokenizer.encode("two!")
-        talk = [end_of_text, user, *question, nth % 200 + 50, end]
-        talk += [assistant, *answer, end] if nth % 4 else []
-        return talk + [end_of_text] * (CONTEXT - len(talk))
-
-    shards = []
-    for split, rows in (("train", 40), ("validation", 6)):
-        ids = np.array([*(token for nth in range(rows) for token in row(nth)), end_of_text]).astype("<u2")
-        file = f"{split}-00000.bin"
-        (folder / file).write_bytes(ids.tobytes())
-        digest = hashlib.sha256(ids.tobytes()).hexdigest()
-        shards.append(dict(file=file, split=split, tokens=len(ids), bytes=1, documents=1, sha256=digest))
-    manifest = dict(
-        version=1, source="x", tokenizer=tokenizer.sha256, vocab_size=tokenizer.vocab_size, dtype="uint16",
-        validation=0.1, train_tokens=shards[0]["tokens"], validation_tokens=shards[1]["tokens"], shards=shards,
-    )  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
 
 
 def config(talks, **settings):

@@ -5,8 +5,6 @@ import importlib
 import inspect
 import io
 import sys
-import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from keyword import iskeyword
@@ -15,7 +13,7 @@ import shtab
 
 from khanhllm import __version__
 from khanhllm.cli.arguments import Parser, Raw
-from khanhllm.errors import UserError, missing_extra
+from khanhllm.errors import in_a_line
 from khanhllm.explain import did_you_mean
 
 # Each verb imports what it needs only when it runs, so that help is instant.
@@ -53,20 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
         if sys.stdout:
             sys.stdout.flush()  # now, where a full disk can still be told in one line
         return code
-    except UserError as error:
-        return _complain(str(error), error.exit_code) if str(error) else error.exit_code  # said already
-    except ModuleNotFoundError as error:
-        missing = missing_extra(error)
-        return _complain(f"{words[0]}: {missing}", 2) if missing else _complain(_unforeseen(error), 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 0
-    except OSError as error:  # the system's own refusal; where we know more, we say more
-        return _complain(f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 2)
     except Exception as error:
-        return _complain(_unforeseen(error), 1)
+        text, code = in_a_line(error)
+        verb = f"{words[0]}: " if isinstance(error, ModuleNotFoundError) and code == 2 else ""
+        return _complain(verb + text, code) if text else code  # else it is said elsewhere
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
@@ -94,14 +87,6 @@ def _help_words(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
 def _complain(text: str, code: int) -> int:
     print(f"khanhllm: {' '.join(text.split())}", file=sys.stderr)
     return code
-
-
-def _unforeseen(error: Exception) -> str:
-    """One line even for what we did not foresee; the details go to a file."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="khanhllm-", suffix=".txt", delete=False) as report:
-        traceback.print_exc(file=report)
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first} (unforeseen; the details are in {report.name})"
 
 
 def _parser() -> argparse.ArgumentParser:

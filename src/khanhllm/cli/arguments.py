@@ -85,6 +85,14 @@ def some(text: str) -> int:
     return number
 
 
+def several(text: str) -> int:
+    """A whole number from 2 to 10,000."""
+    number = units.whole(text)
+    if number is None or not 2 <= number <= 10_000:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 2 to 10,000 (got {text[:60]!r})")
+    return number
+
+
 def stop(text: str) -> str:
     """A text that ends what a model writes."""
     if not text:

@@ -61,6 +61,8 @@ def conversation(record: Any, where: str, column: str = "") -> list[Message]:
         raise NoConversation(f"{where} is no object with a conversation in it")
     if "chosen" in record and "rejected" in record:
         raise WrongConversation(f"{where} holds answers to choose from; khanhllm tune learns from answers alone")
+    if record.get("label") is False:
+        raise WrongConversation(f"{where} is marked as a bad answer (label: false), and khanhllm tune would learn it")
     messages = list(_found(record, where, column))
     if system := _text(record.get("system"), f"{where}, system"):
         messages.insert(0, Message("system", system))

@@ -20,7 +20,7 @@ from threading import Thread
 from types import FrameType
 from typing import IO
 
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, in_a_line
 from khanhllm.machine.group import STORE
 from khanhllm.machine.signals import SIGNALS
 from khanhllm.schema import Config, MachineConfig
@@ -34,10 +34,12 @@ LOST = 75
 """exit code where a process was lost: --resume goes on"""
 WATCHED = "KHANHLLM_LAUNCHED"
 """set where standard input ends with the launcher"""
+WORDS = "KHANHLLM_LAST_WORDS"
+"""names the file in which a launched process leaves what it fails with, for the launcher to say"""
 
 
 class Failed(UserError):
-    """The processes have failed."""
+    """The processes have failed. Of one that was launched the text is empty, as the launcher says it."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
@@ -66,7 +68,7 @@ class Hands:
     command: list[str]
     size: int
     place: Path
-    """for their store, and for what all but the first say"""
+    """for their store, their last words, and what all but the first say"""
     children: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
     """the signals passed on"""
@@ -87,7 +89,7 @@ class Hands:
         loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
         alone = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback) if loopback else {}
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
-        known = {**alone, **ranks, STORE: self.place / "store", WATCHED: 1}
+        known = {**alone, **ranks, STORE: self.place / "store", WATCHED: 1, WORDS: self._words(rank)}
         said = None if rank == 0 else self._said(rank).open("wb")
         try:
             # a session of its own: Ctrl-C reaches only the launcher, which passes it on
@@ -105,6 +107,9 @@ class Hands:
 
     def _said(self, rank: int) -> Path:
         return self.place / f"said-{rank}.txt"
+
+    def _words(self, rank: int) -> Path:
+        return self.place / f"words-{rank}.txt"
 
     def _wait(self) -> set[int]:
         """Wait until all have ended. The ranks that must be killed, as they do not end after another has failed, or
@@ -146,9 +151,10 @@ class Hands:
         return Failed(f"{what}; --resume goes on from the last checkpoint", LOST)
 
     def _failed(self, rank: int, code: int) -> Failed:
-        """The first process has said its error itself; that of another is the last line that it said."""
-        text = "" if rank == 0 else self._said(rank).read_text("utf-8", "replace").strip().rpartition("\n")[2]
-        return Failed(text.removeprefix("khanhllm: "), code)
+        """What a process left for us to say, or at least the last line of what it said."""
+        said = next((path for path in (self._words(rank), self._said(rank)) if path.exists()), None)
+        line = said.read_text("utf-8", "replace").strip().rpartition("\n")[2].removeprefix("khanhllm: ") if said else ""
+        return Failed(line or f"process {rank} of {self.size} ended with exit code {code}", code)
 
     @contextmanager
     def _passing_on(self) -> Iterator[None]:
@@ -171,6 +177,22 @@ class Hands:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """Where this process was launched, leave to the launcher what it fails with: so a user reads one line, whichever
+    process failed, and a program that called `khanhllm.train` has it too."""
+    place = os.environ.pop(WORDS, "")
+    try:
+        yield
+    except Exception as error:
+        if not place:
+            raise
+        text, code = in_a_line(error)
+        with suppress(OSError):
+            Path(place).write_text(text, encoding="utf-8")
+        raise Failed("", code) from None
 
 
 def end_with_launcher(stream: IO[str] | None = None) -> None:

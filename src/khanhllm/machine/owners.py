@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from khanhllm.errors import UserError
 from khanhllm.machine.group import Group, Move
 from khanhllm.schema import TrainConfig
 
@@ -18,6 +19,12 @@ LARGEST = 2**24
 """numbers whose gradients are under way at one time, as the owner keeps those of all processes until it adds them"""
 Result = TypeVar("Result")
 Shapes = Mapping[nn.Parameter, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
+
+
+class Apart(UserError):
+    """The processes hold different weights, which only an error of the hardware explains."""
+
+    exit_code = 76
 
 
 class Owners:
@@ -68,6 +75,21 @@ class Owners:
         """Give every process the parameters that their owners have updated."""
         if not self.group.alone:
             self.group.spread([parameter.data for parameter in self.parameters], self.owner)
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise Apart unless these have the same bits on all processes, as far as the sums of their bits tell. It reads
+        the weights once and sends a number of each."""
+        if self.group.alone:
+            return
+        sums = torch.stack([_sum_of_bits(tensor) for tensor in weights.values()]) & 2**53 - 1  # what fp64 holds exactly
+        first, *others = self.group.exchange(*sums.tolist())
+        for rank, other in enumerate(others, start=1):
+            differs = (name for name, *pair in zip(weights, first, other, strict=True) if pair[0] != pair[1])
+            if name := next(differs, ""):
+                raise Apart(
+                    f"{name} has other bits on process {rank} than on process 0: a card, memory or a link has failed; "
+                    "they are not saved, and --resume goes on from the last checkpoint"
+                )
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights by name, on the first process."""
@@ -132,6 +154,13 @@ def dealt(sizes: list[int], hands: int) -> list[int]:
         owner[nth] = min(range(hands), key=has.__getitem__)
         has[owner[nth]] += sizes[nth]
     return owner
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """As 64-bit integers, so that the order of the sum does not matter."""
+    bytes_N = tensor.detach().flatten().view(torch.uint8)
+    whole = len(bytes_N) // 8 * 8
+    return bytes_N[:whole].view(torch.int64).sum() + bytes_N[whole:].sum()
 
 
 def _added(parts: list[Tensor]) -> Tensor:

@@ -118,6 +118,10 @@ class Sharded(Owners):
                 rows = weights[name][self.group.rank * most : (self.group.rank + 1) * most].to(cut.device)
                 weights[name] = DTensor.from_local(rows, self.mesh, [Shard(0)], shape=cut.shape, stride=cut.stride())
 
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """The same of what lies whole on each process."""
+        super().check({name: tensor for name, tensor in weights.items() if not isinstance(tensor, DTensor)})
+
     def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The optimizer's parameters, by the names that they have in the model."""
         return ((name, pair[0]) for (name, _), pair in zip(model.named_parameters(), self.pairs, strict=True))

@@ -3,7 +3,7 @@ be. simulation.py measures what each choice takes."""
 
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -76,6 +76,13 @@ def here(machine: Machine) -> Hardware:
         raise UserError(f"this machine's memory cannot be read ({error}); give it: --memory 8GB") from None
     memory, size = min(total, free // machine.group.local_size + process), machine.group.size
     return Hardware("this machine", "cpu", machine.precision, round(SHARE * memory), process, machine.peak_flops, size)
+
+
+def least(machine: Machine) -> Hardware:
+    """This machine, with as much free as the process has that has least. All processes of its group call it at once."""
+    own = here(machine)
+    free = min(machine.group.exchange(own.memory - own.process))[0]
+    return replace(own, memory=own.process + round(free))
 
 
 def _card_memory(device: torch.device) -> int:

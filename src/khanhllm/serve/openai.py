@@ -114,6 +114,7 @@ class Chat(Writes):
     logprobs: Literal[False] = False
     tools: Annotated[list[Any], Field(max_length=0)] = []
     functions: Annotated[list[Any], Field(max_length=0)] = []
+    response_format: dict[Literal["type"], Literal["text"]] = {}
 
     @property
     def tokens(self) -> int | None:
@@ -168,7 +169,7 @@ def parsed(raw: bytes, kind: type[Kind]) -> Kind:
 
 
 PENALTIES = {"frequency_penalty", "presence_penalty", "logit_bias"}
-UNABLE = (PENALTIES | {"best_of", "suffix"}, PENALTIES | {"logprobs", "tools", "functions"})
+UNABLE = (PENALTIES | {"best_of", "suffix"}, PENALTIES | {"logprobs", "tools", "functions", "response_format"})
 """in a text, and in a conversation"""
 
 

@@ -21,6 +21,7 @@ from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.log.run_log import lacks_validation
 from khanhllm.machine.devices import Machine
+from khanhllm.machine.probe import LinkSpeed
 from khanhllm.machine.signals import Stop
 from khanhllm.schema import Config, DataConfig
 from khanhllm.settings import read_config
@@ -47,6 +48,8 @@ class Parts:
     validation: Shards
     base: Shards | None = None
     """what the run that this one goes on from held out"""
+    link: LinkSpeed | None = None
+    """between the processes, if there are several"""
 
     @property
     def config(self) -> Config:

@@ -33,10 +33,11 @@ from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine import launch
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.machine.group import ALONE, Group, opened
+from khanhllm.machine.probe import LinkSpeed, link_speed
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.optim.schedule import warmup_of
-from khanhllm.planning import budget
+from khanhllm.planning import budget, ways
 from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import read_config, refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
@@ -48,6 +49,8 @@ from khanhllm.training.step import NoRows, State, rate_factor, train_step
 
 A_LONG_RUN = 10**9
 """steps of a run that is given its time"""
+SETTLED = 2
+"""steps after the first, which compiles: from then on a step is as fast as it will be"""
 RISE = 0.01
 """share by which the last validation must exceed the best one, or a resumed run's rate its old one, to be spoken of"""
 
@@ -96,7 +99,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 row |= validate(parts, train.eval_tokens, stop) or {}
                 finished = finished and "val_ce" in row
             last = finished or stop.agreed(group)
-            log.add(row | {"memory_mb": parts.learner.machine.peak_memory(), "seconds": seconds})
+            memory = max(group.exchange(parts.learner.machine.peak_memory()))[0]
+            log.add(row | {"memory_mb": memory, "seconds": seconds})
+            if state.step == first + SETTLED and (slow := _slow_link(parts, row)):
+                log.say(slow)
             saver.report()
             if due(state.step, train.save_every) or last:
                 _save(parts, state, log, saver, must=last)
@@ -114,16 +120,18 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts, State, Log, Saver, Stop]]:
     """Everything that a training needs, opened in an order that finds mistakes before long work, and closed again."""
     launch.end_with_launcher()
-    with opened(config.machine) as group, _own(folder, resume, group) as own:
+    with launch.last_words(), opened(config.machine) as group, _own(folder, resume, group) as own:
         machine = open_machine(config.machine, group)
         threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
         machine.take_process()
-        config = Config.model_validate_json(group.told(lambda: _cut(config, machine).model_dump_json()))
+        hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
+        config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
         last = group.told(lambda: _last(config, folder, paper)) if resume else ""
         saved = checkpoint.read_state(Path(last)) if last else {}
         parts = assemble(config, own, saved, machine)
         check_validation(parts)
+        parts = replace(parts, link=_link(parts))
         state = restore(parts, Path(last)) if last else parts.learner.start()
         tight = _room(parts, state) if group.leads else ""
         with (
@@ -148,10 +156,24 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
                     torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
 
 
-def _cut(config: Config, machine: Machine) -> Config:
-    """The config with micro-batches that fit into the memory, and enough of them for all processes."""
-    if config.train.micro_batch == "auto":
-        config = budget.fit_micro_batch(config, budget.here(machine))
+def _link(parts: Parts) -> LinkSpeed | None:
+    config, machine = parts.config, parts.learner.machine
+    if machine.group.alone:
+        return None
+    turns = sum(machine.group.turns(config.train.accumulation))
+    return link_speed(machine, ways.chosen(config, machine.precision, machine.group.size).traffic.moved(turns))
+
+
+def _slow_link(parts: Parts, row: dict[str, Any]) -> str:
+    """What a step says of the link between the processes, if they mostly wait for it."""
+    rate = row.get("tokens_per_s")
+    return parts.link.warning(parts.config.tokens_per_step / rate) if parts.link and rate else ""
+
+
+def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> Config:
+    """The config with micro-batches that fit into this hardware, if that is given, and enough of them for all."""
+    if hardware:
+        config = budget.fit_micro_batch(config, hardware)
     return budget.shared_out(config, sum(machine.group.shares), evenly=config.machine.split == "all")
 
 
@@ -252,7 +274,8 @@ def _rise(parts: Parts, log: Log) -> Iterator[str]:
 
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
-    """Begin to save; `must` as in Saver.save."""
+    """Begin to save; `must` as in Saver.save. Raises Apart rather than save weights on which processes differ."""
+    parts.learner.owners.check(parts.learner.model.state_dict())
     log.flush()
     extra = {
         "cursor": state.cursor,
@@ -279,6 +302,8 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
+    if parts.link:
+        yield parts.link.describe()
     known, rows = parts.train.vocab_size, config.model.vocab_size
     if known < rows:
         yield f"the tokenizer has {known:,} tokens, so {rows - known:,} of model.vocab_size = {rows:,} rows stay unused"

@@ -1,0 +1,211 @@
+"""The ways to divide a training over several cards: what one card then holds, and what a step brings to it."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from khanhllm import optim
+from khanhllm.machine.owners import LARGEST, dealt
+from khanhllm.machine.precision import ROUNDED, keep_in_bf16
+from khanhllm.model import Transformer
+from khanhllm.model.roles import role
+from khanhllm.planning.assumed import HIDDEN
+from khanhllm.schema import Config
+
+
+class Traffic(NamedTuple):
+    """What arrives at the card that gets most (bytes)."""
+
+    step: int = 0
+    """once, after the last micro-batch"""
+    micro_batch: int = 0
+    """with each micro-batch"""
+    hidden: float = 0.0
+    """share of the arithmetic in which that arrives unnoticed"""
+
+    def moved(self, turns: int) -> int:
+        """In a step of so many micro-batches of a card."""
+        return self.step + turns * self.micro_batch
+
+
+class Way(NamedTuple):
+    """What one of several cards has of a training."""
+
+    name: str
+    """as one asks for it"""
+    weights: float = 1.0
+    """share of all that it holds"""
+    gradients: float = 1.0
+    moments: float = 1.0
+    beside: int = 0
+    """bytes that it also needs while it computes"""
+    after: int = 0
+    """bytes that it also needs once it has computed, when no activations are left"""
+    traffic: Traffic = Traffic()
+
+
+Division = Callable[[Config, str, int], Way]
+"""of a training in this precision over so many cards"""
+
+
+class Item(NamedTuple):
+    """A parameter on paper: all but its numbers in bytes."""
+
+    numbers: int
+    weights: int
+    gradients: int
+    moments: int
+    part: str
+    """of the model, that it belongs to: a block, or the module outside of blocks"""
+    matrix: bool
+    """whether it is large enough to be cut; vectors and routers are not"""
+    expert: bool
+
+
+@lru_cache(maxsize=16)
+def items(config: Config) -> tuple[Item, ...]:
+    """The parameters of a run, in their order."""
+    with FakeTensorMode():
+        model = Transformer(config.model, config.loss.chunk)
+        if config.machine.weights == "bf16":
+            keep_in_bf16(model, config.machine.gradients)
+    shapes = optim.state_shapes(optim.build(model, config.optim))
+
+    def item(name: str, parameter: nn.Parameter) -> Item:
+        gradient: Any = parameter.grad_dtype
+        own = [kind for key, kind in shapes[parameter].items() if not key.startswith("qmap")]  # of which all share one
+        return Item(
+            parameter.numel(),
+            parameter.nbytes,
+            parameter.numel() * gradient.itemsize,
+            sum(math.prod(shape) * dtype.itemsize for dtype, shape in own),
+            ".".join(name.split(".")[:2]),
+            role(name) in ROUNDED,
+            "experts" in name.split("."),
+        )
+
+    return tuple(item(name, parameter) for name, parameter in model.named_parameters())
+
+
+def alone(_config: Config, _precision: str, _cards: int) -> Way:
+    """One card does all."""
+    return Way("one card")
+
+
+def by_owners(config: Config, _precision: str, cards: int) -> Way:
+    """Each card has all weights; the gradients and moments of a parameter are with its owner (machine/owners.py)."""
+    known = items(config)
+    owned = _owned(known, cards)
+    return Way(
+        "owners (the default)",
+        moments=max(_sum(own, "moments") for own in owned) / _sum(known, "moments"),
+        after=_collecting(owned),
+        traffic=Traffic(_moved(owned)),
+    )
+
+
+def by_shards(config: Config, precision: str, cards: int) -> Way:
+    """Each card has a part of every matrix, and all of the rest. The weights of a block come together for its forward
+    and for its backward pass, which leaves its gradients in parts (FSDP); an update goes by owners."""
+    whole = [item for item in items(config) if not item.matrix]
+    cut = [item for item in items(config) if item.matrix]
+    sent = [item.numbers * _sent(precision if item.part.startswith("blocks") else "fp32") for item in cut]
+    parts: Counter[str] = Counter()
+    for item, size in zip(cut, sent, strict=True):
+        parts[item.part] += size
+    (largest, first), *others = parts.most_common(2)
+    leaving = sum(item.gradients for item in cut if item.part == largest)
+    owned = _owned(items(config), cards)
+    update = max(sum(item.weights + item.gradients for item in own if item.matrix) for own in owned)
+    others_share = (cards - 1) / cards
+    rest = (cards - 1) * _sum(whole, "gradients") + _sum(whole, "weights")
+    each = others_share * (2 * sum(sent) + _sum(cut, "gradients"))
+    return Way(
+        "machine.split all",
+        1 - others_share * _sum(cut, "weights") / _sum(items(config), "weights"),
+        1 - others_share * _sum(cut, "gradients") / _sum(items(config), "gradients"),
+        max(_sum(own, "moments") for own in owned) / _sum(items(config), "moments"),
+        beside=first + leaving + sum(size for _, size in others),  # one block computes while another arrives
+        after=update,
+        traffic=Traffic(
+            round(others_share * (update + _sum(cut, "weights") / cards)) + rest, round(each), HIDDEN.share
+        ),
+    )
+
+
+def by_experts(config: Config, precision: str, cards: int) -> Way:
+    """Each card has some of the experts of every mixture. Rows travel to their experts and back, forward and backward;
+    all else has owners, as have experts that several cards have."""
+    shape, train = config.model, config.train
+    parts = math.gcd(cards, shape.experts)
+    copies = cards // parts
+    experts = [item for item in items(config) if item.expert]
+    rest = [item for item in items(config) if not item.expert]
+
+    def held(kind: str) -> float:
+        return 1 - _sum(experts, kind) * (1 - 1 / parts) / _sum(items(config), kind)
+
+    owned = _owned(rest, cards)
+    moments = max(_sum(own, "moments") for own in owned) + _sum(experts, "moments") / cards
+    stacks = (_sum(experts, "weights") + _sum(experts, "gradients")) / parts * (copies - 1) / copies
+    pairs = train.rows * shape.context * shape.experts_per_token * len(shape.moe_layers)
+    trips = 6 if config.machine.checkpointing == "full" else 4  # there and back, in each pass
+    weight = 4 // 2  # of a pair goes there only
+    return Way(
+        f"machine.expert_processes {parts}",
+        held("weights"),
+        held("gradients"),
+        moments / _sum(items(config), "moments"),
+        after=_collecting(owned),
+        traffic=Traffic(
+            _moved(owned) + round(stacks),
+            round(trips * pairs * (shape.dim * _sent(precision) + weight) * (1 - 1 / parts)),
+        ),
+    )
+
+
+def _owned(known: Sequence[Item], cards: int) -> list[list[Item]]:
+    """What each card owns."""
+    owners = dealt([item.numbers for item in known], cards)
+    owned: list[list[Item]] = [[] for _ in range(cards)]
+    for item, owner in zip(known, owners, strict=True):
+        owned[owner].append(item)
+    return owned
+
+
+def _moved(owned: list[list[Item]]) -> int:
+    """Bytes that owners make a step bring to the card that gets most: of what it owns the gradients of all others, of
+    all else the weights."""
+    weights = sum(_sum(own, "weights") for own in owned)
+    return max((len(owned) - 1) * _sum(own, "gradients") + weights - _sum(own, "weights") for own in owned)
+
+
+def _collecting(owned: list[list[Item]]) -> int:
+    """Most bytes of the others' gradients that an owner holds at one time."""
+    most = [max(min(_sum(own, "numbers"), LARGEST) * 4, *(i.gradients for i in own)) for own in owned if own]
+    return (len(owned) - 1) * max(most)
+
+
+def _sum(known: Sequence[Item], kind: str) -> int:
+    return sum(getattr(item, kind) for item in known)
+
+
+def chosen(config: Config, precision: str, cards: int) -> Way:
+    """The way that a run takes."""
+    return by_owners(config, precision, cards)
+
+
+def divisions(config: Config, cards: int) -> list[Division]:
+    """The ways that this model can be divided over so many cards."""
+    mixture = config.model.moe_layers and math.gcd(cards, config.model.experts) > 1
+    return [by_owners, by_shards, *([by_experts] if mixture else [])]
+
+
+def _sent(precision: str) -> int:
+    """Bytes of a number that is computed with."""
+    return 2 if precision == "bf16" else 4
