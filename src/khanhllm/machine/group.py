@@ -128,7 +128,8 @@ class Group:
         """Answer with an error whoever waits to be told something."""
         if self.leads and self.store is not None:
             said = {"error": str(error), "code": error.exit_code}
-            self.store.set(f"told {len(self._tales)}", json.dumps(said))
+            with suppress(RuntimeError):  # where the store has gone too, the others notice
+                self.store.set(f"told {len(self._tales)}", json.dumps(said))
 
     def _hear(self, key: str) -> Any:
         assert self.store
@@ -254,12 +255,12 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     shares = tuple(map(int, config.shares.split(","))) if config.shares else (1,) * size
     if len(shares) != size:
         raise UserError(f"machine.shares: {config.shares} is for {len(shares)} processes, but there are {size}")
-    direct = config.device in ("auto", "cuda") and torch.cuda.is_available()
-    if direct and torch.cuda.device_count() < local_size:
-        cards = torch.cuda.device_count()
+    cards = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    if 0 < cards < local_size:
         raise UserError(f"machine.processes: {local_size} processes need a GPU each, but {cards} are found")
-    if direct:
+    if cards:
         torch.cuda.set_device(local_rank)
+    direct = cards > 0 and dist.is_nccl_available()  # it is not on Windows
     if local_rank:  # two processes that compile into one folder read each other's half-written files
         mine = f"torchinductor_{getpass.getuser()}_{local_rank}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / mine))
