@@ -1,32 +1,36 @@
 """Faults of several processes that train one model: of one of them, of their launcher, of the network between them.
 
-They are started as `khanhllm train --machine.processes N` starts them. Each has one micro-batch of a step, so that the
+They do what `khanhllm train --machine.processes N` does. Each has one micro-batch of a step, so that the
 run must equal that of one process bit for bit, and one process may finish what several have begun.
 """
 
 import ctypes
-import json
 import os
 import random
+import runpy
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from functools import cache, partial
+from itertools import count
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
+import torch
 
-from khanhllm.chaos import faulty
 from khanhllm.chaos.arena import PATIENCE, Arena, difference, end, outcome, output, processes, wait_until
 from khanhllm.chaos.trainers import SIGNALS, TOGETHER, rows, rows_beyond, to_the_end
 from khanhllm.machine import launch
+from khanhllm.model import losses
 from khanhllm.schema import Config
 from khanhllm.training import checkpoint
 
@@ -35,7 +39,7 @@ WAIT, GRACE = 8.0, 4.0
 """machine.patience, and how long the launcher waits for the others (seconds)"""
 SLACK = 20.0
 """seconds beyond both after which a process counts as hung: the machine may be busy"""
-START = 3.0
+START = 1.0
 """a guess at how long processes take to start (seconds)"""
 USER, NETWORK = 0x10000000, 0x40000000
 """CLONE_NEWUSER and CLONE_NEWNET of Linux"""
@@ -82,12 +86,49 @@ class Training:
 Strike = Callable[[Training, random.Random], str]
 
 
-def _as_launcher(root: str, fault: str = "", numbers: list[int] | None = None) -> None:
-    """Let this process be a launcher that does not wait long, whose processes meet `fault`, see faulty.py."""
+def _as_launcher(root: str, fault: str = "", numbers: Container[int] = ()) -> None:
+    """Let this process be a launcher that does not wait long. Its processes meet `fault` in these micro-batches."""
     launch.GRACE = GRACE
     os.environ["TMPDIR"] = tempfile.tempdir = root  # those that are killed leave files behind
-    if fault:
-        launch.COMMAND = [sys.executable, "-m", faulty.__name__, fault, json.dumps(numbers)]
+    launch.Process = partial(_forked, partial(_meet, fault, numbers))  # type: ignore[misc,assignment]
+
+
+def _forked(before: Callable[[], None], command: list[str], env: dict[str, str], **more: Any) -> Any:
+    """A process for this command, forked from this one, so that it need not load torch again."""
+
+    def be_it() -> None:
+        os.closerange(3, 1024)  # among them the pipe through which Popen hears that the command has begun
+        os.environ.clear()
+        os.environ.update(env)
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        sys.stdin, sys.argv, code = open(0), command[2:], 1  # noqa: SIM115
+        before()
+        try:
+            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            os._exit(code)
+
+    return subprocess.Popen(command, env=env, preexec_fn=be_it, **more)
+
+
+def _meet(kind: str, numbers: Container[int]) -> None:
+    """Let the training of this process meet "NaN" or "memory" in these micro-batches. They are numbered through all
+    steps and processes, of which each has one micro-batch of a step."""
+    honest = losses.micro_batch_loss
+    own = count(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def loss_of(*arguments: Any) -> Any:
+        loss, nll, routing_L = honest(*arguments)
+        if next(own) not in numbers:
+            return loss, nll, routing_L
+        if kind == "memory":
+            raise torch.OutOfMemoryError("a fault of chaos")
+        return loss * torch.nan, nll * torch.nan, routing_L
+
+    losses.micro_batch_loss = loss_of  # type: ignore[assignment]
 
 
 def _config(arena: Arena, size: int, processes: int) -> Config:
@@ -233,7 +274,7 @@ def not_finite(arena: Arena, chance: random.Random) -> Iterator[str]:
         size, one, many = chance.choice(SIZES), arena.folder(), arena.folder()
         numbers = sorted(chance.sample(range(size * arena.config().train.steps), TOGETHER))
         faults = [
-            _met(arena, _config(arena, size, 1), one, partial(faulty.meet, "NaN", numbers)),
+            _met(arena, _config(arena, size, 1), one, partial(_meet, "NaN", numbers)),
             _met(arena, _config(arena, size, size), many, partial(_as_launcher, str(arena.root), "NaN", numbers)),
         ]
         fault = "".join(faults) or difference(outcome(many), outcome(one))

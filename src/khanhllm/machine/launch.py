@@ -26,11 +26,11 @@ from khanhllm.machine.signals import SIGNALS
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import to_toml
 
-COMMAND = [sys.executable, "-m", "khanhllm"]
 GRACE = 30.0
 """how long the others may take to end once one has failed, or the first has ended (seconds)"""
 AT_ONCE = 2.0
 """the same after a second signal"""
+Process = subprocess.Popen
 LOST = 75
 """exit code where a process was lost: --resume goes on"""
 WATCHED = "KHANHLLM_LAUNCHED"
@@ -56,7 +56,7 @@ def train(config: Config, folder: Path, resume: bool) -> str:
     with TemporaryDirectory(prefix="khanhllm-") as place:
         toml = Path(place) / "config.toml"
         toml.write_text(to_toml(config), encoding="utf-8")
-        command = [*COMMAND, "train", "--config", str(toml), "--run", str(folder)]
+        command = [sys.executable, "-m", "khanhllm", "train", "--config", str(toml), "--run", str(folder)]
         again = ["--resume"] if resume and (folder / "config.toml").exists() else []
         return Hands([*command, *again], config.machine.processes, Path(place)).run()
 
@@ -93,7 +93,7 @@ class Hands:
         said = None if rank == 0 else self._said(rank).open("wb")
         try:
             # a session of its own: Ctrl-C reaches only the launcher, which passes it on
-            return subprocess.Popen(
+            return Process(
                 self.command,
                 env=os.environ | {name: str(value) for name, value in known.items()},
                 stdin=subprocess.PIPE,
