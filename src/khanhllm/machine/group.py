@@ -116,11 +116,13 @@ class Group:
             return make()
         key = f"told {len(self._tales)}"
         if not self.leads:
-            result = self._hear(key)
+            with self._answered():
+                result = self._hear(key)
         else:
             with self._beating(key):
                 result = make()
-            self.store.set(key, json.dumps({"result": result}))
+            with self._answered():
+                self.store.set(key, json.dumps({"result": result}))
         self._tales.append(key)
         return result  # type: ignore[no-any-return]
 
@@ -138,12 +140,10 @@ class Group:
             with suppress(RuntimeError):  # it took its time
                 self.store.wait([key], timedelta(seconds=self.patience))
                 break
-            with self._answered():
-                before, beats = beats, self.store.add(f"{key} beats", 0)
+            before, beats = beats, self.store.add(f"{key} beats", 0)
             if beats == before:
                 raise self._lost()
-        with self._answered():
-            said = json.loads(self.store.get(key))
+        said = json.loads(self.store.get(key))
         if "error" in said:
             raise Told(said["error"], said["code"])
         return said["result"]
@@ -155,8 +155,9 @@ class Group:
         assert store
 
         def beat() -> None:
-            while not done.wait(self.patience / 3):
-                store.add(f"{key} beats", 1)
+            with suppress(RuntimeError):  # where the store is gone, this process notices once it has something to tell
+                while not done.wait(self.patience / 3):
+                    store.add(f"{key} beats", 1)
 
         thread = Thread(target=beat, daemon=True, name="heartbeat")
         thread.start()
