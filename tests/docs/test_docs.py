@@ -8,6 +8,7 @@ of a file; "..." stands for what it leaves out.
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,28 @@ def test_the_sizes_of_presets_are_what_the_package_computes(page):
     for name, shown in rows.items():
         model = on_paper(resolve(preset(name)).model)
         assert shown == f"{total_parameters(model):,} | {active_parameters(model):,}", name
+
+
+@pytest.mark.parametrize(
+    "place", ["many.md", "clusters/slurm.sh", "clusters/kubernetes.yaml", "clusters/skypilot.yaml"]
+)
+def test_torchrun_and_train_know_every_option_shown(place):
+    from torch.distributed.run import get_args_parser
+
+    from khanhllm import cli
+
+    text = (ROOT / "docs" / place).read_text(encoding="utf-8")
+    if place.endswith(".yaml"):
+        loaded = pytest.importorskip("yaml").safe_load(text)
+    if "kubernetes" in place:
+        words = loaded["spec"]["trainer"]["command"][1:] + loaded["spec"]["trainer"]["args"]
+    else:
+        text = loaded["run"] if place.endswith(".yaml") else text
+        shown = re.search(r"torchrun[\s\\]+(--nnodes.*?--resume-or-new)", text, re.DOTALL)[1].replace("\\\n", " ")
+        words = shlex.split(re.sub(r"\$\w+|\$\(.*?\)+", "1", shown))
+    given = get_args_parser().parse_args(words)
+    assert given.module and given.training_script == "khanhllm"
+    assert cli._parsed(given.training_script_args).resume_or_new
 
 
 def test_the_readme_is_short():

@@ -79,6 +79,12 @@ def test_one_that_saves_is_given_its_time(run):
     assert run("time.sleep(0 if rank else 1.2); sys.exit(143)") == "SIGTERM"
 
 
+@pytest.mark.parametrize("others", ["time.sleep(9); sys.exit(1)", "os.kill(os.getpid(), 9)", "sys.exit(75)"])
+def test_what_others_do_once_the_first_has_saved_does_not_count(run, others):
+    assert run(f"if rank: {others}") == ""
+    assert run(f"if rank: {others}\nsys.exit(143)") == "SIGTERM"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signals_are_passed_on(run, tmp_path, name):
     program = f"""

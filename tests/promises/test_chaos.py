@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from khanhllm import cli
-from khanhllm.chaos import belt, clients, numbers, saves, trainers
+from khanhllm.chaos import belt, clients, many, numbers, saves, trainers
 from khanhllm.chaos.arena import Arena
 from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
@@ -41,6 +41,13 @@ def thrown(kind, arena, number):
         (belt.failing_network, 40),
         (belt.dying_helpers, 5),
         (clients.vanishing, 15),
+        (many.killed, 5),
+        (many.halted, 5),
+        (many.signalled, 5),
+        (many.orphaned, 5),
+        (many.not_finite, 5),
+        (many.out_of_memory, 1),
+        (many.out_of_room, 5),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -52,6 +59,17 @@ def test_it_is_survived(kind, number, arena):
 def test_a_save_cut_short_is_survived(arena):
     assert saves.boundaries(arena) > 50
     assert thrown(saves.cut_short, arena, 6) == [""] * 6
+
+
+def test_a_network_cut_off_is_survived(arena):
+    """Where a user may have none of his own, none is thrown."""
+    assert set(thrown(many.cut_off, arena, 5)) <= {""}
+
+
+def test_a_process_that_nobody_misses_is_found_out(arena, monkeypatch):
+    """Each fault is a number: exit codes, saved steps and bits are looked at."""
+    monkeypatch.setattr(many.launch, "LOST", 3)
+    assert any("exit code 75" in fault for fault in thrown(many.killed, arena, 5))
 
 
 def test_a_blind_verification_is_found_out(arena, monkeypatch):

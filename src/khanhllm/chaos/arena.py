@@ -67,14 +67,16 @@ class Arena:
     @cached_property
     def undisturbed(self) -> tuple[Path, float]:
         """The folder of a run without faults, and the seconds that it took."""
-        folder = self.folder()
-        end(self.start(self.config(), folder))  # prepares the shards
-        folder = self.folder()
+        self.calm(self.config())  # prepares the shards
         begun = time.monotonic()
-        code = end(self.start(self.config(), folder))
-        if code:
+        return self.calm(self.config()), time.monotonic() - begun
+
+    def calm(self, config: Config) -> Path:
+        """The folder of a run without faults."""
+        folder = self.folder()
+        if code := end(self.start(config, folder)):
             raise UserError(f"the undisturbed run ended with {code}: {output(folder)[-300:]}")
-        return folder, time.monotonic() - begun
+        return folder
 
     def finished(self, folder: Path) -> bool:
         """Whether the run has saved its last step, and validated after it."""
@@ -82,24 +84,23 @@ class Arena:
         saved = folder / "checkpoints" / f"step-{config.train.steps:07d}"
         return saved.exists() and not lacks_validation(folder, config, config.train.steps)
 
-    def start(self, config: Config, folder: Path, limit: int = 0) -> ForkServerProcess:
-        """Start a training in a process of its own; it resumes the run in the folder, if any. limit: see `_train`."""
-        process = processes.Process(target=_train, args=(config, folder, limit))
+    def start(self, config: Config, folder: Path, before: Callable[[], None] | None = None) -> ForkServerProcess:
+        """Start a training in a process of its own, which first calls `before`; it resumes the run in the folder, if
+        any."""
+        process = processes.Process(target=_train, args=(config, folder, before))
         process.start()
         return process
 
 
-def _train(config: Config, folder: Path, limit: int) -> None:
-    """Do what `khanhllm train` does. limit: largest file that it may write (bytes), as under a quota; 0 for none."""
+def _train(config: Config, folder: Path, before: Callable[[], None] | None) -> None:
+    """Do what `khanhllm train` does."""
     os.setsid()
     folder.mkdir(exist_ok=True)
     written = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    if limit:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if before:
+        before()
     try:
         stopped = train(config, folder, resume=(folder / "config.toml").exists())
     except UserError as error:
@@ -109,9 +110,9 @@ def _train(config: Config, folder: Path, limit: int) -> None:
     raise SystemExit(exit_code(stopped))
 
 
-def end(process: ForkServerProcess) -> int | None:
+def end(process: ForkServerProcess, patience: float = PATIENCE) -> int | None:
     """Wait for a training to end. Returns its exit code, negative for a signal; None if it hung and was killed."""
-    process.join(PATIENCE)
+    process.join(patience)
     if process.exitcode is None:
         process.kill()
         process.join()

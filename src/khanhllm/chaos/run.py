@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from khanhllm.chaos import belt, clients, numbers, saves, trainers
+from khanhllm.chaos import belt, clients, many, numbers, saves, trainers
 from khanhllm.chaos.arena import Arena
 from khanhllm.errors import UserError
 
@@ -27,6 +27,14 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "network faults": (belt.failing_network, 500),
     "deaths of belt worker and server": (belt.dying_helpers, 100),
     "clients of the model's server": (clients.vanishing, 1000),
+    "processes: kill -9 of one": (many.killed, 40),
+    "processes: one halted": (many.halted, 20),
+    "processes: signals": (many.signalled, 50),
+    "processes: kill -9 of the launcher": (many.orphaned, 20),
+    "processes: NaN on some": (many.not_finite, 40),
+    "processes: no memory on one": (many.out_of_memory, 10),
+    "processes: files that may not grow": (many.out_of_room, 10),
+    "processes: no network": (many.cut_off, 10),
 }
 """each kind with its share of the faults; 0: a save is cut short at every system call that it makes"""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from khanhllm.chaos.arena import Arena, difference, end, kill, outcome, output, wait_until
 from khanhllm.log.run_log import FILE
+from khanhllm.schema import Config
 from khanhllm.training import checkpoint
 
 TOGETHER = 5
@@ -30,7 +31,7 @@ def killed(arena: Arena, chance: random.Random) -> Iterator[str]:
             process = arena.start(arena.config(), folder)
             process.join(chance.uniform(0, seconds))
             kills += kill(process)
-        yield from [_to_the_end(arena, folder, calm)] * kills
+        yield from [to_the_end(arena, folder, calm)] * kills
 
 
 def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
@@ -42,7 +43,7 @@ def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
         faults: list[str] = []
         while len(faults) < TOGETHER and not arena.finished(folder):
             process = arena.start(arena.config(), folder)
-            wait_until(partial(_rows_beyond, folder, _rows(folder)), process)  # it has begun to train
+            wait_until(partial(rows_beyond, folder, rows(folder)), process)  # it has begun to train
             time.sleep(chance.uniform(0, seconds / TOGETHER / 2))
             number = chance.choice(SIGNALS)
             if process.is_alive() and process.pid:
@@ -51,8 +52,8 @@ def asked_to_stop(arena: Arena, chance: random.Random) -> Iterator[str]:
             newest = checkpoint.newest(folder)
             at = checkpoint.step_of(newest) if newest else 0
             expected = 0 if arena.finished(folder) else 128 + number
-            faults.append("" if code == expected and at == _rows(folder) else f"exit code {code}, saved step {at}")
-        last = _to_the_end(arena, folder, calm)
+            faults.append("" if code == expected and at == rows(folder) else f"exit code {code}, saved step {at}")
+        last = to_the_end(arena, folder, calm)
         yield from [fault or last for fault in faults]
 
 
@@ -62,7 +63,7 @@ def met_by_a_rival(arena: Arena, chance: random.Random) -> Iterator[str]:
     while True:
         folder = arena.folder()
         process = arena.start(arena.config(), folder)
-        wait_until(partial(_rows_beyond, folder, 0), process)
+        wait_until(partial(rows_beyond, folder, 0), process)
         code = end(arena.start(arena.config(), folder))
         refused = "another training is at work" in output(folder)
         first = end(process)
@@ -80,23 +81,30 @@ def out_of_quota(arena: Arena, chance: random.Random) -> Iterator[str]:
     most = max(path.stat().st_size for path in newest.iterdir())
     while True:
         folder = arena.folder()
-        code = end(arena.start(arena.config(), folder, limit=chance.randrange(1, most)))
+        code = end(arena.start(arena.config(), folder, partial(_limit_files, chance.randrange(1, most))))
         fault = "" if code == 2 and "Traceback" not in output(folder) else f"exit code {code} without room"
-        yield fault or _to_the_end(arena, folder, calm)
+        yield fault or to_the_end(arena, folder, calm)
 
 
-def _to_the_end(arena: Arena, folder: Path, calm: Path) -> str:
+def _limit_files(size: int) -> None:
+    """Let no file grow beyond this (bytes), as under a quota."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def to_the_end(arena: Arena, folder: Path, calm: Path, config: Config | None = None) -> str:
     """Let a run finish and compare it with the undisturbed one."""
-    code = 0 if arena.finished(folder) else end(arena.start(arena.config(), folder))
+    code = 0 if arena.finished(folder) else end(arena.start(config or arena.config(), folder))
     if code:
         return f"exit code {code}: {output(folder)[-200:]}"
     return difference(outcome(folder), outcome(calm))
 
 
-def _rows(folder: Path) -> int:
+def rows(folder: Path) -> int:
     path = folder / FILE
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
-def _rows_beyond(folder: Path, number: int) -> bool:
-    return _rows(folder) > number
+def rows_beyond(folder: Path, number: int) -> bool:
+    return rows(folder) > number

@@ -101,9 +101,10 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 def chaos(options: argparse.Namespace) -> int:
     """Inject faults into a tiny training run and report which it survives.
 
-    Kills, signals, full disks, damaged files, NaN, a failing network, clients that vanish. Every run is compared with
-    an undisturbed one, bit for bit. The same seed injects the same faults. --faults 3590 injects all that
-    docs/reliability.md reports, in about an hour on two cores; saves are cut short where strace is installed.
+    Kills, signals, full disks, damaged files, NaN, a failing network, clients that vanish, and what can happen to one
+    of several processes. Every run is compared with an undisturbed one, bit for bit. The same seed injects the same
+    faults. --faults 3790 injects all that docs/reliability.md reports, in one or two hours on two cores; saves are cut
+    short where strace is installed.
     """
     from khanhllm.chaos.run import checked
 

@@ -28,7 +28,11 @@ def train(options: argparse.Namespace) -> int:
     )
     from khanhllm.machine.signals import exit_code
     from khanhllm.training import run
+    from khanhllm.training.parts import nothing_left
 
+    if options.resume_or_new and (done := nothing_left(config, folder)):
+        print(done)
+        return 0
     if options.base:
         from khanhllm.runs.tune import go_on
 
@@ -114,7 +118,9 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on from the newest intact checkpoint in the run folder"
     )
     parser.add_argument(
-        "--resume-or-new", action="store_true", help="the same, or begin a run where there is none, as clusters restart"
+        "--resume-or-new",
+        action="store_true",
+        help="the same, but begin a run where there is none, and leave one that is finished, as clusters restart",
     )
     knobs(parser)
 

@@ -119,11 +119,13 @@ class Group:
             return make()
         key = f"told {len(self._tales)}"
         if not self.leads:
-            result = self._hear(key)
+            with self._answered():
+                result = self._hear(key)
         else:
             with self._beating(key):
                 result = make()
-            self.store.set(key, json.dumps({"result": result}))
+            with self._answered():
+                self.store.set(key, json.dumps({"result": result}))
         self._tales.append(key)
         return result  # type: ignore[no-any-return]
 
@@ -131,7 +133,8 @@ class Group:
         """Answer with an error whoever waits to be told something."""
         if self.leads and self.store is not None:
             said = {"error": str(error), "code": error.exit_code}
-            self.store.set(f"told {len(self._tales)}", json.dumps(said))
+            with suppress(RuntimeError):  # where the store has gone too, the others notice
+                self.store.set(f"told {len(self._tales)}", json.dumps(said))
 
     def _hear(self, key: str) -> Any:
         assert self.store
@@ -140,12 +143,10 @@ class Group:
             with suppress(RuntimeError):  # it took its time
                 self.store.wait([key], timedelta(seconds=self.patience))
                 break
-            with self._answered():
-                before, beats = beats, self.store.add(f"{key} beats", 0)
+            before, beats = beats, self.store.add(f"{key} beats", 0)
             if beats == before:
                 raise self._lost()
-        with self._answered():
-            said = json.loads(self.store.get(key))
+        said = json.loads(self.store.get(key))
         if "error" in said:
             raise Told(said["error"], said["code"])
         return said["result"]
@@ -157,8 +158,9 @@ class Group:
         assert store
 
         def beat() -> None:
-            while not done.wait(self.patience / 3):
-                store.add(f"{key} beats", 1)
+            with suppress(RuntimeError):  # where the store is gone, this process notices once it has something to tell
+                while not done.wait(self.patience / 3):
+                    store.add(f"{key} beats", 1)
 
         thread = Thread(target=beat, daemon=True, name="heartbeat")
         thread.start()
@@ -275,12 +277,12 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     shares = tuple(map(int, config.shares.split(","))) if config.shares else (1,) * size
     if len(shares) != size:
         raise UserError(f"machine.shares: {config.shares} is for {len(shares)} processes, but there are {size}")
-    direct = config.device in ("auto", "cuda") and torch.cuda.is_available()
-    if direct and torch.cuda.device_count() < local_size:
-        cards = torch.cuda.device_count()
+    cards = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    if 0 < cards < local_size:
         raise UserError(f"machine.processes: {local_size} processes need a GPU each, but {cards} are found")
-    if direct:
+    if cards:
         torch.cuda.set_device(local_rank)
+    direct = cards > 0 and dist.is_nccl_available()  # it is not on Windows
     if local_rank:  # two processes that compile into one folder read each other's half-written files
         mine = f"torchinductor_{getpass.getuser()}_{local_rank}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / mine))

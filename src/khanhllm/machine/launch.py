@@ -27,9 +27,10 @@ from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import to_toml
 
 GRACE = 30.0
-"""how long the others may take to end once one has failed (seconds)"""
+"""how long the others may take to end once one has failed, or the first has ended (seconds)"""
 AT_ONCE = 2.0
 """the same after a second signal"""
+Process = subprocess.Popen
 LOST = 75
 """exit code where a process was lost: --resume goes on"""
 WATCHED = "KHANHLLM_LAUNCHED"
@@ -58,7 +59,8 @@ def train(config: Config, folder: Path, resume: bool) -> str:
         toml = Path(place) / "config.toml"
         toml.write_text(to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "khanhllm", "train", "--config", str(toml), "--run", str(folder)]
-        return Hands([*command, *(["--resume-or-new"] if resume else [])], config.machine.processes, Path(place)).run()
+        again = ["--resume"] if resume and (folder / "config.toml").exists() else []
+        return Hands([*command, *again], config.machine.processes, Path(place)).run()
 
 
 @dataclass
@@ -93,7 +95,7 @@ class Hands:
         said = None if rank == 0 else self._said(rank).open("wb")
         try:
             # a session of its own: Ctrl-C reaches only the launcher, which passes it on
-            return subprocess.Popen(
+            return Process(
                 self.command,
                 env=os.environ | {name: str(value) for name, value in known.items()},
                 stdin=subprocess.PIPE,
@@ -112,11 +114,12 @@ class Hands:
         return self.place / f"words-{rank}.txt"
 
     def _wait(self) -> set[int]:
-        """Wait until all have ended. The ranks that must be killed, as they do not end after another has failed, or
-        after a second signal: one that waits for another process hears no signal."""
+        """Wait until all have ended. The ranks that must be killed, as they do not end after another has failed or the
+        first has saved, or after a second signal: one that waits for another process hears no signal."""
         deadline: float | None = None
         while None in (codes := [child.poll() for child in self.children]):
-            if deadline is None and any(code is not None and not self._in_order(code) for code in codes):
+            ended = {rank: code for rank, code in enumerate(codes) if code is not None}
+            if deadline is None and any(rank == 0 or not self._in_order(code) for rank, code in ended.items()):
                 deadline = time.monotonic() + GRACE
             if len(self.asked) > 1:
                 deadline = min(deadline or math.inf, time.monotonic() + AT_ONCE)
@@ -130,8 +133,11 @@ class Hands:
         return code == 0 or code in (128 + getattr(signal, name, 0) for name in SIGNALS)
 
     def _outcome(self, killed: set[int]) -> str:
-        """What the first that failed by itself ended with, for all."""
+        """What the first process ended with if that was in order, as it has saved then; else what the first that failed
+        by itself ended with, for all."""
         codes = {rank: child.returncode for rank, child in enumerate(self.children) if rank not in killed}
+        if 0 in codes and self._in_order(codes[0]):
+            return signal.Signals(codes[0] - 128).name if codes[0] else ""
         failed = {rank: code for rank, code in codes.items() if not self._in_order(code)}
         if self.asked and (killed or any(code == -self.asked[0] for code in failed.values())):  # nothing was saved
             return signal.Signals(self.asked[0]).name
@@ -143,9 +149,7 @@ class Hands:
                 raise self._failed(rank, code)
         if killed:
             raise self._lost(f"process {min(killed)} of {self.size} did not answer")
-        if failed:
-            raise self._failed(min(failed), LOST)
-        return next((signal.Signals(code - 128).name for code in codes.values() if code), "")
+        raise self._failed(min(failed), LOST)
 
     def _lost(self, what: str) -> Failed:
         return Failed(f"{what}; --resume goes on from the last checkpoint", LOST)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -12,15 +13,23 @@ from khanhllm.machine.group import Group
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """clusters send the last two ahead of a time limit"""
+ECHO = 1.0
+"""seconds within which the same signal is not a second one: systemd and Slurm send theirs to all processes of a job,
+and a launcher among them passes it on"""
 
 
 class Stop:
-    """The handler of signals; the loop checks `asked` after each step. A second signal ends the process as usual."""
+    """The handler of signals; the loop checks `asked` after each step. A second signal of the same kind ends the
+    process as usual."""
 
     asked = ""
     """name of the signal that came; empty if none"""
     over_panel = False
     """whether stdout shows a live panel; the answer then covers its bottom line, so that the next drawing fits"""
+
+    def __init__(self) -> None:
+        self.came: dict[int, float] = {}
+        """when each signal came first (seconds)"""
 
     def agreed(self, group: Group) -> bool:
         """Whether a signal asks this process, or another of its group, to stop. All processes call it at once."""
@@ -31,7 +40,12 @@ class Stop:
         return bool(came)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number in self.came:
+            if time.monotonic() > self.came[number] + ECHO:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.came[number] = time.monotonic()
         name = signal.Signals(number).name
         self.asked = self.asked or name
         text = f"{name}: stopping after this step; again to end at once, without saving"

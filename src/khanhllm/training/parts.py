@@ -168,6 +168,16 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
 
 
+def nothing_left(config: Config, folder: Path) -> str:
+    """What there is to say of a run that is finished; empty if it is not."""
+    for last in checkpoint.steps(folder)[:1]:
+        try:
+            check_longer(config, folder, checkpoint.read_state(last))
+        except UserError as error:
+            return "" if checkpoint.verify(last) else str(error)
+    return ""
+
+
 def check_validation(parts: Parts) -> None:
     """Where only answers count, the validation must find some."""
     reading, train = parts.reading, parts.config.train

@@ -127,7 +127,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
         config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
-        last = group.told(lambda: _last(config, folder, paper)) if resume else ""
+        last = group.told(lambda: _last(config, folder, paper) if resume else "")
         saved = checkpoint.read_state(Path(last)) if last else {}
         parts = assemble(config, own, saved, machine)
         check_validation(parts)
