@@ -309,6 +309,9 @@ class MachineConfig(Section):
     shares: Annotated[str, Field(max_length=400, pattern=SHARES)] = ""
     """micro-batches of each process in turn, for GPUs of unequal speed: 3,1 gives the first process three of four;
     empty means equally many"""
+    expert_processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """neighbouring processes that share each mixture layer's experts, an equal part on each, and send each other the
+    tokens; for experts that do not fit into one card. 1 means that every process holds all"""
     patience: Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False)] = 600.0
     """time without an answer from another process until the run ends, with exit code 75 (seconds)"""
 
@@ -318,6 +321,8 @@ class MachineConfig(Section):
             raise ValueError(f"weights = bf16 needs precision = bf16 (got {self.precision})")
         if self.gradients == "bf16" and self.weights != "bf16":
             raise ValueError("gradients = bf16 needs weights = bf16 too")
+        if self.expert_processes > 1 and self.shares:
+            raise ValueError("with expert_processes every process needs equally many micro-batches; leave shares empty")
         return self
 
 
@@ -357,6 +362,13 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     machine: MachineConfig = MachineConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _experts_are_shared_evenly(self) -> Self:
+        parts, experts = self.machine.expert_processes, self.model.experts if self.model.moe_layers else 0
+        if parts > 1 and (not experts or experts % parts):
+            raise ValueError(f"machine.expert_processes ({parts}) must divide the experts of a layer ({experts})")
+        return self
 
     @property
     def tokens_per_step(self) -> int:

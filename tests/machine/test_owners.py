@@ -17,6 +17,16 @@ def test_parameters_are_dealt_evenly_and_each_time_alike():
     assert set(dealt([1, 1], 4)) == {0, 1}
 
 
+def test_a_part_of_a_stack_belongs_to_one_of_those_that_hold_it():
+    stack, matrix = (torch.nn.Parameter(torch.zeros(size)) for size in (60, 50))
+    all_owners = [Owners([stack, matrix], Group(rank, 4, parts=2), {stack}) for rank in range(4)]
+    plans = [[(piece.holders, piece.owner) for piece in owners.pieces] for owners in all_owners]
+    assert all(plan == plans[0] for plan in plans)
+    assert plans[0] == [(range(0, 4, 2), 0), (range(1, 4, 2), 1), (range(4), 2)]
+    assert [owners.mine for owners in all_owners] == [{stack}, {stack}, {matrix}, set()]
+    assert [Group(rank, 4, parts=2).part for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("shares", [(1,), (1, 1), (3, 1), (2, 1, 1)])
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_each_micro_batch_of_a_step_is_one_process_s(shares, count):

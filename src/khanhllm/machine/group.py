@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from khanhllm.errors import UserError
+from khanhllm.model.exchange import Part
 from khanhllm.schema import MachineConfig
 
 STORE = "KHANHLLM_STORE"
@@ -71,11 +72,15 @@ class Group:
     local_size: int = 1
     shares: tuple[int, ...] = (1,)
     """micro-batches of each process in one round"""
+    parts: int = 1
+    """of each layer's experts, one on each of so many neighbours"""
     patience: float = 600.0
     """seconds"""
     store: Store | None = None
     direct: bool = False
     """whether tensors go from card to card; if not, through the host's memory"""
+    neighbours: Any = None
+    """torch's name for those who hold the other parts; None stands for all processes"""
     _tales: list[str] = field(default_factory=list)
     """the keys of what was told so far"""
 
@@ -87,6 +92,15 @@ class Group:
     def leads(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def part(self) -> Part:
+        """The experts that this process holds."""
+        return Part(self.rank % self.parts, self.parts)
+
+    def holders(self, nth: int) -> range:
+        """The processes that hold the nth part of the experts."""
+        return range(nth, self.size, self.parts)
 
     def turns(self, micro_batches: int) -> list[bool]:
         """Whether each micro-batch of a step is this process's: they are dealt round by round, by shares."""
@@ -203,6 +217,14 @@ class Group:
             if one is not tensor:
                 tensor.copy_(one)
 
+    def swap(self, rows: Tensor, sent: list[int], came: list[int]) -> Tensor:
+        """Give so many rows to each neighbour that holds experts, in the order of their ranks. What comes from them."""
+        given = self._sent(rows)
+        room = given.new_empty(sum(came), *given.shape[1:])
+        with self._answered():
+            dist.all_to_all_single(room, given, came, sent, group=self.neighbours)
+        return room.to(rows.device)
+
     def call_off(self) -> None:
         """Let the others know that this process waits for rows no longer, and gets none."""
         if self.store is not None:
@@ -246,6 +268,9 @@ ALONE = Group()
 def opened(config: MachineConfig) -> Iterator[Group]:
     """The group that this process's environment speaks of. Raises UserError, as where the others do not come."""
     size = int(os.environ.get("WORLD_SIZE", 1))
+    parts = config.expert_processes
+    if size % parts:
+        raise UserError(f"machine.expert_processes: {parts} does not divide the number of processes, {size}; give 1")
     if size == 1:
         yield ALONE
         return
@@ -269,10 +294,11 @@ def opened(config: MachineConfig) -> Iterator[Group]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if direct else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
+        neighbours = _neighbours(rank, size, parts, timeout) if 1 < parts < size else None
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise Lost(f"the {size} processes do not find each other: {reason}") from None
-    group = Group(rank, size, local_rank, local_size, shares, config.patience, store, direct)
+    group = Group(rank, size, local_rank, local_size, shares, parts, config.patience, store, direct, neighbours)
     try:
         yield group
     except UserError as error:
@@ -281,6 +307,12 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _neighbours(rank: int, size: int, parts: int, timeout: timedelta) -> Any:
+    """Those who hold the experts together with this process; every process names all such groups."""
+    groups = [dist.new_group(range(first, first + parts), timeout=timeout) for first in range(0, size, parts)]
+    return groups[rank // parts]
 
 
 def _store(size: int, timeout: timedelta) -> Store:

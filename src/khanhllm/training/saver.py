@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from khanhllm import limits
 from khanhllm.errors import UserError
@@ -51,6 +51,7 @@ class Saver:
         state: dict[str, Any],
         must: bool,
         moments: checkpoint.Moments | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
         """Begin to save, and say what became of the save before.
 
@@ -58,7 +59,7 @@ class Saver:
         too often. Raises UserError if that fails.
         """
         self.report(patient=True)
-        self.begin(step, model, optimizer, state, moments)
+        self.begin(step, model, optimizer, state, moments, weights)
         deadline = time.monotonic() + PATIENCE
         while must or self.failures >= FAILURES - 1:
             try:
@@ -71,7 +72,7 @@ class Saver:
                 self.say(f"{fault}; make room there: this waits for it up to {PATIENCE / 60:.0f} minutes")
             while self._lacks_room() and time.monotonic() <= deadline:
                 time.sleep(1)
-            self.begin(step, model, optimizer, state, moments)
+            self.begin(step, model, optimizer, state, moments, weights)
 
     def report(self, patient: bool = False) -> None:
         """Say what became of the last save, once it is known. patient: wait for it."""
@@ -88,10 +89,11 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         moments: checkpoint.Moments | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
         """Take what is to be saved, now; see checkpoint.snapshot. Where there is no memory for a copy, this waits until
         it is written."""
-        whole = checkpoint.snapshot(step, model, optimizer, state, moments)
+        whole = checkpoint.snapshot(step, model, optimizer, state, moments, weights)
         self._size = whole.bytes
         copy = limits.memory().free > 1.5 * whole.bytes
         best = self.best([step, *map(checkpoint.step_of, checkpoint.steps(self.run))])

@@ -4,11 +4,11 @@ get micro-batches -> forward, loss + balance, backward (x accumulation) -> clip 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from khanhllm.machine.adapt import adapt, is_small
 from khanhllm.machine.devices import Machine, keep_freed_memory, out_of_memory
 from khanhllm.machine.group import Lost
 from khanhllm.machine.owners import Owners
-from khanhllm.model import Transformer, losses
+from khanhllm.model import Transformer, exchange, losses
 from khanhllm.model.counts import flops_per_token
+from khanhllm.model.exchange import Exchange, Part
 from khanhllm.model.router import Routing, move_biases, stack
 from khanhllm.optim import schedule
 from khanhllm.schema import Config
 from khanhllm.training.guard import Guard
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,39 @@ class Learner:
     optimizer: torch.optim.Optimizer
     flops_per_token: int
     owners: Owners
+    exchanges: tuple[Exchange, ...] = ()
+    """of each mixture layer, where its experts lie on several processes"""
 
     @classmethod
     def new(cls, config: Config, machine: Machine) -> "Learner":
         model = initial_model(config)
         keep_freed_memory(is_small(model))
-        kind = config.machine
+        kind, group, flops = config.machine, machine.group, flops_per_token(model)
+        exchanges = exchange.spread(model, group.part, group.swap) if group.parts > 1 else ()
         model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         optimizer = optim.build(model, config.optim, config.train.seed)
-        owners = Owners(model.parameters(), machine.group)
-        return cls(config, machine, model, optimizer, flops_per_token(model), owners)
+        parts = group.part.counts(model)
+        optim.refuse_torn_moments(optimizer, parts)
+        return cls(config, machine, model, optimizer, flops, Owners(model.parameters(), group, parts), exchanges)
+
+    @property
+    def part(self) -> Part:
+        """The experts that this process holds."""
+        return self.machine.group.part
+
+    def told(self, make: Callable[[], Result]) -> Result:
+        """As `Group.told`, for what calls the model: those that hold experts work along."""
+        group = self.machine.group
+        if self.exchanges and group.leads:
+            return group.told(lambda: exchange.lead(self.exchanges, make))
+        if self.exchanges and group.rank < group.parts:
+            with self.machine.autocast():
+                exchange.serve(self.exchanges)
+        return group.told(make)
 
     def restart(self) -> "State":
         """Bring back the weights that the run began with, without moments."""
-        self.model.load_state_dict(initial_model(self.config).state_dict())
+        self.model.load_state_dict(self.part.weights(initial_model(self.config).state_dict()))
         self.optimizer.state.clear()
         return self.start()
 
@@ -158,6 +180,9 @@ def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], floa
 def _all_or_none(machine: Machine) -> Iterator[None]:
     """Around what each process computes by itself: if memory ran out on one, or torch.compile failed, that is raised
     on all, so that all take the same step again."""
+    if machine.group.parts > 1:  # the others wait for tokens by now, and hear nothing else
+        yield
+        return
     fault = None
     try:
         yield
