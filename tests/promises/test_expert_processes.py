@@ -29,13 +29,14 @@ KINDS = {
     "current-load": {"loss": {"load": "current"}, "model": {"router_bias": True}, "checkpointing": "full"},
     "muon8bit": {"optim": {"name": "muon8bit"}, "model": {"dim": 64, "hidden": 128}},
     "classic": {"model": {"style": "classic"}, "train": {"document_mask": True}},
+    "compiled": {"compile": "on", "checkpointing": "full"},
     "adamw8bit-bf16": {"optim": {"name": "adamw8bit"}, "model": {"dim": 64, "hidden": 128}, "weights": "bf16"},
 }
 
 
 def of(kind, corpus, cache, apart=True, steps=20):
     settings = dict(KINDS[kind])
-    machine = {key: settings.pop(key) for key in ("checkpointing", "weights") if key in settings}
+    machine = {key: settings.pop(key) for key in ("checkpointing", "weights", "compile") if key in settings}
     train = {"steps": steps, "sample_every": 7} | settings.pop("train", {})
     return short(corpus, cache, 4, **settings, train=train, machine=machine | (APART["machine"] if apart else {}))
 
@@ -51,17 +52,18 @@ def near(run, other, tolerance=1e-3):
     ("size", "kinds"),
     [
         (2, ["muon", "current-load"]),
-        pytest.param(2, ["muon8bit", "classic", "adamw8bit-bf16"], marks=pytest.mark.slow),
-        pytest.param(4, KINDS, marks=pytest.mark.slow),
+        pytest.param(2, KINDS.keys() - {"muon", "current-load"}, marks=pytest.mark.slow),
+        pytest.param(4, ["muon", "current-load", "muon8bit"], marks=pytest.mark.slow),
     ],
     ids=["two", "two-others", "four"],
 )
 def test_a_run_is_that_of_one_process_but_for_rounding(size, kinds, corpus, cache, tmp_path):
     """Twice the same, it has the same bits. With four processes, two hold the same experts."""
     trainings = [(of(kind, corpus, cache), tmp_path / "apart" / kind, False, None) for kind in kinds]
-    trainings.append((of(kinds[0], corpus, cache), tmp_path / "again", False, None))
+    again = next(iter(kinds))
+    trainings.append((of(again, corpus, cache), tmp_path / "again", False, None))
     assert together(size, tmp_path / "x", *trainings) == ""
-    assert outcome(tmp_path / "again") == outcome(tmp_path / "apart" / kinds[0])
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "apart" / again)
     for kind in kinds:
         train(of(kind, corpus, cache, apart=False), tmp_path / "one" / kind)
         near(tmp_path / "apart" / kind, tmp_path / "one" / kind, 2e-2 if "bf16" in kind else 1e-3)
@@ -102,10 +104,3 @@ def test_out_of_memory_ends_the_run_and_says_how_to_go_on(corpus, cache, tmp_pat
     with pytest.raises(launch.Failed, match=says) as full:
         together(2, tmp_path / "x", (whole, tmp_path / "run", False, [1, 3, "memory"]))
     assert full.value.exit_code == 2
-
-
-def test_the_command_refuses_what_does_not_go_evenly(corpus, cache, tmp_path, capfd):
-    uneven = short(corpus, cache, 3, machine={"processes": 2, "expert_processes": 2})
-    with pytest.raises(launch.Failed):
-        train(uneven, tmp_path / "run")
-    assert "3 rows cannot give 2 processes equally many micro-batches" in capfd.readouterr().err

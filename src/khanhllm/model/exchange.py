@@ -137,19 +137,25 @@ class Exchange:
 
     def serve(self) -> bool:
         """Let the experts here answer the first process, while this one has no tokens. False if it said `end`."""
-        down = self.experts.down
-        came_PE = self._told(torch.zeros(self.part.of, len(down), dtype=torch.int64, device=down.device))
+        came_PE = self._told(self._pairs(0))
         if came_PE[0, 0] < 0:
             return False
         nothing, came = [0] * self.part.of, came_PE.sum(1).tolist()
-        rows = *in_one_type(down.new_empty(0, down.shape[2])), down.new_empty(0, dtype=torch.float32)
+        rows = *in_one_type(self._down.new_empty(0, self._down.shape[2])), torch.empty(0, device=self._down.device)
         x_MD, weight_M = (self.swap(tensor, nothing, came) for tensor in rows)
         self.swap(self._answer(x_MD, weight_M, came_PE), came, nothing)
         return True
 
     def end(self) -> None:
         """Say that no more pairs come."""
-        self._told(torch.full((self.part.of, len(self.experts.down)), -1, device=self.experts.down.device))
+        self._told(self._pairs(-1))
+
+    def _pairs(self, count: int) -> Tensor:
+        return torch.full((self.part.of, len(self._down)), count, device=self._down.device)
+
+    @property
+    def _down(self) -> Tensor:
+        return self.experts.down  # type: ignore[return-value]
 
 
 def spread(model: nn.Module, part: Part, swap: Swap, kind: type[Exchange] = Exchange) -> tuple[Exchange, ...]:
