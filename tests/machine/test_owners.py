@@ -18,12 +18,12 @@ def test_parameters_are_dealt_evenly_and_each_time_alike():
 
 
 def test_a_part_of_a_stack_belongs_to_one_of_those_that_hold_it():
-    stack, matrix = (torch.nn.Parameter(torch.zeros(size)) for size in (60, 50))
-    all_owners = [Owners([stack, matrix], Group(rank, 4, parts=2), {stack}) for rank in range(4)]
+    matrix, stack = (torch.nn.Parameter(torch.zeros(size)) for size in (70, 60))
+    all_owners = [Owners([matrix, stack], Group(rank, 4, parts=2), {stack}) for rank in range(4)]
     plans = [[(piece.holders, piece.owner) for piece in owners.pieces] for owners in all_owners]
     assert all(plan == plans[0] for plan in plans)
-    assert plans[0] == [(range(0, 4, 2), 0), (range(1, 4, 2), 1), (range(4), 2)]
-    assert [owners.mine for owners in all_owners] == [{stack}, {stack}, {matrix}, set()]
+    assert plans[0] == [(range(4), 0), (range(0, 4, 2), 2), (range(1, 4, 2), 1)]
+    assert [owners.mine for owners in all_owners] == [{matrix}, {stack}, {stack}, set()]
     assert [Group(rank, 4, parts=2).part for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
 
 

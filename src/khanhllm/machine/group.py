@@ -72,13 +72,13 @@ class Group:
     local_size: int = 1
     shares: tuple[int, ...] = (1,)
     """micro-batches of each process in one round"""
-    parts: int = 1
-    """of each layer's experts, one on each of so many neighbours"""
     patience: float = 600.0
     """seconds"""
     store: Store | None = None
     direct: bool = False
     """whether tensors go from card to card; if not, through the host's memory"""
+    parts: int = 1
+    """of each layer's experts, one on each of so many neighbours"""
     neighbours: Any = None
     """torch's name for those who hold the other parts; None stands for all processes"""
     _tales: list[str] = field(default_factory=list)
@@ -298,7 +298,7 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise Lost(f"the {size} processes do not find each other: {reason}") from None
-    group = Group(rank, size, local_rank, local_size, shares, parts, config.patience, store, direct, neighbours)
+    group = Group(rank, size, local_rank, local_size, shares, config.patience, store, direct, parts, neighbours)
     try:
         yield group
     except UserError as error:
