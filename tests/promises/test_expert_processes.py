@@ -99,7 +99,7 @@ def test_a_checkpoint_does_not_know_where_experts_lay(corpus, cache, tmp_path, m
 def test_out_of_memory_ends_the_run_and_says_how_to_go_on(corpus, cache, tmp_path):
     """On one process, while the other waits for its tokens."""
     whole = short(corpus, cache, 4, train={"micro_batch": 2}, **APART)
-    says = r"wait for its tokens.*--train\.micro_batch 1 --train\.accumulation 8"
+    says = r"out of memory.*--resume --train\.micro_batch 1 --train\.accumulation 8"
     with pytest.raises(launch.Failed, match=says) as full:
         together(2, tmp_path / "x", (whole, tmp_path / "run", False, [1, 3, "memory"]))
     assert full.value.exit_code == 2

@@ -4,20 +4,22 @@ Every process has all weights. Once a step the gradients of a parameter are summ
 ranks. The owner alone keeps its moments and updates it, whole, and then gives it to the others. So each optimizer stays
 what it is, and with one micro-batch on each process a step has the bits that it has on one.
 
-Where experts lie on several processes (model/exchange.py), each process has one part of a stack of them. The owner of a
-part is one of those that hold it, and only they take part in what is said here of "all".
+Where experts lie on several processes (parted.py), each process has one part of a stack of them. The owner of a part is
+one of those that hold it, and only they take part in what is said here of "all".
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from khanhllm.machine.group import Group, Move
+from khanhllm.schema import TrainConfig
 
 LARGEST = 2**24
 """numbers whose gradients are under way at one time, as the owner keeps those of all processes until it adds them"""
+Result = TypeVar("Result")
 Shapes = Mapping[nn.Parameter, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
 
 
@@ -82,6 +84,11 @@ class Owners:
         torch.nn.utils.clip_grads_with_norm_(self.mine, longest, total)
         return total
 
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer update this process's parameters, and give them to all others."""
+        optimizer.step()
+        self.spread()
+
     def spread(self) -> None:
         """Give every process the parameters that their owners have updated."""
         if self.group.alone:
@@ -95,16 +102,16 @@ class Owners:
                 piece.parameter.data.copy_(came)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights of the whole model, on the first process; stacks of experts, gathered one by one, on the CPU."""
-        found, group = model.state_dict(), self.group
-        for name, parameter in model.named_parameters():
-            if group.part.cuts(name):
-                like, givers = torch.empty(parameter.shape, dtype=parameter.dtype), range(1, group.parts)
-                mine = parameter.detach().cpu() if group.rank < group.parts else like
-                arrived = group.move([Move(mine if giver == group.rank else like, giver, 0) for giver in givers])
-                if group.leads:
-                    found[name] = torch.cat([mine, *(part for part in arrived if part is not None)])
-        return found
+        """All weights by name, on the first process."""
+        return model.state_dict()
+
+    def led(self, make: Callable[[], Result]) -> Result:
+        """What `make` returns on the first process, which alone calls it and may ask the model; see `Group.told`."""
+        return self.group.told(make)
+
+    def final(self, error: RuntimeError, train: TrainConfig) -> Exception | None:
+        """What the run ends with if computing a gradient failed on this process; None if all can begin it again."""
+        return None
 
     def gathered(
         self, state: Mapping[Any, dict[str, Any]], shapes: Shapes, whole: Shapes | None = None

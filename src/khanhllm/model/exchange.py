@@ -10,7 +10,7 @@ compute what came as tokens with one expert each. The backward pass travels the 
 Nothing here knows how tensors travel: `Swap` is an argument.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple, TypeVar
 
@@ -170,7 +170,7 @@ def spread(model: nn.Module, part: Part, swap: Swap, kind: type[Exchange] = Exch
     return exchanges
 
 
-def lead(exchanges: tuple[Exchange, ...], make: Callable[[], Result]) -> Result:
+def lead(exchanges: Sequence[Exchange], make: Callable[[], Result]) -> Result:
     """What `make` returns, which calls the model on the first process alone, while the others `serve`."""
     try:
         return make()
@@ -179,7 +179,7 @@ def lead(exchanges: tuple[Exchange, ...], make: Callable[[], Result]) -> Result:
 
 
 @torch.no_grad()
-def serve(exchanges: tuple[Exchange, ...]) -> None:
+def serve(exchanges: Sequence[Exchange]) -> None:
     """Answer the first process, layer after layer, until it calls the model no more."""
     for exchange in cycle(exchanges):
         if not exchange.serve():

@@ -3,7 +3,6 @@
 import traceback
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -30,8 +29,8 @@ def recover(parts: Parts, state: State, row: dict[str, Any], stop: Stop, log: Lo
     changed, else go back. See guard.py."""
     loss, guard = row["loss"], state.guard
     believable = isfinite(loss) and isfinite(row["grad_norm"]) and guard.losses
-    read = partial(_loss_of_known_rows, parts, state, stop)
-    if not believable or not guard.text_changed(loss, parts.learner.told(read)):
+    owners = parts.learner.owners
+    if not believable or not guard.text_changed(loss, owners.led(lambda: _loss_of_known_rows(parts, state, stop))):
         return _return_to_checkpoint(parts, state, log, saver)
     log.say(
         f"step {state.step}: the text has changed, as earlier rows are read as well as before; "
@@ -92,6 +91,8 @@ def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
     Raises any other error again, and UserError if memory ran out with one row, or in the update.
     """
     learner = parts.learner
+    if end := learner.owners.final(error, learner.config.train):
+        raise end from None
     updating = learner.optimizer.param_groups[0]["step"] == state.step
     full = out_of_memory(error)
     if not full and (updating or not _compiler_failed(error, learner.machine)):
@@ -113,17 +114,12 @@ def _compiler_failed(error: RuntimeError, machine: Machine) -> bool:
 
 def _with_smaller_micro_batches(parts: Parts, state: State, updating: bool, log: Log) -> Parts:
     config, rows, machine = parts.config, parts.config.train.rows, parts.learner.machine
-    said = f"step {state.step + 1}: out of memory with a micro-batch of {rows}"
     if rows == 1 or updating:
         told = budget.advice(config, budget.here(machine))
-        raise UserError(f"{said}; {told}") from None
+        raise UserError(f"step {state.step + 1}: out of memory with a micro-batch of {rows}; {told}") from None
     smaller = budget.with_micro_batch(
         config, max(cut for cut in budget.micro_batch_sizes(config, 2**62) if cut <= rows // 2)
     )
-    if machine.group.parts > 1:
-        train = budget.shared_out(smaller, machine.group.size, evenly=True).train
-        keys = f"--train.micro_batch {train.micro_batch} --train.accumulation {train.accumulation}"
-        raise UserError(f"{said}, and the others wait for its tokens; to continue: --resume {keys}") from None
     write_config(smaller, parts.run)
     log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
     return replace(parts, learner=replace(parts.learner, config=smaller))

@@ -191,7 +191,7 @@ def validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
     """Score the first `tokens` tokens of the validation documents, always the same ones, and of those of the run that
     this one goes on from. None if a signal asks to stop: a resumed run then makes up for it, from the same weights. The
     first process does it for all."""
-    return parts.learner.told(lambda: _validate(parts, tokens, stop))
+    return parts.learner.owners.led(lambda: _validate(parts, tokens, stop))
 
 
 def _validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:

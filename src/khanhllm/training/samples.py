@@ -16,11 +16,11 @@ QUESTIONS = 3
 
 
 def write_samples(parts: Parts, step: int, log: Log) -> None:
-    """Write them into samples.txt and the log; one process does."""
-    parts.learner.told(lambda: _write(parts, step, log))
+    """Write them into samples.txt and the log; the first process does it."""
+    parts.learner.owners.led(lambda: _write_samples(parts, step, log))
 
 
-def _write(parts: Parts, step: int, log: Log) -> None:
+def _write_samples(parts: Parts, step: int, log: Log) -> None:
     written = _answers(parts) if parts.config.train.targets == "answers" else _text(parts, step)
     try:
         with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:

@@ -4,11 +4,11 @@ get micro-batches -> forward, loss + balance, backward (x accumulation) -> clip 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,14 @@ from khanhllm.machine.adapt import adapt, is_small
 from khanhllm.machine.devices import Machine, keep_freed_memory, out_of_memory
 from khanhllm.machine.group import Lost
 from khanhllm.machine.owners import Owners
+from khanhllm.machine.parted import Parted
 from khanhllm.model import Transformer, exchange, losses
 from khanhllm.model.counts import flops_per_token
-from khanhllm.model.exchange import Exchange, Part
+from khanhllm.model.exchange import Part
 from khanhllm.model.router import Routing, move_biases, stack
 from khanhllm.optim import schedule
 from khanhllm.schema import Config
 from khanhllm.training.guard import Guard
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class Learner:
     optimizer: torch.optim.Optimizer
     flops_per_token: int
     owners: Owners
-    exchanges: tuple[Exchange, ...] = ()
-    """of each mixture layer, where its experts lie on several processes"""
 
     @classmethod
     def new(cls, config: Config, machine: Machine) -> "Learner":
@@ -52,24 +49,14 @@ class Learner:
         exchanges = exchange.spread(model, group.part, group.swap) if group.parts > 1 else ()
         model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         optimizer = optim.build(model, config.optim, config.train.seed)
-        parts = group.part.counts(model)
-        optim.refuse_torn_moments(optimizer, parts)
-        return cls(config, machine, model, optimizer, flops, Owners(model.parameters(), group, parts), exchanges)
+        optim.refuse_torn_moments(optimizer, group.part.counts(model))
+        owners = Parted(model, machine, exchanges) if exchanges else Owners(model.parameters(), group)
+        return cls(config, machine, model, optimizer, flops, owners)
 
     @property
     def part(self) -> Part:
         """The experts that this process holds."""
         return self.machine.group.part
-
-    def told(self, make: Callable[[], Result]) -> Result:
-        """As `Group.told`, for what calls the model: those that hold experts work along."""
-        group = self.machine.group
-        if self.exchanges and group.leads:
-            return group.told(lambda: exchange.lead(self.exchanges, make))
-        if self.exchanges and group.rank < group.parts:
-            with self.machine.autocast():
-                exchange.serve(self.exchanges)
-        return group.told(make)
 
     def restart(self) -> "State":
         """Bring back the weights that the run began with, without moments."""
@@ -123,7 +110,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         return following, {"fault": ""} | _progress(config, following, counted)
     load_LE = load_for_balance(learner, state, micro_batches)
     sums: list[Tensor] = []
-    with _all_or_none(learner.machine):
+    with _all_or_none(learner):
         for batch in micro_batches:  # gradient accumulation: `.grad` adds up to the gradient of the step's loss
             rows, autocast = batch[:2], learner.machine.autocast()
             loss, nll, routing_L = losses.micro_batch_loss(
@@ -142,8 +129,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     if not fault:
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * factor, "step": state.step}
-        optimizer.step()
-        learner.owners.spread()
+        learner.owners.update(optimizer)
         if config.model.router_bias:
             move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
     optimizer.zero_grad(set_to_none=True)
@@ -177,16 +163,15 @@ def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], floa
 
 
 @contextmanager
-def _all_or_none(machine: Machine) -> Iterator[None]:
+def _all_or_none(learner: Learner) -> Iterator[None]:
     """Around what each process computes by itself: if memory ran out on one, or torch.compile failed, that is raised
     on all, so that all take the same step again."""
-    if machine.group.parts > 1:  # the others wait for tokens by now, and hear nothing else
-        yield
-        return
-    fault = None
+    fault, machine, owners = None, learner.machine, learner.owners
     try:
         yield
     except RuntimeError as error:
+        if end := owners.final(error, learner.config.train):
+            raise end from None
         fault = error
     full = isinstance(fault, RuntimeError) and out_of_memory(fault)
     faults = machine.group.exchange(full, fault is not None)
@@ -246,7 +231,7 @@ def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch])
     if learner.config.loss.load == "previous" or not state.load_LE.numel():
         return state.load_LE
     total_LE = torch.zeros_like(state.load_LE)
-    with _all_or_none(learner.machine), torch.no_grad(), learner.machine.autocast():
+    with _all_or_none(learner), torch.no_grad(), learner.machine.autocast():
         for batch in micro_batches:
             _, routings = learner.model.trunk(batch.inputs_BT, place_BT=batch.place_BT, padding_BT=batch.padding_BT)
             total_LE += stack(routings, like=total_LE).load_E
