@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from khanhllm.errors import UserError
 from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.owners import Owners, dealt
 from khanhllm.schema import MachineConfig
@@ -37,8 +38,11 @@ def test_each_micro_batch_of_a_step_is_one_process_s(shares, count):
 
 def test_alone_is_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    apart = MachineConfig(expert_processes=2)
     with opened(MachineConfig(processes=1)) as group:
         assert group is ALONE and not torch.distributed.is_initialized()
+    with pytest.raises(UserError, match="2 must divide the number of processes, 1 "), opened(apart):
+        pass
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = gradient = torch.full((3,), 4.0)
     owners = Owners([weight], ALONE)

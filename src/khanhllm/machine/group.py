@@ -270,7 +270,9 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     parts = config.expert_processes
     if size % parts:
-        raise UserError(f"machine.expert_processes: {parts} does not divide the number of processes, {size}; give 1")
+        raise UserError(
+            f"machine.expert_processes: {parts} must divide the number of processes, {size} (machine.processes)"
+        )
     if size == 1:
         yield ALONE
         return
