@@ -52,6 +52,9 @@ def test_any_text_survives_toml(text):
         ({"model": {"experts_per_token": 9}}, "exceeds experts"),
         ({"model": {"pattern": "DXM"}}, "model.pattern"),
         ({"optim": {"name": "sgd"}}, "adamw8bit"),
+        ({"machine": {"expert_processes": 3}}, "machine.expert_processes (3) must divide the experts of a layer (8)"),
+        ({"machine": {"expert_processes": 2}, "model": {"pattern": "DD"}}, "the experts of a layer (0)"),
+        ({"machine": {"expert_processes": 2, "shares": "2,1"}}, "leave shares empty"),
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(settings, says):

@@ -48,8 +48,8 @@ def explain(error: ValidationError, kind: type[BaseModel], names: Mapping[str, s
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1])[:60], known)}; known: {', '.join(known)}"
     same = [sentence(other) for other in error.errors() if _key(other["loc"]) == key]  # one for each type
     message = same[0] + "".join(f", or {text.removeprefix('must be ')}" for text in dict.fromkeys(same[1:]))
-    key, given = names.get(key, key), first["input"]
-    return f"{key}: {message}" + ("" if isinstance(given, Mapping | BaseModel) else f" (got {_shown(given)})")
+    place, given = f"{names.get(key, key)}: " if key else "", first["input"]  # none for what several keys say together
+    return place + message + ("" if isinstance(given, Mapping | BaseModel) else f" (got {_shown(given)})")
 
 
 def _key(loc: tuple[str | int, ...]) -> str:

@@ -312,6 +312,9 @@ class MachineConfig(Section):
     split: Literal["optimizer", "all"] = "optimizer"
     """what several processes divide among them: the optimizer's moments; or all, for what does not fit into one GPU:
     weights and gradients too, which are then sent in each micro-batch"""
+    expert_processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """neighbouring processes that share each mixture layer's experts, an equal part on each, and send each other the
+    tokens; for experts that do not fit into one card. 1 means that every process holds all"""
     patience: Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False)] = 600.0
     """time without an answer from another process until the run ends, with exit code 75 (seconds)"""
 
@@ -327,6 +330,10 @@ class MachineConfig(Section):
             raise ValueError("split = all needs equal shares: leave shares empty")
         if self.split == "all" and self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"split = all needs device = auto, cuda or cpu (got {self.device})")
+        if self.expert_processes > 1 and self.split == "all":
+            raise ValueError("split = all cuts experts too: with it, leave expert_processes at 1")
+        if self.expert_processes > 1 and self.shares:
+            raise ValueError("with expert_processes every process needs equally many micro-batches; leave shares empty")
         return self
 
 
@@ -366,6 +373,13 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     machine: MachineConfig = MachineConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _experts_are_shared_evenly(self) -> Self:
+        parts, experts = self.machine.expert_processes, self.model.experts if self.model.moe_layers else 0
+        if parts > 1 and (not experts or experts % parts):
+            raise ValueError(f"machine.expert_processes ({parts}) must divide the experts of a layer ({experts})")
+        return self
 
     @property
     def tokens_per_step(self) -> int:

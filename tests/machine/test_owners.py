@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from khanhllm.errors import UserError
 from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.owners import Apart, Owners, dealt
 from khanhllm.schema import MachineConfig
@@ -19,6 +20,16 @@ def test_parameters_are_dealt_evenly_and_each_time_alike():
     assert set(dealt([1, 1], 4)) == {0, 1}
 
 
+def test_a_part_of_a_stack_belongs_to_one_of_those_that_hold_it():
+    matrix, stack = (torch.nn.Parameter(torch.zeros(size)) for size in (70, 60))
+    all_owners = [Owners([matrix, stack], Group(rank, 4, parts=2), {stack}) for rank in range(4)]
+    plans = [[(piece.holders, piece.owner) for piece in owners.pieces] for owners in all_owners]
+    assert all(plan == plans[0] for plan in plans)
+    assert plans[0] == [(range(4), 0), (range(0, 4, 2), 2), (range(1, 4, 2), 1)]
+    assert [owners.mine for owners in all_owners] == [{matrix}, {stack}, {stack}, set()]
+    assert [Group(rank, 4, parts=2).part for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("shares", [(1,), (1, 1), (3, 1), (2, 1, 1)])
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_each_micro_batch_of_a_step_is_one_process_s(shares, count):
@@ -29,8 +40,11 @@ def test_each_micro_batch_of_a_step_is_one_process_s(shares, count):
 
 def test_alone_is_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    apart = MachineConfig(expert_processes=2)
     with opened(MachineConfig(processes=1)) as group:
         assert group is ALONE and not torch.distributed.is_initialized()
+    with pytest.raises(UserError, match="2 must divide the number of processes, 1 "), opened(apart):
+        pass
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = gradient = torch.full((3,), 4.0)
     owners = Owners([weight], ALONE)

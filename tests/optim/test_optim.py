@@ -3,6 +3,7 @@ import torch
 
 from conftest import build, tiny
 from khanhllm import optim
+from khanhllm.errors import UserError
 from khanhllm.schema import OptimConfig
 
 
@@ -42,6 +43,24 @@ def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():
         size[name], left[name] = optim.state_bytes(optimizer), loss.item()
     assert size["adamw8bit"] < 0.3 * size["adamw"]  # the small biases stay in fp32
     assert left["adamw8bit"] < 1.2 * left["adamw"] + 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
+def test_moments_of_parts_are_parts_of_moments(name):
+    whole, half = (build(tiny(experts=count, dim=64)) for count in (4, 2))
+    optimizer = optim.build(half, OptimConfig(name=name))
+    stacks = dict.fromkeys(half.blocks[1].feedforward.experts.parameters(), 2)
+    optim.refuse_torn_moments(optimizer, stacks)
+    foreseen = optim.state_shapes(optimizer, stacks)
+    wanted = optim.state_shapes(optim.build(whole, OptimConfig(name=name)))
+    names = [name for name, _ in half.named_parameters() if "router" not in name]
+    ours, theirs = dict(half.named_parameters()), dict(whole.named_parameters())
+    assert all(foreseen[ours[name]] == wanted[theirs[name]] for name in names)
+    if "8bit" in name:
+        small = build(tiny(experts=2, dim=32, expert_hidden=32))
+        torn = dict.fromkeys(small.blocks[1].feedforward.experts.parameters(), 2)
+        with pytest.raises(UserError, match="2 processes would hold 2,048 numbers of a stack each"):
+            optim.refuse_torn_moments(optim.build(small, OptimConfig(name=name)), torn)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])

@@ -30,6 +30,14 @@ def rows_per_step(config) -> int:
 CONFIG = resolve(tiny().model_dump(), {"train": {"micro_batch": 4, "accumulation": 6}})
 
 
+@pytest.mark.parametrize(("hands", "evenly", "size"), [(4, False, 4), (4, True, 3), (6, True, 4), (8, True, 3)])
+def test_each_process_gets_micro_batches_and_if_it_must_be_equally_many(hands, evenly, size):
+    shared = budget.shared_out(CONFIG, hands, evenly)
+    assert shared.train.micro_batch == size and rows_per_step(shared) == 24
+    with pytest.raises(UserError, match="24 rows cannot give 5 processes equally many"):
+        budget.shared_out(CONFIG, 5, evenly=True)
+
+
 def test_the_rows_of_a_step_stay_and_less_memory_means_smaller_pieces():
     none = BIG.total(budget.with_micro_batch(CONFIG, 24, "none"))
     chosen = [budget.fit_micro_batch(CONFIG, hardware(none * share)) for share in (1, 0.9, 0.6)]

@@ -47,6 +47,15 @@ def test_weights_gradients_and_state_are_exact(settings):
     assert foreseen.optimizer == optim.state_bytes(learner.optimizer)
 
 
+def test_a_process_with_a_part_of_the_experts_holds_less():
+    config = resolve(tiny().model_dump(), {"model": {"experts": 8}, "train": {"accumulation": 2}})
+    apart = resolve(config.model_dump(), {"machine": {"expert_processes": 4}})
+    whole, part = (simulate_step(each, "fp32", "cpu") for each in (config, apart))
+    stacks = 3 * 8 * 32 * 32 * 4
+    assert whole.weights - part.weights == stacks * 3 // 4 == whole.gradients - part.gradients
+    assert part.peak < whole.peak
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_the_peak_of_a_backward_pass_is_that_of_real_tensors(style, checkpointing):

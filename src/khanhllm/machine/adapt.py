@@ -64,6 +64,8 @@ def adapt(
         # torch warns when it runs a model uncompiled after too many in one process; users need not know
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
         for block in model.blocks:  # blocks of one kind share compiled code
+            if isinstance(block.feedforward, MoE) and machine.group.parts > 1:  # how many tokens come is never the same
+                block.feedforward.answer = torch.compiler.disable(block.feedforward.answer)  # type: ignore[method-assign]
             compiled = torch.compile(block.forward, dynamic=False)
             block.forward = _only_with_gradients(compiled, block.forward)
     return model

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from khanhllm.errors import UserError
+from khanhllm.model.exchange import Part
 from khanhllm.schema import MachineConfig
 
 STORE = "KHANHLLM_STORE"
@@ -79,6 +80,10 @@ class Group:
     store: Store | None = None
     direct: bool = False
     """whether tensors go from card to card; if not, through the host's memory"""
+    parts: int = 1
+    """of each layer's experts, one on each of so many neighbours"""
+    neighbours: Any = None
+    """torch's name for those who hold the other parts; None stands for all processes"""
     _tales: list[str] = field(default_factory=list)
     """the keys of what was told so far"""
 
@@ -90,6 +95,15 @@ class Group:
     def leads(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def part(self) -> Part:
+        """The experts that this process holds."""
+        return Part(self.rank % self.parts, self.parts)
+
+    def holders(self, nth: int) -> range:
+        """The processes that hold the nth part of the experts."""
+        return range(nth, self.size, self.parts)
 
     def turns(self, micro_batches: int) -> list[bool]:
         """Whether each micro-batch of a step is this process's: they are dealt round by round, by shares."""
@@ -208,14 +222,13 @@ class Group:
             if one is not tensor:
                 tensor.copy_(one)
 
-    def swap(self, tensor: Tensor, gives: Sequence[int], gets: Sequence[int]) -> Tensor:
-        """Give each process so many numbers of this flat tensor, in the order of the ranks. What all others give to
-        this one, in the same order, of which it knows how many there are."""
-        sent = self._sent(tensor)
-        arrived = sent.new_empty(sum(gets))
+    def swap(self, rows: Tensor, sent: list[int], came: list[int]) -> Tensor:
+        """Give so many rows to each neighbour that holds experts, in the order of their ranks. What comes from them."""
+        given = self._sent(rows)
+        room = given.new_empty(sum(came), *given.shape[1:])
         with self._answered():
-            dist.all_to_all_single(arrived, sent, list(gets), list(gives))
-        return arrived.to(tensor.device)
+            dist.all_to_all_single(room, given, came, sent, group=self.neighbours)
+        return room.to(rows.device)
 
     def unite(self, whole: Tensor, part: Tensor, later: bool = False) -> Any:
         """Fill the whole with the parts of all processes, in the order of the ranks. later: return what to wait for."""
@@ -269,6 +282,11 @@ ALONE = Group()
 def opened(config: MachineConfig) -> Iterator[Group]:
     """The group that this process's environment speaks of. Raises UserError, as where the others do not come."""
     size = int(os.environ.get("WORLD_SIZE", 1))
+    parts = config.expert_processes
+    if size % parts:
+        raise UserError(
+            f"machine.expert_processes: {parts} must divide the number of processes, {size} (machine.processes)"
+        )
     if size == 1:
         yield ALONE
         return
@@ -292,10 +310,11 @@ def opened(config: MachineConfig) -> Iterator[Group]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if direct else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
+        neighbours = _neighbours(rank, size, parts, timeout) if 1 < parts < size else None
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise Lost(f"the {size} processes do not find each other: {reason}") from None
-    group = Group(rank, size, local_rank, local_size, shares, config.patience, store, direct)
+    group = Group(rank, size, local_rank, local_size, shares, config.patience, store, direct, parts, neighbours)
     try:
         yield group
     except UserError as error:
@@ -304,6 +323,12 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _neighbours(rank: int, size: int, parts: int, timeout: timedelta) -> Any:
+    """Those who hold the experts together with this process; every process names all such groups."""
+    groups = [dist.new_group(range(first, first + parts), timeout=timeout) for first in range(0, size, parts)]
+    return groups[rank // parts]
 
 
 def _store(size: int, timeout: timedelta) -> Store:

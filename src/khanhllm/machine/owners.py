@@ -3,15 +3,19 @@
 Every process has all weights. Once a step the gradients of a parameter are summed on its *owner*, in the order of the
 ranks. The owner alone keeps its moments and updates it, whole, and then gives it to the others. So each optimizer stays
 what it is, and with one micro-batch on each process a step has the bits that it has on one.
+
+Where experts lie on several processes (parted.py), each process has one part of a stack of them. The owner of a part is
+one of those that hold it, and only they take part in what is said here of "all".
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from khanhllm.errors import UserError
+from khanhllm.machine.devices import out_of_memory
 from khanhllm.machine.group import Group, Move
 from khanhllm.schema import TrainConfig
 
@@ -27,40 +31,65 @@ class Apart(UserError):
     exit_code = 76
 
 
-class Owners:
-    """The owner of each parameter. A process alone owns all of them."""
+class Piece(NamedTuple):
+    """A parameter, or one part of a stack of experts."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], group: Group) -> None:
-        self.parameters, self.group = list(parameters), group
-        self.owner = dealt([parameter.numel() for parameter in self.parameters], group.size)
-        own = zip(self.parameters, self.owner, strict=True)
-        self.mine = {parameter for parameter, owner in own if owner == group.rank}
+    parameter: nn.Parameter
+    """on each process; of a stack, that has there the part which it holds, and all parts have one shape"""
+    holders: range
+    """the processes that have it"""
+    owner: int
+
+    def is_part(self, group: Group) -> bool:
+        """Whether others of the group hold other parts."""
+        return len(self.holders) < group.size
+
+    @property
+    def others(self) -> list[int]:
+        """The holders but the owner."""
+        return [rank for rank in self.holders if rank != self.owner]
+
+
+class Owners:
+    """The owner of each parameter, or of each part of one. A process alone owns all of them."""
+
+    waited_for = False
+    """whether the others need this process while they run the model"""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: Group, cut: Container[nn.Parameter] = ()) -> None:
+        self.group = group
+        everyone, parts = [range(group.size)], [group.holders(nth) for nth in range(group.parts)]
+        held = [(one, holders) for one in parameters for holders in (parts if one in cut else everyone)]
+        owners = dealt([one.numel() for one, _ in held], group.size, [holders for _, holders in held])
+        self.pieces = [Piece(*each, owner) for each, owner in zip(held, owners, strict=True)]
+        self.mine = {piece.parameter for piece in self.pieces if piece.owner == group.rank}
 
     def collect(self) -> None:
         """Sum each parameter's gradients on its owner; they disappear elsewhere."""
+        rank = self.group.rank
         if self.group.alone:
             return
-        ranks = range(self.group.size)
         for bucket in self._buckets():
-            for parameter, _ in bucket:
+            for parameter in (piece.parameter for piece in bucket if rank in piece.holders):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
-            grads: list[Any] = [(parameter.grad, owner) for parameter, owner in bucket]
-            moves = [Move(grad, rank, owner) for grad, owner in grads for rank in ranks if rank != owner]
+            grads: list[Any] = [(piece.parameter.grad, piece) for piece in bucket]
+            moves = [Move(grad, giver, piece.owner) for grad, piece in grads for giver in piece.others]
             arrived = iter(self.group.move(moves))
-            for parameter, owner in bucket:
-                parts: list[Any] = [parameter.grad if rank == owner else next(arrived) for rank in ranks]
-                parameter.grad = _added(parts) if parameter in self.mine else None
+            for parameter, holders, owner in bucket:
+                parts: list[Any] = [parameter.grad if giver == owner else next(arrived) for giver in holders]
+                if rank in holders:
+                    parameter.grad = _added(parts) if owner == rank else None
 
     def clip(self, longest: float) -> Tensor:
         """Scale the collected gradients so that all of them together are no longer than this, and return how long they
         were."""
         if self.group.alone:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, longest)
-        norms_P = torch.zeros(len(self.parameters), device=self.parameters[0].device)
-        own = [nth for nth, parameter in enumerate(self.parameters) if parameter in self.mine]
+            return torch.nn.utils.clip_grad_norm_([piece.parameter for piece in self.pieces], longest)
+        norms_P = torch.zeros(len(self.pieces), device=self.pieces[0].parameter.device)
+        own = [nth for nth, piece in enumerate(self.pieces) if piece.owner == self.group.rank]
         if own:
-            norms = torch._foreach_norm([self.parameters[nth].grad for nth in own])  # type: ignore[misc]
+            norms = torch._foreach_norm([self.pieces[nth].parameter.grad for nth in own])  # type: ignore[misc]
             norms_P[own] = torch.stack(norms).float()
         total = torch.linalg.vector_norm(*self.group.sum(norms_P))  # as torch does it
         torch.nn.utils.clip_grads_with_norm_(self.mine, longest, total)
@@ -73,8 +102,15 @@ class Owners:
 
     def spread(self) -> None:
         """Give every process the parameters that their owners have updated."""
-        if not self.group.alone:
-            self.group.spread([parameter.data for parameter in self.parameters], self.owner)
+        if self.group.alone:
+            return
+        whole, parts = ([piece for piece in self.pieces if piece.is_part(self.group) is kind] for kind in (False, True))
+        self.group.spread([piece.parameter.data for piece in whole], [piece.owner for piece in whole])
+        takers = [(piece, taker) for piece in parts for taker in piece.others]
+        arrived = self.group.move([Move(piece.parameter.data, piece.owner, taker) for piece, taker in takers])
+        for (piece, _), came in zip(takers, arrived, strict=True):
+            if came is not None:
+                piece.parameter.data.copy_(came)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise Apart unless these have the same bits on all processes, as far as the sums of their bits tell. It reads
@@ -105,54 +141,70 @@ class Owners:
         return self.group.told(make)
 
     def final(self, error: RuntimeError, train: TrainConfig) -> Exception | None:
-        """What the run ends with if computing a gradient failed on this process; None if all can begin it again."""
-        return None
+        """What the run ends with if computing a gradient failed on this process; None if all can begin it again. They
+        cannot where the others wait inside the model for this process's part of it."""
+        if not self.waited_for:
+            return None
+        first = str(error).strip().partition("\n")[0][:200]
+        if out_of_memory(error):
+            rows = train.rows
+            fewer = next((part for part in range(rows // 2, 0, -1) if rows % part == 0), 0)
+            cut = f"--train.micro_batch {fewer} --train.accumulation {train.rows_per_step // fewer}" if fewer else ""
+            way = cut or "--machine.checkpointing full"
+            return UserError(f"out of memory with a micro-batch of {rows}; go on with --resume {way}")
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            return UserError(f"torch.compile does not work here: {first}; take --machine.compile off")
+        return error
 
-    def gathered(self, state: Mapping[Any, dict[str, Any]], shapes: Shapes) -> Mapping[Any, dict[str, Any]]:
-        """The optimizer's state of all parameters, on the first process; elsewhere it is not whole.
+    def gathered(
+        self, state: Mapping[Any, dict[str, Any]], shapes: Shapes, whole: Shapes | None = None
+    ) -> Mapping[Any, dict[str, Any]]:
+        """The optimizer's state of all parameters, on the first process; the others have nothing of it.
 
-        shapes: type and shape of each tensor in it.
+        shapes: type and shape of each tensor in it. whole: those that it has on a process alone.
         """
         if self.group.alone:
             return state
-        numbers = {
-            nth: {key: value for key, value in state[parameter].items() if not isinstance(value, Tensor)}
-            for nth, parameter in enumerate(self.parameters)
-            if parameter in self.mine and state.get(parameter)
-        }
+        pieces, rank, numbers = self.pieces, self.group.rank, {}
+        for nth, (parameter, _, owner) in enumerate(pieces):
+            if owner == rank and state.get(parameter):
+                kept = state[parameter].items()
+                numbers[nth] = {key: value for key, value in kept if not isinstance(value, Tensor)}
         known = {int(nth): values for part in self.group.heard(numbers) for nth, values in part.items()}
-        keys = [(nth, key, *shapes[self.parameters[nth]][key]) for nth in known for key in shapes[self.parameters[nth]]]
-        away = [entry for entry in keys if self.owner[entry[0]] != 0]
-        moves = [
-            Move(
-                state[self.parameters[nth]][key].cpu()
-                if self.parameters[nth] in self.mine
-                else torch.empty(shape, dtype=dtype),
-                self.owner[nth],
-                0,
-            )
-            for nth, key, dtype, shape in away
+        away = [
+            (nth, key, pieces[nth], *kind)
+            for nth in known
+            if pieces[nth].owner != 0
+            for key, kind in shapes[pieces[nth].parameter].items()
         ]
-        arrived = self.group.move(moves)
-        for (nth, key, *_), tensor in zip(away, arrived, strict=True):
+        moves = [
+            Move(state[p.parameter][key].cpu() if p.owner == rank else torch.empty(shape, dtype=dtype), p.owner, 0)
+            for _, key, p, dtype, shape in away
+        ]
+        for (nth, key, *_), tensor in zip(away, self.group.move(moves), strict=True):
             known[nth][key] = tensor
-        return {p: state[p] if p in self.mine else known.get(nth, {}) for nth, p in enumerate(self.parameters)}
+        found: dict[nn.Parameter, list[dict[str, Any]]] = {}
+        for nth, (parameter, _, owner) in enumerate(pieces if self.group.leads else ()):
+            found.setdefault(parameter, []).append(state[parameter] if owner == 0 else known.get(nth, {}))
+        whole = whole or shapes
+        return {p: _joined(parts, shapes[p], whole[p]) if len(parts) > 1 else parts[0] for p, parts in found.items()}
 
-    def _buckets(self) -> Iterator[list[tuple[nn.Parameter, int]]]:
-        bucket: list[tuple[nn.Parameter, int]] = []
-        for pair in zip(self.parameters, self.owner, strict=True):
-            if bucket and sum(p.numel() for p, _ in bucket) + pair[0].numel() > LARGEST:
+    def _buckets(self) -> Iterator[list[Piece]]:
+        bucket: list[Piece] = []
+        for piece in self.pieces:
+            if bucket and sum(one.parameter.numel() for one in bucket) + piece.parameter.numel() > LARGEST:
                 yield bucket
                 bucket = []
-            bucket.append(pair)
+            bucket.append(piece)
         yield bucket
 
 
-def dealt(sizes: list[int], hands: int) -> list[int]:
-    """Whom each item goes to: from the largest on, whoever has least so far; of equals the first."""
+def dealt(sizes: list[int], hands: int, holders: Sequence[range] = ()) -> list[int]:
+    """Whom each item goes to: from the largest on, whoever has least so far; of equals the first. holders: for each
+    item, who may have it, if not all."""
     has, owner = [0] * hands, [0] * len(sizes)
     for nth in sorted(range(len(sizes)), key=lambda nth: -sizes[nth]):
-        owner[nth] = min(range(hands), key=has.__getitem__)
+        owner[nth] = min(holders[nth] if holders else range(hands), key=has.__getitem__)
         has[owner[nth]] += sizes[nth]
     return owner
 
@@ -170,3 +222,10 @@ def _added(parts: list[Tensor]) -> Tensor:
     for other in others:
         total += other
     return total
+
+
+def _joined(parts: list[dict[str, Any]], shapes: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept for a stack, made of what is kept for each of its parts."""
+    torn = {key for key, kind in shapes.items() if kind != whole[key]}
+    first, *_ = parts
+    return {key: torch.cat([part[key].cpu() for part in parts]) if key in torn else first[key] for key in first}

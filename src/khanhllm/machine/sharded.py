@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from khanhllm.errors import UserError
-from khanhllm.machine.devices import Machine, out_of_memory
+from khanhllm.machine.devices import Machine
 from khanhllm.machine.group import Group
 from khanhllm.machine.owners import LARGEST, Owners, Shapes
 from khanhllm.machine.precision import ROUNDED
 from khanhllm.model import Transformer
 from khanhllm.model.roles import role
-from khanhllm.schema import TrainConfig
 
 DONE = -1
 Bucket = list[tuple[nn.Parameter, int]]
@@ -41,12 +39,14 @@ class Sharded(Owners):
     The optimizer's parameters are stand-ins: whole while their owner updates them, else of that shape but no memory.
     """
 
+    waited_for = True
+
     def __init__(self, model: Transformer, machine: Machine) -> None:
         """Cut the model, which lies whole in the host's memory. One part of it after the other passes the card."""
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")  # which nobody writes into
         named = dict(model.named_parameters())
         super().__init__(named.values(), machine.group)
-        self.pairs = list(zip(self.parameters, self.owner, strict=True))
+        self.pairs = [(piece.parameter, piece.owner) for piece in self.pieces]
         self.model, self.mesh = model, self.group.mesh()
         self.parts = model.parts()
         self.gathers = [_Gather(self.group, nth) for nth in range(len(self.parts))]
@@ -126,9 +126,11 @@ class Sharded(Owners):
         """The optimizer's parameters, by the names that they have in the model."""
         return ((name, pair[0]) for (name, _), pair in zip(model.named_parameters(), self.pairs, strict=True))
 
-    def gathered(self, state: Mapping[Any, dict[str, Any]], shapes: Shapes) -> Mapping[Any, dict[str, Any]]:
+    def gathered(
+        self, state: Mapping[Any, dict[str, Any]], shapes: Shapes, whole: Shapes | None = None
+    ) -> Mapping[Any, dict[str, Any]]:
         """The same as that of owners, by the model's parameters."""
-        found = super().gathered(state, shapes)
+        found = super().gathered(state, shapes, whole)
         return {self.shard.get(parameter, parameter): moments for parameter, moments in found.items()}
 
     def led(self, make: Callable[[], Result]) -> Result:
@@ -148,19 +150,6 @@ class Sharded(Owners):
             part.unshard()  # type: ignore[operator]
             part.reshard()  # type: ignore[operator]
         return self.group.told(make)
-
-    def final(self, error: RuntimeError, train: TrainConfig) -> Exception:
-        """The others wait for this one's shards, so none can begin again."""
-        first = str(error).strip().partition("\n")[0][:200]
-        if out_of_memory(error):
-            rows = train.rows
-            fewer = next((part for part in range(rows // 2, 0, -1) if rows % part == 0), 0)
-            cut = f"--train.micro_batch {fewer} --train.accumulation {train.rows_per_step // fewer}" if fewer else ""
-            way = cut or "--machine.checkpointing full"
-            return UserError(f"out of memory with a micro-batch of {rows}; go on with --resume {way}")
-        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            return UserError(f"torch.compile does not work here: {first}; take --machine.compile off")
-        return error
 
     def _cut_buckets(self) -> Iterator[Bucket]:
         """Parameters in shards and their owners, bucket by bucket; in each by owner."""

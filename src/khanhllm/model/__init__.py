@@ -1,5 +1,5 @@
 """The model, in the order a learner reads it: rope, cache, attention, feedforward, router, experts, moe, block, head,
-embedding, transformer.
+embedding, transformer. `exchange` is for experts that lie on several processes.
 
 Shapes stand in the names of tensors, one letter per axis:
 
@@ -8,6 +8,7 @@ Shapes stand in the names of tensors, one letter per axis:
     F  inner width of a feed-forward
     E  experts                      K  experts per token          N  token-expert pairs, N = T x K
     V  vocabulary                   L  mixture layers
+    P  processes with experts       M  pairs that come to those of one process
 
 `x_BTD` is therefore (rows, positions, features). Nothing in this folder knows devices, ranks or optimizers.
 """

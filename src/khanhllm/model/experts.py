@@ -145,7 +145,7 @@ class _Mixture(torch.autograd.Function):
         bias_EF: Tensor | None,
         *ups: Tensor,
     ) -> Tensor:
-        weight_N = _sorted(weight_TK, inverse_TK).unsqueeze(1)
+        weight_N = in_sorted_order(weight_TK, inverse_TK).unsqueeze(1)
         x_ND = x_TD.index_select(0, token_N)
         inputs = [backend.grouped_mm(x_ND, up, end_E) for up in ups]
         if bias_EF is not None:
@@ -153,7 +153,7 @@ class _Mixture(torch.autograd.Function):
         answer_ND = backend.grouped_mm(activation.value(*inputs).mul_(weight_N), down, end_E)
         ctx.backend, ctx.activation, ctx.has_bias = backend, activation, bias_EF is not None
         ctx.save_for_backward(x_TD, weight_N, token_N, inverse_TK, end_E, down, *ups, *inputs)
-        return _gathered_sum(answer_ND, inverse_TK)
+        return gathered_sum(answer_ND, inverse_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -176,17 +176,17 @@ class _Mixture(torch.autograd.Function):
         x_grad_ND, *more = (ctx.backend.grouped_mm(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
         for part in more:
             x_grad_ND.add_(part)
-        x_grad_TD = _gathered_sum(x_grad_ND, inverse_TK)
+        x_grad_TD = gathered_sum(x_grad_ND, inverse_TK)
         return None, None, x_grad_TD, weight_grad_TK, None, None, None, down_grad, bias_grad, *up_grads
 
 
-def _sorted(weight_TK: Tensor, inverse_TK: Tensor) -> Tensor:
+def in_sorted_order(weight_TK: Tensor, inverse_TK: Tensor) -> Tensor:
     """The weight of each pair, in sorted order: (N,)."""
     weight_N = weight_TK.flatten()
     return torch.empty_like(weight_N).scatter_(0, inverse_TK.flatten(), weight_N)
 
 
-def _gathered_sum(x_ND: Tensor, inverse_TK: Tensor) -> Tensor:
+def gathered_sum(x_ND: Tensor, inverse_TK: Tensor) -> Tensor:
     """Row t is the sum of the rows inverse_TK[t]."""
     return F.embedding_bag(inverse_TK, x_ND, mode="sum")
 
@@ -209,7 +209,7 @@ class GeluExperts(nn.Module):
         self.backend = LOOP
 
     def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
-        x_TD, up, up_bias, down, down_bias = _in_one_type(x_TD, self.up, self.up_bias, self.down, self.down_bias)
+        x_TD, up, up_bias, down, down_bias = in_one_type(x_TD, self.up, self.up_bias, self.down, self.down_bias)
         where = dispatch(choice.expert_TK, load_E)
         y_TD = _Mixture.apply(self.backend, GELU, x_TD, choice.weight_TK, *where, down, up_bias, up)
         none_TE = x_TD.new_zeros(len(x_TD), len(load_E))
@@ -227,7 +227,7 @@ class Relu2Experts(nn.Module):
         self.backend = LOOP
 
     def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
-        x_TD, up, down = _in_one_type(x_TD, self.up, self.down)
+        x_TD, up, down = in_one_type(x_TD, self.up, self.down)
         where = dispatch(choice.expert_TK, load_E)
         return _Mixture.apply(self.backend, RELU2, x_TD, choice.weight_TK, *where, down, None, up)  # type: ignore[no-any-return]
 
@@ -243,12 +243,12 @@ class SwiGLUExperts(nn.Module):
         self.backend = LOOP
 
     def forward(self, x_TD: Tensor, choice: Choice, load_E: Tensor) -> Tensor:
-        x_TD, gate, up, down = _in_one_type(x_TD, self.gate, self.up, self.down)
+        x_TD, gate, up, down = in_one_type(x_TD, self.gate, self.up, self.down)
         where = dispatch(choice.expert_TK, load_E)
         return _Mixture.apply(self.backend, SWIGLU, x_TD, choice.weight_TK, *where, down, None, gate, up)  # type: ignore[no-any-return]
 
 
-def _in_one_type(*tensors: Tensor) -> list[Tensor]:
+def in_one_type(*tensors: Tensor) -> list[Tensor]:
     """Cast as autocast would, which does not reach into our own autograd functions."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype

@@ -5,6 +5,9 @@ they take 2 bytes instead of 8, and the model learns as well. bitsandbytes does 
 """
 
 import logging
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from khanhllm.schema import OptimConfig
 
 SMALL = 4096
 """numbers in a parameter below which bitsandbytes keeps fp32 moments"""
+WHOLE: Mapping[nn.Parameter, int] = MappingProxyType({})
+"""no parameter is cut into parts"""
 
 
 Group = dict[str, Any]
@@ -88,29 +93,48 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def state_shapes(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer, parts: Mapping[nn.Parameter, int] = WHOLE
 ) -> dict[nn.Parameter, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Names, types and shapes of each parameter's moments after a step. The optimizer does not check loaded ones."""
+    """Names, types and shapes of each parameter's moments after a step. The optimizer does not check loaded ones.
+
+    parts: for some, of how many equal parts the parameter is one; the moments are then those of the whole.
+    """
     shapes = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            whole = (torch.float32, tuple(parameter.shape))
-            scales = (torch.float32, (-(-parameter.numel() // 256),))
+            shape = tuple(parameter.shape)
+            if parameter in parts:
+                shape = (shape[0] * parts[parameter], *shape[1:])
+            count = math.prod(shape)
+            whole = (torch.float32, shape)
+            scales = (torch.float32, (-(-count // 256),))
             eight_bit = "8bit" in type(optimizer).__name__
             if "newton_schulz" in group:
                 moments = {"momentum": whole}
                 if eight_bit:
-                    moments = {"momentum": (torch.uint8, tuple(parameter.shape)), "absmax": scales}
+                    moments = {"momentum": (torch.uint8, shape), "absmax": scales}
             elif eight_bit:
                 moments = {"state1": whole, "state2": whole}
-                if parameter.numel() >= SMALL:
-                    moments = dict.fromkeys(moments, (torch.uint8, tuple(parameter.shape)))
+                if count >= SMALL:
+                    moments = dict.fromkeys(moments, (torch.uint8, shape))
                     moments |= dict.fromkeys(("qmap1", "qmap2"), (torch.float32, (256,)))
                     moments |= dict.fromkeys(("absmax1", "absmax2"), scales)
             else:
                 moments = {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
             shapes[parameter] = moments
     return shapes
+
+
+def refuse_torn_moments(optimizer: torch.optim.Optimizer, parts: Mapping[nn.Parameter, int]) -> None:
+    """UserError if the moments of these parts would not be parts of the whole's moments: 256 numbers share a scale of
+    8 bits, and small parameters have none."""
+    for parameter, of in parts.items():
+        count = parameter.numel()
+        if "8bit" in type(optimizer).__name__ and (count % 256 or count < SMALL <= count * of):
+            raise UserError(
+                f"machine.expert_processes: {of} processes would hold {count:,} numbers of a stack each, but 8-bit "
+                f"moments need a multiple of 256, and {SMALL:,}; use fewer processes, or optim.name muon or adamw"
+            )
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:

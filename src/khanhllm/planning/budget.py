@@ -151,21 +151,20 @@ def micro_batch_sizes(config: Config, enough: int) -> list[int]:
 def shared_out(config: Config, hands: int, evenly: bool = False) -> Config:
     """The same step in at least so many micro-batches, as each process needs one; evenly many where that can be.
 
-    Raises UserError if it has too few rows, or if they must be evenly many and cannot.
+    Raises UserError if it has too few rows, or must come out `evenly` and cannot.
     """
     train = config.train
     if train.accumulation >= hands and not (evenly and train.accumulation % hands):
         return config
-    least = max(hands, train.accumulation)
-    cuts = [size for size in micro_batch_sizes(config, 2**62) if train.rows_per_step // size >= least]
+    smaller = [size for size in micro_batch_sizes(config, 2**62) if size <= train.rows]
+    cuts = [size for size in smaller if train.rows_per_step // size >= hands]
     if not cuts:
         raise UserError(f"a step of {train.rows_per_step} rows is too small for {hands} processes; {MORE_ROWS}")
-    if evenly and train.rows_per_step % hands:
-        raise UserError(
-            f"machine.split = all: a step of {train.rows_per_step} rows gives {hands} processes unequally many; "
-            f"take a train.accumulation that {hands} divides"
-        )
-    return with_micro_batch(config, next((size for size in cuts if train.rows_per_step // size % hands == 0), cuts[0]))
+    even = [size for size in cuts if train.rows_per_step // size % hands == 0]
+    if evenly and not even:
+        few = f"a step of {train.rows_per_step} rows cannot give {hands} processes equally many micro-batches"
+        raise UserError(f"{few}; take a train.accumulation that {hands} divides")
+    return with_micro_batch(config, (even or cuts)[0])
 
 
 def with_micro_batch(config: Config, rows: int, checkpointing: str | None = None) -> Config:

@@ -38,7 +38,9 @@ class OneOf(Hardware):
 
     def takes(self, config: Config, update: bool = True) -> SimulatedStep:
         """What one step takes on this card, which holds its part."""
-        step, way = super().takes(config, update), self.division(config, self.precision, self.cards)
+        way = self.division(config, self.precision, self.cards)
+        undivided = config.machine.model_copy(update={"split": "optimizer", "expert_processes": 1})
+        step = super().takes(config.model_copy(update={"machine": undivided}), update)
         part = {"weights": way.weights, "gradients": way.gradients, "optimizer": way.moments}
         held = {name: round(getattr(step, name) * share) for name, share in part.items()}
         computing = {name: round(size * part.get(name, 1)) for name, size in step.at_peak.items()}

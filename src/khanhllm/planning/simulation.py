@@ -28,6 +28,7 @@ from khanhllm.machine.adapt import adapt
 from khanhllm.machine.backends import BackendName
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer, losses
+from khanhllm.model.exchange import Exchange, Part, Way, spread
 from khanhllm.schema import Config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "work space")
@@ -69,6 +70,13 @@ class SimulatedStep:
     def peak(self) -> int:
         """Most memory in use at one time (bytes)."""
         return sum(self.at_peak.values())
+
+
+class EvenExchange(Exchange):
+    """As if as many tokens came from the other processes as go there."""
+
+    def shared_out(self, load_E: Tensor) -> tuple[Tensor, Way]:
+        return load_E.long().view(self.part.of, -1), Way(self.swap, [], [])
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -155,6 +163,8 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
     with fake:
         model = Transformer(shape, config.loss.chunk)
         kind = config.machine
+        if kind.expert_processes > 1:
+            spread(model, Part(0, kind.expert_processes), lambda rows, *_: rows.clone(), EvenExchange)
         model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients)
         ids_BT = torch.zeros(train.rows, shape.context + 1, dtype=torch.int64)
         load_LE = torch.zeros(len(shape.moe_layers), shape.experts)

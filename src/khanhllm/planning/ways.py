@@ -142,7 +142,8 @@ def by_experts(config: Config, precision: str, cards: int) -> Way:
     """Each card has some of the experts of every mixture. Rows travel to their experts and back, forward and backward;
     all else has owners, as have experts that several cards have."""
     shape, train = config.model, config.train
-    parts = math.gcd(cards, shape.experts)
+    wanted = config.machine.expert_processes
+    parts = wanted if wanted > 1 else math.gcd(cards, shape.experts)
     copies = cards // parts
     experts = [item for item in items(config) if item.expert]
     rest = [item for item in items(config) if not item.expert]
@@ -197,7 +198,8 @@ def _sum(known: Sequence[Item], kind: str) -> int:
 
 def chosen(config: Config, precision: str, cards: int) -> Way:
     """The way that a run takes."""
-    division = by_shards if config.machine.split == "all" else by_owners
+    kind = config.machine
+    division = by_shards if kind.split == "all" else by_experts if kind.expert_processes > 1 else by_owners
     return division(config, precision, cards)
 
 

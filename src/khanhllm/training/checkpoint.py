@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from khanhllm import optim
 from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read
+from khanhllm.model.exchange import WHOLE, Part
 from khanhllm.schema import Natural
 from khanhllm.training.guard import Guard
 from khanhllm.units import as_size
@@ -105,12 +107,10 @@ def snapshot(
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
 
 
-def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors of a checkpoint, known before the first step."""
-    moments = (kept for each in optim.state_shapes(optimizer).values() for kept in each.values())
-    return sum(tensor.nbytes for tensor in model.state_dict().values()) + sum(
-        math.prod(shape) * kind.itemsize for kind, shape in moments
-    )
+def size(model: nn.Module, optimizer: torch.optim.Optimizer, part: Part = WHOLE) -> int:
+    """Bytes of the tensors of a checkpoint, known before the first step. part: see `load_model`."""
+    moments = (kept for each in optim.state_shapes(optimizer, part.counts(model)).values() for kept in each.values())
+    return sum(math.prod(shape) * kind.itemsize for kind, shape in chain(part.shapes(model).values(), moments))
 
 
 def write(run: Path, whole: Snapshot) -> Path:
@@ -265,22 +265,22 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from None
 
 
-def _compare(path: Path, model: nn.Module) -> None:
+def _compare(path: Path, model: nn.Module, part: Part = WHOLE) -> None:
     """UserError if the tensors of a checkpoint are not those of the model, by name, shape and kind of number."""
-    saved, wanted = _tensor_shapes(path / "model.safetensors"), model.state_dict()
+    saved, wanted = _tensor_shapes(path / "model.safetensors"), part.shapes(model)
     for name in sorted(saved.keys() | wanted.keys()):
         ours, theirs = wanted.get(name), saved.get(name)
-        if ours is None or theirs is None or tuple(ours.shape) != theirs[1]:
-            has, needs = theirs and theirs[1], ours if ours is None else tuple(ours.shape)
+        if ours is None or theirs is None or ours[1] != theirs[1]:
+            has, needs = theirs and theirs[1], ours and ours[1]
             raise UserError(f"{path}: {name[:100]} is {has} in the checkpoint but {needs} in this model; {OTHER_MODEL}")
         if theirs[0] not in ("F32", "BF16"):
             raise UserError(f"{path}: {name} holds numbers of type {theirs[0]}, not fp32 or bf16")
 
 
-def load_model(path: Path, model: nn.Module) -> None:
-    """Copy the weights into `model`. UserError if its shapes are not those of the checkpoint."""
-    _compare(path, model)
-    model.load_state_dict(load_file(path / "model.safetensors"))
+def load_model(path: Path, model: nn.Module, part: Part = WHOLE) -> None:
+    """Copy the weights into `model`, which has a `part` of its experts. UserError if its shapes are others."""
+    _compare(path, model, part)
+    model.load_state_dict(part.weights(load_file(path / "model.safetensors")))
 
 
 def load_optimizer(
@@ -289,12 +289,13 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     numbers: dict[str, Any],
     mine: Container[nn.Parameter] | None = None,
+    part: Part = WHOLE,
     named: Iterable[tuple[str, nn.Parameter]] = (),
 ) -> None:
     """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
 
-    mine: the parameters that this process updates, if not all. The state of others is checked but not kept. named: all,
-    if the optimizer's are not the model's.
+    mine: the parameters that this process updates, if not all. The state of others is checked but not kept. part: see
+    `load_model`. named: all parameters, if the optimizer's are not the model's.
 
     UserError if it was written by another kind of optimizer, or is not what that keeps for this model.
     """
@@ -304,13 +305,14 @@ def load_optimizer(
     tensors = load_file(path / "optimizer.safetensors")
     if not tensors:  # saved before the first update
         return
-    wanted = optim.state_shapes(optimizer)
+    wanted, own = optim.state_shapes(optimizer, part.counts(model)), optim.state_shapes(optimizer)
     for name, parameter in named or model.named_parameters():
         kept = {key: tensors.pop(f"{name}/{key}") for key in wanted[parameter] if f"{name}/{key}" in tensors}
         if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in kept.items()} != wanted[parameter]:
             raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")
         if mine is None or parameter in mine:
-            here = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
+            cut = {key for key in kept if own[parameter][key] != wanted[parameter][key]}
+            here = {key: (part.slice(t) if key in cut else t).to(parameter.device) for key, t in kept.items()}
             optimizer.state[parameter] = numbers["state"].get(name, {}) | here
     if tensors:
         raise UserError(f"{path}: {min(tensors)[:100]} in optimizer.safetensors belongs to no parameter")

@@ -199,9 +199,10 @@ def restore(parts: Parts, path: Path) -> State:
         place = " (those made during a training depend on their files' place too)" if parts.is_belt else ""
         other = f"{path} was trained on other shards than those in {parts.train.folder}{place}"
         raise UserError(f"{other}; to train on other text, begin a new run (--run)")
-    checkpoint.load_model(path, learner.model)
-    model, optimizer, owners = learner.model, learner.optimizer, learner.owners
-    checkpoint.load_optimizer(path, model, optimizer, saved["optimizer"], owners.mine, owners.named(model))
+    model, optimizer, owners, part = learner.model, learner.optimizer, learner.owners, learner.part
+    checkpoint.load_model(path, model, part)
+    named = owners.named(model)
+    checkpoint.load_optimizer(path, model, optimizer, saved["optimizer"], owners.mine, part, named)
     start = learner.start()
     load_LE = torch.tensor([share for layer in saved["load"] for share in layer], device=learner.machine.device)
     if len(load_LE) != start.load_LE.numel():

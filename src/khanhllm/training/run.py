@@ -136,7 +136,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         tight = _room(parts, state) if group.leads else ""
         with (
             stop_signals() as stop,
-            Log.open(own, config, state.step, total_parameters(parts.learner.model), quiet=not group.leads) as log,
+            Log.open(own, config, state.step, total_parameters(paper), quiet=not group.leads) as log,
             Saver(own, config.train.keep, log.say, *([log.best] if config.train.keep_best else [])) as saver,
         ):
             stop.over_panel = log.terminal.live is not None
@@ -174,7 +174,8 @@ def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> 
     """The config with micro-batches that fit into this hardware, if that is given, and enough of them for all."""
     if hardware:
         config = budget.fit_micro_batch(config, hardware)
-    return budget.shared_out(config, sum(machine.group.shares), evenly=config.machine.split == "all")
+    even = config.machine.split == "all" or machine.group.parts > 1
+    return budget.shared_out(config, sum(machine.group.shares), evenly=even)
 
 
 def _last(config: Config, folder: Path, paper: nn.Module) -> str:
@@ -286,17 +287,19 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
     }
-    learner, optimizer = parts.learner, parts.learner.optimizer
-    moments = learner.owners.gathered(optimizer.state, optim.state_shapes(optimizer))
-    weights = learner.owners.weights(learner.model)
+    learner, model, optimizer = parts.learner, parts.learner.model, parts.learner.optimizer
+    shapes, whole = optim.state_shapes(optimizer), optim.state_shapes(optimizer, learner.part.counts(model))
+    moments, weights = learner.owners.gathered(optimizer.state, shapes, whole), learner.owners.weights(model)
     if learner.machine.group.leads:
-        saver.save(state.step, learner.model, optimizer, extra, must, moments, weights)
+        saver.save(state.step, model, optimizer, extra, must, moments, weights)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:
     config, learner = parts.config, parts.learner
-    model = learner.model
+    model, part = on_paper(config.model), learner.part
     yield f"model: {total_parameters(model):,} parameters, {active_parameters(model):,} at work on each token"
+    if part.of > 1:
+        yield f"each process holds {config.model.experts // part.of} of {config.model.experts} experts of a layer"
     yield f"machine: {learner.machine.describe()}; optimizer: {optim.describe(learner.optimizer)}"
     yield (
         f"data: {parts.train.describe()}; "
@@ -337,7 +340,7 @@ def _room(parts: Parts, state: State) -> str:
     left = A_LONG_RUN if train.seconds else train.steps - state.step
     saves = -(-left // train.save_every) if train.save_every else min(left, 1)
     kept = train.keep + train.keep_best
-    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer), kept, saves)
+    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer, learner.part), kept, saves)
 
 
 @contextmanager

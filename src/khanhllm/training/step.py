@@ -20,8 +20,10 @@ from khanhllm.machine.adapt import adapt, is_small
 from khanhllm.machine.devices import Machine, keep_freed_memory, out_of_memory
 from khanhllm.machine.group import Lost
 from khanhllm.machine.owners import Owners
-from khanhllm.model import Transformer, losses
+from khanhllm.machine.parted import Parted
+from khanhllm.model import Transformer, exchange, losses
 from khanhllm.model.counts import flops_per_token
+from khanhllm.model.exchange import Part
 from khanhllm.model.router import Routing, move_biases, stack
 from khanhllm.optim import schedule
 from khanhllm.schema import Config
@@ -43,19 +45,28 @@ class Learner:
     def new(cls, config: Config, machine: Machine) -> "Learner":
         model = initial_model(config)
         keep_freed_memory(is_small(model))
-        kind = config.machine
-        cut = kind.split == "all" and not machine.group.alone
+        kind, group, flops = config.machine, machine.group, flops_per_token(model)
+        cut = kind.split == "all" and not group.alone
+        exchanges = exchange.spread(model, group.part, group.swap) if group.parts > 1 else ()
+        model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients, move=not cut)
+        optimizer = optim.build(model, config.optim, config.train.seed)
+        optim.refuse_torn_moments(optimizer, group.part.counts(model))
         if cut:
             from khanhllm.machine.sharded import Sharded  # only here, as its import takes a second
-        model = adapt(model, machine, kind.checkpointing, kind.weights, kind.gradients, move=not cut)
-        flops = flops_per_token(model)
-        optimizer = optim.build(model, config.optim, config.train.seed)
-        owners = Sharded(model, machine) if cut else Owners(model.parameters(), machine.group)
+
+            owners: Owners = Sharded(model, machine)
+        else:
+            owners = Parted(model, machine, exchanges) if exchanges else Owners(model.parameters(), group)
         return cls(config, machine, model, optimizer, flops, owners)
+
+    @property
+    def part(self) -> Part:
+        """The experts that this process holds."""
+        return self.machine.group.part
 
     def restart(self) -> "State":
         """Bring back the weights that the run began with, without moments."""
-        self.model.load_state_dict(initial_model(self.config).state_dict())
+        self.model.load_state_dict(self.part.weights(initial_model(self.config).state_dict()))
         self.optimizer.state.clear()
         return self.start()
 
