@@ -22,7 +22,7 @@ KINDS = {name: kind for name, kind in OF_OWNERS.items() if not name.endswith("bf
     "classic": {"model": {"style": "classic"}},
     "tables": {"model": {"value_embedding": True, "pair_embedding": 50, "embedding_skip": True}},
 }
-SOME = ["muon", "adamw8bit", "current-load", "autocast"]
+SOME = ["muon", "autocast"]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,7 @@ def test_what_fails_on_one_process(corpus, cache, tmp_path, monkeypatch):
     assert 0.5 * whole_of_it < held < 0.55 * whole_of_it
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_one_that_is_gone(corpus, cache, tmp_path):
     whole = short(corpus, cache, 2, machine={"patience": 30.0})
     with pytest.raises(launch.Failed, match="process 1 of 2 was ended by SIGKILL; --resume") as failed:
