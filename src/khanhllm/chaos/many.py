@@ -111,7 +111,8 @@ def _forked(before: Callable[[], None], command: list[str], env: dict[str, str],
         finally:
             os._exit(code)
 
-    return subprocess.Popen(command, env=env, preexec_fn=be_it, **more)
+    # Python ignores SIGPIPE and SIGXFSZ, and Popen would undo that for a new program
+    return subprocess.Popen(command, env=env, preexec_fn=be_it, restore_signals=False, **more)
 
 
 def _meet(kind: str, numbers: Container[int]) -> None:
