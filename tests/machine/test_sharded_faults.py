@@ -21,13 +21,15 @@ FULL = torch.OutOfMemoryError("out of memory")
 def test_a_step_without_memory_cannot_be_taken_again_by_some(rows, way):
     train = TrainConfig(micro_batch=rows, accumulation=6)
     assert (
-        str(Sharded.final(None, FULL, train))
+        str(Sharded.final(Sharded, FULL, train))
         == f"out of memory with a micro-batch of {rows}; go on with --resume {way}"
     )
-    assert Owners.final(None, FULL, train) is None  # there all begin it again
+    assert Owners.final(Owners, FULL, train) is None  # there all begin it again
 
 
 def test_other_faults_end_it_as_they_are():
     unknown, compiler = RuntimeError("?"), torch._dynamo.exc.TorchDynamoException("no compiler\nfound")
-    assert Sharded.final(None, unknown, TrainConfig()) is unknown
-    assert str(Sharded.final(None, compiler, TrainConfig())).endswith("here: no compiler; take --machine.compile off")
+    assert Sharded.final(Sharded, unknown, TrainConfig()) is unknown
+    assert str(Sharded.final(Sharded, compiler, TrainConfig())).endswith(
+        "here: no compiler; take --machine.compile off"
+    )

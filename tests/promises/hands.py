@@ -34,7 +34,7 @@ from khanhllm.training import step
 from khanhllm.training.run import train
 
 HONEST = losses.micro_batch_loss
-HERE, BUILD, INITIAL, GATHERED = budget.here, optim.build, step.initial_model, group.Group._gathered
+HERE, INITIAL, GATHERED = budget.here, step.initial_model, group.Group._gathered
 
 
 def with_fault(rank: int, nths: int | list[int], kind: str, later: int = 0):
@@ -94,12 +94,12 @@ def prepare(job: int, folder: Path, rank: int, size: int, gradients: bool, room:
         os.environ[group.STORE] = str(Path(store).with_name(f"store-{job}"))
         group.OPENED = count()  # those that sat out have opened fewer
     devices._peak_resident = lambda: (rank + 1) * 10**9
-    optim.build, step.initial_model, budget.here, group.Group._gathered = BUILD, INITIAL, HERE, GATHERED
+    step.optim, step.initial_model, budget.here, group.Group._gathered = optim, INITIAL, HERE, GATHERED
     if room:
         budget.here = lambda machine: replace(HERE(machine), process=0, memory=room[rank])
     if gradients:
         folder.mkdir(exist_ok=True)
-        optim.build = lambda model, *_: write_gradients(model, folder)
+        step.optim = SimpleNamespace(**vars(optim) | {"build": lambda model, *_: write_gradients(model, folder)})
         step.initial_model = lambda config: INITIAL(config).double()
 
 

@@ -150,5 +150,5 @@ def test_each_process_needs_as_many_rows():
     even = budget.shared_out(step, 2, evenly=True).train
     assert (even.rows, even.accumulation) == (1, 6)
     assert budget.shared_out(step, 3, evenly=True) == budget.shared_out(step, 2) == step
-    with pytest.raises(UserError, match=r"6 rows gives 4 processes unequally many; take a train.accumulation that 4"):
+    with pytest.raises(UserError, match=r"4 processes equally many micro-batches; take a train\.accumulation that 4"):
         budget.shared_out(step, 4, evenly=True)
