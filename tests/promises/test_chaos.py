@@ -105,6 +105,18 @@ def test_the_command_prints_a_table(capsys, monkeypatch):
     assert cli.main(["chaos", "--only", "ghosts"]) == 2
 
 
+def test_ctrl_c_leaves_the_table_of_what_was_thrown(capsys, monkeypatch):
+    def kind(_arena, _chance):
+        yield ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "KINDS", {"first": (kind, 10), "second": (kind, 10)})
+    monkeypatch.setattr(run, "Arena", lambda _folder: SimpleNamespace(undisturbed=None))
+    assert run.run(0, 20, 0) == 0
+    said = capsys.readouterr().out
+    assert "first" in said and "second" not in said
+
+
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace writes down the order of system calls")
 def test_what_is_published_is_on_the_disk_before(arena):
     """A power cut may keep any of two writes that no fsync stands between; this is the order that it must find."""

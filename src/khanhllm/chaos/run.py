@@ -4,6 +4,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,18 +68,19 @@ def run(seed: int, faults: int, minutes: float, only: str = "", console: Console
     ):
         arena = Arena(Path(folder).resolve())
         arena.undisturbed  # noqa: B018
-        for name, (kind, share) in kinds.items():
-            number = _number(share, scale, arena)
-            tally = tallies[name] = Tally()
-            begun = time.monotonic()
-            for fault in islice(kind(arena, random.Random(f"{seed}/{name}")), number):
-                tally.faults += 1
-                tally.survived += not fault
-                tally.first = tally.first or fault
-                status.update(f"{name}: {tally.survived} of {tally.faults} survived, {number} to be thrown")
-                if time.monotonic() > deadline:
-                    break
-            tally.seconds = time.monotonic() - begun
+        with suppress(KeyboardInterrupt):  # the table then says what was thrown so far
+            for name, (kind, share) in kinds.items():
+                number = _number(share, scale, arena)
+                tally = tallies[name] = Tally()
+                begun = time.monotonic()
+                for fault in islice(kind(arena, random.Random(f"{seed}/{name}")), number):
+                    tally.faults += 1
+                    tally.survived += not fault
+                    tally.first = tally.first or fault
+                    status.update(f"{name}: {tally.survived} of {tally.faults} survived, {number} to be thrown")
+                    if time.monotonic() > deadline:
+                        break
+                tally.seconds = time.monotonic() - begun
     console.print(_table(tallies, seed))
     for name, tally in tallies.items():
         if tally.first:
