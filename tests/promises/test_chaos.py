@@ -5,11 +5,12 @@ import random
 import re
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
 from khanhllm import cli
-from khanhllm.chaos import belt, clients, many, numbers, saves, trainers
+from khanhllm.chaos import belt, clients, many, numbers, run, saves, trainers
 from khanhllm.chaos.arena import Arena
 from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
@@ -91,8 +92,6 @@ def test_a_server_that_grows_or_answers_otherwise_is_found_out(arena, monkeypatc
 
 
 def test_the_command_prints_a_table(capsys, monkeypatch):
-    from khanhllm.chaos import run
-
     monkeypatch.setattr(run, "KINDS", {"damage": (saves.flipped, 1), "numbers": (numbers.not_finite, 1)})
     assert cli.main(["chaos", "--seed", "3", "--faults", "10"]) == 0
     printed = capsys.readouterr().out
