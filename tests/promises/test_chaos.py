@@ -109,11 +109,11 @@ def test_ctrl_c_leaves_the_table_of_what_was_thrown(capsys, monkeypatch):
         yield ""
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "KINDS", {"first": (kind, 10), "second": (kind, 10)})
+    monkeypatch.setattr(run, "KINDS", {"kills": (kind, 10), "ghosts": (kind, 10)})
     monkeypatch.setattr(run, "Arena", lambda _folder: SimpleNamespace(undisturbed=None))
     assert run.run(0, 20, 0) == 0
     said = capsys.readouterr().out
-    assert "first" in said and "second" not in said
+    assert "kills" in said and "ghosts" not in said
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace writes down the order of system calls")
