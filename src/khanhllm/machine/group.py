@@ -34,6 +34,7 @@ from khanhllm.schema import MachineConfig
 
 STORE = "KHANHLLM_STORE"
 """names the file through which the processes that `launch` starts find each other"""
+LEFT_OVER = "unset WORLD_SIZE and RANK to train without torchrun, or start the processes with torchrun"
 CALLED_OFF = "called off"
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """the newer name, and that before torch 2.13"""
@@ -278,10 +279,22 @@ class Group:
 ALONE = Group()
 
 
+def environment(name: str, least: int = 0, most: int = 2**31, default: int | None = None) -> int:
+    """A whole number that torchrun or `launch` has set. Raises UserError for any other: often what a shell exports for
+    another program, or half of what is needed."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if text.isdecimal() and least <= int(text) <= most:
+        return int(text)
+    raise UserError(
+        f"the environment has {f'{name}={text[:60]!r}' if name in os.environ else f'no {name}'}, which must be a whole "
+        f"number from {least} to {most}; {LEFT_OVER}"
+    )
+
+
 @contextmanager
 def opened(config: MachineConfig) -> Iterator[Group]:
     """The group that this process's environment speaks of. Raises UserError, as where the others do not come."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = environment("WORLD_SIZE", 1, default=1)
     parts = config.expert_processes
     if size % parts:
         raise UserError(
@@ -290,8 +303,12 @@ def opened(config: MachineConfig) -> Iterator[Group]:
     if size == 1:
         yield ALONE
         return
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank = environment("RANK", most=size - 1)
+    local_rank = environment("LOCAL_RANK", most=size - 1, default=rank)
+    local_size = environment("LOCAL_WORLD_SIZE", 1, size, default=size)
+    for name in () if STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"the environment has WORLD_SIZE={size}, but no {name}; {LEFT_OVER}")
     shares = tuple(map(int, config.shares.split(","))) if config.shares else (1,) * size
     if len(shares) != size:
         raise UserError(f"machine.shares: {config.shares} is for {len(shares)} processes, but there are {size}")

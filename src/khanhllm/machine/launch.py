@@ -21,7 +21,7 @@ from types import FrameType
 from typing import IO
 
 from khanhllm.errors import UserError, in_a_line
-from khanhllm.machine.group import STORE
+from khanhllm.machine.group import STORE, environment
 from khanhllm.machine.signals import SIGNALS
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import to_toml
@@ -49,7 +49,7 @@ class Failed(UserError):
 
 def wanted(config: MachineConfig) -> bool:
     """Whether this process is to start others, instead of being one of them."""
-    return config.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return config.processes > 1 and environment("WORLD_SIZE", 1, default=1) == 1
 
 
 def train(config: Config, folder: Path, resume: bool) -> str:
