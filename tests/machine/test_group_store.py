@@ -1,8 +1,7 @@
 """What the first process tells all others through a store, how long they wait for it, and where the store is gone."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Condition
+from threading import Condition, Event
 
 import pytest
 
@@ -53,16 +52,23 @@ class Shared:
 
 def test_one_that_takes_its_time_is_waited_for_and_one_that_is_silent_is_lost():
     store = Shared()
-    groups = [Group(0, 2, store=store, patience=0.01), Group(1, 2, store=store, patience=30)]
+    first, other = (Group(rank, 2, store=store, patience=patience) for rank, patience in ((0, 0.01), (1, 20)))
+    over = Event()
 
     def make():
-        while store.waits < 5:
-            time.sleep(0.001)
-        return [store.waits]
+        while store.waits < 5 and not over.wait(0.001):
+            pass
+        return store.waits
+
+    def hear():
+        try:
+            return other.told(make)
+        finally:
+            over.set()
 
     with ThreadPoolExecutor(2) as pool:
-        first, other = pool.map(lambda group: group.told(make), groups)
-    assert first == other and first[0] >= 5
+        told, heard = pool.submit(first.told, make), pool.submit(hear)
+        assert told.result() == heard.result() >= 5
     with pytest.raises(Lost):
         Group(1, 2, store=Shared(), patience=0.01).told(make)
 

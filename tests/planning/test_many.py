@@ -147,8 +147,8 @@ def test_a_step_takes_as_long_as_the_card_that_has_most_micro_batches():
 def test_experts_apart_move_the_bytes_that_the_plan_says(size):
     """Where the others send what this one sends."""
     config = resolve(config_of().model_dump(), {"machine": {"expert_processes": 2}})
-    large, small = zip(*(counted(config, rank, size) for rank in range(size)), strict=True)
-    assert by_experts(config, "fp32", size).traffic.step == pytest.approx(max(large), rel=0.1)
+    most = max(counted(config, rank, size)[0] for rank in range(size))
+    assert by_experts(config, "fp32", size).traffic.step == pytest.approx(most, rel=0.1)
 
 
 def test_rows_travel_to_experts_and_back():
