@@ -151,6 +151,12 @@ def test_experts_apart_move_the_bytes_that_the_plan_says(size):
     assert by_experts(config, "fp32", size).traffic.step == pytest.approx(most, rel=0.1)
 
 
+def test_copies_of_experts_share_their_moments():
+    two, four = ({"machine": {"expert_processes": parts}} for parts in (2, 4))
+    ways_of = [by_experts(resolve(config_of().model_dump(), parts), "fp32", 4) for parts in (two, four)]
+    assert ways_of[0].moments == ways_of[1].moments and ways_of[0].weights > ways_of[1].weights
+
+
 def test_rows_travel_to_experts_and_back():
     config, shape = config_of(), tiny().model
     pairs = 2 * shape.context * shape.experts_per_token * len(shape.moe_layers)
