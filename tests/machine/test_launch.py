@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-from threading import Timer
+import time
+from contextlib import contextmanager
+from threading import Thread
 
 import pytest
 
@@ -79,29 +81,62 @@ def test_one_that_saves_is_given_its_time(run):
     assert run("time.sleep(0 if rank else 1.2); sys.exit(143)") == "SIGTERM"
 
 
-@pytest.mark.parametrize("others", ["time.sleep(9); sys.exit(1)", "os.kill(os.getpid(), 9)", "sys.exit(75)"])
-def test_what_others_do_once_the_first_has_saved_does_not_count(run, others):
+LATE = "time.sleep(9); open(os.environ['KHANHLLM_STORE'] + '-late', 'w')"
+
+
+@pytest.mark.parametrize("others", [LATE, "os.kill(os.getpid(), 9)", "sys.exit(75)"])
+def test_what_others_do_once_the_first_has_saved_does_not_count(run, tmp_path, others):
     assert run(f"if rank: {others}") == ""
     assert run(f"if rank: {others}\nsys.exit(143)") == "SIGTERM"
+    assert not (tmp_path / "store-late").exists()
+
+
+@contextmanager
+def sent(place, *names):
+    """Send these signals to this process once two others are ready."""
+
+    def send():
+        while len(list(place.glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        for name in names:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    before = [signal.getsignal(getattr(signal, name)) for name in names]
+    thread = Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
+    assert [signal.getsignal(getattr(signal, name)) for name in names] == before
+
+
+READY = "open(os.environ['KHANHLLM_STORE'].replace('store', f'ready-{rank}'), 'w'); time.sleep(60)"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signals_are_passed_on(run, tmp_path, name):
-    program = f"""
-signal.signal(signal.{name}, lambda *_: sys.exit(128 + signal.{name}))
-open(os.path.join({str(tmp_path)!r}, f'ready-{{rank}}'), 'w')
-time.sleep(60)
-"""
+    with sent(tmp_path, name):
+        assert run(f"signal.signal(signal.{name}, lambda *_: sys.exit(128 + signal.{name}))\n{READY}") == name
 
-    def send():
-        while len(list(tmp_path.glob("ready-*"))) < 2:
-            pass
-        os.kill(os.getpid(), getattr(signal, name))
 
-    timer = Timer(0, send)
-    timer.start()
-    assert run(program) == name
-    timer.join()
+def test_a_second_signal_ends_those_that_hear_none(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "AT_ONCE", 0.1)
+    with sent(tmp_path, "SIGINT", "SIGTERM"):
+        deaf = "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)"
+        assert run(f"{deaf}\n{READY.replace('60', '20')}") == "SIGINT"
+
+
+def test_a_signal_that_is_ignored_is_not_passed_on(run):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    program = "signal.signal(signal.SIGHUP, signal.SIG_DFL)\nos.kill(os.getppid(), signal.SIGHUP); time.sleep(0.5)"
+    try:
+        assert run(program) == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_each_has_a_session_and_an_input_of_its_own(run):
+    """Ctrl-C reaches the launcher alone, and the input ends with it."""
+    assert run("import stat\nassert os.getsid(0) == os.getpid() and stat.S_ISFIFO(os.fstat(0).st_mode)") == ""
 
 
 def test_processes_stop_when_the_launcher_is_gone():

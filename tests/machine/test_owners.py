@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from khanhllm.errors import UserError
+from khanhllm.machine import owners
 from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.owners import Apart, Owners, dealt
 from khanhllm.schema import MachineConfig
@@ -20,14 +21,38 @@ def test_parameters_are_dealt_evenly_and_each_time_alike():
     assert set(dealt([1, 1], 4)) == {0, 1}
 
 
+def test_buckets_hold_everything_once_and_no_more_than_fits(monkeypatch):
+    monkeypatch.setattr(owners, "LARGEST", 8)
+    sizes = [4, 4, 1, 20, 8, 1, 7]
+    held = [(torch.nn.Parameter(torch.zeros(size)), nth) for nth, size in enumerate(sizes)]
+    buckets = [*owners.in_buckets(held)]
+    assert [one for bucket in buckets for one in bucket] == held
+    assert [[sizes[nth] for _, nth in bucket] for bucket in buckets] == [[4, 4], [1], [20], [8], [1, 7]]
+
+
 def test_a_part_of_a_stack_belongs_to_one_of_those_that_hold_it():
     matrix, stack = (torch.nn.Parameter(torch.zeros(size)) for size in (70, 60))
     all_owners = [Owners([matrix, stack], Group(rank, 4, parts=2), {stack}) for rank in range(4)]
-    plans = [[(piece.holders, piece.owner) for piece in owners.pieces] for owners in all_owners]
+    plans = [[(piece.holders, piece.owner) for piece in one.pieces] for one in all_owners]
     assert all(plan == plans[0] for plan in plans)
     assert plans[0] == [(range(4), 0), (range(0, 4, 2), 2), (range(1, 4, 2), 1)]
-    assert [owners.mine for owners in all_owners] == [{matrix}, {stack}, {stack}, set()]
+    assert [one.mine for one in all_owners] == [{matrix}, {stack}, {stack}, set()]
     assert [Group(rank, 4, parts=2).part for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_sums_run_in_the_order_of_the_ranks(rank, monkeypatch):
+    """In fp32, 2^25 + 1 is 2^25: the 1 is lost in this order, and not in the other."""
+    parts = [torch.tensor([number]) for number in (1.0, 2.0**25, -(2.0**25))]
+    monkeypatch.setattr(Group, "_gathered", lambda *_: [part.clone() for part in parts])
+    monkeypatch.setattr(Group, "move", lambda _, moves: [parts[giver].clone() for _, giver, _ in moves])
+    group, weight = Group(rank, 3), torch.nn.Parameter(torch.zeros(1))
+    assert [*map(float, group.sum(torch.zeros(1)))] == [0.0]
+    own = Owners([weight], group)
+    own.pieces = [own.pieces[0]._replace(owner=rank)]
+    weight.grad = parts[rank].clone()
+    own.collect()
+    assert float(weight.grad) == 0
 
 
 @pytest.mark.parametrize("shares", [(1,), (1, 1), (3, 1), (2, 1, 1)])
@@ -47,10 +72,10 @@ def test_alone_is_nothing(monkeypatch):
         pass
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = gradient = torch.full((3,), 4.0)
-    owners = Owners([weight], ALONE)
-    owners.collect()
-    assert weight.grad is gradient and owners.mine == {weight}
-    assert owners.gathered(state := {weight: {"step": 1}}, {}) is state
+    own = Owners([weight], ALONE)
+    own.collect()
+    assert weight.grad is gradient and own.mine == {weight}
+    assert own.gathered(state := {weight: {"step": 1}}, {}) is state
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(3, 3), torch.ones(5, dtype=torch.bfloat16), torch.tensor(torch.nan)])

@@ -5,6 +5,7 @@ import os
 import time
 from threading import Event
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,15 +17,16 @@ from khanhllm.training.run import _slow_link
 
 
 class Both(Group):
-    """A group of two whose other process does at once what this one does."""
+    """A group of two whose other process does what this one does, in half the time."""
 
     given: int = 0
     """rounds"""
 
     def exchange(self, *numbers):
-        return [numbers] * 2
+        return [numbers, tuple(number / 2 for number in numbers)]
 
     def move(self, moves):
+        assert [(giver, taker) for _, giver, taker in moves] == [(0, 1), (1, 0)]
         return [None] * len(moves)
 
     def spread(self, tensors, givers):
@@ -46,9 +48,13 @@ def test_rounds_grow_until_one_is_long(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     class Slow(Both):
+        def move(self, moves):
+            clock[0] += moves[0].tensor.numel() / 100e6
+            return super().move(moves)
+
         def spread(self, tensors, givers):
             super().spread(tensors, givers)
-            clock[0] += 3.0 if self.given == 1 else tensors[0].numel() * 3 / 100e6
+            clock[0] += 3.0 if self.given == 1 else tensors[0].numel() / 100e6
 
     found = link_speed(machine(group := Slow(size=2)), moved=50_000_000)
     assert found.speed == pytest.approx(100e6) and found.seconds == pytest.approx(0.5)
@@ -89,6 +95,13 @@ def test_cards_that_do_not_answer_end_the_process_with_what_helps(monkeypatch, c
     link_speed(machine(Hangs(size=2, direct=True)), 1000)
     said = capsys.readouterr().err
     assert codes == [2] and "NCCL_P2P_DISABLE=1" in said and len(said.splitlines()) == 1
+
+
+def test_cards_that_answer_go_on(monkeypatch):
+    timer = Mock()
+    monkeypatch.setattr(probe, "Timer", lambda *_: timer)
+    assert link_speed(machine(Both(size=2, direct=True)), 1000).speed > 0
+    assert [name for name, *_ in timer.method_calls] == ["start", "cancel"]
 
 
 def test_processes_without_cards_have_the_patience_of_the_run(monkeypatch):

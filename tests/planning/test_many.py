@@ -11,6 +11,7 @@ from khanhllm import cli
 from khanhllm.data.batches import random_batches
 from khanhllm.errors import UserError
 from khanhllm.machine.group import Group
+from khanhllm.model.counts import on_paper
 from khanhllm.planning import assumed, budget, many, ways
 from khanhllm.planning.budget import Hardware
 from khanhllm.planning.simulation import simulate_step
@@ -53,6 +54,9 @@ class Counting(Group):
         pairs = zip(tensors, givers, strict=True)
         self.counted[0] += sum(tensor.nbytes for tensor, giver in pairs if giver != self.rank)
 
+    def swap(self, rows, sent, came):
+        return rows
+
     def exchange(self, *numbers):
         self.counted[1] += 8 * len(numbers) * (self.size - 1)
         return [numbers] * self.size
@@ -63,7 +67,7 @@ class Counting(Group):
 
 
 def counted(config, rank, size):
-    group = Counting(rank, size, shares=(1,) * size)
+    group = Counting(rank, size, shares=(1,) * size, parts=config.machine.expert_processes)
     object.__setattr__(group, "counted", [0, 0])
     precision = "bf16" if config.machine.weights == "bf16" else "fp32"
     learner = Learner.new(config, dataclasses.replace(plain_machine(), precision=precision, group=group))
@@ -108,6 +112,49 @@ def test_shards_move_the_weights_twice_and_gradients_once_a_micro_batch():
     assert by_shards(config_of(), "fp32", 2).traffic.micro_batch == (4 + 4 + 4) * numbers // 2
     assert by_shards(config_of(), "bf16", 2).traffic.micro_batch < (4 + 4 + 4) * numbers // 2
     assert by_owners(config_of(), "fp32", 2).traffic.micro_batch == 0
+
+
+def test_shards_go_to_their_owners_and_back_once_a_step():
+    """The half of its gradients and weights to each owner, and the half of what that has updated from it."""
+    kinds = [[item.numbers for item in ways.items(config_of()) if item.matrix is kind] for kind in (True, False)]
+    cut, whole = map(sum, kinds)
+    assert by_shards(config_of(), "fp32", 2).traffic.step == pytest.approx((8 + 4) * cut / 4 + 8 * whole, rel=1e-3)
+
+
+def test_what_a_card_needs_beside_its_part(monkeypatch):
+    """Of shards: the two largest parts of the model together, and the gradients of one. Of owners: what arrives."""
+    parts = [sum(p.numel() for p in part.parameters() if p.dim() > 1) for part in on_paper(tiny().model).parts()]
+    *_, second, largest = sorted(parts)
+    assert by_shards(config_of(), "fp32", 2).beside == pytest.approx(4 * (2 * largest + second), rel=0.01)
+    numbers = [item.numbers for item in ways.items(config_of())]
+    assert by_owners(config_of(), "fp32", 2).after == pytest.approx(4 * sum(numbers) / 2, rel=0.01)
+    monkeypatch.setattr(ways, "LARGEST", 1000)
+    assert by_owners(config_of(), "fp32", 3).after == 2 * 4 * max(numbers)
+
+
+def test_a_run_is_planned_in_the_way_that_it_takes():
+    machines = ({}, {"split": "all"}, {"expert_processes": 2})
+    found = [ways.chosen(resolve(config_of().model_dump(), {"machine": one}), "fp32", 4).name for one in machines]
+    assert found == ["owners (the default)", "machine.split all", "machine.expert_processes 2"]
+
+
+def test_a_step_takes_as_long_as_the_card_that_has_most_micro_batches():
+    row = many.row(config_of(accumulation=4), CARD, by_owners, 3, assumed.link("1 GB/s"))
+    assert (row.accumulation, row.turns) == (4, 2)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_experts_apart_move_the_bytes_that_the_plan_says(size):
+    """Where the others send what this one sends."""
+    config = resolve(config_of().model_dump(), {"machine": {"expert_processes": 2}})
+    most = max(counted(config, rank, size)[0] for rank in range(size))
+    assert by_experts(config, "fp32", size).traffic.step == pytest.approx(most, rel=0.1)
+
+
+def test_copies_of_experts_share_their_moments():
+    two, four = ({"machine": {"expert_processes": parts}} for parts in (2, 4))
+    ways_of = [by_experts(resolve(config_of().model_dump(), parts), "fp32", 4) for parts in (two, four)]
+    assert ways_of[0].moments == ways_of[1].moments and ways_of[0].weights > ways_of[1].weights
 
 
 def test_rows_travel_to_experts_and_back():

@@ -22,6 +22,8 @@ from khanhllm.schema import TrainConfig
 LARGEST = 2**24
 """numbers whose gradients are under way at one time, as the owner keeps those of all processes until it adds them"""
 Result = TypeVar("Result")
+Held = TypeVar("Held", bound=tuple[Any, ...])
+"""a parameter, and what belongs to it"""
 Shapes = Mapping[nn.Parameter, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
 
 
@@ -69,7 +71,7 @@ class Owners:
         rank = self.group.rank
         if self.group.alone:
             return
-        for bucket in self._buckets():
+        for bucket in in_buckets(self.pieces):
             for parameter in (piece.parameter for piece in bucket if rank in piece.holders):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
@@ -189,15 +191,6 @@ class Owners:
         whole = whole or shapes
         return {p: _joined(parts, shapes[p], whole[p]) if len(parts) > 1 else parts[0] for p, parts in found.items()}
 
-    def _buckets(self) -> Iterator[list[Piece]]:
-        bucket: list[Piece] = []
-        for piece in self.pieces:
-            if bucket and sum(one.parameter.numel() for one in bucket) + piece.parameter.numel() > LARGEST:
-                yield bucket
-                bucket = []
-            bucket.append(piece)
-        yield bucket
-
 
 def dealt(sizes: list[int], hands: int, holders: Sequence[range] = ()) -> list[int]:
     """Whom each item goes to: from the largest on, whoever has least so far; of equals the first. holders: for each
@@ -207,6 +200,17 @@ def dealt(sizes: list[int], hands: int, holders: Sequence[range] = ()) -> list[i
         owner[nth] = min(holders[nth] if holders else range(hands), key=has.__getitem__)
         has[owner[nth]] += sizes[nth]
     return owner
+
+
+def in_buckets(held: Iterable[Held]) -> Iterator[list[Held]]:
+    """The same in their order, at most `LARGEST` numbers of parameters at a time, or one parameter."""
+    bucket: list[Held] = []
+    for one in held:
+        if bucket and sum(parameter.numel() for parameter, *_ in [*bucket, one]) > LARGEST:
+            yield bucket
+            bucket = []
+        bucket.append(one)
+    yield bucket
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.group import Group
-from khanhllm.machine.owners import LARGEST, Owners, Shapes
+from khanhllm.machine.owners import Owners, Shapes, in_buckets
 from khanhllm.machine.precision import ROUNDED
 from khanhllm.model import Transformer
 from khanhllm.model.roles import role
@@ -153,14 +153,8 @@ class Sharded(Owners):
 
     def _cut_buckets(self) -> Iterator[Bucket]:
         """Parameters in shards and their owners, bucket by bucket; in each by owner."""
-        bucket: Bucket = []
-        for pair in self.pairs:
-            if pair[0] in self.shard:
-                if bucket and sum(p.numel() for p, _ in bucket) + pair[0].numel() > LARGEST:
-                    yield sorted(bucket, key=lambda pair: pair[1])
-                    bucket = []
-                bucket.append(pair)
-        yield sorted(bucket, key=lambda pair: pair[1])
+        for bucket in in_buckets(pair for pair in self.pairs if pair[0] in self.shard):
+            yield sorted(bucket, key=lambda pair: pair[1])
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """This process's rows of a parameter."""

@@ -1,0 +1,45 @@
+"""What several processes make of one config before they train."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import plain_machine, tiny
+from khanhllm.machine.group import Group
+from khanhllm.planning import ways
+from khanhllm.settings import resolve
+from khanhllm.training import run
+
+
+def several(size, **more):
+    return dataclasses.replace(plain_machine(), group=Group(0, size, **more))
+
+
+def of(accumulation, **machine):
+    train = {"micro_batch": 24 // accumulation, "accumulation": accumulation}
+    return resolve(tiny().model_dump(), {"train": train, "machine": machine})
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "machine", "group", "becomes"),
+    [
+        (6, {}, {}, 6),
+        (6, {"split": "all"}, {}, 8),
+        (6, {"expert_processes": 2}, {"parts": 2}, 8),
+        (4, {}, {"shares": (3, 1, 1, 1)}, 6),
+    ],
+)
+def test_a_step_is_cut_so_that_each_process_has_its_share(accumulation, machine, group, becomes):
+    group = {"shares": (1, 1, 1, 1)} | group
+    config = run._cut(of(accumulation, **machine), several(4, **group), None)
+    assert (config.train.accumulation, config.train.rows_per_step) == (becomes, 24)
+
+
+def test_the_link_is_asked_for_what_a_step_of_this_run_moves(monkeypatch):
+    monkeypatch.setattr(run, "link_speed", lambda machine, moved: moved)
+    config = of(4, expert_processes=2)
+    learner = SimpleNamespace(machine=several(2, shares=(3, 1), parts=2))
+    traffic = ways.by_experts(config, "fp32", 2).traffic
+    assert run._link(SimpleNamespace(config=config, learner=learner)) == traffic.step + 3 * traffic.micro_batch
+    assert run._link(SimpleNamespace(config=config, learner=SimpleNamespace(machine=plain_machine()))) is None
