@@ -13,13 +13,13 @@ demo: .venv/ready
 	$(BIN)/khanhllm demo
 
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 mutants: .venv/ready
 	$(BIN)/python scripts/mutants.py
 
 quick: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -15,6 +15,11 @@ from khanhllm.model.router import Choice, move_biases
 G = torch.Generator().manual_seed(5)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order():
+    G.manual_seed(5)
+
+
 def one_expert(experts, index, x):
     if isinstance(experts, GeluExperts):
         hidden = F.gelu(x @ experts.up[index] + experts.up_bias[index])
@@ -44,7 +49,7 @@ def test_mixture_is_the_weighted_sum_of_the_chosen_experts(style, backend):
             for t in range(len(flat))
         ]
     )
-    assert torch.allclose(y.flatten(0, 1), plain, atol=1e-5)
+    assert torch.allclose(y.flatten(0, 1), plain, atol=1e-6 * plain.abs().max().item())
     assert routing.load_E.sum() == 2 * len(flat)  # nothing dropped, nothing twice
     target = torch.randn(y.shape, generator=G, dtype=dtype)
     ours = torch.autograd.grad((y * target).sum(), [x, *mixture.parameters()], retain_graph=True)

@@ -30,8 +30,6 @@ from khanhllm.schema import DataConfig
 from khanhllm.settings import read_config, to_toml
 from khanhllm.training.run import train
 
-pytestmark = pytest.mark.xdist_group("laws")  # one worker alone makes `done`
-
 CUTS = {"alone": (1, ""), "uneven": (2, "3,1"), "three": (3, ""), "four": (4, "")}
 """processes, and their shares, of a step of six micro-batches"""
 ROOM = {"second": [3, 2], "first": [1, 3]}
