@@ -1,0 +1,154 @@
+"""Where does a mixture learn more than its dense twin of equal arithmetic, and how much more would the twin have to do?
+
+    python benchmarks/mixture.py learn DATA --out runs.jsonl [--cells NAME ...] [--steps 500 1000 2000] [--seeds 1]
+    python benchmarks/mixture.py speed --out runs.jsonl [--cells NAME ...]
+    python benchmarks/mixture.py table runs.jsonl
+
+`learn` trains mixture and twin of each cell for as many steps on the same rows, on one thread each, and appends a line
+for each run; runs that FILE already has are not repeated, so that it can be stopped at any time, and load does not
+matter. `speed` needs a quiet machine: it takes turns, a step of the one and a step of the other, and appends their
+times. `table` puts both together. *per step*: bits per byte of the mixture less those of its twin, after as many
+steps. *per second*: the same where the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*:
+how many times its own steps the twin would need for the mixture's bits per byte, read off the line through its budgets
+(bits per byte over the logarithm of steps); less than 1 where the twin is ahead.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from khanhllm.lab.candidates import Candidate
+from khanhllm.log.compare import read
+from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.model.twin import dense_twin
+from khanhllm.schema import Config
+from khanhllm.settings import preset, resolve
+from khanhllm.training.run import train
+
+ALL = {"pattern": "MMMM"}
+WIDE = ALL | {"hidden": 768, "expert_hidden": 384, "vocab_size": 2048}
+PLAIN = {"value_embedding": False, "pair_embedding": 0}
+CELLS: dict[str, dict[str, Any]] = {
+    "micro": {},
+    "micro, vocabulary 2048": {"vocab_size": 2048},
+    "mixtures only": ALL,
+    "mixtures only, vocabulary 2048": ALL | {"vocab_size": 2048},
+    "wide": WIDE,
+    "wide, vocabulary 512": WIDE | {"vocab_size": 512},
+    "wide, vocabulary 8192": WIDE | {"vocab_size": 8192},
+    "wide, no tables": WIDE | PLAIN,
+    "wide, 16 experts": WIDE | {"experts": 16},
+    "wide, 32 experts": WIDE | {"experts": 32},
+    "wide, 64 experts": WIDE | {"experts": 64},
+    "wide, 32 experts of a quarter": WIDE | {"experts": 32, "experts_per_token": 8, "expert_hidden": 96},
+    "wide, 32 experts, no tables": WIDE | PLAIN | {"experts": 32},
+    "narrow": WIDE | {"dim": 64, "heads": 2, "hidden": 512, "expert_hidden": 256},
+}
+"""what differs from the preset micro, under [model]"""
+MODELS = ("mixture", "twin")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["learn", "speed", "table"])
+    parser.add_argument("data", nargs="?", help="as for khanhllm train; of a table, the file")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS), metavar="NAME")
+    parser.add_argument("--steps", nargs="*", type=int, default=[500, 1000, 2000])
+    parser.add_argument("--seeds", type=int, default=1)
+    options = parser.parse_args()
+    if options.what == "table":
+        table([json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()])
+    elif options.what == "speed":
+        for cell in options.cells:
+            append(options.out, {"cell": cell, "what": "speed", **speed(cell)})
+    else:
+        learn(options)
+
+
+def config(cell: str, **given: Any) -> Config:
+    return resolve(preset("micro"), {"model": CELLS[cell]}, {"machine": {"device": "cpu", "threads": 1}}, given)
+
+
+def learn(options: argparse.Namespace) -> None:
+    lines = options.out.read_text("utf-8").splitlines() if options.out.exists() else []
+    known = {key(run) for run in map(json.loads, lines) if run["what"] == "learn"}
+    for steps, cell, seed, model in product(options.steps, options.cells, range(options.seeds), MODELS):
+        run = {"cell": cell, "what": "learn", "data": options.data, "model": model, "steps": steps, "seed": seed}
+        if key(run) not in known:
+            append(options.out, run | learned(run))
+
+
+def key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[part] for part in ("cell", "data", "model", "steps", "seed"))
+
+
+def learned(run: dict[str, Any]) -> dict[str, Any]:
+    """Train one model; its bits per byte on held-out documents."""
+    quiet = {"eval_every": 0, "save_every": 0, "sample_tokens": 0, "eval_tokens": 2**18}
+    given = config(
+        run["cell"],
+        data={"source": run["data"], "validation": 0.02},
+        train={"steps": run["steps"], "seed": run["seed"], **quiet},
+    )
+    if run["model"] == "twin":
+        given = given.model_copy(update={"model": dense_twin(given.model)})
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        train(given, Path(folder, "run"))
+        told = read(Path(folder, "run"))
+    return {
+        "parameters": total_parameters(on_paper(given.model)),
+        "active": active_parameters(on_paper(given.model)),
+        "bits_per_byte": float(told.bits[-1]),
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def speed(cell: str, turns: int = 25) -> dict[str, Any]:
+    """Seconds of a step of the mixture over those of its twin, step by step in turns."""
+    given = config(cell)
+    pair = [Candidate.enter(name, given) for name in ("ours", "dense twin")]
+    seconds = [[candidate.step() for candidate in pair] for _ in range(turns)][3:]
+    for candidate in pair:
+        candidate.leave()
+    over = statistics.quantiles([mixture / twin for mixture, twin in seconds], n=4)
+    return {"seconds": [statistics.median(its) for its in zip(*seconds, strict=True)], "time_over_twin": over}
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps(row), file=file)
+
+
+def table(runs: list[dict[str, Any]]) -> None:
+    times = {run["cell"]: run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
+    bits: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run["what"] == "learn":
+            bits[run["data"], run["cell"], run["steps"]][run["model"]].append(run["bits_per_byte"])
+    print("| text | cell | steps | twin | per step | time of a step | per second | multiplier |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (data, cell, steps), both in sorted(bits.items()):
+        if len(both) < len(MODELS):
+            continue
+        mixture, twin = (statistics.mean(both[model]) for model in MODELS)
+        line = [(math.log(n), statistics.mean(b["twin"])) for (d, c, n), b in bits.items() if (d, c) == (data, cell)]
+        told = ["?"] * 3
+        if len(line) > 1:
+            slope = statistics.linear_regression(*zip(*line, strict=True)).slope
+            told[2] = f"{math.exp((mixture - twin) / slope):.3f}"
+            if cell in times:
+                told[:2] = f"{times[cell]:.3f}", f"{mixture - twin - slope * math.log(times[cell]):+.4f}"
+        print(f"| {data} | {cell} | {steps} | {twin:.4f} | {mixture - twin:+.4f} | {' | '.join(told)} |")
+
+
+if __name__ == "__main__":
+    main()
