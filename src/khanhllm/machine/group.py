@@ -121,9 +121,7 @@ class Group:
         """The sum of each tensor over all processes, in the order of their ranks."""
         if self.alone:
             return list(tensors)
-        total, *others = self._gathered(torch.cat([tensor.flatten() for tensor in tensors]))
-        for other in others:
-            total += other
+        total = added(self._gathered(torch.cat([tensor.flatten() for tensor in tensors])))
         parts = total.to(tensors[0].device).split([tensor.numel() for tensor in tensors])
         return [part.view_as(like).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
 
@@ -277,6 +275,14 @@ class Group:
 
 
 ALONE = Group()
+
+
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """The sum from the first on, as gradients add up over micro-batches; it takes the first one's place."""
+    total, *others = parts
+    for other in others:
+        total += other
+    return total
 
 
 def environment(name: str, least: int = 0, most: int = 2**31, default: int | None = None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from khanhllm.errors import UserError
 from khanhllm.machine.devices import out_of_memory
-from khanhllm.machine.group import Group, Move
+from khanhllm.machine.group import Group, Move, added
 from khanhllm.schema import TrainConfig
 
 LARGEST = 2**24
@@ -81,7 +81,7 @@ class Owners:
             for parameter, holders, owner in bucket:
                 parts: list[Any] = [parameter.grad if giver == owner else next(arrived) for giver in holders]
                 if rank in holders:
-                    parameter.grad = _added(parts) if owner == rank else None
+                    parameter.grad = added(parts) if owner == rank else None
 
     def clip(self, longest: float) -> Tensor:
         """Scale the collected gradients so that all of them together are no longer than this, and return how long they
@@ -205,11 +205,14 @@ def dealt(sizes: list[int], hands: int, holders: Sequence[range] = ()) -> list[i
 def in_buckets(held: Iterable[Held]) -> Iterator[list[Held]]:
     """The same in their order, at most `LARGEST` numbers of parameters at a time, or one parameter."""
     bucket: list[Held] = []
+    numbers = 0
     for one in held:
-        if bucket and sum(parameter.numel() for parameter, *_ in [*bucket, one]) > LARGEST:
+        size = one[0].numel()
+        if bucket and numbers + size > LARGEST:
             yield bucket
-            bucket = []
+            bucket, numbers = [], 0
         bucket.append(one)
+        numbers += size
     yield bucket
 
 
@@ -218,14 +221,6 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     bytes_N = tensor.detach().flatten().view(torch.uint8)
     whole = len(bytes_N) // 8 * 8
     return bytes_N[:whole].view(torch.int64).sum() + bytes_N[whole:].sum()
-
-
-def _added(parts: list[Tensor]) -> Tensor:
-    """The sum from the first on, as gradients add up over micro-batches."""
-    total, *others = parts
-    for other in others:
-        total += other
-    return total
 
 
 def _joined(parts: list[dict[str, Any]], shapes: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from khanhllm.machine.devices import Machine
-from khanhllm.machine.group import Group
+from khanhllm.machine.group import Group, added
 from khanhllm.machine.owners import Owners, Shapes, in_buckets
 from khanhllm.machine.precision import ROUNDED
 from khanhllm.model import Transformer
@@ -254,7 +254,4 @@ class _SumInOrder(_Communication):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
         sizes = [output_tensor.numel()] * self.group.size
-        first, *others = self.group.swap(input_tensor, sizes, sizes).split(sizes)
-        output_tensor.copy_(first)
-        for other in others:
-            output_tensor += other
+        output_tensor.copy_(added(self.group.swap(input_tensor, sizes, sizes).split(sizes)))
