@@ -58,5 +58,6 @@ class Heartbeat:
         return time.monotonic() - self.since > SILENT
 
     def forget(self) -> None:
-        """Remove the file."""
-        self.path.unlink(missing_ok=True)
+        """Remove the file, and what else the child, now dead, left unfinished under its number."""
+        for left_over in self.path.parent.glob(f".train-*{self.path.suffix}"):
+            left_over.unlink(missing_ok=True)
