@@ -38,9 +38,12 @@ LEFT_OVER = "unset WORLD_SIZE and RANK to train without torchrun, or start the p
 CALLED_OFF = "called off"
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """the newer name, and that before torch 2.13"""
+SMALL = 2**15
+"""numbers in a tensor that takes less time to send than the message around it"""
 OPENED = count()
 """groups that this process was part of: each has keys of its own in the store"""
 Result = TypeVar("Result")
+Way = TypeVar("Way", bound=tuple[int, ...])
 
 
 class Lost(UserError):
@@ -195,31 +198,44 @@ class Group:
         return [json.loads(row[:length].numpy().tobytes()) for row, length in rows]
 
     def move(self, moves: Sequence[Move]) -> list[Tensor | None]:
-        """Make all moves, which every process names in the same order. What arrives here, by move."""
+        """Make all moves, which every process names in the same order. What arrives here, by move.
+
+        Small ones that go the same way travel together.
+        """
         arrived: list[Tensor | None] = [None] * len(moves)
+        ways = _together([move.tensor for move in moves], [(giver, taker) for _, giver, taker in moves])
         work = []
-        for tag, (tensor, giver, taker) in enumerate(moves):
+        rooms = []
+        for (giver, taker), numbers in ways:
+            tensors = [moves[nth].tensor for nth in numbers]
             if self.rank == giver:
-                work.append(dist.P2POp(dist.isend, self._sent(tensor), taker, tag=tag))
+                work.append(dist.P2POp(dist.isend, self._sent(_joined(tensors)), taker, tag=numbers[0]))
             elif self.rank == taker:
-                arrived[tag] = room = self._sent(torch.empty_like(tensor, memory_format=torch.contiguous_format))
-                work.append(dist.P2POp(dist.irecv, room, giver, tag=tag))
+                room = self._sent(tensors[0].new_empty(sum(tensor.numel() for tensor in tensors)))
+                work.append(dist.P2POp(dist.irecv, room, giver, tag=numbers[0]))
+                rooms.append((room, numbers, tensors))
         with self._answered():
             for request in dist.batch_isend_irecv(work) if work else ():
                 request.wait()
-        pairs = zip(arrived, moves, strict=True)
-        return [None if there is None else there.to(move.tensor.device) for there, move in pairs]
+        for room, numbers, tensors in rooms:
+            for nth, part in zip(numbers, _parted(room, tensors), strict=True):
+                arrived[nth] = part
+        return arrived
 
     def spread(self, tensors: Sequence[Tensor], givers: Sequence[int]) -> None:
-        """Copy each tensor of its giver into those of all others."""
-        sent = [self._sent(tensor) for tensor in tensors]
+        """Copy each tensor of its giver into those of all others. Small ones of one giver travel together."""
+        ways = [
+            (giver, [tensors[nth] for nth in numbers]) for (giver,), numbers in _together(tensors, list(zip(givers)))
+        ]
+        sent = [self._sent(_joined(held)) for _, held in ways]
         with self._answered():
-            work = [dist.broadcast(one, giver, async_op=True) for one, giver in zip(sent, givers, strict=True)]
+            work = [dist.broadcast(one, giver, async_op=True) for one, (giver, _) in zip(sent, ways, strict=True)]
             for request in work:
                 request.wait()
-        for tensor, one in zip(tensors, sent, strict=True):
-            if one is not tensor:
-                tensor.copy_(one)
+        for one, (_, held) in zip(sent, ways, strict=True):
+            for tensor, part in zip(held, _parted(one, held), strict=True):
+                if part.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(part)
 
     def swap(self, rows: Tensor, sent: list[int], came: list[int]) -> Tensor:
         """Give so many rows to each neighbour that holds experts, in the order of their ranks. What comes from them."""
@@ -275,6 +291,28 @@ class Group:
 
 
 ALONE = Group()
+
+
+def _together(tensors: Sequence[Tensor], ways: Sequence[Way]) -> list[tuple[Way, list[int]]]:
+    """The numbers of the tensors that travel in each message: small ones of one type that go the same way in one,
+    others alone, as copying them into one costs more than it saves."""
+    messages: dict[Any, tuple[Way, list[int]]] = {}
+    for nth, (tensor, way) in enumerate(zip(tensors, ways, strict=True)):
+        key = (way, tensor.dtype) if tensor.numel() <= SMALL else nth
+        messages.setdefault(key, (way, []))[1].append(nth)
+    return list(messages.values())
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All their numbers in one row."""
+    first, *others = (tensor.flatten() for tensor in tensors)
+    return torch.cat([first, *others]) if others else first
+
+
+def _parted(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The row cut into tensors with the shapes of these, on their device."""
+    parts = row.to(like[0].device).split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def added(parts: Sequence[Tensor]) -> Tensor:
