@@ -49,6 +49,13 @@ CORE = {
     "training/guard.py": TRAINING,
     "training/checkpoint.py": [*TRAINING, "promises/test_broken_files.py", "promises/test_hostile_files.py"],
     "runs/evaluate.py": ["runs", "test_api.py", "inference", "promises/test_golden.py"],
+    **{
+        f"machine/{name}.py": [f"machine/test_{name}.py"]
+        for name in ["adapt", "backends", "cards", "devices", "launch", "probe", "signals"]
+    },
+    "machine/group.py": ["machine/test_group_store.py", "machine/test_owners.py", "training/test_shares.py"],
+    "machine/owners.py": ["machine/test_owners.py", "planning/test_many.py"],
+    **{f"planning/{name}.py": ["planning"] for name in ["assumed", "budget", "many", "plan", "simulation", "ways"]},
     "inference/generate.py": ["inference", "test_api.py"],
     "inference/score.py": ["inference", "test_api.py", "runs"],
     "inference/likelihood.py": ["inference/test_likelihood.py", "lab/test_harness.py"],

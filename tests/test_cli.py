@@ -9,11 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+import khanhllm
 from conftest import tiny
 from khanhllm import cli
 from khanhllm.settings import preset, resolve, to_toml
@@ -366,6 +368,17 @@ def test_the_config_of_a_run_means_that_run(trained, tmp_path, monkeypatch):
     assert [folder for folder, _ in seen] == [
         run, run, Path("runs/config"), Path("x"), trained / "run-twin", Path("runs/nano"), Path("runs/tiny")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_ctrl_c_while_python_still_imports_is_quiet_too(way, tmp_path):
+    (tmp_path / "shtab.py").write_text("raise KeyboardInterrupt")
+    project = tomllib.loads((Path(khanhllm.__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    module, _, name = project["project"]["scripts"]["khanhllm"].partition(":")
+    words = {"module": ["-m", "khanhllm"], "script": ["-c", f"from {module} import {name}\nraise SystemExit({name}())"]}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, *words[way], "runs"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "khanhllm: interrupted\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 128 + 10), ("SIGHUP", 129)])

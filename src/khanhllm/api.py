@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from khanhllm.errors import UserError, missing_extra
 from khanhllm.schema import Config
-from khanhllm.settings import folder_for, nested, other_shape, preset, preset_names, read_toml, resolve, with_length
+from khanhllm.settings import (
+    folder_for,
+    nested,
+    other_shape,
+    preset_names,
+    read_toml,
+    resolve,
+    settings_of,
+    with_length,
+)
 
 if TYPE_CHECKING:
     from khanhllm.draw import Floats
@@ -144,7 +153,7 @@ def plan(preset: str | Path, card: str | None = None, memory: str | None = None,
 
 @in_python
 def config(preset: str | Path, **knobs: Any) -> Config:
-    """The whole, checked config of a preset (or TOML file), with single keys changed."""
+    """The whole, checked config of a preset (or TOML file, or run folder), with single keys changed."""
     return resolve(_settings(preset), nested(knobs), where=str(preset))
 
 
@@ -168,5 +177,4 @@ def history(run: str | Path) -> "dict[str, Floats]":
 
 
 def _settings(name: str | Path) -> dict[str, Any]:
-    path = _place("preset", name)
-    return read_toml(path) if path.suffix == ".toml" else preset(str(name))
+    return settings_of(_place("preset", name))

@@ -34,9 +34,10 @@ class UserError(Exception):
 
     exit_code = 2
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, exit_code: int | None = None) -> None:
         # escape control characters, which the name of a file may hold, so that the text is one line
         super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
+        self.exit_code = exit_code or self.exit_code
 
 
 def missing_extra(error: ModuleNotFoundError) -> UserError | None:

@@ -43,6 +43,16 @@ def preset(name: str) -> dict[str, Any]:
     return read_toml(PRESETS / f"{name}.toml")
 
 
+def settings_of(name: str | Path) -> dict[str, Any]:
+    """The settings of a preset, a TOML file or a run folder. Raises UserError."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        return read_toml(path)
+    if str(name) not in preset_names() and there(kept := path / "config.toml"):
+        return read_toml(kept)
+    return preset(str(name))
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML."""
     try:

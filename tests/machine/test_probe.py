@@ -38,10 +38,6 @@ def machine(group):
     return dataclasses.replace(plain_machine(), group=group)
 
 
-def test_a_process_alone_measures_nothing():
-    assert link_speed(plain_machine(), 1000) is None
-
-
 def test_rounds_grow_until_one_is_long(monkeypatch):
     """Each round takes as long as its bytes on a link of 100 MB/s, but the first, which opens connections."""
     clock = [0.0]

@@ -5,14 +5,19 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import plain_machine, tiny
 from khanhllm import cli
 from khanhllm.data.batches import random_batches
 from khanhllm.errors import UserError
+from khanhllm.machine import owners
 from khanhllm.machine.group import Group
 from khanhllm.model.counts import on_paper
 from khanhllm.planning import assumed, budget, many, ways
+from khanhllm.planning import plan as one_card
 from khanhllm.planning.budget import Hardware
 from khanhllm.planning.simulation import simulate_step
 from khanhllm.planning.ways import Traffic, by_experts, by_owners, by_shards
@@ -66,11 +71,28 @@ class Counting(Group):
         return list(tensors)
 
 
-def counted(config, rank, size):
-    group = Counting(rank, size, shares=(1,) * size, parts=config.machine.expert_processes)
+class CountingShards(Counting):
+    """The same where all lies in shards; its sums are of gradients, and a little else."""
+
+    def unite(self, whole, part, later=False):
+        whole.view(self.size, -1).copy_(part.view(1, -1).expand(self.size, -1))
+        self.counted[0] += whole.nbytes - part.nbytes
+
+    def swap(self, rows, sent, came):
+        self.counted[0] += (sum(came) - came[self.rank]) * rows.element_size()
+        return rows.new_zeros(sum(came), *rows.shape[1:])
+
+    def sum(self, *tensors):
+        self.counted[0] += sum(tensor.nbytes for tensor in tensors) * (self.size - 1)
+        return list(tensors)
+
+
+def counted(config, rank, size, kind=Counting, precision="fp32"):
+    group = kind(rank, size, shares=(1,) * size, parts=config.machine.expert_processes)
     object.__setattr__(group, "counted", [0, 0])
-    precision = "bf16" if config.machine.weights == "bf16" else "fp32"
+    precision = "bf16" if config.machine.weights == "bf16" else precision
     learner = Learner.new(config, dataclasses.replace(plain_machine(), precision=precision, group=group))
+    group.counted[:] = 0, 0  # a shard is tried before the first step
     train_step(learner, learner.start(), random_batches(config, learner.machine.device))
     return group.counted
 
@@ -107,18 +129,48 @@ def test_a_part_of_the_moments_or_of_all_is_held():
     assert 1 / 4 < experts.weights < 1
 
 
-def test_shards_move_the_weights_twice_and_gradients_once_a_micro_batch():
-    numbers = sum(item.numbers for item in ways.items(config_of()) if item.matrix)
-    assert by_shards(config_of(), "fp32", 2).traffic.micro_batch == (4 + 4 + 4) * numbers // 2
-    assert by_shards(config_of(), "bf16", 2).traffic.micro_batch < (4 + 4 + 4) * numbers // 2
-    assert by_owners(config_of(), "fp32", 2).traffic.micro_batch == 0
+class NobodySends(TorchDispatchMode):
+    """Within it no collective of torch.distributed may be called."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "c10d" not in func.namespace, func
+        return func(*args, **(kwargs or {}))
 
 
-def test_shards_go_to_their_owners_and_back_once_a_step():
-    """The half of its gradients and weights to each owner, and the half of what that has updated from it."""
-    kinds = [[item.numbers for item in ways.items(config_of()) if item.matrix is kind] for kind in (True, False)]
-    cut, whole = map(sum, kinds)
-    assert by_shards(config_of(), "fp32", 2).traffic.step == pytest.approx((8 + 4) * cut / 4 + 8 * whole, rel=1e-3)
+def counted_in_shards(config, rank, size, precision):
+    """What arrives in a step, and what with each micro-batch. All of it comes through the group: FSDP itself sends
+    nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        with NobodySends():
+            steps = [resolve(config.model_dump(), {"train": {"accumulation": turns * size}}) for turns in (1, 2)]
+            one, two = (counted(step, rank, size, CountingShards, precision)[0] for step in steps)
+    finally:
+        dist.destroy_process_group()
+    return 2 * one - two, two - one
+
+
+TABLES = {"value_embedding": True, "pair_embedding": 50, "vocab_size": 301}
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize(("precision", "model"), [("bf16", {}), ("fp32", TABLES)], ids=["bf16", "tables"])
+def test_shards_move_the_bytes_that_the_plan_says(precision, model, size):
+    """Also where there are fewer experts (4) than processes, and rows that cannot be shared out evenly."""
+    config = resolve(config_of().model_dump(), {"model": model, "machine": {"split": "all"}})
+    steps, micro_batches = zip(*(counted_in_shards(config, rank, size, precision) for rank in range(size)), strict=True)
+    traffic = by_shards(config, precision, size).traffic
+    assert {traffic.micro_batch} == {*micro_batches}
+    assert traffic.step == pytest.approx(max(steps), rel=0.01)  # norms, losses and loads come too
+    assert by_owners(config, precision, size).traffic.micro_batch == 0
+
+
+def test_shards_move_weights_twice_and_gradients_once_a_micro_batch():
+    """But for tables, whose weights the backward pass does not need."""
+    known = [item for item in ways.items(config_of()) if item.matrix]
+    numbers, tables = (sum(item.numbers for item in known if kind in item.part) for kind in ("", "embedding"))
+    assert by_shards(config_of(), "fp32", 2).traffic.micro_batch == (12 * numbers - 4 * tables) // 2
+    assert by_shards(config_of(), "bf16", 2).traffic.micro_batch < (12 * numbers - 4 * tables) // 2
 
 
 def test_what_a_card_needs_beside_its_part(monkeypatch):
@@ -129,7 +181,25 @@ def test_what_a_card_needs_beside_its_part(monkeypatch):
     numbers = [item.numbers for item in ways.items(config_of())]
     assert by_owners(config_of(), "fp32", 2).after == pytest.approx(4 * sum(numbers) / 2, rel=0.01)
     monkeypatch.setattr(ways, "LARGEST", 1000)
-    assert by_owners(config_of(), "fp32", 3).after == 2 * 4 * max(numbers)
+    assert [by_owners(config_of(), "fp32", size).after for size in (2, 3, 60)] == [4000] * 3
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_an_owner_never_holds_more_of_the_others_gradients_than_the_plan_says(size, monkeypatch):
+    """However many there are: they come in rounds, each of which is added before the next one comes."""
+    for module in (owners, ways):
+        monkeypatch.setattr(module, "LARGEST", 12_000)
+    rounds = []
+
+    class Rounds(Counting):
+        def move(self, moves):
+            before = self.counted[0]
+            came = super().move(moves)
+            rounds.append(self.counted[0] - before)
+            return came
+
+    counted(config_of(), 0, size, Rounds)
+    assert max(rounds) == by_owners(config_of(), "fp32", size).after == 4 * 12_000 and len(rounds) > 2
 
 
 def test_a_run_is_planned_in_the_way_that_it_takes():
@@ -228,6 +298,16 @@ def test_the_remedies_are_enough():
     assert plan(config_of(micro_batch=2, accumulation=steps), 4, "1 MB/s")["efficiency"][4] >= 0.8
 
 
+def test_the_speed_that_is_advised_counts_what_arrives_unnoticed():
+    traffic = Traffic(step=10**8, micro_batch=4 * 10**8, hidden=0.5)
+    several = many.Row("shards", 4, 0, 2, 64, flops=1000, update=100, part=0.25, traffic=traffic, speed=1.0)
+    single = dataclasses.replace(several, cards=1, traffic=Traffic())
+    (remedy, *_) = many._remedies(config_of(), several, single, pace=1000)
+    advised = float(remedy.removeprefix("from ").removesuffix(" MB/s on")) * 1e6
+    enough, short = (dataclasses.replace(several, speed=advised * share) for share in (1.01, 0.99))
+    assert enough.efficiency(1000, single) >= many.WELL > short.efficiency(1000, single)
+
+
 def test_fewer_cards_are_advised_where_many_wait():
     report = plan(config_of(micro_batch=2, accumulation=64), 64, "4 MB/s")
     shares = report["efficiency"]
@@ -254,6 +334,14 @@ def test_a_mixture_on_cards_is_planned_for_two_paces_and_others_for_one():
     assert len(dense["ways"][1]["efficiency"]) == 1 and len(dense["ways"]) == 3
     assert any("12 to 24 %" in line for line in mixture["assumed"])
     assert not any("12 to 24 %" in line for line in dense["assumed"])
+
+
+def test_one_card_is_planned_alike_alone_and_among_several():
+    """Also with Muon, whose update is arithmetic, once a step."""
+    config = resolve(config_of(accumulation=8).model_dump(), {"model": {"pattern": "DD"}})
+    report = plan(config, 2, "1 GB/s")
+    alone = one_card.plan(budget.fit_micro_batch(config, CARD), CARD)
+    assert alone["tokens_per_s"] == pytest.approx(report["ways"][0]["tokens_per_s"])
 
 
 def test_what_was_measured_replaces_what_is_assumed():
@@ -285,6 +373,17 @@ def test_a_card_holds_its_part_and_what_it_needs_beside():
     }
     collecting = by_owners(config, "bf16", 4).after  # more than the activations of one row
     assert (owners.at_peak["work space"], owners.at_peak["activations"]) == (collecting, 0)
+
+
+@pytest.mark.parametrize("machine", [{"split": "all"}, {"expert_processes": 4}])
+def test_a_card_holds_its_part_of_the_whole_whatever_the_run_says(machine):
+    """What is divided already would else be divided again."""
+    whole = budget.with_micro_batch(resolve(tiny(pattern="DMDMDM", hidden=512).model_dump()), 1, "full")
+    divided = resolve(whole.model_dump(), {"machine": machine})
+    hardware = dataclasses.replace(CARD, processes=4)
+    for way in (by_owners, by_shards):
+        one = many.OneOf(**vars(hardware), division=way, cards=4)
+        assert one.takes(divided) == one.takes(whole)
 
 
 def test_what_fits_in_no_way_is_one_line():

@@ -12,7 +12,7 @@ from khanhllm import cli
 from khanhllm.errors import UserError
 from khanhllm.machine.cards import CARDS
 from khanhllm.planning import budget
-from khanhllm.settings import read_toml, resolve
+from khanhllm.settings import preset, read_toml, resolve, settings_of, write_config
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 
@@ -36,6 +36,14 @@ def test_each_process_gets_micro_batches_and_if_it_must_be_equally_many(hands, e
     assert shared.train.micro_batch == size and rows_per_step(shared) == 24
     with pytest.raises(UserError, match="24 rows cannot give 5 processes equally many"):
         budget.shared_out(CONFIG, 5, evenly=True)
+
+
+def test_a_step_that_cannot_be_shared_out_says_what_it_lacks():
+    few = resolve(CONFIG.model_dump(), {"train": {"micro_batch": 1, "accumulation": 3}})
+    shares = resolve(few.model_dump(), {"machine": {"shares": "3,1"}})
+    for config, says in ((few, "4 processes need one row each"), (shares, "the shares 3,1 need 4 micro-batches")):
+        with pytest.raises(UserError, match=rf"^a step has 3 rows, but {says}; raise train\.accumulation or"):
+            budget.shared_out(config, 4)
 
 
 def test_the_rows_of_a_step_stay_and_less_memory_means_smaller_pieces():
@@ -97,10 +105,24 @@ def test_the_plan_as_json(capsys):
     assert plan["flops_per_token_causal"] < plan["flops_per_token"]
 
 
+def test_a_run_and_a_toml_file_are_planned_too(tmp_path, monkeypatch, capsys):
+    """A preset's name stays the preset's, also where a folder has it."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "runs" / "mine", tmp_path / "nano"):
+        folder.mkdir(parents=True)
+        write_config(CONFIG, folder)
+    assert cli.main(["plan", "runs/mine", "--card", "RTX 4060", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["micro_batch"] * report["accumulation"] == 24
+    assert settings_of("runs/mine/config.toml") == CONFIG.model_dump()
+    assert settings_of("nano") == preset("nano")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["nono"], "no preset"),
+        (["runs/nono"], "no preset"),
         (["nano", "--card", "RTX 4099"], "did you mean"),
         (["nano", "--memory", "1MB"], "nothing fits"),
         (["nano", "--card", "4090", "--measure"], "--measure"),

@@ -13,6 +13,7 @@ from threading import Event, Thread
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from test_processes import short, together
 from test_resume import outcome
@@ -43,8 +44,20 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(corpus, talks, cache, tmp_path_factory):
-    """The folder of all runs, after their trainings. The last of them loses a process."""
-    folder, jobs = tmp_path_factory.mktemp("laws"), []
+    """The folder of all runs, after their trainings; one folder for all workers of pytest-xdist."""
+    place = tmp_path_factory.getbasetemp()
+    folder = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "laws"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            train_all(corpus, talks, cache, folder)
+            (folder / "done").touch()
+    return folder
+
+
+def train_all(corpus, talks, cache, folder):
+    """Let four processes do all trainings, one after the other. The last of them loses a process."""
+    folder.mkdir()
+    jobs = []
 
     def job(name, settings, size, fault=None, **more):
         """One process alone is the last of the four, so that the others can go on beside it."""
@@ -89,7 +102,6 @@ def done(corpus, talks, cache, tmp_path_factory):
     with pytest.raises(Failed, match=r"^process 1 of 4 was ended by SIGKILL; --resume") as failed:
         together(4, folder / "x", *jobs)
     assert failed.value.exit_code == 75
-    return folder
 
 
 def needed(settings, rows):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from test_resume import config, outcome
 
@@ -31,8 +32,7 @@ def together(size: int, place: Path, *trainings: tuple[Any, ...]) -> str:
         for settings, folder, resume, fault, *more in trainings
     ]
     (place / "trainings.json").write_text(json.dumps(told))
-    worker = [sys.executable, str(Path(__file__).with_name("hands.py")), str(place / "trainings.json")]
-    return launch.Hands(worker, size, place).run()
+    return forks.run(place / "trainings.json", size, place)
 
 
 WIDE = {"dim": 64, "hidden": 128}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from khanhllm.cli.arguments import given, knobs, name, several
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import preset, preset_names, resolve
+from khanhllm.settings import preset_names, resolve, settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ def plan(options: argparse.Namespace) -> None:
     The step is simulated on tensors without memory, so a plan can be made for a card that is not here. With --gpus N it
     is for N of them together: what each holds, what a step moves between them, and whether they pay.
     """
-    config = resolve(preset(options.preset), given(options), where="plan")
+    config = resolve(settings_of(options.preset), given(options), where="plan")
     if options.card and options.measure:
         raise UserError("--measure runs on this machine, so it cannot go with --card")
     if options.link and not options.gpus:
@@ -65,7 +65,9 @@ def _many(options: argparse.Namespace, config: Config, console: "Console") -> No
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(preset_names())}")
+    parser.add_argument(
+        "preset", metavar="PRESET", type=name, help=f"one of: {', '.join(preset_names())}; or a run folder or TOML file"
+    )
     parser.add_argument(
         "--memory", metavar="SIZE", type=name, help="memory to fill, as 8GB (default: what this machine has)"
     )

@@ -13,8 +13,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from khanhllm.draw import counted, duration, short
-from khanhllm.errors import UserError, missing_extra
+from khanhllm.errors import UserError
 from khanhllm.files import check_writable, publish
+from khanhllm.lab import ending
 from khanhllm.lab.facts import BITS, MARKS, MODELS, RECIPE, Facts, race, summary, vocabulary
 from khanhllm.machine.devices import open_machine
 from khanhllm.schema import Config, MachineConfig
@@ -39,16 +40,10 @@ def show(number: int, seconds: Any, seeds: int, machine: MachineConfig, as_json:
         found = learn(config, number, seeds, Console(stderr=True, highlight=False))
         out.mkdir(parents=True, exist_ok=True)
         publish(written, json.dumps(found, indent=1) + "\n")
-        drawn = _drawn(found, picture)
+        drawn = ending.drawn(picture, lambda: draw(found, picture))
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
-    if as_json:
-        print(json.dumps(found))
-        return
-    console = Console(highlight=False)
-    for part in told(found):
-        console.print(part)
-    console.print(f"written: {written}, {drawn}", markup=False, soft_wrap=True)
+    ending.show(found, told(found), f"{written}, {drawn}", as_json)
 
 
 def _config(number: int, seconds: Any, machine: MachineConfig) -> Config:
@@ -92,15 +87,6 @@ def learn(config: Config, number: int, seeds: int, console: Console) -> dict[str
         "shape": config.model.model_dump(),
         "models": summary(config, number, rounds),
     }
-
-
-def _drawn(found: dict[str, Any], png: Path) -> str:
-    """Draw the picture. Returns its name, or why there is none."""
-    try:
-        draw(found, png)
-    except ModuleNotFoundError as error:
-        return f"no picture: {missing_extra(error) or error}"
-    return str(png)
 
 
 def verdict(found: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Show what experts.py found: a table for each mixture layer, and a picture."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from khanhllm.draw import visible
-from khanhllm.errors import UserError, missing_extra
+from khanhllm.errors import UserError
 from khanhllm.files import check_writable
-from khanhllm.lab import experts
+from khanhllm.lab import ending, experts
 from khanhllm.lab.closing import Cost
 from khanhllm.lab.sample import take
 from khanhllm.runs.run import Run, Step, open_run
@@ -68,19 +67,10 @@ def show(
     found = experts.examine(opened, take(opened, source, tokens, part), ablate, earlier, Console(stderr=True))
     written, name = experts.write(found, run), run.resolve().name
     try:
-        draw(found, picture, name)
-        drawn = str(picture)
-    except ModuleNotFoundError as error:
-        drawn = f"no picture: {missing_extra(error) or error}"
+        drawn = ending.drawn(picture, lambda: draw(found, picture, name))
     except OSError as error:
         raise UserError(f"cannot write {picture}: {error.strerror}") from None
-    if as_json:
-        print(json.dumps(found))
-        return
-    console = Console(highlight=False)
-    for lines in told(found, name, console.width):
-        console.print(lines)
-    console.print(f"written: {written}, {drawn}", markup=False, soft_wrap=True)
+    ending.show(found, told(found, name, Console().width), f"{written}, {drawn}", as_json)
 
 
 def told(found: dict[str, Any], name: str, width: int) -> Iterator[Text | Table]:

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from khanhllm.draw import counted, visible
-from khanhllm.errors import UserError, missing_extra
+from khanhllm.errors import UserError
 from khanhllm.files import check_writable, publish
-from khanhllm.lab import core, sets, suite
+from khanhllm.lab import core, ending, sets, suite
 from khanhllm.runs.run import Run
 
 FILE = "evaluation.json"
@@ -68,12 +68,9 @@ def write(path: Path, found: dict[str, Any], name: str) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, json.dumps(found, indent=1))
-        draw(found, picture, name)
-    except ModuleNotFoundError as error:
-        return f"no picture: {missing_extra(error) or error}"
+        return ending.drawn(picture, lambda: draw(found, picture, name))
     except OSError as error:
         raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
-    return str(picture)
 
 
 def told(found: dict[str, Any]) -> Iterator[str]:

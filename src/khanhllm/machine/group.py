@@ -55,10 +55,6 @@ class Lost(UserError):
 class Told(UserError):
     """What the first process met and the user can put right; the others end with it."""
 
-    def __init__(self, text: str, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
-
 
 class Move(NamedTuple):
     """A tensor that one process gives to another. `tensor` is what it is, or on the others only what it is like."""

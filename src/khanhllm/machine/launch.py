@@ -42,10 +42,6 @@ WORDS = "KHANHLLM_LAST_WORDS"
 class Failed(UserError):
     """The processes have failed. Of one that was launched the text is empty, as the launcher says it."""
 
-    def __init__(self, text: str, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
-
 
 def wanted(config: MachineConfig) -> bool:
     """Whether this process is to start others, instead of being one of them."""
@@ -181,6 +177,12 @@ class Hands:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def place() -> Path | None:
+    """The launcher's folder, if this process was launched. What is in it goes with the launcher, also what a process
+    that was killed could not remove."""
+    return Path(os.environ[STORE]).parent if STORE in os.environ else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Where experts lie on several processes (parted.py), each process has one part of
 one of those that hold it, and only they take part in what is said here of "all".
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,8 @@ from khanhllm.machine.group import Group, Move, added
 from khanhllm.schema import TrainConfig
 
 LARGEST = 2**24
-"""numbers whose gradients are under way at one time, as the owner keeps those of all processes until it adds them"""
+"""numbers that are on their way to a process at one time. An owner keeps the gradients of all others until it adds
+them, so the more others there are, the less of each parameter comes at one time"""
 Result = TypeVar("Result")
 Held = TypeVar("Held", bound=tuple[Any, ...])
 """a parameter, and what belongs to it"""
@@ -68,20 +70,27 @@ class Owners:
 
     def collect(self) -> None:
         """Sum each parameter's gradients on its owner; they disappear elsewhere."""
-        rank = self.group.rank
         if self.group.alone:
             return
-        for bucket in in_buckets(self.pieces):
-            for parameter in (piece.parameter for piece in bucket if rank in piece.holders):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
-            grads: list[Any] = [(piece.parameter.grad, piece) for piece in bucket]
+        rank = self.group.rank
+        held: dict[nn.Parameter, Tensor] = {}
+        for parameter in (piece.parameter for piece in self.pieces if rank in piece.holders):
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
+            parameter.grad = gradient.contiguous()
+            held[parameter] = parameter.grad.view(-1)
+        for spans in in_rounds(self.pieces, LARGEST // (self.group.size - 1)):
+            grads = [(held[piece.parameter][numbers], piece) for piece, numbers in spans]
             moves = [Move(grad, giver, piece.owner) for grad, piece in grads for giver in piece.others]
             arrived = iter(self.group.move(moves))
-            for parameter, holders, owner in bucket:
-                parts: list[Any] = [parameter.grad if giver == owner else next(arrived) for giver in holders]
-                if rank in holders:
-                    parameter.grad = added(parts) if owner == rank else None
+            for grad, (_, holders, owner) in grads:
+                parts: list[Any] = [grad if giver == owner else next(arrived) for giver in holders]
+                if owner == rank:
+                    grad.copy_(added(parts))
+        for parameter, holders, owner in self.pieces:
+            if rank in holders and owner != rank:
+                parameter.grad = None
 
     def clip(self, longest: float) -> Tensor:
         """Scale the collected gradients so that all of them together are no longer than this, and return how long they
@@ -200,6 +209,18 @@ def dealt(sizes: list[int], hands: int, holders: Sequence[range] = ()) -> list[i
         owner[nth] = min(holders[nth] if holders else range(hands), key=has.__getitem__)
         has[owner[nth]] += sizes[nth]
     return owner
+
+
+def in_rounds(pieces: Iterable[Piece], room: int) -> list[list[tuple[Piece, slice]]]:
+    """All numbers of the pieces, in rounds in which each owner gets the next `room` of its own."""
+    rounds: dict[int, list[tuple[Piece, slice]]] = defaultdict(list)
+    before: Counter[int] = Counter()
+    for piece in pieces:
+        start, size = before[piece.owner], piece.parameter.numel()
+        before[piece.owner] += size
+        for nth in range(start // room, -(-(start + size) // room)):
+            rounds[nth].append((piece, slice(max(0, nth * room - start), min(size, (nth + 1) * room - start))))
+    return [rounds[nth] for nth in sorted(rounds)]
 
 
 def in_buckets(held: Iterable[Held]) -> Iterator[list[Held]]:

@@ -62,13 +62,9 @@ class LinkSpeed(NamedTuple):
         )
 
 
-def link_speed(machine: Machine, moved: int) -> LinkSpeed | None:
-    """Measure the link of all processes at once; they call this together. None for a process alone. moved: as in
-    LinkSpeed."""
-    group = machine.group
-    if group.alone:
-        return None
-    fastest = 0.0
+def link_speed(machine: Machine, moved: int) -> LinkSpeed:
+    """Measure the link of all processes at once; they call this together. moved: as in LinkSpeed."""
+    group, fastest = machine.group, 0.0
     with _no_longer_than(LIMIT) if group.direct else nullcontext():
         for size in SIZES:
             took = max(seconds for (seconds,) in group.exchange(_round(machine, size)))

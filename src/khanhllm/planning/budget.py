@@ -139,7 +139,7 @@ def in_shards(step: SimulatedStep, config: Config, processes: int) -> SimulatedS
     cut = {part: step.at_peak[part] // processes for part in ("weights", "gradients", "optimizer")}
     cut["work space"] = step.at_peak["work space"] + 5 * 4 * largest
     weights, gradients, optimizer = (size // processes for size in (step.weights, step.gradients, step.optimizer))
-    return SimulatedStep(weights, gradients, optimizer, step.at_peak | cut, step.flops)
+    return SimulatedStep(weights, gradients, optimizer, step.at_peak | cut, step.flops, step.update)
 
 
 def micro_batch_sizes(config: Config, enough: int) -> list[int]:
@@ -159,7 +159,9 @@ def shared_out(config: Config, hands: int, evenly: bool = False) -> Config:
     smaller = [size for size in micro_batch_sizes(config, 2**62) if size <= train.rows]
     cuts = [size for size in smaller if train.rows_per_step // size >= hands]
     if not cuts:
-        raise UserError(f"a step of {train.rows_per_step} rows is too small for {hands} processes; {MORE_ROWS}")
+        shares = config.machine.shares
+        who = f"the shares {shares} need {hands} micro-batches" if shares else f"{hands} processes need one row each"
+        raise UserError(f"a step has {train.rows_per_step} rows, but {who}; {MORE_ROWS}")
     even = [size for size in cuts if train.rows_per_step // size % hands == 0]
     if evenly and not even:
         few = f"a step of {train.rows_per_step} rows cannot give {hands} processes equally many micro-batches"

@@ -107,7 +107,7 @@ def row(config: Config, hardware: Hardware, division: Division, cards: int, link
     config = fit_micro_batch(config, one)
     few = config.train.rows_per_step < cards
     config = with_micro_batch(config, 1) if few else shared_out(config, cards)
-    step, passes = one.takes(config), one.takes(config, update=False)
+    step = one.takes(config)
     way = division(config, hardware.precision, cards)
     return Row(
         way.name,
@@ -115,8 +115,8 @@ def row(config: Config, hardware: Hardware, division: Division, cards: int, link
         holds=one.process + step.peak,
         micro_batch=config.train.rows,
         accumulation=config.train.accumulation,
-        flops=passes.flops,
-        update=step.flops - passes.flops,
+        flops=step.flops,
+        update=step.update,
         part=way.moments,
         traffic=way.traffic,
         speed=link.speed,

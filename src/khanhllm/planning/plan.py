@@ -32,8 +32,8 @@ def plan(config: Config, hardware: Hardware) -> Report:
     step = hardware.takes(config)
     attention = 12 * len(config.model.pattern) * config.model.dim * config.model.context
     flops = flops_per_token(model)
-    rebuilt = step.flops / (train.rows * config.model.context)
-    rate = hardware.peak_flops * ASSUMED[hardware.device] / max(rebuilt, flops) if hardware.peak_flops else None
+    arithmetic = (step.flops * train.accumulation + step.update) / config.tokens_per_step
+    rate = hardware.peak_flops * ASSUMED[hardware.device] / arithmetic if hardware.peak_flops else None
     return {
         "place": hardware.name,
         "parameters": total_parameters(model),

@@ -46,6 +46,7 @@ def _attention_backward_flops(_grad: Tensor, query: Tensor, key: Tensor, *_args:
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],  # by which the head sums its gradient
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -65,6 +66,8 @@ class SimulatedStep:
     """memory in use at the peak of a step, by PARTS"""
     flops: int
     """multiplications and additions for one micro-batch, recomputed activations included"""
+    update: int = 0
+    """those of the update, once a step; 0 if it was not simulated"""
 
     @property
     def peak(self) -> int:
@@ -180,7 +183,7 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
         _gradient(model, config, machine, trace, ids_BT, load_LE)
         gradients = trace.name("gradients", [p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
-        backward_done = len(trace.events)
+        backward_done, flops = len(trace.events), trace.flops
         if update:
             optimizer.step()
             moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -190,7 +193,7 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
     fullest["optimizer"] = state
     if update:
         fullest = max(fullest, trace.fullest(backward_done, len(trace.events)), key=lambda parts: sum(parts.values()))
-    return SimulatedStep(weights, gradients, state, fullest, trace.flops)
+    return SimulatedStep(weights, gradients, state, fullest, flops, trace.flops - flops)
 
 
 def _gradient(

@@ -57,6 +57,8 @@ class Item(NamedTuple):
     """A parameter on paper: all but its numbers in bytes."""
 
     numbers: int
+    rows: int
+    """or experts, by which it is cut"""
     weights: int
     gradients: int
     moments: int
@@ -81,6 +83,7 @@ def items(config: Config) -> tuple[Item, ...]:
         own = [kind for key, kind in shapes[parameter].items() if not key.startswith("qmap")]  # of which all share one
         return Item(
             parameter.numel(),
+            len(parameter),
             parameter.nbytes,
             parameter.numel() * gradient.itemsize,
             sum(math.prod(shape) * dtype.itemsize for dtype, shape in own),
@@ -112,30 +115,56 @@ def by_owners(config: Config, _precision: str, cards: int) -> Way:
 def by_shards(config: Config, precision: str, cards: int) -> Way:
     """Each card has a part of every matrix, and all of the rest. The weights of a block come together for its forward
     and for its backward pass, which leaves its gradients in parts (FSDP); an update goes by owners."""
-    whole = [item for item in items(config) if not item.matrix]
-    cut = [item for item in items(config) if item.matrix]
+    known = items(config)
+    whole, cut = ([item for item in known if item.matrix is kind] for kind in (False, True))
     sent = [item.numbers * _sent(precision if item.part.startswith("blocks") else "fp32") for item in cut]
     parts: Counter[str] = Counter()
+    each = 0.0
     for item, size in zip(cut, sent, strict=True):
         parts[item.part] += size
+        passes = 2 if item.part.startswith(("blocks", "head")) else 1  # the gradient of a table needs no weights
+        each += (cards - 1) * _shard(item, cards) * (passes * size + item.gradients)
     (largest, first), *others = parts.most_common(2)
     leaving = sum(item.gradients for item in cut if item.part == largest)
-    owned = _owned(items(config), cards)
-    update = max(sum(item.weights + item.gradients for item in own if item.matrix) for own in owned)
-    others_share = (cards - 1) / cards
-    rest = (cards - 1) * _sum(whole, "gradients") + _sum(whole, "weights")
-    each = others_share * (2 * sum(sent) + _sum(cut, "gradients"))
+    owned = _owned(known, cards)
+
+    def held(kind: str) -> float:
+        part = sum(getattr(item, kind) * _shard(item, cards) for item in cut)
+        return (_sum(whole, kind) + part) / _sum(known, kind)
+
     return Way(
         "machine.split all",
-        1 - others_share * _sum(cut, "weights") / _sum(items(config), "weights"),
-        1 - others_share * _sum(cut, "gradients") / _sum(items(config), "gradients"),
-        max(_sum(own, "moments") for own in owned) / _sum(items(config), "moments"),
+        held("weights"),
+        held("gradients"),
+        max(_sum(own, "moments") for own in owned) / _sum(known, "moments"),
         beside=first + leaving + sum(size for _, size in others),  # one block computes while another arrives
-        after=update,
-        traffic=Traffic(
-            round(others_share * (update + _sum(cut, "weights") / cards)) + rest, round(each), HIDDEN.share
-        ),
+        after=max(sum(item.weights + item.gradients for item in own if item.matrix) for own in owned),
+        traffic=Traffic(_updated_in_shards(owned), round(each), HIDDEN.share),
     )
+
+
+def _shard(item: Item, cards: int) -> float:
+    """The share of a matrix that each card holds and sends: as many rows as the first one has. The last have fewer, and
+    fill up with zeros."""
+    return -(-item.rows // cards) / item.rows
+
+
+def _updated_in_shards(owned: list[list[Item]]) -> int:
+    """Bytes that an update of shards brings to the card that gets most: of each matrix that it owns all other shards of
+    weights and gradients, and of all others its own shard, updated; of the rest all gradients, and the weights that
+    others own."""
+    cards, whole = len(owned), [item for own in owned for item in own if not item.matrix]
+    arrives = [(cards - 1) * _sum(whole, "gradients") + _sum(whole, "weights")] * cards
+    for owner, own in enumerate(owned):
+        arrives[owner] -= sum(item.weights for item in own if not item.matrix)
+        for item in (item for item in own if item.matrix):
+            most = -(-item.rows // cards)
+            for card in {*range(min(cards, item.rows)), owner}:
+                part = max(0, min(most, item.rows - card * most)) / item.rows
+                arrives[card] += round(
+                    (1 - part) * (item.weights + item.gradients) if card == owner else part * item.weights
+                )
+    return max(arrives)
 
 
 def by_experts(config: Config, precision: str, cards: int) -> Way:
@@ -187,9 +216,8 @@ def _moved(owned: list[list[Item]]) -> int:
 
 
 def _collecting(owned: list[list[Item]]) -> int:
-    """Most bytes of the others' gradients that an owner holds at one time."""
-    most = [max(min(_sum(own, "numbers"), LARGEST) * 4, *(i.gradients for i in own)) for own in owned if own]
-    return (len(owned) - 1) * max(most)
+    """Most bytes of the others' gradients that an owner holds at one time, about: they come in rounds."""
+    return min((len(owned) - 1) * max(_sum(own, "gradients") for own in owned), 4 * LARGEST)
 
 
 def _sum(known: Sequence[Item], kind: str) -> int:

@@ -300,6 +300,9 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
     yield f"model: {total_parameters(model):,} parameters, {active_parameters(model):,} at work on each token"
     if part.of > 1:
         yield f"each process holds {config.model.experts // part.of} of {config.model.experts} experts of a layer"
+    for key, value in {"split": config.machine.split, "shares": config.machine.shares}.items():
+        if learner.machine.group.alone and value not in ("", "optimizer"):
+            yield f"machine.{key} = {value} changes nothing for one process; --machine.processes N starts N"
     yield f"machine: {learner.machine.describe()}; optimizer: {optim.describe(learner.optimizer)}"
     yield (
         f"data: {parts.train.describe()}; "
@@ -352,7 +355,7 @@ def _own(folder: Path, resume: bool, group: Group) -> Iterator[Path]:
         with _locked(folder):
             yield folder
     else:
-        with TemporaryDirectory(prefix="khanhllm-") as scratch:
+        with TemporaryDirectory(prefix="khanhllm-", dir=launch.place()) as scratch:
             yield Path(scratch)
 
 
