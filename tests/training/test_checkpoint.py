@@ -90,6 +90,27 @@ def test_a_tensor_lies_in_one_file_alone(tmp_path):
     assert "model-00002-of-00002.safetensors: another file of the checkpoint holds one too" in checkpoint.verify(path)
 
 
+def test_many_files_claim_no_more_than_one_may(tmp_path):
+    """Each is short enough by itself."""
+    model, optimizer = one_step(build(tiny()))
+    path = in_parts(tmp_path, checkpoint.snapshot(1, model, optimizer, {}), 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        os.truncate(path / name, 10**7)
+        manifest[name]["bytes"] = 10**7
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    said = "model-00002-of-00002.safetensors has 10,000,000 bytes, more than there is to keep"
+    assert checkpoint.verify(path, model) == said
+
+
+def test_what_another_process_wrote_must_be_there(tmp_path):
+    whole = checkpoint.snapshot(1, *one_step(build(tiny())), {})
+    checkpoint.prepare(tmp_path, 1, 0)
+    files = checkpoint.write_part(tmp_path, whole) | {"model-00002-of-00002.safetensors": {}}
+    with pytest.raises(OSError, match=r"model-00002-of-00002\.safetensors was written, but is not there"):
+        checkpoint.publish(tmp_path, whole, files)
+
+
 def test_a_broken_one_is_passed_over_aloud(tmp_path):
     model, optimizer = one_step(build(tiny()))
     older, newer = (save(tmp_path, step, model, optimizer, {}) for step in (1, 2))

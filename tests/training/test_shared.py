@@ -3,7 +3,7 @@
 import errno
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
 from threading import Barrier, Event, local
 from types import SimpleNamespace
@@ -152,6 +152,7 @@ def test_the_training_goes_on_while_files_are_written(tmp_path, monkeypatch, tra
     def work(group):
         with Saver(tmp_path, 2, group=group) as one:
             one.begin(part(group, 5, *trained))
+            group.told(lambda: wait([one._writing]) and None)  # the first has written its part
             heard = [one.outcome(), one.outcome()]
             group.told(lambda: trained[0].head.weight.data.zero_())  # the next step
             group.told(go_on.set)
@@ -163,10 +164,14 @@ def test_the_training_goes_on_while_files_are_written(tmp_path, monkeypatch, tra
     assert torch.equal(tensor_files.load(path, "model")["head.weight"], before)
 
 
-def test_without_memory_for_copies_they_wait_until_all_is_written(tmp_path, monkeypatch, trained):
+@pytest.mark.parametrize("enough", ["for one", "for each, but not for all"])
+def test_without_memory_for_copies_they_wait_until_all_is_written(enough, tmp_path, monkeypatch, trained):
     """Also those that have the memory: in a step they would only wait for the others."""
+    size = checkpoint.snapshot(1, *trained, {}).bytes
     free = iter([2**40])
-    monkeypatch.setattr(limits, "memory", lambda: limits.Memory(next(free, 0), 2**40))
+    monkeypatch.setattr(
+        limits, "memory", lambda: limits.Memory(next(free, 0) if enough == "for one" else int(1.2 * size), 2**40)
+    )
 
     def work(group):
         own = part(group, 1, *trained)
@@ -193,7 +198,8 @@ def test_a_disk_that_is_full_for_one_is_told_to_all(rank, tmp_path, monkeypatch,
 
 
 def test_they_wait_together_for_room(tmp_path, monkeypatch, trained):
-    free = iter([10, 10])
+    free = iter([10, 10, 10])
+    monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=next(free, 10**9)))
     (first, *others) = shared_save(tmp_path, 3, 2, *trained)
     assert others == [first] * 2
