@@ -15,6 +15,7 @@ from pathlib import Path
 from khanhllm.data.batches import random_batches
 from khanhllm.machine.devices import open_machine
 from khanhllm.settings import preset, resolve
+from khanhllm.training import checkpoint
 from khanhllm.training.saver import Saver
 from khanhllm.training.step import Learner, train_step
 
@@ -41,7 +42,7 @@ def main() -> None:
         for _ in range(options.saves):
             step("step")
             started = time.perf_counter()
-            saver.begin(state.step, learner.model, learner.optimizer, {})
+            saver.begin(checkpoint.snapshot(state.step, learner.model, learner.optimizer, {}))
             seconds["stall"].append(time.perf_counter() - started)
             step("step while saving")
             saver.outcome(patient=True)

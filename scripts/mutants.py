@@ -47,7 +47,10 @@ CORE = {
     **{f"optim/{name}.py": OPTIM for name in ["__init__", "adamw", "muon", "rounding", "schedule", "eight_bit"]},
     "training/step.py": [*TRAINING, "model"],
     "training/guard.py": TRAINING,
-    "training/checkpoint.py": [*TRAINING, "promises/test_broken_files.py", "promises/test_hostile_files.py"],
+    **{
+        f"training/{name}.py": [*TRAINING, "promises/test_broken_files.py", "promises/test_hostile_files.py"]
+        for name in ["checkpoint", "tensor_files"]
+    },
     "runs/evaluate.py": ["runs", "test_api.py", "inference", "promises/test_golden.py"],
     **{
         f"machine/{name}.py": [f"machine/test_{name}.py"]

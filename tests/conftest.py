@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def build(config: Config, seed: int = 0) -> Transformer:
 def save(run: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
     """A checkpoint, written at once."""
     return checkpoint.write(run, checkpoint.snapshot(step, model, optimizer, state))
+
+
+def in_parts(run: Path, whole: checkpoint.Snapshot, of: int) -> Path:
+    """The same, as so many processes write it together."""
+    checkpoint.prepare(run, whole.step, whole.bytes)
+    files: dict[str, Any] = {}
+    for nth in range(of):
+        model, optimizer = ({name: kept[name] for name in [*kept][nth::of]} for kept in (whole.model, whole.optimizer))
+        files |= checkpoint.write_part(run, replace(whole, model=model, optimizer=optimizer), nth, of)
+    return checkpoint.publish(run, whole, files)
 
 
 def plain_machine() -> Machine:

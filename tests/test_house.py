@@ -95,6 +95,13 @@ def test_no_decision_hangs_on_the_wall_clock():
         assert not wall or name in shown or (name, wall) == ("data.fetch", {"time.time"}), (name, wall)
 
 
+def test_only_one_file_knows_how_the_files_of_tensors_are_called():
+    """A checkpoint may have one of each kind, or many. What other tools call theirs is another matter."""
+    for name, path in modules().items():
+        named = re.search(r"(model|optimizer)\.safetensors", path.read_text(encoding="utf-8"))
+        assert not named or name == "export.hf", name
+
+
 def test_only_one_file_speaks_to_other_processes_and_never_in_objects():
     """Collectives of objects unpickle what the others send, and torch's distributed checkpoints hold a pickle. What
     shards a model (sharded.py) needs torch's types for that."""

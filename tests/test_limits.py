@@ -132,7 +132,7 @@ def test_a_checkpoint_is_copied_only_where_the_group_has_room(machine, tmp_path,
     for step, used, copies in ((1, 0, 1), (2, GB, 1)):  # room at first, none then
         machine({"proc/self/cgroup": "0::/"} | v2(memory_max=GB, memory_current=used))
         with Saver(tmp_path / "run", keep=9) as saver:
-            saver.begin(step, model, optimizer, {})
+            saver.begin(checkpoint.snapshot(step, model, optimizer, {}))
             assert saver.outcome(patient=True)
         assert len(copied) == copies
 

@@ -5,9 +5,12 @@ Its argument is a JSON file: a list of [config, folder, resume, fault, more]. A 
 happens to that process in its nth micro-batches of the training; a signal may come so many collectives later. More may
 say that only some of those started train: how many ("size"), beginning with which ("first"). Also that the training
 fails ("fails"), that it ends before its first update, with the gradients in the folder ("gradients"), or how much
-memory each process has ("room").
+memory each process has ("room"). And that each process writes its part of a checkpoint ("shared"), that the disk of one
+of them is full in the saves of some steps ("full": [rank, steps]), or that the first is killed before it publishes that
+of a step ("killed").
 """
 
+import errno
 import gc
 import json
 import os
@@ -30,10 +33,11 @@ from khanhllm.machine.signals import exit_code
 from khanhllm.model import losses
 from khanhllm.planning import budget
 from khanhllm.schema import Config
-from khanhllm.training import step
+from khanhllm.training import checkpoint, saver, step, tensor_files
 from khanhllm.training.run import train
 
 HONEST = losses.micro_batch_loss
+SHARED_FROM, SAVE_FILE, PUBLISH = saver.SHARED_FROM, tensor_files.save_file, checkpoint.publish
 HERE, INITIAL, GATHERED = budget.here, step.initial_model, group.Group._gathered
 
 
@@ -103,6 +107,23 @@ def prepare(job: int, folder: Path, rank: int, size: int, gradients: bool, room:
         step.initial_model = lambda config: INITIAL(config).double()
 
 
+def prepare_saves(rank: int, shared: bool = False, full=(0, ()), killed: int = 0, **_) -> None:
+    """How this process writes its checkpoints, and what it meets."""
+
+    def save_file(tensors, path):
+        if rank == full[0] and any(f"step-{nth:07}" in str(path) for nth in full[1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        SAVE_FILE(tensors, path)
+
+    def publish(run, part, files):
+        if part.step == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return PUBLISH(run, part, files)
+
+    saver.SHARED_FROM = 0 if shared else SHARED_FROM
+    tensor_files.save_file, checkpoint.publish = save_file, publish
+
+
 def bytes_of_tensors() -> int:
     """What all tensors of this process take."""
     gc.unfreeze()
@@ -122,6 +143,7 @@ def main() -> int:
         if not 0 <= rank < size:
             continue
         prepare(job, Path(folder), rank, size, more.get("gradients", False), more.get("room", []))
+        prepare_saves(rank, **more)
         losses.micro_batch_loss = with_fault(*fault) if fault else HONEST
         try:
             name = train(Config.model_validate(config), Path(folder), resume)

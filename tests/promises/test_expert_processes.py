@@ -58,11 +58,15 @@ def near(run, other, tolerance=1e-3):
     ids=["two", "two-others", "four"],
 )
 def test_a_run_is_that_of_one_process_but_for_rounding(size, kinds, corpus, cache, tmp_path):
-    """Twice the same, it has the same bits. With four processes, two hold the same experts."""
+    """Twice the same, it has the same bits, whoever writes its checkpoints. With four processes, two hold the same
+    experts."""
     trainings = [(of(kind, corpus, cache), tmp_path / "apart" / kind, False, None) for kind in kinds]
-    trainings.append((of(kinds[0], corpus, cache), tmp_path / "again", False, None))
+    trainings.append((of(kinds[0], corpus, cache), tmp_path / "again", False, None, {"shared": True}))
     assert together(size, tmp_path / "x", *trainings) == ""
     assert outcome(tmp_path / "again") == outcome(tmp_path / "apart" / kinds[0])
+    parts = [*checkpoint.newest(tmp_path / "again").glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in parts if path.name.startswith("model")]
+    assert len(parts) == 2 * size and max(sizes) < 1.3 * sum(sizes) / size
     for kind in kinds:
         train(of(kind, corpus, cache, apart=False), tmp_path / "one" / kind)
         near(tmp_path / "apart" / kind, tmp_path / "one" / kind, 2e-2 if "bf16" in kind else 1e-3)

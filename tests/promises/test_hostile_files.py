@@ -26,7 +26,7 @@ from khanhllm.errors import UserError
 from khanhllm.machine import devices
 from khanhllm.schema import OptimConfig
 from khanhllm.settings import resolve
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, tensor_files
 from khanhllm.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ HUGE = b"9" * 10_000
 
 def reseal(step):
     names = [path.name for path in sorted(step.iterdir()) if path.name != "manifest.json" and path.is_file()]
-    sealed = {name: checkpoint._fingerprint(step / name) for name in names}
+    sealed = {name: tensor_files.fingerprint(step / name) for name in names}
     (step / "manifest.json").write_text(json.dumps(sealed))
 
 

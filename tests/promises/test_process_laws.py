@@ -29,6 +29,7 @@ from khanhllm.machine.launch import Failed
 from khanhllm.planning import budget
 from khanhllm.schema import DataConfig
 from khanhllm.settings import read_config, to_toml
+from khanhllm.training import checkpoint, tensor_files
 from khanhllm.training.run import train
 
 CUTS = {"alone": (1, ""), "uneven": (2, "3,1"), "three": (3, ""), "four": (4, "")}
@@ -68,6 +69,11 @@ def train_all(corpus, talks, cache, folder):
     for name, sizes, nth in (("2-1", (2, 1), 4), ("1-2", (1, 2), 7)):
         job(name, two, sizes[0], [sizes[0] - 1, nth, "SIGTERM"], first=0)
         job(name, two, sizes[1], resume=True, first=0)
+        more = [{"shared": size == 2} for size in sizes]  # and with the two each writing its part of a checkpoint
+        job(f"shared-{name}", two, sizes[0], [sizes[0] - 1, nth, "SIGTERM"], first=0, **more[0])
+        job(f"shared-{name}", two, sizes[1], resume=True, first=0, **more[1])
+    job("shared", two, 2, shared=True, full=[1, [5]])
+    job("full", two, 2, shared=True, full=[1, [10]], fails=True)
     wide, long = (short(corpus, cache, 2, train=it) for it in ({"micro_batch": 2}, {"steps": 40, "eval_every": 20}))
     answers = {"targets": "answers", "document_mask": True, "steps": 16}
     faults = {
@@ -142,11 +148,46 @@ def test_the_same_number_of_processes_gives_the_same_bits_also_in_pieces(done):
     assert outcome(done / "three-pieces") == outcome(done / "three")
 
 
-@pytest.mark.parametrize("name", ["2-1", "1-2"])
+@pytest.mark.parametrize("name", ["2-1", "1-2", "shared-2-1", "shared-1-2"])
 def test_any_number_of_processes_goes_on_where_another_stopped(done, name):
     """A signal reached one of them: all stopped after that step, saved."""
     assert outcome(done / name) == outcome(done / "whole-alone") == outcome(done / "whole")
     assert "stopped by SIGTERM" in (done / name / "messages.txt").read_text()
+
+
+def files_of(run):
+    return {path.name: sorted(file.name for file in path.glob("*.safetensors")) for path in checkpoint.steps(run)}
+
+
+def test_each_process_writes_its_part_of_a_large_checkpoint(done):
+    """On the disk of one the first of two saves fails: all hear it, and go on."""
+    parts = [tensor_files.name(kind, nth, 2) for kind in ("model", "optimizer") for nth in range(2)]
+    assert files_of(done / "shared") == {"step-0000010": parts}
+    assert outcome(done / "shared") == outcome(done / "whole")
+    said = (done / "shared" / "messages.txt").read_text()
+    assert "process 1: [Errno 28] No space left on device; training continues; nothing of this run is saved" in said
+
+
+def test_a_save_that_must_succeed_fails_for_all_if_it_does_for_one(done):
+    said = "2 a checkpoint could not be saved: process 1: [Errno 28] No space left on device; the last one saved is "
+    for rank in (0, 1):
+        assert (done / f"full-{rank}.txt").read_text() == f"{said}step-0000005, for --resume"
+    assert [path.name for path in (done / "full" / "checkpoints").iterdir()] == ["step-0000005"]
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_rename_leaves_the_last_checkpoint(corpus, cache, tmp_path):
+    """All have written their parts by then. The next save removes them."""
+    two = short(corpus, cache, 2, train={"save_every": 3})
+    with pytest.raises(Failed, match="process 0 of 2 was ended by SIGKILL"):
+        together(2, tmp_path / "x", (two, tmp_path / "run", False, None, {"shared": True, "killed": 6}))
+    kept = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in kept.iterdir()} == {"step-0000003", "step-0000006.tmp"}
+    assert len([*(kept / "step-0000006.tmp").iterdir()]) == 4
+    train(two, tmp_path / "run", resume=True)
+    train(two, tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert not [*kept.glob("*.tmp")]
 
 
 def test_two_four_and_two_processes_equal_one(done):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save as as_file
 
 from conftest import tiny
 from khanhllm.data.shards import Shards
@@ -22,7 +23,7 @@ from khanhllm.runs.evaluate import score_run
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import resolve, write_config
-from khanhllm.training import checkpoint, saver
+from khanhllm.training import checkpoint, saver, tensor_files
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 from khanhllm.training.step import State
@@ -48,15 +49,20 @@ def config(corpus: Path, cache: Path, **settings: dict[str, object]) -> Config:
 
 
 def outcome(run: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Hashes of the newest checkpoint's files and of the experts' loads, and the CSV without what depends on time."""
-    kept = [checkpoint.newest(run) / name for name in FILES] + sorted(run.glob("experts.csv"))
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    """Hashes of what the newest checkpoint holds and of the experts' loads; the CSV without what depends on time."""
+    newest = checkpoint.newest(run)
+    kept = {path.name: path.read_bytes() for path in [newest / "state.json", *run.glob("experts.csv")]}
+    kept |= {tensor_files.name(kind): in_one_file(newest, kind) for kind in tensor_files.KINDS}
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in kept.items()}
     with (run / "training_log.csv").open() as file:
         rows = [{key: value for key, value in row.items() if key not in TIMING} for row in csv.DictReader(file)]
     return files, rows
 
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
+def in_one_file(path: Path, kind: str) -> bytes:
+    """What a checkpoint's file of this kind is, or would be if one process had written it."""
+    one = path / tensor_files.name(kind)
+    return one.read_bytes() if one.exists() else as_file(tensor_files.load(path, kind))
 
 
 @pytest.fixture(scope="module")

@@ -71,12 +71,15 @@ def test_any_split_goes_on_where_another_stopped(corpus, cache, tmp_path, monkey
         (cut(whole), "one-all-owners", True, [0, 2, "SIGTERM"]),
         (whole, "one-all-owners", True, None),
         (cut(whole), "one-all", True, None),
+        (cut(whole), "shared", False, [1, 4, "SIGTERM"], {"shared": True}),
+        (cut(whole), "shared", True, None, {"shared": True}),
         (cut(six), "six-all", False, None),
     ]
     assert not together(2, tmp_path / "x", *((kind, tmp_path / name, *more) for kind, name, *more in trainings))
     assert checkpoint.step_of(checkpoint.steps(tmp_path / "all-one")[0]) == 4
     assert train(cut(whole), tmp_path / "all-one", resume=True) == ""
-    for folder in ("one-all", "all-one", "one-all-owners"):
+    assert (checkpoint.newest(tmp_path / "shared") / "optimizer-00002-of-00002.safetensors").exists()
+    for folder in ("one-all", "all-one", "one-all-owners", "shared"):
         assert outcome(tmp_path / folder) == outcome(tmp_path / "whole"), folder
     near, far = ([float(row["loss"]) for row in outcome(tmp_path / folder)[1]] for folder in ("six-all", "six"))
     assert near == pytest.approx(far, abs=1e-3)

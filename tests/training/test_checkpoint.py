@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import build, save, tiny
+from conftest import build, in_parts, save, tiny
 from khanhllm import limits, optim
 from khanhllm.errors import UserError
 from khanhllm.schema import OptimConfig
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, tensor_files
 from khanhllm.training.saver import Saver
 
 
@@ -51,8 +51,10 @@ def test_what_comes_back_is_what_was_saved(trained, tmp_path):
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-def test_any_changed_byte_is_found(tmp_path):
-    path = save(tmp_path, 1, *one_step(build(tiny())), {})
+@pytest.mark.parametrize("of", [1, 3])
+def test_any_changed_byte_is_found(of, tmp_path):
+    path = in_parts(tmp_path, checkpoint.snapshot(1, *one_step(build(tiny())), {}), of)
+    assert len([*path.iterdir()]) == 2 * of + 2
     assert checkpoint.verify(path) is None
     chance = random.Random(0)
     for file in sorted(path.iterdir()):
@@ -67,6 +69,46 @@ def test_any_changed_byte_is_found(tmp_path):
         assert checkpoint.verify(path), file.name
         file.write_bytes(whole)
     assert checkpoint.verify(path) is None
+
+
+def test_no_file_of_several_may_be_missing_from_the_manifest(tmp_path):
+    path = in_parts(tmp_path, checkpoint.snapshot(1, *one_step(build(tiny())), {}), 3)
+    whole = json.loads((path / "manifest.json").read_text())
+    for name in whole:
+        (path / "manifest.json").write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        assert checkpoint.verify(path) == f"the manifest lacks {name}"
+
+
+def test_a_tensor_lies_in_one_file_alone(tmp_path):
+    """Else which of the two is read would be chance."""
+    twice = {"one": torch.zeros(1)}
+    state = checkpoint.snapshot(1, *one_step(build(tiny())), {}).state
+    part = checkpoint.Snapshot(1, twice, {}, state)
+    checkpoint.prepare(tmp_path, 1, 0)
+    first, second = (checkpoint.write_part(tmp_path, part, nth, 2) for nth in range(2))
+    path = checkpoint.publish(tmp_path, part, first | second)
+    assert "model-00002-of-00002.safetensors: another file of the checkpoint holds one too" in checkpoint.verify(path)
+
+
+def test_many_files_claim_no_more_than_one_may(tmp_path):
+    """Each is short enough by itself."""
+    model, optimizer = one_step(build(tiny()))
+    path = in_parts(tmp_path, checkpoint.snapshot(1, model, optimizer, {}), 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        os.truncate(path / name, 10**7)
+        manifest[name]["bytes"] = 10**7
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    said = "model-00002-of-00002.safetensors has 10,000,000 bytes, more than there is to keep"
+    assert checkpoint.verify(path, model) == said
+
+
+def test_what_another_process_wrote_must_be_there(tmp_path):
+    whole = checkpoint.snapshot(1, *one_step(build(tiny())), {})
+    checkpoint.prepare(tmp_path, 1, 0)
+    files = checkpoint.write_part(tmp_path, whole) | {"model-00002-of-00002.safetensors": {}}
+    with pytest.raises(OSError, match=r"model-00002-of-00002\.safetensors was written, but is not there"):
+        checkpoint.publish(tmp_path, whole, files)
 
 
 def test_a_broken_one_is_passed_over_aloud(tmp_path):
@@ -171,7 +213,7 @@ def test_what_is_saved_is_the_moment_of_the_call(room, tmp_path, monkeypatch):
         monkeypatch.setattr(limits, "memory", lambda: limits.Memory(0, 0))
         go_on.set()
     with Saver(tmp_path, keep=2) as saver:
-        saver.begin(1, model, optimizer, {})
+        saver.begin(checkpoint.snapshot(1, model, optimizer, {}))
         assert (saver.outcome() is None) == room
         with torch.no_grad():
             for parameter in model.parameters():
@@ -188,13 +230,13 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write", full)
     with Saver(tmp_path, keep=2) as saver:
         for failures in (1, 2):
-            saver.begin(1, *one_step(build(tiny())), {})
+            saver.begin(checkpoint.snapshot(1, *one_step(build(tiny())), {}))
             with pytest.raises(OSError, match="No space"):
                 saver.outcome(patient=True)
             assert saver.outcome(patient=True) is None
             assert saver.failures == failures
         monkeypatch.undo()
-        saver.begin(1, *one_step(build(tiny())), {})
+        saver.begin(checkpoint.snapshot(1, *one_step(build(tiny())), {}))
         assert saver.outcome(patient=True)
         assert saver.failures == 0
 
@@ -202,14 +244,14 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
 def test_a_disk_that_lies_is_found_before_the_checkpoint_is_published(tmp_path, monkeypatch):
     model, optimizer = one_step(build(tiny()))
     good = save(tmp_path, 1, model, optimizer, {})
-    honest = checkpoint.save_file
+    honest = tensor_files.save_file
 
     def lying(tensors, path):
         honest(tensors, path)
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
-    monkeypatch.setattr(checkpoint, "save_file", lying)
+    monkeypatch.setattr(tensor_files, "save_file", lying)
     with pytest.raises(OSError, match="reads back differently"):
         save(tmp_path, 2, model, optimizer, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
@@ -238,7 +280,7 @@ def test_saving_in_bad_times_deletes_nothing(tmp_path):
     model, optimizer = one_step(build(tiny()))
     with Saver(tmp_path, keep=1) as saver:
         for step, rejected in ((1, 0), (2, 0), (3, 1)):
-            saver.begin(step, model, optimizer, {"guard": {"rejected": rejected}})
+            saver.begin(checkpoint.snapshot(step, model, optimizer, {"guard": {"rejected": rejected}}))
             saver.outcome(patient=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002", "step-0000003"]
 
@@ -247,7 +289,7 @@ def test_a_file_that_cannot_be_opened_again_is_a_failed_save(tmp_path, monkeypat
     def no_handle_left(*_, **__):
         raise RuntimeError("unable to open file: Too many open files")
 
-    monkeypatch.setattr(checkpoint, "safe_open", no_handle_left)
+    monkeypatch.setattr(tensor_files, "safe_open", no_handle_left)
     with pytest.raises(OSError, match="Too many open files"):
         save(tmp_path, 1, *one_step(build(tiny())), {})
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -259,6 +301,7 @@ def test_saving_starts_no_second_team_of_threads(tmp_path):
     code = f"""
 import psutil, torch
 from pathlib import Path
+from khanhllm.training import checkpoint
 from khanhllm.training.saver import Saver
 torch.set_num_threads(2)
 model = torch.nn.Linear(512, 512)
@@ -266,7 +309,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 model(torch.ones(512, 512)).sum().backward(); optimizer.step()  # the training's own team is there
 threads = psutil.Process().num_threads()
 with Saver(Path({str(tmp_path)!r}), keep=1) as saver:
-    saver.begin(1, model, optimizer, {{}})
+    saver.begin(checkpoint.snapshot(1, model, optimizer, {{}}))
     assert saver.outcome(patient=True)
     print(psutil.Process().num_threads() - threads)
 """
@@ -282,13 +325,13 @@ def test_its_size_is_known_before_the_first_step(trained):
 
 def test_the_sign_of_a_zero_is_a_byte_too(tmp_path, monkeypatch):
     """What was written is compared as bytes: as numbers, 0 equals -0, and NaN not even itself."""
-    honest = checkpoint.save_file
+    honest = tensor_files.save_file
     checkpoint.write(tmp_path, checkpoint.Snapshot(1, {"one": torch.tensor([torch.nan])}, {}, {}))
 
     def lying(tensors, path):
         honest(tensors, path)
         path.write_bytes(path.read_bytes()[:-1] + b"\x80")
 
-    monkeypatch.setattr(checkpoint, "save_file", lying)
+    monkeypatch.setattr(tensor_files, "save_file", lying)
     with pytest.raises(OSError, match="reads back differently"):
         checkpoint.write(tmp_path, checkpoint.Snapshot(2, {"one": torch.zeros(1)}, {}, {}))

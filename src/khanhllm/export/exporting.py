@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
@@ -19,7 +18,7 @@ from khanhllm.files import there
 from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.schema import ModelConfig
 from khanhllm.settings import read_config
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, tensor_files
 
 UNCHECKED = "not compared with the model that was trained (--no-check)"
 USUAL = {"hf": "f32", "gguf": "f16"}
@@ -49,7 +48,7 @@ def export(
     _check_request(to, out, dtype, compatible, remote_code)
     run = path.parents[1]
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
-    weights = load_file(path / "model.safetensors")  # mapped, not read
+    weights = tensor_files.load(path, "model")
     shape, encoded, talks = config.model, weights, config.train.targets == "answers"
     if not remote_code:
         shape, encoded = _encoded(to, config.model, weights, compatible)

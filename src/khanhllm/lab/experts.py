@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from khanhllm.errors import UserError
-from khanhllm.files import publish, read
+from khanhllm.files import publish
 from khanhllm.lab import closing, routing
 from khanhllm.lab.closing import Cost
 from khanhllm.lab.kinds import KINDS, kinds, shown
@@ -32,7 +32,7 @@ from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing
 from khanhllm.runs.run import Run, find_checkpoint
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, tensor_files
 
 VERSION = 1
 FILE = "experts.json"
@@ -114,7 +114,7 @@ def examine(
     return {
         "version": VERSION,
         "step": opened.step,
-        "checkpoint": json.loads(read(opened.checkpoint / "manifest.json"))["model.safetensors"]["sha256"],
+        "checkpoint": tensor_files.identity(opened.checkpoint),
         "data": sample.source,
         "parts": sample.parts,
         "tokens": int(sample.text_WT.sum()),

@@ -4,7 +4,6 @@ Each measure is one comparison of log p(continuation | context), with its standa
 short sample of each set is enough for that error; it is the same sample for every run, so that runs compare.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from khanhllm.errors import UserError
-from khanhllm.files import read
 from khanhllm.lab import closing, core, sets, synthetic, talks
 from khanhllm.lab.answers import Question, ask, mean, ratio
 from khanhllm.lab.sample import take
 from khanhllm.lab.sets import Set
 from khanhllm.runs.run import Run
+from khanhllm.training import tensor_files
 
 VERSION = 1
 TOKENS = 100_000
@@ -166,7 +165,7 @@ def examine(
     return {
         "version": VERSION,
         "step": opened.step,
-        "checkpoint": json.loads(read(opened.checkpoint / "manifest.json"))["model.safetensors"]["sha256"],
+        "checkpoint": tensor_files.identity(opened.checkpoint),
         "most": most,
         "measures": measures,
         "core": core.measure(opened, loaded, most) if with_core else None,

@@ -10,6 +10,7 @@ one of those that hold it, and only they take part in what is said here of "all"
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,7 +27,11 @@ them, so the more others there are, the less of each parameter comes at one time
 Result = TypeVar("Result")
 Held = TypeVar("Held", bound=tuple[Any, ...])
 """a parameter, and what belongs to it"""
-Shapes = Mapping[nn.Parameter, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
+Kinds = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Shapes = Mapping[nn.Parameter, Kinds]
+Takers = Mapping[nn.Parameter, int]
+"""which process each parameter is for; those that it does not name are for the first"""
+FIRST: Takers = MappingProxyType({})
 
 
 class Apart(UserError):
@@ -139,9 +144,18 @@ class Owners:
                     "they are not saved, and --resume goes on from the last checkpoint"
                 )
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights by name, on the first process."""
-        return model.state_dict()
+    def takers(self) -> Takers:
+        """Who writes each parameter where every process writes its part of a checkpoint: its owner, or of a stack that
+        lies in parts whoever would own it whole."""
+        sizes: dict[nn.Parameter, int] = {}
+        for piece in self.pieces:
+            sizes[piece.parameter] = sizes.get(piece.parameter, 0) + piece.parameter.numel()
+        return dict(zip(sizes, dealt([*sizes.values()], self.group.size), strict=True))
+
+    def weights(self, model: nn.Module, takers: Takers = FIRST) -> dict[str, Tensor]:
+        """The weights that this process takes, by name. What is no parameter the first one takes."""
+        taker_of = {name: takers.get(parameter, 0) for name, parameter in self.named(model)}
+        return {name: t for name, t in model.state_dict().items() if taker_of.get(name, 0) == self.group.rank}
 
     def named(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The optimizer's parameters, by the names that they have in the model."""
@@ -168,37 +182,37 @@ class Owners:
         return error
 
     def gathered(
-        self, state: Mapping[Any, dict[str, Any]], shapes: Shapes, whole: Shapes | None = None
+        self,
+        state: Mapping[Any, dict[str, Any]],
+        shapes: Shapes,
+        whole: Shapes | None = None,
+        takers: Takers = FIRST,
     ) -> Mapping[Any, dict[str, Any]]:
-        """The optimizer's state of all parameters, on the first process; the others have nothing of it.
+        """The optimizer's state: numbers of all parameters, tensors of those that this process takes.
 
         shapes: type and shape of each tensor in it. whole: those that it has on a process alone.
         """
         if self.group.alone:
             return state
-        pieces, rank, numbers = self.pieces, self.group.rank, {}
-        for nth, (parameter, _, owner) in enumerate(pieces):
-            if owner == rank and state.get(parameter):
-                kept = state[parameter].items()
-                numbers[nth] = {key: value for key, value in kept if not isinstance(value, Tensor)}
-        known = {int(nth): values for part in self.group.heard(numbers) for nth, values in part.items()}
-        away = [
-            (nth, key, pieces[nth], *kind)
-            for nth in known
-            if pieces[nth].owner != 0
-            for key, kind in shapes[pieces[nth].parameter].items()
-        ]
-        moves = [
-            Move(state[p.parameter][key].cpu() if p.owner == rank else torch.empty(shape, dtype=dtype), p.owner, 0)
-            for _, key, p, dtype, shape in away
-        ]
-        for (nth, key, *_), tensor in zip(away, self.group.move(moves), strict=True):
-            known[nth][key] = tensor
+        mine = [(nth, one.parameter) for nth, one in enumerate(self.pieces) if one.owner == self.group.rank]
+        own = {nth: state[parameter] for nth, parameter in mine if state.get(parameter)}
+        told = self.group.heard({nth: _numbers(kept) for nth, kept in own.items()})
+        numbers = {int(nth): values for part in told for nth, values in part.items()}
         found: dict[nn.Parameter, list[dict[str, Any]]] = {}
-        for nth, (parameter, _, owner) in enumerate(pieces if self.group.leads else ()):
-            found.setdefault(parameter, []).append(state[parameter] if owner == 0 else known.get(nth, {}))
+        for nth, piece in enumerate(self.pieces):
+            taker, kept = takers.get(piece.parameter, 0), own.get(nth) or numbers.get(nth, {})
+            if nth in numbers and piece.owner != taker:
+                kept = numbers[nth] | self._handed(kept, shapes[piece.parameter], piece.owner, taker)
+            found.setdefault(piece.parameter, []).append(kept)
         whole = whole or shapes
         return {p: _joined(parts, shapes[p], whole[p]) if len(parts) > 1 else parts[0] for p, parts in found.items()}
+
+    def _handed(self, kept: Mapping[str, Any], kinds: Kinds, owner: int, taker: int) -> dict[str, Tensor]:
+        """The tensors that the owner of a piece keeps for it, on the process that takes them."""
+        gives = self.group.rank == owner
+        like = [kept[key].cpu() if gives else torch.empty(shape, dtype=dtype) for key, (dtype, shape) in kinds.items()]
+        arrived = self.group.move([Move(tensor, owner, taker) for tensor in like])
+        return {key: tensor for key, tensor in zip(kinds, arrived, strict=True) if tensor is not None}
 
 
 def dealt(sizes: list[int], hands: int, holders: Sequence[range] = ()) -> list[int]:
@@ -242,6 +256,11 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     bytes_N = tensor.detach().flatten().view(torch.uint8)
     whole = len(bytes_N) // 8 * 8
     return bytes_N[:whole].view(torch.int64).sum() + bytes_N[whole:].sum()
+
+
+def _numbers(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no tensor in it."""
+    return {key: value for key, value in kept.items() if not isinstance(value, Tensor)}
 
 
 def _joined(parts: list[dict[str, Any]], shapes: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:

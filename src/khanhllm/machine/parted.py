@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.group import Move
-from khanhllm.machine.owners import Owners
+from khanhllm.machine.owners import FIRST, Owners, Takers
 from khanhllm.model.exchange import Exchange, lead, serve
 
 Result = TypeVar("Result")
@@ -39,14 +39,17 @@ class Parted(Owners):
         """The same of what lies whole on each process."""
         super().check({name: tensor for name, tensor in weights.items() if not self.group.part.cuts(name)})
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights of the whole model, on the first process; stacks of experts, gathered one by one, on the CPU."""
-        found, group = model.state_dict(), self.group
+    def weights(self, model: nn.Module, takers: Takers = FIRST) -> dict[str, Tensor]:
+        """The same of the whole model; stacks of experts, gathered one by one, on the CPU."""
+        found, group = super().weights(model, takers), self.group
         for name, parameter in model.named_parameters():
             if group.part.cuts(name):
-                like, givers = torch.empty(parameter.shape, dtype=parameter.dtype), range(1, group.parts)
-                mine = parameter.detach().cpu() if group.rank < group.parts else like
-                arrived = group.move([Move(mine if giver == group.rank else like, giver, 0) for giver in givers])
-                if group.leads:
-                    found[name] = torch.cat([mine, *(part for part in arrived if part is not None)])
+                taker = takers.get(parameter, 0)
+                givers = [taker if nth == taker % group.parts else nth for nth in range(group.parts)]
+                gives = group.rank in givers
+                mine = parameter.detach().cpu() if gives else torch.empty(parameter.shape, dtype=parameter.dtype)
+                arrived = group.move([Move(mine, giver, taker) for giver in givers if giver != taker])
+                if group.rank == taker:
+                    arrived.insert(taker % group.parts, mine)
+                    found[name] = torch.cat([part for part in arrived if part is not None])
         return found

@@ -13,6 +13,7 @@ Gradients are summed after each micro-batch, not once a step: until then they wo
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.group import Group, added
-from khanhllm.machine.owners import Owners, Shapes, in_buckets
+from khanhllm.machine.owners import FIRST, Owners, Shapes, Takers, in_buckets
 from khanhllm.machine.precision import ROUNDED
 from khanhllm.model import Transformer
 from khanhllm.model.roles import role
@@ -100,13 +101,12 @@ class Sharded(Owners):
         self.group.spread([parameter.data for parameter, _ in self.kept], [owner for _, owner in self.kept])
 
     @torch.no_grad()
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights by name, on the first process and in the host's memory; elsewhere only those kept whole."""
-        found = dict(model.state_dict())
-        name_of = {whole: name for name, whole in self.named(model)}
-        for bucket in self._cut_buckets():
-            to_first = [(parameter, 0) for parameter, _ in bucket]
-            for parameter, whole in self._united(to_first, [self._local(parameter) for parameter, _ in bucket]):
+    def weights(self, model: nn.Module, takers: Takers = FIRST) -> dict[str, Tensor]:
+        """The same, whole and in the host's memory."""
+        found, name_of = super().weights(model, takers), {whole: name for name, whole in self.named(model)}
+        for bucket in in_buckets((parameter, takers.get(parameter, 0)) for parameter in self.shard):
+            bucket.sort(key=itemgetter(1))
+            for parameter, whole in self._united(bucket, [self._local(parameter) for parameter, _ in bucket]):
                 found[name_of[parameter]] = whole.cpu()
         return found
 
@@ -127,10 +127,14 @@ class Sharded(Owners):
         return ((name, pair[0]) for (name, _), pair in zip(model.named_parameters(), self.pairs, strict=True))
 
     def gathered(
-        self, state: Mapping[Any, dict[str, Any]], shapes: Shapes, whole: Shapes | None = None
+        self,
+        state: Mapping[Any, dict[str, Any]],
+        shapes: Shapes,
+        whole: Shapes | None = None,
+        takers: Takers = FIRST,
     ) -> Mapping[Any, dict[str, Any]]:
-        """The same as that of owners, by the model's parameters."""
-        found = super().gathered(state, shapes, whole)
+        """The same, by the model's parameters."""
+        found = super().gathered(state, shapes, whole, takers)
         return {self.shard.get(parameter, parameter): moments for parameter, moments in found.items()}
 
     def led(self, make: Callable[[], Result]) -> Result:
@@ -154,7 +158,7 @@ class Sharded(Owners):
     def _cut_buckets(self) -> Iterator[Bucket]:
         """Parameters in shards and their owners, bucket by bucket; in each by owner."""
         for bucket in in_buckets(pair for pair in self.pairs if pair[0] in self.shard):
-            yield sorted(bucket, key=lambda pair: pair[1])
+            yield sorted(bucket, key=itemgetter(1))
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """This process's rows of a parameter."""

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from khanhllm.data.chat import check_turns, messages_of
@@ -27,7 +26,7 @@ from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper
 from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, read_config, refuse_to_overwrite, write_config
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, tensor_files
 
 Step = int | str | None
 """which checkpoint: the newest (None), one of a step, or "best" """
@@ -191,7 +190,7 @@ class Run:
         refuse_to_overwrite(out, resume=False)
         if there(out) and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already and is no empty folder; save into a new one")
-        moments = load_file(self.checkpoint / "optimizer.safetensors")
+        moments = tensor_files.load(self.checkpoint, "optimizer")
         weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         try:
             out.mkdir(parents=True, exist_ok=True)

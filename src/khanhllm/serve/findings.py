@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.errors import UserError
 from khanhllm.files import read
+from khanhllm.training import tensor_files
 
 FILE = "experts.json"
 LARGEST = 2**24
@@ -80,6 +81,6 @@ def findings(run: Path) -> dict[str, Any] | None:
 def of_checkpoint(checkpoint: Path) -> str:
     """The hash by which the findings name the weights that they speak of."""
     try:
-        return str(json.loads(read(checkpoint / "manifest.json"))["model.safetensors"]["sha256"])
+        return tensor_files.identity(checkpoint)
     except (OSError, ValueError, KeyError, TypeError):
         return ""

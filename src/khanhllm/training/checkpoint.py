@@ -2,15 +2,15 @@
 
 It is written aside as `step-N.tmp`, every file is forced to disk and read back, `manifest.json` with sizes and sha256
 comes last, and one rename publishes it. A reader takes the newest one whose every byte agrees with its manifest.
-Tensors are in safetensors and all else in JSON: nothing that is loaded can run code.
+Tensors are in safetensors (tensor_files.py) and all else in JSON: nothing that is loaded can run code.
+
+    prepare -> write_part -> publish    of several processes each writes its part, and the first does the rest
 
 saver.py saves them while the training goes on.
 """
 
-import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -20,11 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from khanhllm import optim
@@ -32,12 +29,12 @@ from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read
 from khanhllm.model.exchange import WHOLE, Part
 from khanhllm.schema import Natural
+from khanhllm.training import tensor_files
 from khanhllm.training.guard import Guard
+from khanhllm.training.tensor_files import LONGEST_HEADER, Fingerprint, sync
 from khanhllm.units import as_size
 
 FORMAT = 2
-LONGEST_HEADER = 2**24
-"""no model of ours needs a longer list of its tensors (bytes)"""
 OTHER_MODEL = "check model.* keys"
 """how a fault ends that lies in the model's config, not in the checkpoint"""
 Say = Callable[[str], None]
@@ -72,7 +69,7 @@ class Noted(BaseModel):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint will hold."""
+    """All that a checkpoint will hold, or of its tensors the part that this process writes."""
 
     step: int
     model: dict[str, Tensor]
@@ -85,9 +82,10 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
 
     def copied(self) -> "Snapshot":
-        """The same in the host's memory, untouched by what the training does next."""
+        """The same in the host's memory, untouched by what the training does next. What is copied is given up: some of
+        it was gathered for this alone, and would lie there twice."""
         model, optimizer = (
-            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            {name: tensors.pop(name).to("cpu", copy=True) for name in list(tensors)}
             for tensors in (self.model, self.optimizer)
         )
         return replace(self, model=model, optimizer=optimizer)
@@ -101,9 +99,10 @@ def snapshot(
     moments: Moments | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The tensors themselves, not copies. moments, weights: all of them, where optimizer and model hold only some."""
+    """The tensors themselves, not copies. moments, weights: those to be saved, where they are not what optimizer and
+    model hold."""
     tensors, numbers = _flatten(model, optimizer, optimizer.state if moments is None else moments)
-    weights = {name: tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
+    weights = {n: t.contiguous() for n, t in (model.state_dict() if weights is None else weights).items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
 
 
@@ -116,25 +115,53 @@ def size(model: nn.Module, optimizer: torch.optim.Optimizer, part: Part = WHOLE)
 def write(run: Path, whole: Snapshot) -> Path:
     """Write `run/checkpoints/step-N` and return it. Raises OSError (disk full, read-only, ...) and leaves nothing
     half-written behind; checkpoints that were there stay as they are."""
-    final = _folder(run, whole.step)
-    aside = final.with_suffix(".tmp")
     try:
-        for left_over in final.parent.glob("step-*.tmp"):
-            shutil.rmtree(left_over)
-        _make_room(run, whole.bytes)
-        aside.mkdir(parents=True)
-        _save_tensors(whole.model, aside / "model.safetensors")
-        _save_tensors(whole.optimizer, aside / "optimizer.safetensors")
-        _write_json(aside / "state.json", whole.state)
-        _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
-        _sync(aside)
-        aside.replace(final)
-        _sync(final.parent)
-        _sync(run)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch says the last where it cannot map a file
-        shutil.rmtree(aside, ignore_errors=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+        prepare(run, whole.step, whole.bytes)
+        return publish(run, whole, write_part(run, whole))
+    except OSError:
+        discard(run, whole.step)
+        raise
+
+
+def prepare(run: Path, step: int, needed: int) -> None:
+    """Make the folder to write a checkpoint into, aside, and remove what was left by those that were not finished.
+    needed: bytes of its tensors. Raises OSError, also if there is no room: now rather than after minutes of writing."""
+    aside = _aside(run, step)
+    for left_over in aside.parent.glob("step-*.tmp"):
+        shutil.rmtree(left_over)
+    if (free := room(run)) < needed:
+        raise OSError(f"the disk of {run} has {as_size(free)} free, a checkpoint takes {as_size(needed)}")
+    aside.mkdir(parents=True)
+
+
+def write_part(run: Path, part: Snapshot, nth: int = 0, of: int = 1) -> dict[str, Fingerprint]:
+    """Write the tensors that the nth of so many processes has. What the manifest will say of its files. OSError if that
+    fails."""
+    aside, tensors = _aside(run, part.step), (part.model, part.optimizer)
+    names = [tensor_files.name(kind, nth, of) for kind in tensor_files.KINDS]
+    return {name: tensor_files.save(own, aside / name) for name, own in zip(names, tensors, strict=True)}
+
+
+def publish(run: Path, part: Snapshot, files: dict[str, Fingerprint]) -> Path:
+    """Add to the files of all processes what else a checkpoint has, and give it its name. Raises OSError.
+
+    part: that of any of them; its tensors are no longer needed."""
+    aside, final = _aside(run, part.step), folder(run, part.step)
+    if unseen := [name for name in files if not (aside / name).is_file()]:
+        raise OSError(f"{aside / unseen[0]} was written, but is not there; do all processes see the same disk?")
+    _write_json(aside / "state.json", part.state)
+    files = files | {"state.json": tensor_files.fingerprint(aside / "state.json")}
+    _write_json(aside / "manifest.json", dict(sorted(files.items())))
+    sync(aside)
+    aside.replace(final)
+    sync(final.parent)
+    sync(run)
     return final
+
+
+def discard(run: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that will not be published."""
+    shutil.rmtree(_aside(run, step), ignore_errors=True)
 
 
 def prune(run: Path, keep: int, best: int | None = None) -> None:
@@ -209,24 +236,25 @@ def verify(path: Path, paper: nn.Module | None = None) -> str | None:
     most = 2**63 if paper is None else 16 * sum(t.numel() for t in paper.state_dict().values()) + LONGEST_HEADER
     try:
         manifest = json.loads(read(path / "manifest.json"))
-        missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(manifest)
-        if missing:
-            return f"the manifest lacks {', '.join(sorted(missing))}"
+        tensors = {name for kind in tensor_files.KINDS for name in tensor_files.expected(manifest, kind)}
+        if missing := tensors.union(["state.json"]) - set(manifest):
+            return f"the manifest lacks {', '.join(sorted(missing)[:3])}"
         for name, expected in manifest.items():
             if name != Path(name).name or name in ("", ".."):
                 return f"the manifest names a file elsewhere: {name[:60]!r}"
-            if (path / name).stat().st_size != expected["bytes"]:
-                return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
-            if (path / name).stat().st_size > (most if name.endswith(".safetensors") else SMALL):
-                return f"{name} has {(path / name).stat().st_size:,} bytes, more than there is to keep"
+            if (size := (path / name).stat().st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if size > (most if name in tensors else SMALL):
+                return f"{name} has {size:,} bytes, more than there is to keep"
+            most -= size if name in tensors else 0
         if paper is not None:
             _compare(path, paper)
         for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
+            if tensor_files.fingerprint(path / name) != expected:
                 return f"{name} does not match its sha256"
         read_state(path)
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            _tensor_shapes(path / name)
+        for kind in tensor_files.KINDS:
+            tensor_files.shapes(path, kind)
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except UserError as error:
@@ -251,23 +279,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return noted.model_dump(by_alias=True)
 
 
-def _tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a file, from its header alone. UserError if it is not a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > LONGEST_HEADER:
-            raise UserError(f"{path} is no safetensors file of ours: it claims a header of {length:,} bytes")
-        with safe_open(path, "pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-    except (SafetensorError, RuntimeError) as error:  # the latter if there is no room to map it
-        raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from None
-
-
 def _compare(path: Path, model: nn.Module, part: Part = WHOLE) -> None:
     """UserError if the tensors of a checkpoint are not those of the model, by name, shape and kind of number."""
-    saved, wanted = _tensor_shapes(path / "model.safetensors"), part.shapes(model)
+    saved, wanted = tensor_files.shapes(path, "model"), part.shapes(model)
     for name in sorted(saved.keys() | wanted.keys()):
         ours, theirs = wanted.get(name), saved.get(name)
         if ours is None or theirs is None or ours[1] != theirs[1]:
@@ -280,7 +294,7 @@ def _compare(path: Path, model: nn.Module, part: Part = WHOLE) -> None:
 def load_model(path: Path, model: nn.Module, part: Part = WHOLE) -> None:
     """Copy the weights into `model`, which has a `part` of its experts. UserError if its shapes are others."""
     _compare(path, model, part)
-    model.load_state_dict(part.weights(load_file(path / "model.safetensors")))
+    model.load_state_dict(part.weights(tensor_files.load(path, "model")))
 
 
 def load_optimizer(
@@ -302,7 +316,7 @@ def load_optimizer(
     kind = type(optimizer).__name__
     if numbers["class"] != kind:
         raise UserError(f"{path} was written by {numbers['class']}, but optim.name now asks for {kind}")
-    tensors = load_file(path / "optimizer.safetensors")
+    tensors = tensor_files.load(path, "optimizer")
     if not tensors:  # saved before the first update
         return
     wanted, own = optim.state_shapes(optimizer, part.counts(model)), optim.state_shapes(optimizer)
@@ -315,7 +329,7 @@ def load_optimizer(
             here = {key: (part.slice(t) if key in cut else t).to(parameter.device) for key, t in kept.items()}
             optimizer.state[parameter] = numbers["state"].get(name, {}) | here
     if tensors:
-        raise UserError(f"{path}: {min(tensors)[:100]} in optimizer.safetensors belongs to no parameter")
+        raise UserError(f"{path}: {min(tensors)[:100]} among the moments belongs to no parameter")
 
 
 def _flatten(
@@ -336,58 +350,28 @@ def _flatten(
     return tensors, {"class": type(optimizer).__name__, "state": numbers}
 
 
+def home(run: Path) -> Path:
+    """A folder on the disk on which the checkpoints of a run lie, or will lie."""
+    found = run / "checkpoints"
+    return found if found.exists() else run
+
+
 def room(run: Path) -> int:
-    """Bytes free where the checkpoints of a run lie, or will lie."""
-    kept = run / "checkpoints"
-    return shutil.disk_usage(kept if kept.exists() else run).free
-
-
-def _make_room(run: Path, needed: int) -> None:
-    """Raise OSError now rather than after minutes of writing."""
-    free = room(run)
-    if free < needed:
-        raise OSError(f"the disk of {run} has {as_size(free)} free, a checkpoint takes {as_size(needed)}")
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path)
-    _sync(path)
-    with safe_open(path, framework="pt") as there:
-        for name, tensor in tensors.items():
-            if not np.array_equal(_bytes(there.get_tensor(name)), _bytes(tensor.cpu())):
-                raise OSError(f"{path} reads back differently from what was written ({name}); is the disk sound?")
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """For NumPy, whose comparison stays on one thread. A parallel operation of torch would give the saver's thread a
-    team of OpenMP threads of its own; libgomp then counts more threads than cores, makes all of them sleep between
-    operations instead of spin, and a small model's steps take twice as long from the first save on."""
-    return tensor.flatten().view(torch.uint8).numpy()
+    """Bytes free on that disk."""
+    return shutil.disk_usage(home(run)).free
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to disk."""
-    if os.name == "nt" and path.is_dir():  # Windows has no handle for this and orders renames itself
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _folder(run: Path, step: int) -> Path:
+def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
+
+
+def _aside(run: Path, step: int) -> Path:
+    return folder(run, step).with_suffix(".tmp")
 
 
 def step_of(path: Path) -> int:

@@ -44,7 +44,7 @@ from khanhllm.training import checkpoint
 from khanhllm.training.parts import Parts, assemble, check_longer, check_same, check_validation, restore, rows_of
 from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.samples import write_samples
-from khanhllm.training.saver import Saver, room_for
+from khanhllm.training.saver import Saver, room_for, writers
 from khanhllm.training.step import NoRows, State, rate_factor, train_step
 
 A_LONG_RUN = 10**9
@@ -133,11 +133,13 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         check_validation(parts)
         parts = replace(parts, link=_link(parts))
         state = restore(parts, Path(last)) if last else parts.learner.start()
-        tight = _room(parts, state) if group.leads else ""
+        size = checkpoint.size(parts.learner.model, parts.learner.optimizer, parts.learner.part)
+        tight = _room(parts, state, size) if group.leads else ""
+        place, by = writers(own, size, group)
         with (
             stop_signals() as stop,
             Log.open(own, config, state.step, total_parameters(paper), quiet=not group.leads) as log,
-            Saver(own, config.train.keep, log.say, *([log.best] if config.train.keep_best else [])) as saver,
+            Saver(place, config.train.keep, log.say, log.best if config.train.keep_best else None, by) as saver,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(own / "tokenizer.json")
@@ -276,7 +278,8 @@ def _rise(parts: Parts, log: Log) -> Iterator[str]:
 
 def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
     """Begin to save; `must` as in Saver.save. Raises Apart rather than save weights on which processes differ."""
-    parts.learner.owners.check(parts.learner.model.state_dict())
+    learner, model, optimizer = parts.learner, parts.learner.model, parts.learner.optimizer
+    learner.owners.check(model.state_dict())
     log.flush()
     extra = {
         "cursor": state.cursor,
@@ -287,11 +290,13 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
     }
-    learner, model, optimizer = parts.learner, parts.learner.model, parts.learner.optimizer
+    takers = learner.owners.takers() if saver.shared else {}
     shapes, whole = optim.state_shapes(optimizer), optim.state_shapes(optimizer, learner.part.counts(model))
-    moments, weights = learner.owners.gathered(optimizer.state, shapes, whole), learner.owners.weights(model)
-    if learner.machine.group.leads:
-        saver.save(state.step, model, optimizer, extra, must, moments, weights)
+    moments = learner.owners.gathered(optimizer.state, shapes, whole, takers)
+    part = checkpoint.snapshot(state.step, model, optimizer, extra, moments, learner.owners.weights(model, takers))
+    del moments  # the saver gives up what was gathered, once it has a copy
+    if saver.shared or learner.machine.group.leads:
+        saver.save(part, must)
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:
@@ -337,13 +342,13 @@ def _rate(parts: Parts, state: State) -> Iterator[str]:
             )
 
 
-def _room(parts: Parts, state: State) -> str:
-    """What `room_for` says of the saves to come."""
-    train, learner = parts.config.train, parts.learner
+def _room(parts: Parts, state: State, size: int) -> str:
+    """What `room_for` says of the saves to come, of checkpoints of so many bytes."""
+    train = parts.config.train
     left = A_LONG_RUN if train.seconds else train.steps - state.step
     saves = -(-left // train.save_every) if train.save_every else min(left, 1)
     kept = train.keep + train.keep_best
-    return room_for(parts.run, checkpoint.size(learner.model, learner.optimizer, learner.part), kept, saves)
+    return room_for(parts.run, size, kept, saves)
 
 
 @contextmanager
