@@ -1,6 +1,7 @@
 """What several processes cost: two with one thread each, beside one with two, on the same cores and rows.
 
-    python benchmarks/processes.py [--preset micro] [--steps 60] [--rounds 7] > benchmarks/results/processes-cpu.json
+    python benchmarks/processes.py --preset nano --rounds 5 > benchmarks/results/processes-nano.json
+    python benchmarks/processes.py --preset micro --steps 40 --rounds 4 > benchmarks/results/processes-micro.json
 
 They take turns, each a training of its own from the beginning; its speed is the median over its steps but for the
 first ten. Printed as JSON: tokens/s of each turn, and the ratio in each round, as median, least and most.
