@@ -34,6 +34,7 @@ from khanhllm.training.run import train
 
 ALL = {"pattern": "MMMM"}
 WIDE = ALL | {"hidden": 768, "expert_hidden": 384, "vocab_size": 2048}
+NARROW = WIDE | {"dim": 64, "heads": 2, "hidden": 512, "expert_hidden": 256}
 PLAIN = {"value_embedding": False, "pair_embedding": 0}
 CELLS: dict[str, dict[str, Any]] = {
     "micro": {},
@@ -49,7 +50,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "wide, 64 experts": WIDE | {"experts": 64},
     "wide, 32 experts of a quarter": WIDE | {"experts": 32, "experts_per_token": 8, "expert_hidden": 96},
     "wide, 32 experts, no tables": WIDE | PLAIN | {"experts": 32},
-    "narrow": WIDE | {"dim": 64, "heads": 2, "hidden": 512, "expert_hidden": 256},
+    "narrow": NARROW,
+    "narrow, no tables": NARROW | PLAIN,
 }
 """what differs from the preset micro, under [model]"""
 MODELS = ("mixture", "twin")
