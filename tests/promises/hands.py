@@ -126,7 +126,7 @@ def prepare_saves(rank: int, shared: bool = False, full=(0, ()), killed: int = 0
 
 
 def bytes_of_tensors() -> int:
-    """What all tensors of this process take. The threads of gloo let go of what they have sent a moment later."""
+    """What all tensors of this process take. A thread of gloo may hold what it sent a moment longer."""
     time.sleep(0.01)
     gc.unfreeze()
     gc.collect()
