@@ -12,7 +12,7 @@ import getpass
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,7 +43,7 @@ SMALL = 2**15
 OPENED = count()
 """groups that this process was part of: each has keys of its own in the store"""
 Result = TypeVar("Result")
-Way = TypeVar("Way", bound=tuple[int, ...])
+Way = TypeVar("Way", bound=Hashable)
 
 
 class Lost(UserError):
@@ -120,9 +120,8 @@ class Group:
         """The sum of each tensor over all processes, in the order of their ranks."""
         if self.alone:
             return list(tensors)
-        total = added(self._gathered(torch.cat([tensor.flatten() for tensor in tensors])))
-        parts = total.to(tensors[0].device).split([tensor.numel() for tensor in tensors])
-        return [part.view_as(like).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
+        parts = _parted(added(self._gathered(_joined(tensors))), tensors)
+        return [part.to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
 
     def told(self, make: Callable[[], Result]) -> Result:
         """What `make` returns on the first process, which alone calls it: something that JSON can hold. It may take
@@ -220,9 +219,7 @@ class Group:
 
     def spread(self, tensors: Sequence[Tensor], givers: Sequence[int]) -> None:
         """Copy each tensor of its giver into those of all others. Small ones of one giver travel together."""
-        ways = [
-            (giver, [tensors[nth] for nth in numbers]) for (giver,), numbers in _together(tensors, list(zip(givers)))
-        ]
+        ways = [(giver, [tensors[nth] for nth in numbers]) for giver, numbers in _together(tensors, givers)]
         sent = [self._sent(_joined(held)) for _, held in ways]
         with self._answered():
             work = [dist.broadcast(one, giver, async_op=True) for one, (giver, _) in zip(sent, ways, strict=True)]
