@@ -12,7 +12,7 @@ Gradients are summed after each micro-batch, not once a step: until then they wo
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -104,8 +104,7 @@ class Sharded(Owners):
     def weights(self, model: nn.Module, takers: Takers = FIRST) -> dict[str, Tensor]:
         """The same, whole and in the host's memory."""
         found, name_of = super().weights(model, takers), {whole: name for name, whole in self.named(model)}
-        for bucket in in_buckets((parameter, takers.get(parameter, 0)) for parameter in self.shard):
-            bucket.sort(key=itemgetter(1))
+        for bucket in _by_taker((parameter, takers.get(parameter, 0)) for parameter in self.shard):
             for parameter, whole in self._united(bucket, [self._local(parameter) for parameter, _ in bucket]):
                 found[name_of[parameter]] = whole.cpu()
         return found
@@ -156,9 +155,8 @@ class Sharded(Owners):
         return self.group.told(make)
 
     def _cut_buckets(self) -> Iterator[Bucket]:
-        """Parameters in shards and their owners, bucket by bucket; in each by owner."""
-        for bucket in in_buckets(pair for pair in self.pairs if pair[0] in self.shard):
-            yield sorted(bucket, key=itemgetter(1))
+        """Parameters in shards and their owners, bucket by bucket."""
+        return _by_taker(pair for pair in self.pairs if pair[0] in self.shard)
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """This process's rows of a parameter."""
@@ -201,6 +199,11 @@ class Sharded(Owners):
         rows = [sum(self._count(parameter, own) for parameter, taker in bucket if taker == rank) for rank in ranks]
         whole = [sum(self._count(parameter, rank) for parameter in self._taken(bucket)) for rank in ranks]
         return rows, whole
+
+
+def _by_taker(held: Iterable[tuple[nn.Parameter, int]]) -> Iterator[Bucket]:
+    """Parameters, each with who takes it, bucket by bucket; in each by taker, as the ranks' parts arrive."""
+    return (sorted(bucket, key=itemgetter(1)) for bucket in in_buckets(held))
 
 
 def _cut(part: nn.Module, gather: "_Gather", kept: set[nn.Parameter], machine: Machine) -> None:
