@@ -2,12 +2,12 @@
 
 Forward and backward need two products only: each row times the matrix of its expert (`grouped_mm`), and for each
 expert the transpose of its rows times other rows of the same expert (`grouped_mm_wgrad`, the gradient of a matrix). A
-`Backend` computes both. The loop over experts defines what is right and is the fastest on a CPU. torch's grouped_mm has
-shapes that do not depend on the routing, as a GPU and a compiler need. `machine/` chooses; tests check that all
-backends agree.
+`Backend` computes both. The loop over experts defines what is right and is the fastest on a CPU, where one expert after
+the other does all of its work, so that its rows stay in the cache. torch's grouped_mm has shapes that do not depend on
+the routing, as a GPU and a compiler need. `machine/` chooses; tests check that all backends agree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,8 @@ def _torch_grouped_mm_wgrad(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor
     return F.grouped_mm(x_NI.T, y_NO, offs=end_E)
 
 
+ONE = Backend(lambda x_NI, weight_1IO, _: x_NI @ weight_1IO[0], lambda x_NI, y_NO, _: (x_NI.T @ y_NO)[None])
+"""for a stack of one expert"""
 LOOP = Backend(torch.ops.khanhllm.loop_grouped_mm.default, torch.ops.khanhllm.loop_grouped_mm_wgrad.default)
 GROUPED = Backend(_torch_grouped_mm, _torch_grouped_mm_wgrad)
 
@@ -100,9 +102,11 @@ class Activation(NamedTuple):
     """An activation function and its gradients."""
 
     value: Callable[..., Tensor]
-    """(*inputs_NF) -> value_NF"""
+    """(*kept_NF) -> value_NF"""
     gradients: Callable[..., tuple[Tensor, ...]]
-    """(grad_NF, *inputs_NF) -> the gradient of each input; grad_NF may be overwritten"""
+    """(grad_NF, *kept_NF) -> the gradient of each input; grad_NF may be overwritten"""
+    keep: Callable[[Tensor], Tensor] = lambda input_NF: input_NF
+    """input_NF -> kept_NF, what the backward pass needs of it; input_NF may be overwritten"""
 
 
 def _swiglu_gradients(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +119,28 @@ def _gelu_gradients(grad_NF: Tensor, up_NF: Tensor) -> tuple[Tensor]:
 
 SWIGLU = Activation(lambda gate_NF, up_NF: F.silu(gate_NF) * up_NF, _swiglu_gradients)
 GELU = Activation(F.gelu, _gelu_gradients)
-RELU2 = Activation(lambda up_NF: F.relu(up_NF).square_(), lambda grad_NF, up_NF: (grad_NF.mul_(F.relu(up_NF)).mul_(2),))
+RELU2 = Activation(torch.square, lambda grad_NF, relu_NF: (grad_NF.mul_(relu_NF).mul_(2),), keep=torch.relu_)
+
+
+class Portion(NamedTuple):
+    """Experts that work together, and their sorted rows."""
+
+    rows: slice
+    experts: slice
+    end_E: Tensor
+    """where the rows of each of these experts end"""
+    backend: Backend
+
+
+def portions(backend: Backend, end_E: Tensor) -> list[Portion]:
+    """All experts at once; with the loop, one after the other. A compiler needs shapes that it knows, so for it the
+    loop is inside each product."""
+    if backend is not LOOP or torch.compiler.is_compiling():
+        return [Portion(slice(None), slice(None), end_E, backend)]
+    return [
+        Portion(rows, slice(expert, expert + 1), end_E.new_full((1,), rows.stop - rows.start), ONE)
+        for expert, rows in enumerate(_slices(end_E))
+    ]
 
 
 class _Mixture(torch.autograd.Function):
@@ -128,7 +153,7 @@ class _Mixture(torch.autograd.Function):
         y = (weight h) @ down      d h = weight (d y @ down')      d weight = <d y @ down', h>
 
     so neither the answer nor the gathered x nor h is kept for the backward pass; x and h are cheap to compute again
-    (Guo et al. 2025, arXiv 2512.14080). In `backward`, slope_NF is d y @ down'.
+    (Guo et al. 2025, arXiv 2512.14080).
     """
 
     @staticmethod
@@ -145,39 +170,66 @@ class _Mixture(torch.autograd.Function):
         bias_EF: Tensor | None,
         *ups: Tensor,
     ) -> Tensor:
-        weight_N = in_sorted_order(weight_TK, inverse_TK).unsqueeze(1)
-        x_ND = x_TD.index_select(0, token_N)
-        inputs = [backend.grouped_mm(x_ND, up, end_E) for up in ups]
-        if bias_EF is not None:
-            inputs[0] = torch.addmm(inputs[0], _one_hot(end_E, x_ND), bias_EF)
-        answer_ND = backend.grouped_mm(activation.value(*inputs).mul_(weight_N), down, end_E)
-        ctx.backend, ctx.activation, ctx.has_bias = backend, activation, bias_EF is not None
-        ctx.save_for_backward(x_TD, weight_N, token_N, inverse_TK, end_E, down, *ups, *inputs)
-        return gathered_sum(answer_ND, inverse_TK)
+        weight_N1 = in_sorted_order(weight_TK, inverse_TK).unsqueeze(1)
+        answers, kept = [], []
+        for rows, experts, end, products in portions(backend, end_E):
+            x_ND = x_TD.index_select(0, token_N[rows])
+            inputs = [products.grouped_mm(x_ND, up[experts], end) for up in ups]
+            if bias_EF is not None:
+                inputs[0] = torch.addmm(inputs[0], _one_hot(end, x_ND), bias_EF[experts])
+            inputs = [activation.keep(input_NF) for input_NF in inputs]
+            hidden_NF = activation.value(*inputs).mul_(weight_N1[rows])
+            answers.append(products.grouped_mm(hidden_NF, down[experts], end))
+            kept += inputs
+        ctx.backend, ctx.activation, ctx.has_bias, ctx.ups = backend, activation, bias_EF is not None, len(ups)
+        ctx.save_for_backward(x_TD, weight_N1, token_N, inverse_TK, end_E, down, *ups, *kept)
+        return gathered_sum(_joined(answers), inverse_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: autograd cannot look inside
             raise RuntimeError("a mixture of experts has no second derivative")
-        x_TD, weight_N, token_N, inverse_TK, end_E, down, *rest = ctx.saved_tensors
-        ups, inputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        del rest
-        grad_ND = grad_TD.index_select(0, token_N)
-        hidden_NF = ctx.activation.value(*inputs)
-        slope_NF = ctx.backend.grouped_mm(grad_ND, down.mT, end_E)
-        weight_grad_TK = (slope_NF * hidden_NF).sum(-1, dtype=weight_N.dtype)[inverse_TK]
-        down_grad = ctx.backend.grouped_mm_wgrad(hidden_NF.mul_(weight_N), grad_ND, end_E)
-        del hidden_NF, grad_ND
-        slopes = ctx.activation.gradients(slope_NF.mul_(weight_N), *inputs)
-        del slope_NF, inputs  # they are large
-        x_ND = x_TD.index_select(0, token_N)
-        up_grads = [ctx.backend.grouped_mm_wgrad(x_ND, slope, end_E) for slope in slopes]
-        bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if ctx.has_bias else None
-        x_grad_ND, *more = (ctx.backend.grouped_mm(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
-        for part in more:
-            x_grad_ND.add_(part)
-        x_grad_TD = gathered_sum(x_grad_ND, inverse_TK)
-        return None, None, x_grad_TD, weight_grad_TK, None, None, None, down_grad, bias_grad, *up_grads
+        x_TD, weight_N1, token_N, inverse_TK, end_E, down, *rest = ctx.saved_tensors
+        ups, kept = rest[: ctx.ups], rest[ctx.ups :]
+        parts = []
+        for portion in portions(ctx.backend, end_E):
+            token, weight = token_N[portion.rows], weight_N1[portion.rows]
+            rows = x_TD.index_select(0, token), grad_TD.index_select(0, token), weight
+            matrices = [matrix[portion.experts] for matrix in (down, *ups)]
+            own, kept = kept[: ctx.ups], kept[ctx.ups :]
+            parts.append(_gradients(ctx.activation, portion, rows, matrices, own, ctx.has_bias))
+        x_grad, weight_grad, *grads = map(_joined, zip(*parts, strict=True))
+        return None, None, gathered_sum(x_grad, inverse_TK), weight_grad[inverse_TK], None, None, None, *grads
+
+
+def _gradients(
+    activation: Activation,
+    portion: Portion,
+    sorted_rows: tuple[Tensor, Tensor, Tensor],
+    matrices: list[Tensor],
+    kept: list[Tensor],
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, *tuple[Tensor, ...]]:
+    """The gradients of x, of the weights, of down, of the bias and of the ups. slope_NF is d y @ down'."""
+    (_, _, end_E, backend), (x_ND, grad_ND, weight_N1), (down, *ups) = portion, sorted_rows, matrices
+    hidden_NF = activation.value(*kept)
+    slope_NF = backend.grouped_mm(grad_ND, down.mT, end_E)
+    weight_grad_N = (slope_NF * hidden_NF).sum(-1, dtype=weight_N1.dtype)
+    down_grad = backend.grouped_mm_wgrad(hidden_NF.mul_(weight_N1), grad_ND, end_E)
+    del hidden_NF
+    slopes = activation.gradients(slope_NF.mul_(weight_N1), *kept)
+    del slope_NF
+    up_grads = [backend.grouped_mm_wgrad(x_ND, slope, end_E) for slope in slopes]
+    bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if has_bias else None
+    x_grad_ND, *more = (backend.grouped_mm(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
+    for part in more:
+        x_grad_ND.add_(part)
+    return x_grad_ND, weight_grad_N, down_grad, bias_grad, *up_grads
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Tensors of all portions in one, or None."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(list(parts))
 
 
 def in_sorted_order(weight_TK: Tensor, inverse_TK: Tensor) -> Tensor:

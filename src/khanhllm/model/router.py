@@ -62,7 +62,7 @@ class Router(nn.Module):
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
-            prob_TE = scores_TE.softmax(dim=-1)
+            prob_TE = scores_TE.T.softmax(dim=0).T  # several times faster on a CPU than along the few experts
             open_TE = prob_TE if closed_TE is None else prob_TE.masked_fill(closed_TE, 0)
             if self.bias_E is None:
                 top_TK, expert_TK = open_TE.topk(self.per_token, dim=-1)
