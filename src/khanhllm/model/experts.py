@@ -37,7 +37,7 @@ torch.library.define("khanhllm::loop_grouped_mm_wgrad", "(Tensor x_NI, Tensor y_
 @torch.library.impl("khanhllm::loop_grouped_mm", "default")
 def _loop_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
-    for expert, rows in enumerate(_slices(end_E)):
+    for expert, rows in enumerate(_slices(end_E.tolist())):
         torch.mm(x_NI[rows], weight_EIO[expert], out=out_NO[rows])
     return out_NO
 
@@ -45,13 +45,12 @@ def _loop_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
 @torch.library.impl("khanhllm::loop_grouped_mm_wgrad", "default")
 def _loop_grouped_mm_wgrad(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     out_EIO = x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
-    for expert, rows in enumerate(_slices(end_E)):
+    for expert, rows in enumerate(_slices(end_E.tolist())):
         torch.mm(x_NI[rows].T, y_NO[rows], out=out_EIO[expert])
     return out_EIO
 
 
-def _slices(end_E: Tensor) -> list[slice]:
-    ends = end_E.tolist()
+def _slices(ends: list[int]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -132,14 +131,16 @@ class Portion(NamedTuple):
     backend: Backend
 
 
-def portions(backend: Backend, end_E: Tensor) -> list[Portion]:
+def portions(backend: Backend, end_E: Tensor, pairs: int) -> list[Portion]:
     """All experts at once; with the loop, one after the other. A compiler needs shapes that it knows, so for it the
-    loop is inside each product."""
+    loop is inside each product. Planning computes with tensors without numbers: there all experts get as many rows."""
     if backend is not LOOP or torch.compiler.is_compiling():
         return [Portion(slice(None), slice(None), end_E, backend)]
+    experts = len(end_E)
+    ends = end_E.tolist() if type(end_E) is Tensor else [pairs * nth // experts for nth in range(1, experts + 1)]
     return [
         Portion(rows, slice(expert, expert + 1), end_E.new_full((1,), rows.stop - rows.start), ONE)
-        for expert, rows in enumerate(_slices(end_E))
+        for expert, rows in enumerate(_slices(ends))
     ]
 
 
@@ -172,7 +173,7 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         weight_N1 = in_sorted_order(weight_TK, inverse_TK).unsqueeze(1)
         answers, kept = [], []
-        for rows, experts, end, products in portions(backend, end_E):
+        for rows, experts, end, products in portions(backend, end_E, len(token_N)):
             x_ND = x_TD.index_select(0, token_N[rows])
             inputs = [products.grouped_mm(x_ND, up[experts], end) for up in ups]
             if bias_EF is not None:
@@ -192,7 +193,7 @@ class _Mixture(torch.autograd.Function):
         x_TD, weight_N1, token_N, inverse_TK, end_E, down, *rest = ctx.saved_tensors
         ups, kept = rest[: ctx.ups], rest[ctx.ups :]
         parts = []
-        for portion in portions(ctx.backend, end_E):
+        for portion in portions(ctx.backend, end_E, len(token_N)):
             token, weight = token_N[portion.rows], weight_N1[portion.rows]
             rows = x_TD.index_select(0, token), grad_TD.index_select(0, token), weight
             matrices = [matrix[portion.experts] for matrix in (down, *ups)]
