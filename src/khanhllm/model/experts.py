@@ -131,9 +131,10 @@ class Portion(NamedTuple):
     backend: Backend
 
 
-def portions(backend: Backend, end_E: Tensor, pairs: int) -> list[Portion]:
-    """All experts at once; with the loop, one after the other. A compiler needs shapes that it knows, so for it the
-    loop is inside each product. Planning computes with tensors without numbers: there all experts get as many rows."""
+def portions(backend: Backend, end_E: Tensor, pairs: int, idle: bool = True) -> list[Portion]:
+    """All experts at once; with the loop, one after the other, `idle` ones too. A compiler needs shapes that it knows,
+    so for it the loop is inside each product. Planning computes with tensors without numbers: there all experts get as
+    many rows."""
     if backend is not LOOP or torch.compiler.is_compiling():
         return [Portion(slice(None), slice(None), end_E, backend)]
     experts = len(end_E)
@@ -141,6 +142,7 @@ def portions(backend: Backend, end_E: Tensor, pairs: int) -> list[Portion]:
     return [
         Portion(rows, slice(expert, expert + 1), end_E.new_full((1,), rows.stop - rows.start), ONE)
         for expert, rows in enumerate(_slices(ends))
+        if idle or rows.start < rows.stop
     ]
 
 
@@ -173,7 +175,7 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         weight_N1 = in_sorted_order(weight_TK, inverse_TK).unsqueeze(1)
         answers, kept = [], []
-        for rows, experts, end, products in portions(backend, end_E, len(token_N)):
+        for rows, experts, end, products in portions(backend, end_E, len(token_N), idle=any(ctx.needs_input_grad)):
             x_ND = x_TD.index_select(0, token_N[rows])
             inputs = [products.grouped_mm(x_ND, up[experts], end) for up in ups]
             if bias_EF is not None:
@@ -184,7 +186,7 @@ class _Mixture(torch.autograd.Function):
             kept += inputs
         ctx.backend, ctx.activation, ctx.has_bias, ctx.ups = backend, activation, bias_EF is not None, len(ups)
         ctx.save_for_backward(x_TD, weight_N1, token_N, inverse_TK, end_E, down, *ups, *kept)
-        return gathered_sum(_joined(answers), inverse_TK)
+        return gathered_sum(_joined(answers or [x_TD[:0]]), inverse_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
