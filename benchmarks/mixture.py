@@ -1,13 +1,15 @@
 """Where does a mixture learn more than its dense twin of equal arithmetic, and how much more would the twin have to do?
 
     python benchmarks/mixture.py learn DATA --out runs.jsonl [--cells NAME ...] [--steps 500 1000 2000] [--seeds 1]
+    python benchmarks/mixture.py race DATA --out runs.jsonl [--cells NAME ...] [--seconds 150 450] [--seeds 3]
     python benchmarks/mixture.py speed --out runs.jsonl [--cells NAME ...]
     python benchmarks/mixture.py table runs.jsonl
 
 `learn` trains mixture and twin of each cell for as many steps on the same rows, on one thread each, and appends a line
 for each run; runs that FILE already has are not repeated, so that it can be stopped at any time, and load does not
-matter. `speed` needs a quiet machine: it takes turns, a step of the one and a step of the other, and appends their
-times. `table` puts both together. *per step*: bits per byte of the mixture less those of its twin, after as many
+matter. `race` trains both for as many seconds, at the same time, on a core each, so that both feel what else the
+machine does. `speed` needs a quiet machine: it takes turns, a step of the one and a step of the other, and appends
+their times. `table` puts both together. *per step*: bits per byte of the mixture less those of its twin, after as many
 steps. *per second*: the same where the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*:
 how many times its own steps the twin would need for the mixture's bits per byte, read off the line through its budgets
 (bits per byte over the logarithm of steps); less than 1 where the twin is ahead.
@@ -16,10 +18,13 @@ how many times its own steps the twin would need for the mixture's bits per byte
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,18 +57,26 @@ CELLS: dict[str, dict[str, Any]] = {
     "wide, 32 experts, no tables": WIDE | PLAIN | {"experts": 32},
     "narrow": NARROW,
     "narrow, no tables": NARROW | PLAIN,
+    "narrower, no tables": NARROW | PLAIN | {"dim": 32, "hidden": 256, "expert_hidden": 128, "vocab_size": 1024},
 }
 """what differs from the preset micro, under [model]"""
+RECIPES: dict[str, dict[str, Any]] = {
+    "one rate": {},
+    "own rates": {"router_lr": 0.0017, "expert_out_lr": 0.057, "expert_momentum": 0.95},
+}
+"""what differs from the preset micro, under [optim]; the twin, which has no router and no experts, heeds none of it"""
 MODELS = ("mixture", "twin")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["learn", "speed", "table"])
+    parser.add_argument("what", choices=["learn", "race", "speed", "table"])
     parser.add_argument("data", nargs="?", help="as for khanhllm train; of a table, the file")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS), metavar="NAME")
+    parser.add_argument("--recipe", default="own rates", choices=list(RECIPES))
     parser.add_argument("--steps", nargs="*", type=int, default=[500, 1000, 2000])
+    parser.add_argument("--seconds", nargs="*", type=int, default=[150, 450])
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     if options.what == "table":
@@ -71,6 +84,8 @@ def main() -> None:
     elif options.what == "speed":
         for cell in options.cells:
             append(options.out, {"cell": cell, "what": "speed", **speed(cell)})
+    elif options.what == "race":
+        race(options)
     else:
         learn(options)
 
@@ -79,26 +94,50 @@ def config(cell: str, **given: Any) -> Config:
     return resolve(preset("micro"), {"model": CELLS[cell]}, {"machine": {"device": "cpu", "threads": 1}}, given)
 
 
+def race(options: argparse.Namespace) -> None:
+    """Both models for as many seconds, at the same time."""
+    known = done(options.out)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for seed, seconds, cell in product(range(options.seeds), options.seconds, options.cells):
+            run = {"what": "race", "seconds": seconds, "seed": seed, **described(cell, options)}
+            if key(run) not in known:
+                both = [run | {"model": model} for model in MODELS]
+                row = run | dict(zip(MODELS, pool.map(partial(learned, options.data), both), strict=True))
+                row["bits_ahead"] = row["twin"]["bits_per_byte"] - row["mixture"]["bits_per_byte"]
+                append(options.out, row)
+
+
+def done(path: Path) -> set[tuple[Any, ...]]:
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {key(run) for run in map(json.loads, lines) if run["what"] != "speed"}
+
+
 def learn(options: argparse.Namespace) -> None:
-    lines = options.out.read_text("utf-8").splitlines() if options.out.exists() else []
-    known = {key(run) for run in map(json.loads, lines) if run["what"] == "learn"}
+    known = done(options.out)
     for steps, cell, seed, model in product(options.steps, options.cells, range(options.seeds), MODELS):
-        run = {"cell": cell, "what": "learn", "data": options.data, "model": model, "steps": steps, "seed": seed}
+        run = {"what": "learn", "model": model, "steps": steps, "seed": seed, **described(cell, options)}
         if key(run) not in known:
-            append(options.out, run | learned(run))
+            append(options.out, run | learned(options.data, run))
+
+
+def described(cell: str, options: argparse.Namespace) -> dict[str, str]:
+    return {"cell": cell, "data": Path(options.data).name, "recipe": options.recipe}
 
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[part] for part in ("cell", "data", "model", "steps", "seed"))
+    parts = ("cell", "data", "recipe", "steps", "seconds", "seed")
+    return run["what"], run["what"] == "learn" and run["model"], *map(run.get, parts)  # a race has both models
 
 
-def learned(run: dict[str, Any]) -> dict[str, Any]:
+def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
     """Train one model; its bits per byte on held-out documents."""
     quiet = {"eval_every": 0, "save_every": 0, "sample_tokens": 0, "eval_tokens": 2**18}
+    until = {part: run[part] for part in ("steps", "seconds") if part in run}
     given = config(
         run["cell"],
-        data={"source": run["data"], "validation": 0.02},
-        train={"steps": run["steps"], "seed": run["seed"], **quiet},
+        optim=RECIPES[run["recipe"]],
+        data={"source": source, "validation": 0.02},
+        train={**until, "seed": run["seed"], **quiet},
     )
     if run["model"] == "twin":
         given = given.model_copy(update={"model": dense_twin(given.model)})
@@ -110,6 +149,7 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
         "parameters": total_parameters(on_paper(given.model)),
         "active": active_parameters(on_paper(given.model)),
         "bits_per_byte": float(told.bits[-1]),
+        "steps_done": int(told.step[-1]),
         "cpu_seconds": time.process_time() - started,
     }
 
@@ -135,7 +175,9 @@ def table(runs: list[dict[str, Any]]) -> None:
     bits: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run["what"] == "learn":
-            bits[run["data"], run["cell"], run["steps"]][run["model"]].append(run["bits_per_byte"])
+            bits[run["data"], f"{run['cell']}; {run['recipe']}", run["steps"]][run["model"]].append(
+                run["bits_per_byte"]
+            )
     print("| text | cell | steps | twin | per step | time of a step | per second | multiplier |")
     print("|---|---|---|---|---|---|---|---|")
     for (data, cell, steps), both in sorted(bits.items()):
@@ -147,8 +189,8 @@ def table(runs: list[dict[str, Any]]) -> None:
         if len(line) > 1:
             slope = statistics.linear_regression(*zip(*line, strict=True)).slope
             told[2] = f"{math.exp((mixture - twin) / slope):.3f}"
-            if cell in times:
-                told[:2] = f"{times[cell]:.3f}", f"{mixture - twin - slope * math.log(times[cell]):+.4f}"
+            if time := times.get(cell.partition(";")[0]):
+                told[:2] = f"{time:.3f}", f"{mixture - twin - slope * math.log(time):+.4f}"
         print(f"| {data} | {cell} | {steps} | {twin:.4f} | {mixture - twin:+.4f} | {' | '.join(told)} |")
 
 

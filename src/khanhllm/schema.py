@@ -240,9 +240,18 @@ class OptimConfig(Section):
     """peak learning rate of the embedding tables; 0 means lr"""
     head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the output matrix; 0 means lr"""
+    router_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """peak learning rate of the routers; 0 means lr. At the rates that small models take under muon, routers would
+    change their minds with each step"""
+    expert_out_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """peak learning rate of the matrices by which experts write into the residual stream (muon only); 0 means muon_lr.
+    sqrt(experts_per_token) times muon_lr makes up for the weights, by which the router takes a mean of their answers"""
+    expert_momentum: Beta = 0.0
+    """momentum of the experts' matrices (muon only), which see fewer tokens in each step than others; 0 means
+    momentum"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head
-    and router) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""
+    and routers) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""
     newton_schulz: Annotated[int, Field(ge=1, le=5)] = 4
     """iterations that orthogonalise an update (muon only)"""
 

@@ -71,6 +71,10 @@ def test_experts_without_rows(backend, counts):
     plain = torch.stack([one_expert(experts, owner[row], x[row]) for row in range(12)])
     ours = experts(x, Choice(owner[:, None], torch.ones(12, 1)), torch.tensor(counts))
     assert torch.allclose(ours, plain, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(experts(x, Choice(owner[:, None], torch.ones(12, 1)), torch.tensor(counts)), ours)
+        none = experts(x[:0], Choice(owner[:0, None], torch.ones(0, 1)), torch.zeros(4))
+        assert none.shape == (0, 8)
     gradients = [torch.autograd.grad(y.square().sum(), experts.parameters()) for y in (ours, plain)]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(*gradients, strict=True))
 
@@ -80,6 +84,14 @@ def test_a_second_derivative_of_experts_is_refused_not_wrong():
     x = torch.randn(1, 9, 32, generator=G, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(mixture(x)[0].sum() + x.pow(3).sum(), x, create_graph=True)
+
+
+def test_a_second_derivative_of_relu_squared_is_refused_not_wrong():
+    dense = build(tiny(feedforward="relu2")).blocks[0].feedforward
+    x = torch.randn(1, 9, 32, generator=G, requires_grad=True)
+    (slope,) = torch.autograd.grad(dense(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
 
 
 def test_attention_is_softmax_of_scaled_products_over_the_past():
@@ -186,10 +198,12 @@ def test_the_weights_begin_as_the_docstring_says(style):
 
 
 def test_the_square_of_relu():
-    dense = build(tiny(feedforward="relu2")).blocks[0].feedforward
-    x = torch.randn(2, 9, 32, generator=G)
+    dense = build(tiny(feedforward="relu2")).blocks[0].feedforward.double()
+    x = torch.randn(2, 9, 32, generator=G, dtype=torch.float64, requires_grad=True)
     plain = (x @ dense.up.weight.T).clamp(min=0) ** 2 @ dense.down.weight.T
-    assert torch.allclose(dense(x)[0], plain, atol=1e-6)
+    assert torch.allclose(dense(x)[0], plain, atol=1e-12)
+    gradients = [torch.autograd.grad(y.exp().sum(), [x, *dense.parameters()]) for y in (dense(x)[0], plain)]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
 def test_value_embeddings_begin_as_nothing_and_stand_in_every_other_layer():

@@ -75,6 +75,25 @@ def test_parts_with_a_learning_rate_of_their_own(name):
     assert rates["head.norm.weight"] == 1e-3
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
+def test_routers_and_experts_with_a_recipe_of_their_own(name):
+    model = build(tiny())
+    own = {"router_lr": 0.005, "expert_out_lr": 0.06, "expert_momentum": 0.9}
+    optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, muon_lr=0.04, momentum=0.8, **own))
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {named[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert set(groups) == set(named.values())
+    mixture, dense = "blocks.1.feedforward", "blocks.0.feedforward"
+    assert groups[f"{mixture}.router.weight"]["peak_lr"] == 0.005
+    parts = f"{mixture}.experts.up", f"{mixture}.experts.down", f"{dense}.up.weight", f"{dense}.down.weight"
+    rates = [groups[part]["peak_lr"] for part in parts]
+    if name.startswith("muon"):
+        assert rates == [0.04, 0.06, 0.04, 0.04]
+        assert [groups[part]["momentum"] for part in parts] == [0.9, 0.9, 0.8, 0.8]
+    else:
+        assert rates == [1e-3] * 4
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_rates_carry_over_to_another_width(name):
     """At four times the width, what AdamW does to a matrix is a quarter; Muon's steps fit every width already."""

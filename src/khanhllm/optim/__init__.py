@@ -30,31 +30,40 @@ Group = dict[str, Any]
 
 def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     """Put each parameter into exactly one group, by its role: hidden matrices if Muon updates them; other matrices,
-    which decay; and the rest, which does not. Tables and head get groups of their own if they have their own rates."""
-    decayed = {"lr": config.lr * width_factor(model, config), "weight_decay": config.weight_decay}
+    which decay; and the rest, which does not. Tables, head, routers and experts get groups of their own if they have
+    their own rates or momentum."""
+    width = width_factor(model, config)
+    decayed = {"lr": config.lr * width, "weight_decay": config.weight_decay}
     plain = {"lr": config.lr, "weight_decay": 0.0}
     named: dict[str, Group] = {}
     if config.name.startswith("muon"):
-        by_muon = {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
-        named["hidden"] = {"params": [], **decayed, **by_muon}
+        hidden = decayed | {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
+        named["hidden"] = {"params": [], **hidden}
+        if config.expert_momentum or config.expert_out_lr:
+            hidden["momentum"] = config.expert_momentum or config.momentum
+            named["experts"] = {"params": [], **hidden}
+            named["experts' output"] = {"params": [], **hidden, "lr": config.expert_out_lr or config.muon_lr}
     named |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}
     if config.embedding_lr:
         named["tables"] = {"params": [], **plain, "lr": config.embedding_lr}
-    if config.head_lr:
-        named["head"] = {"params": [], **decayed, "lr": config.head_lr * width_factor(model, config)}
+    for key, rate in (("head", config.head_lr), ("router", config.router_lr)):
+        if rate:
+            named[key] = {"params": [], **decayed, "lr": rate * width}
     for name, parameter in model.named_parameters():
-        candidates = GROUP_OF.get(role(name), ("plain",))
+        candidates = GROUP_OF.get((role(name), parameter.dim()), GROUP_OF.get(role(name), ("plain",)))
         named[next(group for group in candidates if group in named)]["params"].append(parameter)
     return list(named.values())
 
 
-GROUP_OF = {
+GROUP_OF: dict[Role | tuple[Role, int], tuple[str, ...]] = {
+    (Role.INPUT, 3): ("experts", "hidden", "decayed"),  # stacks
+    (Role.OUTPUT, 3): ("experts' output", "hidden", "decayed"),
     **dict.fromkeys(HIDDEN, ("hidden", "decayed")),
     **dict.fromkeys(TABLES, ("tables", "plain")),
     Role.HEAD: ("head", "decayed"),
-    Role.ROUTER: ("decayed",),
+    Role.ROUTER: ("router", "decayed"),
 }
-"""the group of each role: the first of these that exists"""
+"""the group of each role, or of each role and number of axes: the first of these that exists"""
 
 
 def width_factor(model: nn.Module, config: OptimConfig) -> float:

@@ -23,7 +23,7 @@ from khanhllm.settings import refuse_to_overwrite, resolve
 from khanhllm.training.parts import laid_for
 from khanhllm.training.start import write_start
 
-PEAKS = ("lr", "muon_lr", "embedding_lr", "head_lr")
+PEAKS = ("lr", "muon_lr", "embedding_lr", "head_lr", "router_lr", "expert_out_lr")
 STEPS = 400
 """steps that a tuning should have at least: with little text its steps become small"""
 LEAST = 512
