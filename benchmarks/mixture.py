@@ -60,11 +60,14 @@ CELLS: dict[str, dict[str, Any]] = {
     "narrower, no tables": NARROW | PLAIN | {"dim": 32, "hidden": 256, "expert_hidden": 128, "vocab_size": 1024},
 }
 """what differs from the preset micro, under [model]"""
+OWN = {"router_lr": 0.0017, "expert_out_lr": 0.057, "expert_momentum": 0.95}
+"""keys of [optim] that a twin, which has no router and no experts, does not heed"""
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
-    "own rates": {"router_lr": 0.0017, "expert_out_lr": 0.057, "expert_momentum": 0.95},
+    "own rates": {"optim": OWN},
+    "own rates, 4096 tokens a step": {"optim": OWN, "train": {"micro_batch": 16}},
 }
-"""what differs from the preset micro, under [optim]; the twin, which has no router and no experts, heeds none of it"""
+"""what else differs from the preset micro"""
 MODELS = ("mixture", "twin")
 
 
@@ -83,15 +86,17 @@ def main() -> None:
         table([json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()])
     elif options.what == "speed":
         for cell in options.cells:
-            append(options.out, {"cell": cell, "what": "speed", **speed(cell)})
+            row = {"what": "speed", "cell": cell, "recipe": options.recipe}
+            append(options.out, row | speed(cell, RECIPES[options.recipe]))
     elif options.what == "race":
         race(options)
     else:
         learn(options)
 
 
-def config(cell: str, **given: Any) -> Config:
-    return resolve(preset("micro"), {"model": CELLS[cell]}, {"machine": {"device": "cpu", "threads": 1}}, given)
+def config(cell: str, recipe: dict[str, Any], **given: Any) -> Config:
+    machine = {"machine": {"device": "cpu", "threads": 1}}
+    return resolve(preset("micro"), {"model": CELLS[cell]}, recipe, machine, given)
 
 
 def race(options: argparse.Namespace) -> None:
@@ -135,7 +140,7 @@ def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
     until = {part: run[part] for part in ("steps", "seconds") if part in run}
     given = config(
         run["cell"],
-        optim=RECIPES[run["recipe"]],
+        RECIPES[run["recipe"]],
         data={"source": source, "validation": 0.02},
         train={**until, "seed": run["seed"], **quiet},
     )
@@ -154,9 +159,9 @@ def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def speed(cell: str, turns: int = 25) -> dict[str, Any]:
+def speed(cell: str, recipe: dict[str, Any], turns: int = 25) -> dict[str, Any]:
     """Seconds of a step of the mixture over those of its twin, step by step in turns."""
-    given = config(cell)
+    given = config(cell, recipe)
     pair = [Candidate.enter(name, given) for name in ("ours", "dense twin")]
     seconds = [[candidate.step() for candidate in pair] for _ in range(turns)][3:]
     for candidate in pair:
@@ -171,7 +176,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> None:
-    times = {run["cell"]: run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
+    times = {f"{run['cell']}; {run['recipe']}": run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
     bits: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run["what"] == "learn":
@@ -189,8 +194,8 @@ def table(runs: list[dict[str, Any]]) -> None:
         if len(line) > 1:
             slope = statistics.linear_regression(*zip(*line, strict=True)).slope
             told[2] = f"{math.exp((mixture - twin) / slope):.3f}"
-            if time := times.get(cell.partition(";")[0]):
-                told[:2] = f"{time:.3f}", f"{mixture - twin - slope * math.log(time):+.4f}"
+            if cell in times:
+                told[:2] = f"{times[cell]:.3f}", f"{mixture - twin - slope * math.log(times[cell]):+.4f}"
         print(f"| {data} | {cell} | {steps} | {twin:.4f} | {mixture - twin:+.4f} | {' | '.join(told)} |")
 
 

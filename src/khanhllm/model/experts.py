@@ -150,13 +150,12 @@ class _Mixture(torch.autograd.Function):
     """y_TD = sum over a token's K experts of  weight x down(activation(x @ up + bias, ...)).
 
     Permuting tokens to their experts and un-permuting the answers are gathers in both directions, so no sum
-    depends on the order in which threads finish. The weight is applied before the last matrix; for one pair, with
-    h = activation(x @ up),
+    depends on the order in which threads finish. For one pair, with h = activation(x @ up),
 
-        y = (weight h) @ down      d h = weight (d y @ down')      d weight = <d y @ down', h>
+        y = weight (h @ down)      d weight = <d y @ down', h>
 
     so neither the answer nor the gathered x nor h is kept for the backward pass; x and h are cheap to compute again
-    (Guo et al. 2025, arXiv 2512.14080).
+    (Guo et al. 2025, arXiv 2512.14080). Weights multiply rows of D, which are shorter than those of F.
     """
 
     @staticmethod
@@ -181,8 +180,8 @@ class _Mixture(torch.autograd.Function):
             if bias_EF is not None:
                 inputs[0] = torch.addmm(inputs[0], _one_hot(end, x_ND), bias_EF[experts])
             inputs = [activation.keep(input_NF) for input_NF in inputs]
-            hidden_NF = activation.value(*inputs).mul_(weight_N1[rows])
-            answers.append(products.grouped_mm(hidden_NF, down[experts], end))
+            answer_ND = products.grouped_mm(activation.value(*inputs), down[experts], end)
+            answers.append(answer_ND.mul_(weight_N1[rows]))
             kept += inputs
         ctx.backend, ctx.activation, ctx.has_bias, ctx.ups = backend, activation, bias_EF is not None, len(ups)
         ctx.save_for_backward(x_TD, weight_N1, token_N, inverse_TK, end_E, down, *ups, *kept)
@@ -217,17 +216,18 @@ def _gradients(
     (_, _, end_E, backend), (x_ND, grad_ND, weight_N1), (down, *ups) = portion, sorted_rows, matrices
     hidden_NF = activation.value(*kept)
     slope_NF = backend.grouped_mm(grad_ND, down.mT, end_E)
-    weight_grad_N = (slope_NF * hidden_NF).sum(-1, dtype=weight_N1.dtype)
-    down_grad = backend.grouped_mm_wgrad(hidden_NF.mul_(weight_N1), grad_ND, end_E)
+    down_grad = backend.grouped_mm_wgrad(hidden_NF, grad_ND.mul_(weight_N1), end_E)
+    weight_grad_N = hidden_NF.mul_(slope_NF).sum(-1, dtype=weight_N1.dtype)
     del hidden_NF
-    slopes = activation.gradients(slope_NF.mul_(weight_N1), *kept)
+    slopes = activation.gradients(slope_NF, *kept)
     del slope_NF
-    up_grads = [backend.grouped_mm_wgrad(x_ND, slope, end_E) for slope in slopes]
-    bias_grad = _one_hot(end_E, x_ND).T @ slopes[0] if has_bias else None
     x_grad_ND, *more = (backend.grouped_mm(slope, up.mT, end_E) for slope, up in zip(slopes, ups, strict=True))
     for part in more:
         x_grad_ND.add_(part)
-    return x_grad_ND, weight_grad_N, down_grad, bias_grad, *up_grads
+    bias_grad = _one_hot(end_E, x_ND).mul_(weight_N1).T @ slopes[0] if has_bias else None
+    x_ND.mul_(weight_N1)
+    up_grads = [backend.grouped_mm_wgrad(x_ND, slope, end_E) for slope in slopes]
+    return x_grad_ND.mul_(weight_N1), weight_grad_N, down_grad, bias_grad, *up_grads
 
 
 def _joined(parts: Sequence[Any]) -> Any:
