@@ -176,27 +176,35 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> None:
-    times = {f"{run['cell']}; {run['recipe']}": run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
-    bits: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    races: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    bits: dict[tuple[str, ...], dict[int, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    times = {(run["cell"], run["recipe"]): run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
     for run in runs:
-        if run["what"] == "learn":
-            bits[run["data"], f"{run['cell']}; {run['recipe']}", run["steps"]][run["model"]].append(
-                run["bits_per_byte"]
-            )
-    print("| text | cell | steps | twin | per step | time of a step | per second | multiplier |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (data, cell, steps), both in sorted(bits.items()):
-        if len(both) < len(MODELS):
-            continue
-        mixture, twin = (statistics.mean(both[model]) for model in MODELS)
-        line = [(math.log(n), statistics.mean(b["twin"])) for (d, c, n), b in bits.items() if (d, c) == (data, cell)]
-        told = ["?"] * 3
-        if len(line) > 1:
-            slope = statistics.linear_regression(*zip(*line, strict=True)).slope
-            told[2] = f"{math.exp((mixture - twin) / slope):.3f}"
-            if cell in times:
-                told[:2] = f"{times[cell]:.3f}", f"{mixture - twin - slope * math.log(times[cell]):+.4f}"
-        print(f"| {data} | {cell} | {steps} | {twin:.4f} | {mixture - twin:+.4f} | {' | '.join(told)} |")
+        if run["what"] == "race":
+            races[run["data"], run["cell"], run["recipe"], run["seconds"]].append(run)
+        elif run["what"] == "learn":
+            by_model = bits[run["data"], run["cell"], run["recipe"]][run["steps"]]
+            by_model.setdefault(run["model"], []).append(run["bits_per_byte"])
+    for what, told in sorted(races.items()):
+        print(heading(what[:3]))
+        ahead = [run["bits_ahead"] for run in told]
+        for model in MODELS:
+            each = (f"{run[model]['bits_per_byte']:.4f} ({run[model]['steps_done']} steps)" for run in told)
+            print(f"  {model:8}", ", ".join(each))
+        print(f"  after {what[3]} s the mixture is ahead by {statistics.mean(ahead):.4f}, {min(ahead):.4f} at least")
+    for cell, budgets in sorted(bits.items()):
+        print(heading(cell) + "\n   steps  mixture     twin  per step  per second  multiplier")
+        twins = [(math.log(steps), statistics.mean(by["twin"])) for steps, by in budgets.items() if "twin" in by]
+        slope = statistics.linear_regression(*zip(*twins, strict=True)).slope if len(twins) > 1 else math.nan
+        for steps, by in sorted(budgets.items()):
+            mixture, twin = (statistics.mean(by.get(model, [math.nan])) for model in MODELS)
+            over = mixture - twin
+            second = over - slope * math.log(times.get(cell[1:], math.nan))
+            print(f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / slope):11.2f}")
+
+
+def heading(cell: tuple[str, ...]) -> str:
+    return f"\n{cell[1]} ({cell[2]}), {cell[0]}"
 
 
 if __name__ == "__main__":

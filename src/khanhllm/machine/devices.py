@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
+import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -175,6 +177,23 @@ def keep_freed_memory(keep: bool) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20 if keep else 1 << 20)  # M_MMAP_THRESHOLD: larger blocks go back when freed
         mallopt(-1, 2**31 - 1 if keep else 1 << 20)  # M_TRIM_THRESHOLD: free memory kept at the end of the heap
+        if keep:
+            _take_huge_pages()
+
+
+@functools.cache
+def _take_huge_pages(room: int = 1 << 30) -> None:
+    """Let the heap lie in pages of 2 MB where Linux gives them to those who ask. Tensors of a few megabytes wander
+    through the heap, and with pages of 4 kB the processor spends a quarter of a small model's step on looking up where
+    they are. glibc asks by itself only if the environment said so before it started."""
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+    start = libc.sbrk(0)
+    libc.mallopt(-2, room)  # M_TOP_PAD: by how much the heap grows
+    libc.free(ctypes.c_void_p(libc.malloc(24 << 20)))
+    libc.mallopt(-2, 128 << 10)  # as it was
+    begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(libc.sbrk(0) - begin), mmap.MADV_HUGEPAGE)
 
 
 def _peak(device: torch.device) -> float | None:
