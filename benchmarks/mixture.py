@@ -60,7 +60,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "narrower, no tables": NARROW | PLAIN | {"dim": 32, "hidden": 256, "expert_hidden": 128, "vocab_size": 1024},
 }
 """what differs from the preset micro, under [model]"""
-OWN = {"router_lr": 0.0017, "expert_out_lr": 0.057, "expert_momentum": 0.95}
+OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert_momentum": 0.95}
 """keys of [optim] that a twin, which has no router and no experts, does not heed"""
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},

@@ -243,6 +243,8 @@ class OptimConfig(Section):
     router_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the routers; 0 means lr. At the rates that small models take under muon, routers would
     change their minds with each step"""
+    router_beta1: Beta = 0.0
+    """decay of the running mean of the routers' gradient, which is mostly noise; 0 means beta1"""
     expert_out_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the matrices by which experts write into the residual stream (muon only); 0 means muon_lr.
     sqrt(experts_per_token) times muon_lr makes up for the weights, by which the router takes a mean of their answers"""

@@ -1,5 +1,10 @@
 """What a machine says and does, whatever the device: words of errors, and settings of the process."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,3 +63,21 @@ def test_every_platform_s_words_for_memory_that_ran_out(words):
 )
 def test_other_errors_are_not_taken_for_it(words):
     assert not out_of_memory(RuntimeError(words))
+
+
+HEAP = """
+from khanhllm.machine.devices import keep_freed_memory
+
+keep_freed_memory(True)
+keep_freed_memory(True)
+heap = open("/proc/self/smaps").read().split("[heap]")[1:]
+print([" hg" in part.split("VmFlags:")[1].splitlines()[0] for part in heap])
+"""
+
+
+def test_the_heap_of_a_small_model_lies_in_huge_pages():
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not offered.exists() or "[never]" in offered.read_text() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("no huge pages to ask for here")
+    seen = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True).stdout
+    assert seen.strip() in ("[False, True]", "[True]"), seen

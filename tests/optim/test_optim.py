@@ -78,13 +78,15 @@ def test_parts_with_a_learning_rate_of_their_own(name):
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
 def test_routers_and_experts_with_a_recipe_of_their_own(name):
     model = build(tiny())
-    own = {"router_lr": 0.005, "expert_out_lr": 0.06, "expert_momentum": 0.9}
+    own = {"router_lr": 0.005, "router_beta1": 0.8, "expert_out_lr": 0.06, "expert_momentum": 0.9}
     optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, muon_lr=0.04, momentum=0.8, **own))
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {named[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     assert set(groups) == set(named.values())
     mixture, dense = "blocks.1.feedforward", "blocks.0.feedforward"
-    assert groups[f"{mixture}.router.weight"]["peak_lr"] == 0.005
+    router = groups[f"{mixture}.router.weight"]
+    assert router["peak_lr"] == 0.005 and router["betas"] == (0.8, 0.95)
+    assert groups["head.weight"]["betas"] == (0.9, 0.95)
     parts = f"{mixture}.experts.up", f"{mixture}.experts.down", f"{dense}.up.weight", f"{dense}.down.weight"
     rates = [groups[part]["peak_lr"] for part in parts]
     if name.startswith("muon"):

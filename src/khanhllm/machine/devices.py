@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 import mmap
 import os
@@ -181,11 +180,11 @@ def keep_freed_memory(keep: bool) -> None:
             _take_huge_pages()
 
 
-@functools.cache
 def _take_huge_pages(room: int = 1 << 30) -> None:
     """Let the heap lie in pages of 2 MB where Linux gives them to those who ask. Tensors of a few megabytes wander
     through the heap, and with pages of 4 kB the processor spends a quarter of a small model's step on looking up where
-    they are. glibc asks by itself only if the environment said so before it started."""
+    they are. glibc asks by itself only if the environment said so before it started. Called again, it does nothing
+    unless the room is used up."""
     libc = ctypes.CDLL(None)
     libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
     start = libc.sbrk(0)

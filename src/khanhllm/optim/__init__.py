@@ -46,9 +46,11 @@ def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     named |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}
     if config.embedding_lr:
         named["tables"] = {"params": [], **plain, "lr": config.embedding_lr}
-    for key, rate in (("head", config.head_lr), ("router", config.router_lr)):
-        if rate:
-            named[key] = {"params": [], **decayed, "lr": rate * width}
+    if config.head_lr:
+        named["head"] = {"params": [], **decayed, "lr": config.head_lr * width}
+    if config.router_lr or config.router_beta1:
+        betas = config.router_beta1 or config.beta1, config.beta2
+        named["router"] = {"params": [], **decayed, "lr": (config.router_lr or config.lr) * width, "betas": betas}
     for name, parameter in model.named_parameters():
         candidates = GROUP_OF.get((role(name), parameter.dim()), GROUP_OF.get(role(name), ("plain",)))
         named[next(group for group in candidates if group in named)]["params"].append(parameter)
