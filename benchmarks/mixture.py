@@ -177,30 +177,39 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def table(runs: list[dict[str, Any]]) -> None:
     races: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    bits: dict[tuple[str, ...], dict[int, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    bits: dict[tuple[str, ...], dict[int, dict[str, dict[int, float]]]] = defaultdict(lambda: defaultdict(dict))
     times = {(run["cell"], run["recipe"]): run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
     for run in runs:
         if run["what"] == "race":
             races[run["data"], run["cell"], run["recipe"], run["seconds"]].append(run)
         elif run["what"] == "learn":
             by_model = bits[run["data"], run["cell"], run["recipe"]][run["steps"]]
-            by_model.setdefault(run["model"], []).append(run["bits_per_byte"])
+            by_model.setdefault(run["model"], {})[run["seed"]] = run["bits_per_byte"]
     for what, told in sorted(races.items()):
         print(heading(what[:3]))
         ahead = [run["bits_ahead"] for run in told]
         for model in MODELS:
             each = (f"{run[model]['bits_per_byte']:.4f} ({run[model]['steps_done']} steps)" for run in told)
             print(f"  {model:8}", ", ".join(each))
-        print(f"  after {what[3]} s the mixture is ahead by {statistics.mean(ahead):.4f}, {min(ahead):.4f} at least")
+        print(f"  after {what[3]} s, mixture less twin: {-statistics.mean(ahead):+.4f}, {-min(ahead):+.4f} at most")
+    for cell, over in sorted(times.items()):
+        print(f"\n{cell[0]} ({cell[1]}): a step takes {over:.2f} of the twin's time")
     for cell, budgets in sorted(bits.items()):
         print(heading(cell) + "\n   steps  mixture     twin  per step  per second  multiplier")
-        twins = [(math.log(steps), statistics.mean(by["twin"])) for steps, by in budgets.items() if "twin" in by]
+        twins = [
+            (math.log(steps), statistics.mean(by["twin"].values())) for steps, by in budgets.items() if "twin" in by
+        ]
         slope = statistics.linear_regression(*zip(*twins, strict=True)).slope if len(twins) > 1 else math.nan
         for steps, by in sorted(budgets.items()):
-            mixture, twin = (statistics.mean(by.get(model, [math.nan])) for model in MODELS)
-            over = mixture - twin
-            second = over - slope * math.log(times.get(cell[1:], math.nan))
-            print(f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / slope):11.2f}")
+            both = by.get("mixture", {}).keys() & by.get("twin", {}).keys()  # seeds
+            if both:
+                mixture, twin = (statistics.mean(by[model][seed] for seed in both) for model in MODELS)
+                over = mixture - twin
+                second = over - slope * math.log(times.get(cell[1:], math.nan))
+                told = (
+                    f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / slope):11.2f}"
+                )
+                print(told.replace("+nan", "   ?").replace("nan", "  ?"))
 
 
 def heading(cell: tuple[str, ...]) -> str:
