@@ -63,7 +63,7 @@ def test_rebuilding_comes_only_when_nothing_else_fits():
 
 def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
     with pytest.raises(
-        UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; these save most: --optim.name adamw8bit"
+        UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; these save most: --machine.weights bf16"
     ):
         budget.fit_micro_batch(CONFIG, hardware(1000))
 

@@ -153,10 +153,9 @@ def _by_gram_matrix(x_NIO: Tensor, iterations: Sequence[tuple[float, ...]]) -> T
     of the polynomials p, because p(G) x has the Gram matrix p(G) G p(G). Each p multiplies the rounding errors of G,
     which stay small over three iterations in fp32, but not over five, nor in bf16."""
     tall = x_NIO.shape[-2] > x_NIO.shape[-1]
-    x_NIO = x_NIO / norm(x_NIO)
     gram_NRR = x_NIO.mT @ x_NIO if tall else x_NIO @ x_NIO.mT
-    product_NRR = iterations[0][0] / (ROOM * norm(gram_NRR).sqrt()) * torch.eye(len(gram_NRR[0]), device=x_NIO.device)
-    gram_NRR = product_NRR @ gram_NRR @ product_NRR
+    scale = iterations[0][0] / (ROOM * norm(gram_NRR, LEAST_NORM**2).sqrt())
+    product_NRR, gram_NRR = scale * torch.eye(len(gram_NRR[0]), device=x_NIO.device), scale.square() * gram_NRR
     for _, a, b, c in iterations:
         bent_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
         bent_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -164,6 +163,6 @@ def _by_gram_matrix(x_NIO: Tensor, iterations: Sequence[tuple[float, ...]]) -> T
     return x_NIO @ product_NRR if tall else product_NRR @ x_NIO
 
 
-def norm(x_NRC: Tensor) -> Tensor:
+def norm(x_NRC: Tensor, least: float = LEAST_NORM) -> Tensor:
     """Frobenius norm of each matrix of a batch, (N, 1, 1)."""
-    return torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp(min=LEAST_NORM)
+    return torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp(min=least)
