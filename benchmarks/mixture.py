@@ -1,7 +1,7 @@
 """Where does a mixture learn more than its dense twin of equal arithmetic, and how much more would the twin have to do?
 
     python benchmarks/mixture.py learn DATA --out runs.jsonl [--cells NAME ...] [--steps 500 1000 2000] [--seeds 1]
-    python benchmarks/mixture.py race DATA --out runs.jsonl [--cells NAME ...] [--seconds 150 450] [--seeds 3]
+    python benchmarks/mixture.py race DATA --out runs.jsonl [--cells NAME ...] [--seconds 150 450] [--seeds 1]
     python benchmarks/mixture.py speed --out runs.jsonl [--cells NAME ...]
     python benchmarks/mixture.py table runs.jsonl
 
@@ -107,14 +107,13 @@ def race(options: argparse.Namespace) -> None:
             run = {"what": "race", "seconds": seconds, "seed": seed, **described(cell, options)}
             if key(run) not in known:
                 both = [run | {"model": model} for model in MODELS]
-                row = run | dict(zip(MODELS, pool.map(partial(learned, options.data), both), strict=True))
-                row["bits_ahead"] = row["twin"]["bits_per_byte"] - row["mixture"]["bits_per_byte"]
-                append(options.out, row)
+                found = pool.map(partial(learned, options.data), both)
+                append(options.out, run | dict(zip(MODELS, found, strict=True)))
 
 
 def done(path: Path) -> set[tuple[Any, ...]]:
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return {key(run) for run in map(json.loads, lines) if run["what"] != "speed"}
+    return {key(run) for run in map(json.loads, lines)}
 
 
 def learn(options: argparse.Namespace) -> None:
@@ -130,8 +129,7 @@ def described(cell: str, options: argparse.Namespace) -> dict[str, str]:
 
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
-    parts = ("cell", "data", "recipe", "steps", "seconds", "seed")
-    return run["what"], run["what"] == "learn" and run["model"], *map(run.get, parts)  # a race has both models
+    return tuple(map(run.get, ("what", "cell", "data", "recipe", "model", "steps", "seconds", "seed")))
 
 
 def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
@@ -187,11 +185,11 @@ def table(runs: list[dict[str, Any]]) -> None:
             by_model.setdefault(run["model"], {})[run["seed"]] = run["bits_per_byte"]
     for what, told in sorted(races.items()):
         print(heading(what[:3]))
-        ahead = [run["bits_ahead"] for run in told]
+        gaps = [run["mixture"]["bits_per_byte"] - run["twin"]["bits_per_byte"] for run in told]
         for model in MODELS:
             each = (f"{run[model]['bits_per_byte']:.4f} ({run[model]['steps_done']} steps)" for run in told)
             print(f"  {model:8}", ", ".join(each))
-        print(f"  after {what[3]} s, mixture less twin: {-statistics.mean(ahead):+.4f}, {-min(ahead):+.4f} at most")
+        print(f"  after {what[3]} s, mixture less twin: {statistics.mean(gaps):+.4f}, {max(gaps):+.4f} at most")
     for cell, over in sorted(times.items()):
         print(f"\n{cell[0]} ({cell[1]}): a step takes {over:.2f} of the twin's time")
     for cell, budgets in sorted(bits.items()):

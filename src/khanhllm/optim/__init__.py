@@ -40,9 +40,9 @@ def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
         hidden = decayed | {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
         named["hidden"] = {"params": [], **hidden}
         if config.expert_momentum or config.expert_out_lr:
-            hidden["momentum"] = config.expert_momentum or config.momentum
-            named["experts"] = {"params": [], **hidden}
-            named["experts' output"] = {"params": [], **hidden, "lr": config.expert_out_lr or config.muon_lr}
+            experts = hidden | {"momentum": config.expert_momentum or config.momentum}
+            named["experts"] = {"params": [], **experts}
+            named["experts' output"] = {"params": [], **experts, "lr": config.expert_out_lr or config.muon_lr}
     named |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}
     if config.embedding_lr:
         named["tables"] = {"params": [], **plain, "lr": config.embedding_lr}

@@ -155,12 +155,22 @@ def _by_gram_matrix(x_NIO: Tensor, iterations: Sequence[tuple[float, ...]]) -> T
     tall = x_NIO.shape[-2] > x_NIO.shape[-1]
     gram_NRR = x_NIO.mT @ x_NIO if tall else x_NIO @ x_NIO.mT
     scale = iterations[0][0] / (ROOM * norm(gram_NRR, LEAST_NORM**2).sqrt())
-    product_NRR, gram_NRR = scale * torch.eye(len(gram_NRR[0]), device=x_NIO.device), scale.square() * gram_NRR
-    for _, a, b, c in iterations:
-        bent_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-        bent_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
-        product_NRR, gram_NRR = bent_NRR @ product_NRR, bent_NRR @ gram_NRR @ bent_NRR
+    gram_NRR = scale.square() * gram_NRR
+    (_, *first), *others = iterations
+    bent_NRR = _polynomial(gram_NRR, *first)
+    product_NRR = scale * bent_NRR
+    for _, a, b, c in others:
+        gram_NRR = bent_NRR @ gram_NRR @ bent_NRR
+        bent_NRR = _polynomial(gram_NRR, a, b, c)
+        product_NRR = bent_NRR @ product_NRR
     return x_NIO @ product_NRR if tall else product_NRR @ x_NIO
+
+
+def _polynomial(gram_NRR: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a + b G + c G^2."""
+    bent_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+    bent_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
+    return bent_NRR
 
 
 def norm(x_NRC: Tensor, least: float = LEAST_NORM) -> Tensor:
