@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -62,10 +63,11 @@ def test_rebuilding_comes_only_when_nothing_else_fits():
 
 
 def test_what_cannot_fit_is_told_what_would_and_what_saves_most():
-    with pytest.raises(
-        UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; these save most: --machine.weights bf16"
-    ):
+    with pytest.raises(UserError, match=r"nothing fits into 0.00 GB.*takes .* GB; these save most: --") as refusal:
         budget.fit_micro_batch(CONFIG, hardware(1000))
+    saved = [budget.read_size(size) for size in re.findall(r"\((\S+ \S+)\)", str(refusal.value))]
+    assert len(saved) == 3
+    assert saved == sorted(saved, reverse=True)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from khanhllm.model.experts import Dispatch, dispatch, gathered_sum, in_one_type, in_sorted_order
+from khanhllm.model.dispatch import Dispatch, dispatch, gathered_sum, in_sorted_order
+from khanhllm.model.experts import in_one_type
 from khanhllm.model.moe import MoE
 from khanhllm.model.router import Choice
 
