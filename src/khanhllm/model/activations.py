@@ -17,6 +17,8 @@ class Activation(NamedTuple):
     """(grad_NF, *kept_NF) -> the gradient of each input; grad_NF may be overwritten"""
     keep: Callable[[Tensor], Tensor] = lambda input_NF: input_NF
     """input_NF -> kept_NF, what the backward pass needs of it; input_NF may be overwritten"""
+    degree: int = 0
+    """value(c input) = c^degree value(input) for c > 0, or 0 if there is no such degree"""
 
 
 def _swiglu_gradients(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,4 +43,4 @@ def _relu2_gradients(grad_NF: Tensor, relu_NF: Tensor) -> tuple[Tensor]:
 
 SWIGLU = Activation(_swiglu, _swiglu_gradients)
 GELU = Activation(_gelu, _gelu_gradients)
-RELU2 = Activation(torch.square, _relu2_gradients, keep=torch.relu_)
+RELU2 = Activation(torch.square, _relu2_gradients, keep=torch.relu_, degree=2)

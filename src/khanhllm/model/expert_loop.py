@@ -53,7 +53,7 @@ class LoopMixture(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
         x_TD, weight_N1, token_N, inverse_TK, down, *rest = ctx.saved_tensors
-        ups, kept = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        ups, kept, degree = rest[: len(rest) // 2], rest[len(rest) // 2 :], ctx.activation.degree
         x_grad_ND, weight_grad_N = x_TD.new_empty(len(token_N), x_TD.shape[1]), torch.empty_like(weight_N1[:, 0])
         down_grad, *up_grads = (torch.empty_like(matrices) for matrices in (down, *ups))
         bias_grad = up_grads[0].new_empty(len(down), down.shape[1]) if ctx.has_bias else None
@@ -66,14 +66,17 @@ class LoopMixture(torch.autograd.Function):
             hidden_RF = ctx.activation.value(*own, out=hidden_room[:size])
             torch.mm(hidden_RF.T, grad_RD, out=down_grad[expert])
             slope_RF = torch.mm(grad_RD, down[expert].T, out=slope_room[:size])
-            torch.sum(hidden_RF.mul_(slope_RF), -1, dtype=weight_N1.dtype, out=weight_grad_N[rows])
+            if not degree:
+                torch.sum(hidden_RF.mul_(slope_RF), -1, dtype=weight_N1.dtype, out=weight_grad_N[rows])
             slopes = ctx.activation.gradients(slope_RF, *own)
             for nth, (slope, up, up_grad) in enumerate(zip(slopes, ups, up_grads, strict=True)):
                 torch.mm(x_RD.T, slope, out=up_grad[expert])
                 torch.addmm(x_grad_ND[rows], slope, up[expert].T, beta=min(nth, 1), out=x_grad_ND[rows])
+            if degree:  # <hidden, slope> again, by Euler's theorem, over rows of D, which are shorter
+                torch.sum(x_RD.mul_(x_grad_ND[rows]), -1, dtype=weight_N1.dtype, out=weight_grad_N[rows])
             if bias_grad is not None:
                 torch.sum(slopes[0], 0, out=bias_grad[expert])
-        weight_grad_N.div_(weight_N1[:, 0].masked_fill(weight_N1[:, 0] == 0, 1))
+        weight_grad_N.div_(weight_N1[:, 0].masked_fill(weight_N1[:, 0] == 0, 1).mul_(degree or 1))
         x_grad = gathered_sum(x_grad_ND, inverse_TK)
         return None, x_grad, weight_grad_N[inverse_TK], None, None, None, down_grad, bias_grad, *up_grads
 
