@@ -41,6 +41,7 @@ ALL = {"pattern": "MMMM"}
 WIDE = ALL | {"hidden": 768, "expert_hidden": 384, "vocab_size": 2048}
 NARROW = WIDE | {"dim": 64, "heads": 2, "hidden": 512, "expert_hidden": 256}
 PLAIN = {"value_embedding": False, "pair_embedding": 0}
+NARROWER = NARROW | PLAIN | {"dim": 32, "hidden": 256, "expert_hidden": 128, "vocab_size": 1024}
 CELLS: dict[str, dict[str, Any]] = {
     "micro": {},
     "micro, vocabulary 2048": {"vocab_size": 2048},
@@ -57,15 +58,19 @@ CELLS: dict[str, dict[str, Any]] = {
     "wide, 32 experts, no tables": WIDE | PLAIN | {"experts": 32},
     "narrow": NARROW,
     "narrow, no tables": NARROW | PLAIN,
-    "narrower, no tables": NARROW | PLAIN | {"dim": 32, "hidden": 256, "expert_hidden": 128, "vocab_size": 1024},
+    "narrower, no tables": NARROWER,
+    "narrower, no tables, 16 experts": NARROWER | {"experts": 16},
 }
 """what differs from the preset micro, under [model]"""
 OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert_momentum": 0.95}
 """keys of [optim] that a twin, which has no router and no experts, does not heed"""
+TIED = {"tied_experts": 0.2}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": {"micro_batch": 16}},
+    "own rates, tied": {"optim": OWN, "schedule": TIED},
+    "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 16}},
 }
 """what else differs from the preset micro"""
 MODELS = ("mixture", "twin")

@@ -18,20 +18,17 @@ Natural = Annotated[int, Field(ge=0, le=2**40)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
 Text = Annotated[str, Field(max_length=4000)]
 LAYERS = r"^[DM]{1,256}$"
 SHARES = r"^([1-9][0-9]{0,3}(,[1-9][0-9]{0,3}){1,63})?$"
 DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"
 NAME = r"^[^\x00]*$"
-PATTERNS = {
+PATTERNS = {  # what each means, for people
     LAYERS: "must be 1 to 256 letters, each D (dense) or M (mixture)",
     SHARES: "must be a whole number for each process, such as 3,1",
     DEVICE: "must be auto, cpu, mps, cuda or cuda:N, such as cuda:1",
     NAME: "must have no NUL character",
 }
-"""what each pattern means, for people"""
 Name = Annotated[Text, Field(pattern=NAME)]  # of a file
 
 
@@ -267,6 +264,8 @@ class ScheduleConfig(Section):
     """share of the run, at its end, in which the rate goes down (wsd only)"""
     floor: Fraction = 0.1
     """learning rate at the end, as a share of the peak"""
+    tied_experts: Fraction = 0
+    """share of the run, at its start, in which the experts learn together, as one dense layer; then they part"""
 
 
 class LossConfig(Section):
@@ -390,6 +389,9 @@ class Config(Section):
         parts, experts = self.machine.expert_processes, self.model.experts if self.model.moe_layers else 0
         if parts > 1 and (not experts or experts % parts):
             raise ValueError(f"machine.expert_processes ({parts}) must divide the experts of a layer ({experts})")
+        apart = parts > 1 or self.machine.split == "all" or experts % self.model.experts_per_token
+        if apart and self.schedule.tied_experts:
+            raise ValueError("tied_experts needs whole copies: no expert_processes, no split = all, K must divide E")
         return self
 
     @property

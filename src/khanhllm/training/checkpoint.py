@@ -62,6 +62,7 @@ class Noted(BaseModel):
     load: list[list[Share]] = []
     guard: Guard = Guard()
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    tied: bool = False
     data: str = ""
     tokenizer: str = ""
     folder: Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")] = ""

@@ -209,4 +209,5 @@ def restore(parts: Parts, path: Path) -> State:
         raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
     budget_s = learner.config.train.seconds
     share = saved["seconds"] / budget_s if budget_s else None
-    return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), Guard(**saved["guard"]), share)
+    guard, tied = Guard(**saved["guard"]), saved.get("tied", False)
+    return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), guard, share, tied)

@@ -289,6 +289,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "folder": str(parts.train.folder.resolve()),
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
+        "tied": state.tied,
     }
     takers = learner.owners.takers() if saver.shared else {}
     shapes, whole = optim.state_shapes(optimizer), optim.state_shapes(optimizer, learner.part.counts(model))

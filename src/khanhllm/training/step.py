@@ -25,6 +25,7 @@ from khanhllm.model import Transformer, exchange, losses
 from khanhllm.model.counts import flops_per_token
 from khanhllm.model.exchange import Part
 from khanhllm.model.router import Routing, move_biases, stack
+from khanhllm.model.tied import tie, tie_gradients
 from khanhllm.optim import schedule
 from khanhllm.schema import Config
 from khanhllm.training.guard import Guard
@@ -73,13 +74,16 @@ class Learner:
     def start(self) -> "State":
         shape = self.config.model
         load_LE = losses.even_load(len(shape.moe_layers), shape.experts).to(self.machine.device)
-        return State(0, 0, load_LE, share=0.0 if self.config.train.seconds else None)
+        share = 0.0 if self.config.train.seconds else None
+        return State(0, 0, load_LE, share=share, tied=bool(self.config.schedule.tied_experts))
 
 
 def initial_model(config: Config) -> Transformer:
     """The model that a run of this config begins with: drawn in fp32 on the CPU, whatever machine it then goes to."""
     model = Transformer(config.model, config.loss.chunk)
     model.initialise(torch.Generator().manual_seed(config.train.seed))
+    if config.schedule.tied_experts:
+        tie(model)
     return model
 
 
@@ -96,6 +100,8 @@ class State:
     guard: Guard = field(default_factory=Guard)
     share: float | None = None
     """of the time that the run may take, used up so far; None where its steps are counted"""
+    tied: bool = False
+    """whether the experts still learn together (model/tied.py)"""
 
 
 class NoRows(Exception):
@@ -126,6 +132,8 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
             sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
     nll, *routing = learner.machine.group.sum(*sums)
     routing_L = Routing(*routing)
+    if tied := _tied(state, config):
+        tie_gradients(learner.model)
     learner.owners.collect()
     grad_norm = learner.owners.clip(config.optim.clip or torch.inf)
     # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
@@ -143,6 +151,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         following,
         load_LE=state.load_LE if fault else _shares(routing_L.load_E),
         guard=state.guard.reject() if fault else state.guard.accept(mean_nll),
+        tied=tied,
     )
     measured = {"loss": mean_nll, "lr": config.optim.lr * factor, "grad_norm": norm, "fault": fault}
     row = _progress(config, following, counted) | _speed(learner, time.perf_counter() - started, waited)
@@ -230,6 +239,12 @@ def rate_factor(state: State, config: Config) -> float:
     if state.share is None:
         return schedule.factor(state.step, config.train.steps, config.schedule)
     return schedule.factor_at(state.share, state.step, config.schedule)
+
+
+def _tied(state: State, config: Config) -> bool:
+    """Whether the experts still learn together in the step that follows."""
+    progress = state.step / config.train.steps if state.share is None else state.share
+    return state.tied and progress < config.schedule.tied_experts
 
 
 def load_for_balance(learner: Learner, state: State, micro_batches: list[Batch]) -> Tensor:

@@ -1,0 +1,41 @@
+"""Experts that learn together, as one dense layer, before they part: sparse upcycling (Komatsuzaki et al. 2022, arXiv
+2212.05055) within a run.
+
+A new expert learns from K / E of the tokens only, which is too little for a while. So at first the E experts are E / K
+copies of the same K, and the rows of the router that belong to one copy are equal too. Then the K experts of one copy
+answer a token, each with weight 1 / K; and which copy does makes no difference. Gradients are tied, so that this stays:
+each expert moves by the mean over the copies, each row of the router by the mean over its copy. All that the router
+learns is to share out the tokens evenly. Once gradients are no longer tied, every expert goes its own way.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from khanhllm.model.moe import MoE
+
+
+@torch.no_grad()
+def tie(model: nn.Module) -> None:
+    """Make all copies equal to the first one. K must divide E."""
+    for tensor, axis in _in_copies(model):
+        tensor.copy_(tensor.narrow(axis, 0, 1).clone())
+
+
+@torch.no_grad()
+def tie_gradients(model: nn.Module) -> None:
+    """Let each expert have the mean gradient of its copies, and each row of a router that of the rows of its copy."""
+    for tensor, axis in _in_copies(model, gradients=True):
+        tensor.copy_(tensor.mean(axis, keepdim=True))
+
+
+def _in_copies(model: nn.Module, gradients: bool = False) -> Iterator[tuple[Tensor, int]]:
+    """The parameters of experts and routers, or their gradients, as (E / K, K, ...), with the axis along which they are
+    to be equal."""
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            for parameter, axis in (layer.router.weight, 1), *((each, 0) for each in layer.experts.parameters()):
+                tensor = parameter.grad if gradients else parameter
+                if tensor is not None:
+                    yield tensor.unflatten(0, (-1, layer.router.per_token)), axis

@@ -1,0 +1,116 @@
+"""Experts that learn together at first answer and learn as one dense layer does."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import plain_machine, tiny
+from khanhllm import cli
+from khanhllm.data.batches import random_batches
+from khanhllm.model.moe import MoE
+from khanhllm.model.tied import tie, tie_gradients
+from khanhllm.runs.run import open_run
+from khanhllm.settings import resolve
+from khanhllm.training import run as training_run
+from khanhllm.training.step import Learner, initial_model, train_step
+
+
+def config(tied=0.5, steps=6, **settings):
+    model = {"feedforward": "relu2", "experts": 6}
+    train = {"steps": steps, "eval_tokens": 200, "sample_tokens": 0}
+    optim = {"name": "muon", "lr": 0.01, "muon_lr": 0.02}
+    own = {"model": model, "optim": optim, "train": train, "schedule": {"tied_experts": tied, "warmup": 1}}
+    return resolve(tiny().model_dump(), own, settings)
+
+
+def mixture(model):
+    (layer,) = (module for module in model.modules() if isinstance(module, MoE))
+    return layer
+
+
+def copies(model):
+    """Whether the experts are copies of two, and the router's rows of each copy are equal."""
+    layer = mixture(model)
+    stacks = [parameter.unflatten(0, (3, 2)) for parameter in layer.experts.parameters()]
+    rows = layer.router.weight.unflatten(0, (3, 2))
+    return [torch.equal(stack, stack[:1].expand_as(stack)) for stack in stacks] + [torch.equal(rows[:, 0], rows[:, 1])]
+
+
+def test_tied_experts_answer_and_learn_as_one_dense_layer():
+    """The dense layer, written out: half of what each of the first two experts says. The mean gradient over the three
+    copies is a third of its gradient."""
+    layer = mixture(initial_model(config())).double()
+    up, down = (stack.detach()[:2].clone().requires_grad_() for stack in (layer.experts.up, layer.experts.down))
+    x_BTD = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    dense_BTD = sum(F.relu(x_BTD @ up[k]) ** 2 @ down[k] for k in range(2)) / 2
+    mixed_BTD, (routing,) = layer(x_BTD)
+    assert torch.allclose(mixed_BTD, dense_BTD, rtol=1e-9)
+    assert (routing.load_E > 0).sum() > 2  # more than one copy works
+    for answer_BTD in (mixed_BTD, dense_BTD):
+        answer_BTD.square().sum().backward()
+    tie_gradients(layer)
+    for stack, reference in ((layer.experts.up, up), (layer.experts.down, down)):
+        assert torch.allclose(stack.grad, reference.grad.repeat(3, 1, 1) / 3, rtol=1e-6)
+
+
+def test_every_expert_of_the_first_copy_is_kept():
+    model = initial_model(config(tied=0))
+    before = [parameter.detach().clone() for parameter in mixture(model).parameters()]
+    tie(model)
+    router, *stacks = mixture(model).parameters()
+    assert torch.equal(router[::2], before[0][::2])
+    assert all(torch.equal(stack[:2], old[:2]) for stack, old in zip(stacks, before[1:], strict=True))
+
+
+@pytest.mark.parametrize(("tied", "together"), [(0.5, 3), (1.0, 6), (0.01, 1), (0.0, 0)])
+def test_experts_stay_copies_for_a_share_of_the_run_and_then_part(tied, together):
+    learner = Learner.new(config(tied), plain_machine())
+    state, batches = learner.start(), random_batches(learner.config, learner.machine.device)
+    for step in range(6):
+        assert all(copies(learner.model)) is (step <= together and tied > 0)
+        state, _ = train_step(learner, state, batches)
+    assert any(copies(learner.model)) is (tied == 1)
+
+
+def in_pieces(corpus, tmp_path, **train):
+    data = {"source": str(corpus), "cache": str(tmp_path / "cache"), "validation": 0.2, "workers": 1}
+    return config(data=data, train={"save_every": 2, "keep": 9, **train})
+
+
+def test_a_resumed_run_goes_on_with_tied_experts(corpus, tmp_path):
+    training_run.train(in_pieces(corpus, tmp_path), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
+    for late in ("step-0000004", "step-0000006"):
+        shutil.rmtree(tmp_path / "pieces" / "checkpoints" / late)
+    training_run.train(in_pieces(corpus, tmp_path), tmp_path / "pieces", resume=True)
+    one, other = (open_run(tmp_path / name).model.state_dict() for name in ("whole", "pieces"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_experts_that_parted_stay_apart_in_a_longer_run(corpus, tmp_path, monkeypatch):
+    """Of 16 steps they would learn together for 8."""
+    training_run.train(in_pieces(corpus, tmp_path), tmp_path / "run")
+    seen = []
+
+    def watched(learner, state, rows):
+        seen.append(state.tied)
+        return train_step(learner, state, rows)
+
+    monkeypatch.setattr(training_run, "train_step", watched)
+    training_run.train(in_pieces(corpus, tmp_path, steps=16), tmp_path / "run", resume=True)
+    assert seen == [False] * 10
+    learner = Learner.new(config(), plain_machine())
+    apart = replace(learner.start(), tied=False)
+    train_step(learner, apart, random_batches(learner.config, learner.machine.device))
+    assert not any(copies(learner.model))
+
+
+@pytest.mark.parametrize(
+    "options", [["--model.experts", "5"], ["--machine.split", "all"], ["--machine.expert_processes", "2"]]
+)
+def test_what_cannot_be_tied_is_refused(options, capsys):
+    assert cli.main(["train", "nano", "--schedule.tied_experts", "0.2", *options]) == 2
+    assert "tied_experts" in capsys.readouterr().err
