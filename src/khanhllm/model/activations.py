@@ -16,7 +16,7 @@ class Activation(NamedTuple):
     gradients: Callable[..., tuple[Tensor, ...]]
     """(grad_NF, *kept_NF) -> the gradient of each input; grad_NF may be overwritten"""
     keep: Callable[[Tensor], Tensor] = lambda input_NF: input_NF
-    """input_NF -> kept_NF, what the backward pass needs of it; input_NF may be overwritten"""
+    """input_NF -> kept_NF, what the backward pass needs of it, in the same memory"""
     degree: int = 0
     """value(c input) = c^degree value(input) for c > 0, or 0 if there is no such degree"""
 

@@ -5,13 +5,14 @@ of what the layer keeps or returns, or, for what only one expert needs, into roo
 memory for each would wander through the cache and cost as much as a fifth of the products.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from khanhllm.model.activations import Activation
-from khanhllm.model.dispatch import gathered_sum, in_sorted_order, refuse_second_derivative, slices
+from khanhllm.model.dispatch import gathered_sum, in_sorted_order, refuse_second_derivative
 
 
 class LoopMixture(torch.autograd.Function):
@@ -30,22 +31,23 @@ class LoopMixture(torch.autograd.Function):
         bias_EF: Tensor | None,
         *ups: Tensor,
     ) -> Tensor:
-        ctx.activation, ctx.has_bias, ctx.rows = activation, bias_EF is not None, _rows(end_E, len(token_N))
+        ctx.activation, ctx.has_bias, ctx.sizes = activation, bias_EF is not None, _sizes(end_E, len(token_N))
         weight_N1 = in_sorted_order(weight_TK, inverse_TK).unsqueeze(1)
         answer_ND = x_TD.new_empty(len(token_N), down.shape[2])
         kept = [x_TD.new_empty(len(token_N), up.shape[2]) for up in ups]
-        x_room, hidden_room = _room(x_TD, ctx.rows, x_TD.shape[1]), _room(x_TD, ctx.rows, down.shape[1])
-        for expert, rows in enumerate(ctx.rows):
-            if rows.start == rows.stop:
+        x_room, hidden_room = _room(x_TD, ctx.sizes, x_TD.shape[1]), _room(x_TD, ctx.sizes, down.shape[1])
+        rows = _by_expert(ctx.sizes, token_N, weight_N1, answer_ND, *kept)
+        down_of, *ups_of = (matrices.unbind() for matrices in (down, *ups))
+        for expert, (size, token_R, weight_R1, answer_RD, *inputs) in enumerate(rows):
+            if not size:
                 continue
-            size = rows.stop - rows.start
-            x_RD = torch.index_select(x_TD, 0, token_N[rows], out=x_room[:size])
-            inputs = [torch.mm(x_RD, up[expert], out=whole[rows]) for up, whole in zip(ups, kept, strict=True)]
+            x_RD = torch.index_select(x_TD, 0, token_R, out=x_room[:size])
+            for input_RF, up_of in zip(inputs, ups_of, strict=True):
+                torch.mm(x_RD, up_of[expert], out=input_RF)
             if bias_EF is not None:
                 inputs[0].add_(bias_EF[expert])
-            inputs = [activation.keep(input_RF) for input_RF in inputs]
-            hidden_RF = activation.value(*inputs, out=hidden_room[:size])
-            torch.mm(hidden_RF, down[expert], out=answer_ND[rows]).mul_(weight_N1[rows])
+            hidden_RF = activation.value(*map(activation.keep, inputs), out=hidden_room[:size])
+            torch.mm(hidden_RF, down_of[expert], out=answer_RD).mul_(weight_R1)
         ctx.save_for_backward(x_TD, weight_N1, token_N, inverse_TK, down, *ups, *kept)
         return gathered_sum(answer_ND, inverse_TK)
 
@@ -57,23 +59,25 @@ class LoopMixture(torch.autograd.Function):
         x_grad_ND, weight_grad_N = x_TD.new_empty(len(token_N), x_TD.shape[1]), torch.empty_like(weight_N1[:, 0])
         down_grad, *up_grads = (torch.empty_like(matrices) for matrices in (down, *ups))
         bias_grad = up_grads[0].new_empty(len(down), down.shape[1]) if ctx.has_bias else None
-        x_room, grad_room = (_room(x_TD, ctx.rows, x_TD.shape[1]) for _ in range(2))
-        hidden_room, slope_room = (_room(x_TD, ctx.rows, down.shape[1]) for _ in range(2))
-        for expert, rows in enumerate(ctx.rows):
-            size, own = rows.stop - rows.start, [whole[rows] for whole in kept]
-            x_RD = torch.index_select(x_TD, 0, token_N[rows], out=x_room[:size])
-            grad_RD = torch.index_select(grad_TD, 0, token_N[rows], out=grad_room[:size]).mul_(weight_N1[rows])
-            hidden_RF = ctx.activation.value(*own, out=hidden_room[:size])
-            torch.mm(hidden_RF.T, grad_RD, out=down_grad[expert])
-            slope_RF = torch.mm(grad_RD, down[expert].T, out=slope_room[:size])
+        x_room, grad_room = (_room(x_TD, ctx.sizes, x_TD.shape[1]) for _ in range(2))
+        hidden_room, slope_room = (_room(x_TD, ctx.sizes, down.shape[1]) for _ in range(2))
+        rows = _by_expert(ctx.sizes, token_N, weight_N1, x_grad_ND, weight_grad_N, *kept)
+        down_of, *ups_of = (matrices.mT.unbind() for matrices in (down, *ups))
+        down_grad_of, *up_grads_of = (matrices.unbind() for matrices in (down_grad, *up_grads))
+        for expert, (size, token_R, weight_R1, x_grad_RD, weight_grad_R, *inputs) in enumerate(rows):
+            x_RD = torch.index_select(x_TD, 0, token_R, out=x_room[:size])
+            grad_RD = torch.index_select(grad_TD, 0, token_R, out=grad_room[:size]).mul_(weight_R1)
+            hidden_RF = ctx.activation.value(*inputs, out=hidden_room[:size])
+            torch.mm(hidden_RF.T, grad_RD, out=down_grad_of[expert])
+            slope_RF = torch.mm(grad_RD, down_of[expert], out=slope_room[:size])
             if not degree:
-                torch.sum(hidden_RF.mul_(slope_RF), -1, dtype=weight_N1.dtype, out=weight_grad_N[rows])
-            slopes = ctx.activation.gradients(slope_RF, *own)
-            for nth, (slope, up, up_grad) in enumerate(zip(slopes, ups, up_grads, strict=True)):
-                torch.mm(x_RD.T, slope, out=up_grad[expert])
-                torch.addmm(x_grad_ND[rows], slope, up[expert].T, beta=min(nth, 1), out=x_grad_ND[rows])
+                torch.sum(hidden_RF.mul_(slope_RF), -1, dtype=weight_N1.dtype, out=weight_grad_R)
+            slopes = ctx.activation.gradients(slope_RF, *inputs)
+            for nth, (slope_RF, up_of, up_grad_of) in enumerate(zip(slopes, ups_of, up_grads_of, strict=True)):
+                torch.mm(x_RD.T, slope_RF, out=up_grad_of[expert])
+                torch.addmm(x_grad_RD, slope_RF, up_of[expert], beta=min(nth, 1), out=x_grad_RD)
             if degree:  # <hidden, slope> again, by Euler's theorem, over rows of D, which are shorter
-                torch.sum(x_RD.mul_(x_grad_ND[rows]), -1, dtype=weight_N1.dtype, out=weight_grad_N[rows])
+                torch.sum(x_RD.mul_(x_grad_RD), -1, dtype=weight_N1.dtype, out=weight_grad_R)
             if bias_grad is not None:
                 torch.sum(slopes[0], 0, out=bias_grad[expert])
         weight_grad_N.div_(weight_N1[:, 0].masked_fill(weight_N1[:, 0] == 0, 1).mul_(degree or 1))
@@ -81,12 +85,18 @@ class LoopMixture(torch.autograd.Function):
         return None, x_grad, weight_grad_N[inverse_TK], None, None, None, down_grad, bias_grad, *up_grads
 
 
-def _rows(end_E: Tensor, pairs: int) -> list[slice]:
-    """The rows of each expert. Planning computes with tensors without numbers: there all experts get as many rows."""
+def _sizes(end_E: Tensor, pairs: int) -> list[int]:
+    """How many rows each expert has. Planning computes with tensors without numbers: there all have as many."""
     numbers = type(end_E) is Tensor
-    return slices(end_E.tolist() if numbers else [pairs * nth // len(end_E) for nth in range(1, len(end_E) + 1)])
+    ends = end_E.tolist() if numbers else [pairs * nth // len(end_E) for nth in range(1, len(end_E) + 1)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _room(like: Tensor, rows: list[slice], width: int) -> Tensor:
+def _by_expert(sizes: list[int], *wholes: Tensor) -> Iterator[tuple[Any, ...]]:
+    """For each expert, its number of rows and its rows of each tensor."""
+    return zip(sizes, *(whole.split(sizes) for whole in wholes), strict=True)
+
+
+def _room(like: Tensor, sizes: list[int], width: int) -> Tensor:
     """Memory for the rows of any one expert."""
-    return like.new_empty(max(part.stop - part.start for part in rows), width)
+    return like.new_empty(max(sizes), width)
