@@ -58,6 +58,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "wide, 32 experts, no tables": WIDE | PLAIN | {"experts": 32},
     "narrow": NARROW,
     "narrow, no tables": NARROW | PLAIN,
+    "narrow, no tables, 16 experts": NARROW | PLAIN | {"experts": 16},
     "narrower, no tables": NARROWER,
     "narrower, no tables, 16 experts": NARROWER | {"experts": 16},
 }

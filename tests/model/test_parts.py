@@ -79,6 +79,35 @@ def test_experts_without_rows(backend, counts):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+@pytest.mark.parametrize("kind", [GeluExperts, SwiGLUExperts, Relu2Experts])
+def test_uneven_experts_fit_into_the_room_that_was_taken_for_them(kind):
+    experts = kind(3, 16, 8)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0, 1, generator=G)
+    owner = torch.tensor([0] + [1] * 20 + [2] * 3)
+    x = torch.randn(24, 16, generator=G, requires_grad=True)
+    experts(x, Choice(owner[:, None], torch.ones(24, 1)), torch.bincount(owner)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [SwiGLUExperts, Relu2Experts])
+def test_a_weight_of_zero_leaves_no_gradient_and_no_nan(kind):
+    """The loop divides by weights. One of exactly zero, too small for a float, learns nothing, as its probability's
+    gradient is zero too."""
+    experts = kind(2, 8, 16)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0, 1, generator=G)
+    x = torch.randn(6, 8, generator=G, requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0]]).repeat(6, 1).requires_grad_()
+    expert = torch.tensor([[0, 1]]).repeat(6, 1)
+    experts(x, Choice(expert, weight), torch.tensor([6, 6])).sum().backward()
+    assert torch.equal(weight.grad[:, 1], torch.zeros(6))
+    assert x.grad.isfinite().all() and weight.grad[:, 0].abs().min() > 0
+
+
 def test_a_second_derivative_of_experts_is_refused_not_wrong():
     mixture = build(tiny()).blocks[1].feedforward
     x = torch.randn(1, 9, 32, generator=G, requires_grad=True)

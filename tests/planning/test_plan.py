@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import re
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from torch._subclasses import FakeTensor
 
 from conftest import tiny
 from khanhllm import cli
 from khanhllm.errors import UserError
 from khanhllm.machine.cards import CARDS
-from khanhllm.planning import budget
+from khanhllm.planning import budget, plan
 from khanhllm.settings import preset, read_toml, resolve, settings_of, write_config
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
@@ -76,6 +78,14 @@ def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["seconds"] == 86_400
     assert report["tokens"] == pytest.approx(report["tokens_per_s"] * 86_400, rel=1e-6)
+
+
+@pytest.mark.parametrize(("each", "advice"), [(29, "dense layers do as well"), (31, "take a mixture")])
+def test_a_plan_says_whether_its_tokens_are_enough_for_a_mixture(each, advice):
+    report = plan.plan(CONFIG, hardware(10**9))
+    out = StringIO()
+    plan.show(report | {"tokens": each * report["active_parameters"]}, Console(file=out, width=200))
+    assert re.search(rf"tokens +{each}.0 a parameter +at work: {advice}", out.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,12 @@ def test_tied_experts_answer_and_learn_as_one_dense_layer():
     assert (routing.load_E > 0).sum() > 2  # more than one copy works
     for answer_BTD in (mixed_BTD, dense_BTD):
         answer_BTD.square().sum().backward()
+    rows = layer.router.weight.grad.unflatten(0, (3, 2)) + torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view(
+        3, 1, 1
+    )
+    layer.router.weight.grad = rows.flatten(0, 1).clone()
     tie_gradients(layer)
+    assert torch.allclose(layer.router.weight.grad.unflatten(0, (3, 2)), rows.mean(1, keepdim=True).expand_as(rows))
     for stack, reference in ((layer.experts.up, up), (layer.experts.down, down)):
         assert torch.allclose(stack.grad, reference.grad.repeat(3, 1, 1) / 3, rtol=1e-6)
 
@@ -73,6 +78,23 @@ def test_experts_stay_copies_for_a_share_of_the_run_and_then_part(tied, together
         assert all(copies(learner.model)) is (step <= together and tied > 0)
         state, _ = train_step(learner, state, batches)
     assert any(copies(learner.model)) is (tied == 1)
+
+
+@pytest.mark.parametrize(("share", "tied"), [(0.0, True), (0.49, True), (0.5, False)])
+def test_a_run_that_is_given_its_time_counts_its_time(share, tied):
+    learner = Learner.new(config(train={"seconds": 60, "steps": 10**6}), plain_machine())
+    state = replace(learner.start(), share=share)
+    state, _ = train_step(learner, state, random_batches(learner.config, learner.machine.device))
+    assert state.tied is tied
+    assert all(copies(learner.model)) is tied
+
+
+def test_a_restart_begins_with_copies():
+    learner = Learner.new(config(), plain_machine())
+    apart = replace(learner.start(), tied=False)
+    train_step(learner, apart, random_batches(learner.config, learner.machine.device))
+    assert learner.restart().tied
+    assert all(copies(learner.model))
 
 
 def in_pieces(corpus, tmp_path, **train):
