@@ -9,10 +9,11 @@
 for each run; runs that FILE already has are not repeated, so that it can be stopped at any time, and load does not
 matter. `race` trains both for as many seconds, at the same time, on a core each, so that both feel what else the
 machine does. `speed` needs a quiet machine: it takes turns, a step of the one and a step of the other, and appends
-their times. `table` puts both together. *per step*: bits per byte of the mixture less those of its twin, after as many
-steps. *per second*: the same where the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*:
-how many times its own steps the twin would need for the mixture's bits per byte, read off the line through its budgets
-(bits per byte over the logarithm of steps); less than 1 where the twin is ahead.
+their times. `table` puts all together. Of a race it gives the mixture's bits per byte less its twin's, and the
+tokens that the mixture read for each parameter at work. *per step*: the same difference after as many steps. *per
+second*: where the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*: how many times its
+own steps the twin would need for the mixture's bits per byte, read off the line through its budgets (bits per byte over
+the logarithm of steps); less than 1 where the twin is ahead.
 """
 
 import argparse
@@ -42,6 +43,7 @@ WIDE = ALL | {"hidden": 768, "expert_hidden": 384, "vocab_size": 2048}
 NARROW = WIDE | {"dim": 64, "heads": 2, "hidden": 512, "expert_hidden": 256}
 PLAIN = {"value_embedding": False, "pair_embedding": 0}
 NARROWER = NARROW | PLAIN | {"dim": 32, "hidden": 256, "expert_hidden": 128, "vocab_size": 1024}
+HALVES = {"experts_per_token": 4, "expert_hidden": 64}
 CELLS: dict[str, dict[str, Any]] = {
     "micro": {},
     "micro, vocabulary 2048": {"vocab_size": 2048},
@@ -51,6 +53,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "wide, vocabulary 512": WIDE | {"vocab_size": 512},
     "wide, vocabulary 8192": WIDE | {"vocab_size": 8192},
     "wide, no tables": WIDE | PLAIN,
+    "wide, no tables, 16 experts": WIDE | PLAIN | {"experts": 16},
     "wide, 16 experts": WIDE | {"experts": 16},
     "wide, 32 experts": WIDE | {"experts": 32},
     "wide, 64 experts": WIDE | {"experts": 64},
@@ -61,6 +64,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "narrow, no tables, 16 experts": NARROW | PLAIN | {"experts": 16},
     "narrower, no tables": NARROWER,
     "narrower, no tables, 16 experts": NARROWER | {"experts": 16},
+    "narrower, no tables, 32 experts": NARROWER | {"experts": 32},
+    "narrower, no tables, 16 experts of a half": NARROWER | HALVES | {"experts": 16},
+    "narrower, no tables, 32 experts of a half": NARROWER | HALVES | {"experts": 32},
 }
 """what differs from the preset micro, under [model]"""
 OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert_momentum": 0.95}
@@ -159,6 +165,7 @@ def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
         "active": active_parameters(on_paper(given.model)),
         "bits_per_byte": float(told.bits[-1]),
         "steps_done": int(told.step[-1]),
+        "tokens": int(told.tokens[-1]),
         "cpu_seconds": time.process_time() - started,
     }
 
@@ -195,7 +202,9 @@ def table(runs: list[dict[str, Any]]) -> None:
         for model in MODELS:
             each = (f"{run[model]['bits_per_byte']:.4f} ({run[model]['steps_done']} steps)" for run in told)
             print(f"  {model:8}", ", ".join(each))
-        print(f"  after {what[3]} s, mixture less twin: {statistics.mean(gaps):+.4f}, {max(gaps):+.4f} at most")
+        often = statistics.mean(run["mixture"]["tokens"] / run["mixture"]["active"] for run in told)
+        gap = f"{statistics.mean(gaps):+.4f}, {max(gaps):+.4f} at most"
+        print(f"  after {what[3]} s, {often:.1f} tokens a parameter: {gap}")
     for cell, over in sorted(times.items()):
         print(f"\n{cell[0]} ({cell[1]}): a step takes {over:.2f} of the twin's time")
     for cell, budgets in sorted(bits.items()):

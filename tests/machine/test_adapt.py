@@ -42,6 +42,11 @@ def test_without_gradients_nothing_is_compiled(compiling):
     assert not counters["stats"]["unique_graphs"]
 
 
+def near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Within the rounding of fp32 sums in another order."""
+    return torch.allclose(ours, theirs, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
@@ -57,7 +62,7 @@ def test_blocks_compile_whole_and_once(style, checkpointing, compiling):
         theirs, same = gradients(build(tiny(style, pattern="DMDM")), ids)
         assert torch.equal(load, same)
         for a, b in zip(ours, theirs, strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
+            assert near(a, b)
     assert not torch.equal(loads[0], loads[1])
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2  # of four blocks
@@ -79,7 +84,7 @@ def test_blocks_compile_whole_and_once_with_a_document_mask(style, compiling):
                 found.append([routings[1].load_E, *(parameter.grad for parameter in model.parameters())])
                 model.zero_grad()
         for ours, theirs in zip(*found, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-5)
+            assert near(ours, theirs)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2  # of four blocks
 

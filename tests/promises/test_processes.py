@@ -49,6 +49,7 @@ KINDS = {
     "current-load": {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}, "model": {"router_bias": True}},
     "documents": {"train": {"document_mask": True}},
     "unclipped": {"optim": {"clip": 0.0}, "model": {"pattern": "DD"}},
+    "tied": {"optim": {"name": "muon", "clip": 0.5}, "schedule": {"tied_experts": 0.5}},
 }
 
 
@@ -57,7 +58,7 @@ def short(corpus, cache, accumulation, **settings):
     return config(corpus, cache, **settings | {"train": length | settings.get("train", {})})
 
 
-SOME = ["muon8bit-bf16", "current-load"]
+SOME = ["muon8bit-bf16", "current-load", "tied"]
 """test_process_laws has AdamW and Muon"""
 
 

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from conftest import plain_machine, tiny
-from khanhllm import cli
 from khanhllm.data.batches import random_batches
+from khanhllm.errors import UserError
+from khanhllm.machine.owners import Owners
 from khanhllm.model.moe import MoE
 from khanhllm.model.tied import tie, tie_gradients
 from khanhllm.runs.run import open_run
 from khanhllm.settings import resolve
 from khanhllm.training import run as training_run
+from khanhllm.training.guard import Guard
 from khanhllm.training.step import Learner, initial_model, train_step
 
 
@@ -131,8 +133,28 @@ def test_experts_that_parted_stay_apart_in_a_longer_run(corpus, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "options", [["--model.experts", "5"], ["--machine.split", "all"], ["--machine.expert_processes", "2"]]
+    "settings", [{"model": {"experts": 5}}, {"machine": {"split": "all"}}, {"machine": {"expert_processes": 2}}]
 )
-def test_what_cannot_be_tied_is_refused(options, capsys):
-    assert cli.main(["train", "nano", "--schedule.tied_experts", "0.2", *options]) == 2
-    assert "tied_experts" in capsys.readouterr().err
+def test_what_cannot_be_tied_is_refused(settings):
+    with pytest.raises(UserError, match="tied_experts needs whole copies"):
+        config(**settings)
+    config(tied=0, **settings)
+
+
+def test_a_rejected_step_leaves_experts_tied(monkeypatch):
+    learner = Learner.new(config(), plain_machine())
+    monkeypatch.setattr(Guard, "fault", lambda *_: "far above")
+    state, row = train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))
+    assert row["fault"] and state.tied
+
+
+def test_gradients_are_tied_before_their_norm_is_taken(monkeypatch):
+    learner, clip = Learner.new(config(), plain_machine()), Owners.clip
+
+    def checked(owners, longest):
+        stack = mixture(learner.model).experts.up.grad.unflatten(0, (3, 2))
+        assert torch.equal(stack, stack[:1].expand_as(stack))
+        return clip(owners, longest)
+
+    monkeypatch.setattr(Owners, "clip", checked)
+    train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))

@@ -132,9 +132,9 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
             sums = [old + new for old, new in zip(sums, (nll, *routing_L), strict=True)] if sums else [nll, *routing_L]
     nll, *routing = learner.machine.group.sum(*sums)
     routing_L = Routing(*routing)
+    learner.owners.collect()
     if tied := _tied(state, config):
         tie_gradients(learner.model)
-    learner.owners.collect()
     grad_norm = learner.owners.clip(config.optim.clip or torch.inf)
     # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
     mean_nll, norm = torch.stack([nll.float() / counted, grad_norm.float()]).tolist()
