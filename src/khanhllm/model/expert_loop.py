@@ -16,7 +16,15 @@ from khanhllm.model.dispatch import gathered_sum, in_sorted_order, refuse_second
 
 
 class LoopMixture(torch.autograd.Function):
-    """`experts.Mixture` without a backend."""
+    """y_TD = sum over a token's K experts of  weight x down(activation(x @ up + bias, ...)), as in `experts.py`.
+
+    For one pair, with h = activation(x @ up) and g = weight d y:
+
+        d weight = <g @ down', h> / weight      d up = x' (d h)      d down = h' g
+
+    so each expert multiplies rows of D by weights once, those of d y. Neither x nor h is kept. If the activation has a
+    degree n, <g @ down', h> is also <x, d x> / n (Euler's theorem on homogeneous functions), a sum over D, not F.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -76,10 +84,11 @@ class LoopMixture(torch.autograd.Function):
             for nth, (slope_RF, up_of, up_grad_of) in enumerate(zip(slopes, ups_of, up_grads_of, strict=True)):
                 torch.mm(x_RD.T, slope_RF, out=up_grad_of[expert])
                 torch.addmm(x_grad_RD, slope_RF, up_of[expert], beta=min(nth, 1), out=x_grad_RD)
-            if degree:  # <hidden, slope> again, by Euler's theorem, over rows of D, which are shorter
+            if degree:
                 torch.sum(x_RD.mul_(x_grad_RD), -1, dtype=weight_N1.dtype, out=weight_grad_R)
             if bias_grad is not None:
                 torch.sum(slopes[0], 0, out=bias_grad[expert])
+        # a weight of zero is too small for a float, and the gradient of its probability zero whatever stands here
         weight_grad_N.div_(weight_N1[:, 0].masked_fill(weight_N1[:, 0] == 0, 1).mul_(degree or 1))
         x_grad = gathered_sum(x_grad_ND, inverse_TK)
         return None, x_grad, weight_grad_N[inverse_TK], None, None, None, down_grad, bias_grad, *up_grads
