@@ -391,7 +391,7 @@ class Config(Section):
             raise ValueError(f"machine.expert_processes ({parts}) must divide the experts of a layer ({experts})")
         apart = parts > 1 or self.machine.split == "all" or experts % self.model.experts_per_token
         if apart and self.schedule.tied_experts:
-            raise ValueError("tied_experts needs whole copies: no expert_processes, no split = all, K must divide E")
+            raise ValueError("schedule.tied_experts: no split = all, no expert_processes; top k must divide experts")
         return self
 
     @property

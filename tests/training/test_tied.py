@@ -136,7 +136,7 @@ def test_experts_that_parted_stay_apart_in_a_longer_run(corpus, tmp_path, monkey
     "settings", [{"model": {"experts": 5}}, {"machine": {"split": "all"}}, {"machine": {"expert_processes": 2}}]
 )
 def test_what_cannot_be_tied_is_refused(settings):
-    with pytest.raises(UserError, match="tied_experts needs whole copies"):
+    with pytest.raises(UserError, match="tied_experts: no split = all"):
         config(**settings)
     config(tied=0, **settings)
 
