@@ -17,7 +17,7 @@ from khanhllm.settings import resolve
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
-KINDS = {name: kind for name, kind in OF_OWNERS.items() if not name.endswith("bf16")} | {
+KINDS = {name: kind for name, kind in OF_OWNERS.items() if not name.endswith("bf16") and name != "tied"} | {
     "autocast": {"machine": {"precision": "bf16", "checkpointing": "selective"}, "optim": {"name": "muon"}},
     "classic": {"model": {"style": "classic"}},
     "tables": {"model": {"value_embedding": True, "pair_embedding": 50, "embedding_skip": True}},
