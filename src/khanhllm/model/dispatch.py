@@ -29,9 +29,9 @@ def dispatch(expert_TK: Tensor, load_E: Tensor) -> Dispatch:
     return Dispatch(order_N // expert_TK.shape[1], inverse_N.view_as(expert_TK), load_E.cumsum(0).to(torch.int32))
 
 
-def slices(ends: list[int]) -> list[slice]:
-    """The rows between one end and the next."""
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def sizes(ends: list[int]) -> list[int]:
+    """How many rows lie between one end and the next, for `Tensor.split`."""
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def refuse_second_derivative() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from khanhllm.model.activations import Activation
-from khanhllm.model.dispatch import gathered_sum, in_sorted_order, refuse_second_derivative
+from khanhllm.model.dispatch import gathered_sum, in_sorted_order, refuse_second_derivative, sizes
 
 
 class LoopMixture(torch.autograd.Function):
@@ -97,15 +97,14 @@ class LoopMixture(torch.autograd.Function):
 def _sizes(end_E: Tensor, pairs: int) -> list[int]:
     """How many rows each expert has. Planning computes with tensors without numbers: there all have as many."""
     numbers = type(end_E) is Tensor
-    ends = end_E.tolist() if numbers else [pairs * nth // len(end_E) for nth in range(1, len(end_E) + 1)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return sizes(end_E.tolist() if numbers else [pairs * nth // len(end_E) for nth in range(1, len(end_E) + 1)])
 
 
-def _by_expert(sizes: list[int], *wholes: Tensor) -> Iterator[tuple[Any, ...]]:
+def _by_expert(counts: list[int], *wholes: Tensor) -> Iterator[tuple[Any, ...]]:
     """For each expert, its number of rows and its rows of each tensor."""
-    return zip(sizes, *(whole.split(sizes) for whole in wholes), strict=True)
+    return zip(counts, *(whole.split(counts) for whole in wholes), strict=True)
 
 
-def _room(like: Tensor, sizes: list[int], width: int) -> Tensor:
+def _room(like: Tensor, counts: list[int], width: int) -> Tensor:
     """Memory for the rows of any one expert."""
-    return like.new_empty(max(sizes), width)
+    return like.new_empty(max(counts), width)

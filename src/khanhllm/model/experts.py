@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from khanhllm.model.activations import GELU, RELU2, SWIGLU, Activation
-from khanhllm.model.dispatch import dispatch, gathered_sum, in_sorted_order, refuse_second_derivative, slices
+from khanhllm.model.dispatch import dispatch, gathered_sum, in_sorted_order, refuse_second_derivative, sizes
 from khanhllm.model.expert_loop import LoopMixture
 from khanhllm.model.router import Choice
 
@@ -40,16 +40,18 @@ torch.library.define("khanhllm::loop_grouped_mm_wgrad", "(Tensor x_NI, Tensor y_
 @torch.library.impl("khanhllm::loop_grouped_mm", "default")
 def _loop_grouped_mm(x_NI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(len(x_NI), weight_EIO.shape[2])
-    for expert, rows in enumerate(slices(end_E.tolist())):
-        torch.mm(x_NI[rows], weight_EIO[expert], out=out_NO[rows])
+    counts = sizes(end_E.tolist())
+    for x_RI, weight_IO, out_RO in zip(x_NI.split(counts), weight_EIO, out_NO.split(counts), strict=True):
+        torch.mm(x_RI, weight_IO, out=out_RO)
     return out_NO
 
 
 @torch.library.impl("khanhllm::loop_grouped_mm_wgrad", "default")
 def _loop_grouped_mm_wgrad(x_NI: Tensor, y_NO: Tensor, end_E: Tensor) -> Tensor:
     out_EIO = x_NI.new_empty(len(end_E), x_NI.shape[1], y_NO.shape[1])
-    for expert, rows in enumerate(slices(end_E.tolist())):
-        torch.mm(x_NI[rows].T, y_NO[rows], out=out_EIO[expert])
+    counts = sizes(end_E.tolist())
+    for x_RI, y_RO, out_IO in zip(x_NI.split(counts), y_NO.split(counts), out_EIO, strict=True):
+        torch.mm(x_RI.T, y_RO, out=out_IO)
     return out_EIO
 
 
