@@ -1,8 +1,8 @@
-"""nanochat's model on the same text, tokens, conversations and seconds as a run of ours that was tuned.
+"""nanochat's model on the same text, tokens, conversations and seconds as a run of ours.
 
     khanhllm train micro --data books/ --for 480s --run runs/base
     khanhllm tune runs/base --data chats.jsonl --run runs/talks
-    python benchmarks/beside_nanochat.py NANOCHAT runs/base runs/talks > benchmarks/results/beside-nanochat.json
+    python benchmarks/beside_nanochat.py NANOCHAT runs/base [runs/talks] > benchmarks/results/beside-nanochat.json
 
 NANOCHAT is a checkout of github.com/karpathy/nanochat. Its model and optimizer are used as they are; its base reads the
 rows of our base run, in the same order and for as many seconds, its chat part the rows of our conversations, for as
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("nanochat", type=Path)
     parser.add_argument("base", type=Path)
-    parser.add_argument("talks", type=Path)
+    parser.add_argument("talks", type=Path, nargs="?")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
@@ -115,8 +115,9 @@ def main() -> None:
     sys.path.insert(0, str(options.nanochat))
     from nanochat.gpt import GPT, GPTConfig
 
-    base, tuned = khanhllm.load(options.base), khanhllm.load(options.talks)
-    context, marks = base.config.model.context, Marks.of(base.tokenizer)
+    base = khanhllm.load(options.base)
+    torch.set_num_threads(base.config.machine.threads or torch.get_num_threads())
+    context = base.config.model.context
     config = GPTConfig(
         sequence_len=context,
         vocab_size=base.config.model.vocab_size,
@@ -130,17 +131,11 @@ def main() -> None:
     model = GPT(config)
     model.init_weights()
     step, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer()
-    times = [
-        float(read_log(run / "training_log.csv", ("seconds",))["seconds"][-1]) for run in (options.base, options.talks)
-    ]
 
-    def base_factor(share: float) -> float:
+    def factor(share: float) -> float:
         return min(1.0, share / 0.02 + 1e-3) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
-    def chat_factor(share: float) -> float:
-        return 0.8 * min(1.0, 2 * (1 - share))
-
-    steps = [train(step, optimizer, batches(Shards.open(base.data, "train", context), None), times[0], base_factor)]
+    steps = train(step, optimizer, batches(Shards.open(base.data, "train", context), None), took(options.base), factor)
     windows, size, total = held_out(base).windows(), 0, 0.0
     with torch.inference_mode():
         for window in windows:
@@ -148,32 +143,56 @@ def main() -> None:
                 ids = torch.from_numpy(window)[None]
                 total += model(ids[:, :-1], ids[:, 1:], loss_reduction="sum").item()
                 size += int(base.tokenizer.token_bytes[window[1:]].sum())
+    found = {
+        "seconds": [took(options.base)],
+        "khanhllm": {
+            "parameters": sum(weight.numel() for weight in base.model.parameters()),
+            "steps": [base.step],
+            "base_bits_per_byte": base.score_windows(held_out(base).windows())["val_bpb"],
+        },
+        "nanochat": {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "steps": [steps],
+            "base_bits_per_byte": total / math.log(2) / size,
+        },
+    }
+    if options.talks:
+        add_talks(found, options.talks, model, step, optimizer)
+    print(json.dumps(found, indent=1))
+
+
+def add_talks(found: dict[str, Any], path: Path, model: Any, step: Any, optimizer: Any) -> None:
+    """Teach nanochat's model the conversations of our run in `path`, and ask both what was held out."""
+    tuned = khanhllm.load(path)
+    context, marks = tuned.config.model.context, Marks.of(tuned.tokenizer)
     pairs = list(talks.held_out_answers(tuned))
     before = nats(model, pairs)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
-    steps.append(
-        train(step, optimizer, batches(Shards.open(tuned.data, "train", context), marks), times[1], chat_factor)
-    )
+
+    def factor(share: float) -> float:
+        return 0.8 * min(1.0, 2 * (1 - share))
+
+    steps = train(step, optimizer, batches(Shards.open(tuned.data, "train", context), marks), took(path), factor)
     asked, longest = pairs[:ANSWERS], max(len(right) for _, right in pairs[:ANSWERS])
-    special = set(base.tokenizer.special_ids)
-    theirs = {
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "steps": steps,
-        "base_bits_per_byte": total / math.log(2) / size,
+    special = set(tuned.tokenizer.special_ids)
+    found["seconds"].append(took(path))
+    found["nanochat"]["steps"].append(steps)
+    found["nanochat"] |= {
         "answer_nats_before": before,
         "answer_nats": nats(model, pairs),
         "answers_end": ending(model, [ids for ids, _ in asked], marks.end, special, talks.LONGER * longest, context),
     }
     own_nats, own_tokens, own_ends, _ = talks.answers(tuned, MOST)
-    ours = {
-        "parameters": sum(weight.numel() for weight in tuned.model.parameters()),
-        "steps": [base.step, tuned.step],
-        "base_bits_per_byte": base.score_windows(held_out(base).windows())["val_bpb"],
+    found["khanhllm"]["steps"].append(tuned.step)
+    found["khanhllm"] |= {
         "answer_nats": float(own_nats.sum() / own_tokens.sum()),
         "answers_end": float(np.mean(own_ends[:ANSWERS])),
     }
-    print(json.dumps({"seconds": times, "khanhllm": ours, "nanochat": theirs}, indent=1))
+
+
+def took(run: Path) -> float:
+    return float(read_log(run / "training_log.csv", ("seconds",))["seconds"][-1])
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@
 for each run; runs that FILE already has are not repeated, so that it can be stopped at any time, and load does not
 matter. `race` trains both for as many seconds, at the same time, on a core each, so that both feel what else the
 machine does. `speed` needs a quiet machine: it takes turns, a step of the one and a step of the other, and appends
-their times. `table` puts all together. Of a race it gives the mixture's bits per byte less its twin's, and the
-tokens that the mixture read for each parameter at work. *per step*: the same difference after as many steps. *per
-second*: where the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*: how many times its
-own steps the twin would need for the mixture's bits per byte, read off the line through its budgets (bits per byte over
-the logarithm of steps); less than 1 where the twin is ahead.
+their times. `table` puts all together; differences are the mixture's bits per byte less its twin's. *per second*: where
+the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*: how many times its own steps, or
+its own time, the twin would need for the mixture's bits per byte, read off the line through its budgets (bits per byte
+over the logarithm of the budget); less than 1 where the twin is ahead. The last line about races is the rule that
+follows from them.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
+import random
 import statistics
 import tempfile
 import time
@@ -69,17 +70,21 @@ CELLS: dict[str, dict[str, Any]] = {
     "narrower, no tables, 32 experts of a half": NARROWER | HALVES | {"experts": 32},
 }
 """what differs from the preset micro, under [model]"""
+PRESETS = ("hour", "evening")
+"""cells too, with their own recipe"""
 OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert_momentum": 0.95}
 """keys of [optim] that a twin, which has no router and no experts, does not heed"""
 TIED = {"tied_experts": 0.2}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
+    "the preset's": {},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": {"micro_batch": 16}},
     "own rates, tied": {"optim": OWN, "schedule": TIED},
     "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 16}},
+    "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }
-"""what else differs from the preset micro"""
+"""what else differs from the preset"""
 MODELS = ("mixture", "twin")
 
 
@@ -88,11 +93,12 @@ def main() -> None:
     parser.add_argument("what", choices=["learn", "race", "speed", "table"])
     parser.add_argument("data", nargs="?", help="as for khanhllm train; of a table, the file")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS), metavar="NAME")
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=[*CELLS, *PRESETS], metavar="NAME")
     parser.add_argument("--recipe", default="own rates", choices=list(RECIPES))
     parser.add_argument("--steps", nargs="*", type=int, default=[500, 1000, 2000])
     parser.add_argument("--seconds", nargs="*", type=int, default=[150, 450])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a race: keep its runs there")
     options = parser.parse_args()
     if options.what == "table":
         table([json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()])
@@ -108,7 +114,7 @@ def main() -> None:
 
 def config(cell: str, recipe: dict[str, Any], **given: Any) -> Config:
     machine = {"machine": {"device": "cpu", "threads": 1}}
-    return resolve(preset("micro"), {"model": CELLS[cell]}, recipe, machine, given)
+    return resolve(preset(cell if cell in PRESETS else "micro"), {"model": CELLS.get(cell, {})}, recipe, machine, given)
 
 
 def race(options: argparse.Namespace) -> None:
@@ -119,7 +125,7 @@ def race(options: argparse.Namespace) -> None:
             run = {"what": "race", "seconds": seconds, "seed": seed, **described(cell, options)}
             if key(run) not in known:
                 both = [run | {"model": model} for model in MODELS]
-                found = pool.map(partial(learned, options.data), both)
+                found = pool.map(partial(learned, options.data, keep=options.keep), both)
                 append(options.out, run | dict(zip(MODELS, found, strict=True)))
 
 
@@ -144,8 +150,8 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(map(run.get, ("what", "cell", "data", "recipe", "model", "steps", "seconds", "seed")))
 
 
-def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
-    """Train one model; its bits per byte on held-out documents."""
+def learned(source: str, run: dict[str, Any], keep: Path | None = None) -> dict[str, Any]:
+    """Train one model; its bits per byte on held-out documents. The run stays in the folder `keep`."""
     quiet = {"eval_every": 0, "save_every": 0, "sample_tokens": 0, "eval_tokens": 2**18}
     until = {part: run[part] for part in ("steps", "seconds") if part in run}
     given = config(
@@ -158,8 +164,9 @@ def learned(source: str, run: dict[str, Any]) -> dict[str, Any]:
         given = given.model_copy(update={"model": dense_twin(given.model)})
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        train(given, Path(folder, "run"))
-        told = read(Path(folder, "run"))
+        path = keep / f"{run['model']}-{run['seed']}" if keep else Path(folder, "run")
+        train(given, path)
+        told = read(path)
     return {
         "parameters": total_parameters(on_paper(given.model)),
         "active": active_parameters(on_paper(given.model)),
@@ -187,46 +194,103 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> None:
-    races: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    bits: dict[tuple[str, ...], dict[int, dict[str, dict[int, float]]]] = defaultdict(lambda: defaultdict(dict))
-    times = {(run["cell"], run["recipe"]): run["time_over_twin"][1] for run in runs if run["what"] == "speed"}
+    races, learned, times = defaultdict(list), defaultdict(list), {}
     for run in runs:
+        what = (run["cell"], run["recipe"], run.get("data", ""))
         if run["what"] == "race":
-            races[run["data"], run["cell"], run["recipe"], run["seconds"]].append(run)
+            races[what].append(run)
         elif run["what"] == "learn":
-            by_model = bits[run["data"], run["cell"], run["recipe"]][run["steps"]]
-            by_model.setdefault(run["model"], {})[run["seed"]] = run["bits_per_byte"]
+            learned[what].append(run)
+        else:
+            times[what[:2]] = run["time_over_twin"][1]
     for what, told in sorted(races.items()):
-        print(heading(what[:3]))
-        gaps = [run["mixture"]["bits_per_byte"] - run["twin"]["bits_per_byte"] for run in told]
-        for model in MODELS:
-            each = (f"{run[model]['bits_per_byte']:.4f} ({run[model]['steps_done']} steps)" for run in told)
-            print(f"  {model:8}", ", ".join(each))
-        often = statistics.mean(run["mixture"]["tokens"] / run["mixture"]["active"] for run in told)
-        gap = f"{statistics.mean(gaps):+.4f}, {max(gaps):+.4f} at most"
-        print(f"  after {what[3]} s, {often:.1f} tokens a parameter: {gap}")
-    for cell, over in sorted(times.items()):
-        print(f"\n{cell[0]} ({cell[1]}): a step takes {over:.2f} of the twin's time")
-    for cell, budgets in sorted(bits.items()):
-        print(heading(cell) + "\n   steps  mixture     twin  per step  per second  multiplier")
-        twins = [
-            (math.log(steps), statistics.mean(by["twin"].values())) for steps, by in budgets.items() if "twin" in by
-        ]
-        slope = statistics.linear_regression(*zip(*twins, strict=True)).slope if len(twins) > 1 else math.nan
-        for steps, by in sorted(budgets.items()):
-            both = by.get("mixture", {}).keys() & by.get("twin", {}).keys()  # seeds
-            if both:
-                mixture, twin = (statistics.mean(by[model][seed] for seed in both) for model in MODELS)
-                over = mixture - twin
-                second = over - slope * math.log(times.get(cell[1:], math.nan))
-                told = (
-                    f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / slope):11.2f}"
-                )
-                print(told.replace("+nan", "   ?").replace("nan", "  ?"))
+        print(
+            heading(what) + "\n seconds  seeds  tokens/parameter  mixture     twin  difference (of seeds)  multiplier"
+        )
+        print_races(told)
+    if races:
+        print_rule([run for told in races.values() for run in told if "tied" in run["recipe"]])
+    for what, over in sorted(times.items()):
+        print(f"\n{what[0]} ({what[1]}): a step takes {over:.2f} of the twin's time")
+    for what, told in sorted(learned.items()):
+        print(heading(what) + "\n   steps  mixture     twin  per step  per second  multiplier")
+        print_learned(told, times.get(what[:2], math.nan))
+
+
+def print_races(races: list[dict[str, Any]]) -> None:
+    """All races of one cell on one text."""
+    by_budget = defaultdict(list)
+    for run in races:
+        by_budget[run["seconds"]].append(run)
+    mean = {
+        (model, seconds): statistics.mean(run[model]["bits_per_byte"] for run in told)
+        for seconds, told in by_budget.items()
+        for model in MODELS
+    }
+    steep = slope({seconds: mean["twin", seconds] for seconds in by_budget})
+    for seconds, told in sorted(by_budget.items()):
+        gaps = [gap(run) for run in told]
+        spread = f"({min(gaps):+.4f} to {max(gaps):+.4f})" if len(gaps) > 1 else ""
+        mixture, twin = (mean[model, seconds] for model in MODELS)
+        line = f"{seconds:8} {len(told):6} {statistics.mean(map(often, told)):17.1f} {mixture:8.4f} {twin:8.4f}"
+        print(shown(f"{line} {mixture - twin:+8.4f} {spread:22} {math.exp((mixture - twin) / steep):6.2f}"))
+
+
+def print_rule(races: list[dict[str, Any]], draws: int = 2000) -> None:
+    """Where the line through all races, their difference over the logarithm of tokens per parameter, crosses zero; how
+    far that is certain, by drawing cells and texts anew, each with all of its races (bootstrap)."""
+    groups = defaultdict(list)
+    for run in races:
+        groups[run["cell"], run["data"]].append((math.log(often(run)), gap(run)))
+    chance, crossings = random.Random(0), []
+    for drawn in [list(groups.values()), *(chance.choices(list(groups.values()), k=len(groups)) for _ in range(draws))]:
+        over, gaps = zip(*(point for group in drawn for point in group), strict=True)
+        if len(set(over)) > 1:
+            line = statistics.linear_regression(over, gaps)
+            crossings.append(math.exp(-line.intercept / line.slope) if line.slope < 0 else math.inf)
+    found, (low, *_, high) = crossings[0], statistics.quantiles(crossings[1:], n=20)
+    print(
+        f"\nwith a common start the mixture is ahead from {found:.1f} tokens a parameter on ({low:.1f} to {high:.1f})"
+    )
+
+
+def print_learned(runs: list[dict[str, Any]], time_over_twin: float) -> None:
+    """All runs of one cell on one text that ended after a number of steps."""
+    bits: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: {model: {} for model in MODELS})
+    for run in runs:
+        bits[run["steps"]][run["model"]][run["seed"]] = run["bits_per_byte"]
+    steep = slope({steps: statistics.mean(by["twin"].values()) for steps, by in bits.items() if by["twin"]})
+    for steps, by in sorted(bits.items()):
+        if both := by["mixture"].keys() & by["twin"].keys():  # seeds
+            mixture, twin = (statistics.mean(by[model][seed] for seed in both) for model in MODELS)
+            over = mixture - twin
+            second = over - steep * math.log(time_over_twin)
+            line = f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / steep):11.2f}"
+            print(shown(line))
+
+
+def gap(race: dict[str, Any]) -> float:
+    return float(race["mixture"]["bits_per_byte"] - race["twin"]["bits_per_byte"])
+
+
+def often(race: dict[str, Any]) -> float:
+    """Tokens that the mixture read for each of its parameters at work."""
+    return float(race["mixture"]["tokens"] / race["mixture"]["active"])
+
+
+def slope(bits: dict[int, float]) -> float:
+    """Bits per byte over the logarithm of a budget; nan for a single budget."""
+    if len(bits) < 2:
+        return math.nan
+    return statistics.linear_regression([math.log(budget) for budget in bits], list(bits.values())).slope
+
+
+def shown(line: str) -> str:
+    return line.replace("+nan", "   ?").replace("nan", "  ?").rstrip()
 
 
 def heading(cell: tuple[str, ...]) -> str:
-    return f"\n{cell[1]} ({cell[2]}), {cell[0]}"
+    return "\n{} ({}), {}".format(*cell)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def resolve(*layers: Mapping[str, Any], where: str = "config", names: Mapping[st
     names: what the user calls a key, for errors, as in {"train.steps": "--steps"}.
     """
     merged: dict[str, Any] = {}
-    for layer in (_keep_rows(merged, layer, where) for layer in layers):
+    for layer in (_length(_keep_rows(merged, layer, where)) for layer in layers):
         for section, values in layer.items():
             nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
             merged[section] = {**merged[section], **values} if nested else values
@@ -93,13 +93,13 @@ def with_length(
     them; it replaces the length in the layers. names: what the user calls the three."""
     if sum(value is not None for value in (steps, time, tokens)) > 1:
         raise UserError(f"give one of {names['steps']}, {names['time']} and {names['tokens']}")
-    length: dict[str, Any] = {} if steps is None else {"steps": steps, "seconds": 0}
+    length: dict[str, Any] = {} if steps is None else {"steps": steps}
     called = {"train.steps": names["steps" if tokens is None else "tokens"], "train.seconds": names["time"]}
     if time is not None:
         length = {"seconds": seconds(time, names["time"])}
     elif tokens is not None:
         a_step = resolve(*layers, where=where).tokens_per_step
-        length = {"steps": -(-amount(tokens, names["tokens"]) // a_step), "seconds": 0}
+        length = {"steps": -(-amount(tokens, names["tokens"]) // a_step)}
     called = called if length else {}
     return resolve(*layers, {"train": length} if length else {}, where=where, names=called)
 
@@ -111,6 +111,14 @@ def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) 
         return layer
     rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
     return {**layer, "train": {**train, "accumulation": rows}}
+
+
+def _length(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Let steps replace the seconds of the layers before, as seconds always go before steps."""
+    train = layer.get("train")
+    if not isinstance(train, Mapping) or "steps" not in train or "seconds" in train:
+        return layer
+    return {**layer, "train": {**train, "seconds": 0}}
 
 
 Kind = TypeVar("Kind", bound=Section)
