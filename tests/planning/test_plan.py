@@ -80,7 +80,7 @@ def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
     assert report["tokens"] == pytest.approx(report["tokens_per_s"] * 86_400, rel=1e-6)
 
 
-@pytest.mark.parametrize(("each", "advice"), [(29, "dense layers do as well"), (31, "take a mixture")])
+@pytest.mark.parametrize(("each", "advice"), [(9, "dense layers do as well"), (11, "take a mixture")])
 def test_a_plan_says_whether_its_tokens_are_enough_for_a_mixture(each, advice):
     report = plan.plan(CONFIG, hardware(10**9))
     out = StringIO()

@@ -17,9 +17,9 @@ from khanhllm.schema import Config
 
 ASSUMED = {"cuda": 0.4, "cpu": 0.6}
 """assumed share of the peak rate that training reaches, if nothing was measured"""
-PAYS = 30.0
-"""tokens for each parameter at work from which on mixtures were ahead of their dense twins after the same time, on all
-texts tried (width 32, on a CPU: docs/experiments.md)"""
+PAYS = 10.0
+"""tokens for each parameter at work from which on mixtures with a common start were ahead of their dense twins after the
+same time: the upper end of what races on a CPU leave open (benchmarks/mixture.py table; docs/experiments.md)"""
 Report = dict[str, Any]
 
 
@@ -133,7 +133,7 @@ def _lines(report: Report) -> list[tuple[str, str, str]]:
     if report["tokens"]:
         ratio = report["tokens"] / report["active_parameters"]
         advice = "take a mixture" if ratio >= PAYS else "dense layers do as well"
-        note = f"at work: {advice}; small mixtures were ahead from about {PAYS:.0f} on"
+        note = f"at work: {advice}; small mixtures with tied_experts were ahead from about {PAYS:.0f} on"
         lines.append(("tokens", f"{ratio:,.1f} a parameter", note))
     if "measured" in report:
         lines += _measured_lines(report)
