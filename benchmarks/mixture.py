@@ -210,8 +210,8 @@ def table(runs: list[dict[str, Any]]) -> None:
         print_races(told)
     if races:
         print_rule([run for told in races.values() for run in told if "tied" in run["recipe"]])
-    for what, over in sorted(times.items()):
-        print(f"\n{what[0]} ({what[1]}): a step takes {over:.2f} of the twin's time")
+    for (cell, recipe), over in sorted(times.items()):
+        print(f"\n{cell} ({recipe}): a step takes {over:.2f} of the twin's time")
     for what, told in sorted(learned.items()):
         print(heading(what) + "\n   steps  mixture     twin  per step  per second  multiplier")
         print_learned(told, times.get(what[:2], math.nan))

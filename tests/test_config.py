@@ -113,6 +113,13 @@ def test_a_length_in_steps_or_tokens_replaces_a_time(length):
     assert with_length({"train": {"seconds": 60}}, **length, where="").train.seconds == 0
 
 
+def test_steps_replace_the_time_of_the_layers_before_but_not_of_their_own():
+    hour = {"train": {"seconds": 3600}}
+    assert resolve(hour, {"train": {"steps": 5}}).train.seconds == 0
+    assert resolve({"train": {"steps": 5}}, hour).train.seconds == 3600
+    assert resolve({"train": {"steps": 5, "seconds": 3600}}).train.seconds == 3600
+
+
 def test_what_cannot_be_published_leaves_nothing_aside(tmp_path):
     (tmp_path / "taken").mkdir()  # no file takes the place of a folder
     with pytest.raises(OSError):
