@@ -209,7 +209,9 @@ def table(runs: list[dict[str, Any]]) -> None:
         )
         print_races(told)
     if races:
-        print_rule([run for told in races.values() for run in told if "tied" in run["recipe"]])
+        print_rule(
+            [run for told in races.values() for run in told if "tied" in run["recipe"] or run["cell"] in PRESETS]
+        )
     for (cell, recipe), over in sorted(times.items()):
         print(f"\n{cell} ({recipe}): a step takes {over:.2f} of the twin's time")
     for what, told in sorted(learned.items()):

@@ -18,8 +18,8 @@ from khanhllm.schema import Config
 ASSUMED = {"cuda": 0.4, "cpu": 0.6}
 """assumed share of the peak rate that training reaches, if nothing was measured"""
 PAYS = 10.0
-"""tokens for each parameter at work from which on mixtures with a common start were ahead of their dense twins after the
-same time: the upper end of what races on a CPU leave open (benchmarks/mixture.py table; docs/experiments.md)"""
+"""tokens for each parameter at work from which on mixtures with a common start were ahead of their dense twins after
+the same time: above the upper end of what races on a CPU leave open (benchmarks/mixture.py table)"""
 Report = dict[str, Any]
 
 
