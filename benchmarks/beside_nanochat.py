@@ -31,7 +31,7 @@ import khanhllm
 from khanhllm.data.counting import Marks, counted
 from khanhllm.data.shards import Shards
 from khanhllm.lab import talks
-from khanhllm.log.pictures import read_log
+from khanhllm.log.compare import read
 from khanhllm.runs.evaluate import held_out
 
 ROWS, ANSWERS, MOST = 16, 200, 10**6
@@ -135,7 +135,8 @@ def main() -> None:
     def factor(share: float) -> float:
         return min(1.0, share / 0.02 + 1e-3) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
-    steps = train(step, optimizer, batches(Shards.open(base.data, "train", context), None), took(options.base), factor)
+    seconds = float(read(options.base).seconds[-1])
+    steps = train(step, optimizer, batches(Shards.open(base.data, "train", context), None), seconds, factor)
     windows, size, total = held_out(base).windows(), 0, 0.0
     with torch.inference_mode():
         for window in windows:
@@ -144,7 +145,7 @@ def main() -> None:
                 total += model(ids[:, :-1], ids[:, 1:], loss_reduction="sum").item()
                 size += int(base.tokenizer.token_bytes[window[1:]].sum())
     found = {
-        "seconds": [took(options.base)],
+        "seconds": [seconds],
         "khanhllm": {
             "parameters": sum(weight.numel() for weight in base.model.parameters()),
             "steps": [base.step],
@@ -173,10 +174,11 @@ def add_talks(found: dict[str, Any], path: Path, model: Any, step: Any, optimize
     def factor(share: float) -> float:
         return 0.8 * min(1.0, 2 * (1 - share))
 
-    steps = train(step, optimizer, batches(Shards.open(tuned.data, "train", context), marks), took(path), factor)
+    seconds = float(read(path).seconds[-1])
+    steps = train(step, optimizer, batches(Shards.open(tuned.data, "train", context), marks), seconds, factor)
     asked, longest = pairs[:ANSWERS], max(len(right) for _, right in pairs[:ANSWERS])
     special = set(tuned.tokenizer.special_ids)
-    found["seconds"].append(took(path))
+    found["seconds"].append(seconds)
     found["nanochat"]["steps"].append(steps)
     found["nanochat"] |= {
         "answer_nats_before": before,
@@ -189,10 +191,6 @@ def add_talks(found: dict[str, Any], path: Path, model: Any, step: Any, optimize
         "answer_nats": float(own_nats.sum() / own_tokens.sum()),
         "answers_end": float(np.mean(own_ends[:ANSWERS])),
     }
-
-
-def took(run: Path) -> float:
-    return float(read_log(run / "training_log.csv", ("seconds",))["seconds"][-1])
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def learned(source: str, run: dict[str, Any], keep: Path | None = None) -> dict[
         given = given.model_copy(update={"model": dense_twin(given.model)})
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        path = keep / f"{run['model']}-{run['seed']}" if keep else Path(folder, "run")
+        kept = (run["cell"], f"{run['model']}-{run.get('seconds')}s-{run['seed']}")
+        path = Path(keep or folder, *kept)
         train(given, path)
         told = read(path)
     return {
@@ -194,28 +195,26 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> None:
-    races, learned, times = defaultdict(list), defaultdict(list), {}
+    races, by_steps, times = defaultdict(list), defaultdict(list), {}
     for run in runs:
         what = (run["cell"], run["recipe"], run.get("data", ""))
         if run["what"] == "race":
             races[what].append(run)
         elif run["what"] == "learn":
-            learned[what].append(run)
+            by_steps[what].append(run)
         else:
             times[what[:2]] = run["time_over_twin"][1]
     for what, told in sorted(races.items()):
-        print(
-            heading(what) + "\n seconds  seeds  tokens/parameter  mixture     twin  difference (of seeds)  multiplier"
-        )
+        print(heading(what))
+        print(" seconds  seeds  tokens/parameter  mixture     twin  difference (of seeds)  multiplier")
         print_races(told)
-    if races:
-        print_rule(
-            [run for told in races.values() for run in told if "tied" in run["recipe"] or run["cell"] in PRESETS]
-        )
+    if started_together := [run for told in races.values() for run in told if tied(run)]:
+        print_rule(started_together)
     for (cell, recipe), over in sorted(times.items()):
         print(f"\n{cell} ({recipe}): a step takes {over:.2f} of the twin's time")
-    for what, told in sorted(learned.items()):
-        print(heading(what) + "\n   steps  mixture     twin  per step  per second  multiplier")
+    for what, told in sorted(by_steps.items()):
+        print(heading(what))
+        print("   steps  mixture     twin  per step  per second  multiplier")
         print_learned(told, times.get(what[:2], math.nan))
 
 
@@ -269,6 +268,11 @@ def print_learned(runs: list[dict[str, Any]], time_over_twin: float) -> None:
             second = over - steep * math.log(time_over_twin)
             line = f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / steep):11.2f}"
             print(shown(line))
+
+
+def tied(run: dict[str, Any]) -> bool:
+    """Whether the experts had a common start. A recipe that is known no more had none."""
+    return config(run["cell"], RECIPES.get(run["recipe"], {})).schedule.tied_experts > 0
 
 
 def gap(race: dict[str, Any]) -> float:

@@ -74,7 +74,7 @@ def resolve(*layers: Mapping[str, Any], where: str = "config", names: Mapping[st
     names: what the user calls a key, for errors, as in {"train.steps": "--steps"}.
     """
     merged: dict[str, Any] = {}
-    for layer in (_length(_keep_rows(merged, layer, where)) for layer in layers):
+    for layer in (_completed(merged, layer, where) for layer in layers):
         for section, values in layer.items():
             nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
             merged[section] = {**merged[section], **values} if nested else values
@@ -104,21 +104,18 @@ def with_length(
     return resolve(*layers, {"train": length} if length else {}, where=where, names=called)
 
 
-def _keep_rows(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Let a layer with micro_batch = "auto" and no accumulation keep the rows per step of the layers before it."""
+def _completed(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A layer with what its [train] says of keys of the layers before it. steps alone replace their seconds, which
+    always go before steps; micro_batch = "auto" without accumulation keeps their rows per step."""
     train = layer.get("train")
-    if not isinstance(train, Mapping) or train.get("micro_batch") != "auto" or "accumulation" in train:
+    if not isinstance(train, Mapping):
         return layer
-    rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
-    return {**layer, "train": {**train, "accumulation": rows}}
-
-
-def _length(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Let steps replace the seconds of the layers before, as seconds always go before steps."""
-    train = layer.get("train")
-    if not isinstance(train, Mapping) or "steps" not in train or "seconds" in train:
-        return layer
-    return {**layer, "train": {**train, "seconds": 0}}
+    implied: dict[str, Any] = {}
+    if "steps" in train and "seconds" not in train:
+        implied["seconds"] = 0
+    if train.get("micro_batch") == "auto" and "accumulation" not in train:
+        implied["accumulation"] = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
+    return {**layer, "train": {**train, **implied}}
 
 
 Kind = TypeVar("Kind", bound=Section)

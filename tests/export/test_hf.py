@@ -110,7 +110,10 @@ def test_the_compatible_form_has_mixtures_only_and_computes_the_same(tmp_path, t
     assert largest_difference(run, folder) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["nano", "hour", "evening", "mini", "small", "modern-692m", "card-8gb", "card-24gb"])
+@pytest.mark.parametrize(
+    "name",
+    ["nano", "hour", "evening", "mini", "small", "modern-692m", "card-8gb", "card-12gb", "card-24gb"],
+)
 def test_every_preset_that_people_train_leaves_without_code_of_ours(tmp_path, tokenizer, name):
     shape = resolve(preset(name)).model
     small = {
