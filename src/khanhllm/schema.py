@@ -215,8 +215,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     name: Literal["adamw", "adamw8bit", "muon", "muon8bit"] = "adamw"
     """adamw keeps fp32 moments; adamw8bit keeps them in 8 bits (bitsandbytes), 75 % smaller; muon orthogonalises the
-    updates of hidden matrices, which learns more from each token, and leaves all else to adamw; muon8bit does so with
-    a momentum of 8 bits and adamw8bit"""
+    updates of hidden matrices and leaves all else to adamw; muon8bit has a momentum of 8 bits, and adamw8bit"""
     lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1e-3
     """peak learning rate"""
     beta1: Beta = 0.9
@@ -238,16 +237,17 @@ class OptimConfig(Section):
     head_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the output matrix; 0 means lr"""
     router_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
-    """peak learning rate of the routers; 0 means lr. At the rates that small models take under muon, routers would
-    change their minds with each step"""
+    """peak learning rate of the routers; 0 means lr, which is too much for them where muon's small models do well"""
     router_beta1: Beta = 0.0
     """decay of the running mean of the routers' gradient, which is mostly noise; 0 means beta1"""
     expert_out_lr: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """peak learning rate of the matrices by which experts write into the residual stream (muon only); 0 means muon_lr.
     sqrt(experts_per_token) times muon_lr makes up for the weights, by which the router takes a mean of their answers"""
     expert_momentum: Beta = 0.0
-    """momentum of the experts' matrices (muon only), which see fewer tokens in each step than others; 0 means
-    momentum"""
+    """momentum of the experts' matrices (muon only), which see fewer tokens in each step; 0 means momentum"""
+    expert_every: Annotated[int, Field(ge=1, le=64)] = 1
+    """update experts in every so many steps only, each layer's in another one, and the square root of that as far (muon
+    only): to orthogonalise many experts takes long"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head
     and routers) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""

@@ -142,6 +142,43 @@ def test_a_stack_of_experts_moves_as_its_matrices_alone():
         assert torch.allclose(stack, torch.stack([single.T for single in singles]), atol=1e-5)
 
 
+def test_of_copies_only_the_first_moves():
+    stack, momenta = nn.Parameter(random(2, 4, 8).repeat(3, 1, 1)), []
+    for copies in (1, 3):
+        moved = nn.Parameter(stack.detach().clone())
+        optimizer = ours([moved])
+        optimizer.param_groups[0]["copies"] = copies
+        for step in range(3):
+            moved.grad = random(2, 4, 8, seed=step).repeat(3, 1, 1)
+            optimizer.step()
+        momenta.append(optimizer.state[moved]["momentum"])
+        if copies == 1:
+            expected = moved[:2].detach()
+    assert torch.allclose(moved[:2], expected, atol=1e-6)
+    assert torch.equal(moved[2:], stack[2:])
+    assert torch.equal(*momenta)
+
+
+def test_stacks_take_turns_and_move_as_far_as_the_steps_between_would():
+    """One of four moves in each step, twice as far, by a momentum that all steps add to; copies never wait."""
+    kinds = {"turns": {"every": 4}, "all": {"lr": 0.04}, "copies": {"every": 4, "copies": 2}}
+    stacks = {kind: [nn.Parameter(random(2, 4, 8, seed=nth)) for nth in range(4)] for kind in kinds}
+    optimizers = {kind: ours(stacks[kind]) for kind in kinds}
+    for step in range(8):
+        moved: dict[str, list[torch.Tensor]] = {}
+        for kind, optimizer in optimizers.items():
+            optimizer.param_groups[0].update(kinds[kind], step=step, weight_decay=0.0)
+            before = [stack.detach().clone() for stack in stacks[kind]]
+            for nth, stack in enumerate(stacks[kind]):
+                stack.grad = random(2, 4, 8, seed=10 * step + nth)
+            optimizer.step()
+            moved[kind] = [stack.detach() - old for stack, old in zip(stacks[kind], before, strict=True)]
+        turn = -step % 4
+        assert torch.allclose(moved["turns"].pop(turn), moved["all"][turn], atol=1e-6)
+        assert not any(stack.any() for stack in moved["turns"])
+        assert all(stack[0].any() for stack in moved["copies"])
+
+
 def test_small_batches_change_nothing(monkeypatch):
     """How many matrices share a product is a matter of memory only."""
     shapes = [(16, 24), (16, 24), (4, 16, 24), (2, 24, 16), (24, 16)]

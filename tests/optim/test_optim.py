@@ -78,7 +78,7 @@ def test_parts_with_a_learning_rate_of_their_own(name):
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "muon8bit"])
 def test_routers_and_experts_with_a_recipe_of_their_own(name):
     model = build(tiny())
-    own = {"router_lr": 0.005, "router_beta1": 0.8, "expert_out_lr": 0.06, "expert_momentum": 0.9}
+    own = {"router_lr": 0.005, "router_beta1": 0.8, "expert_out_lr": 0.06, "expert_momentum": 0.9, "expert_every": 3}
     optimizer = optim.build(model, OptimConfig(name=name, lr=1e-3, muon_lr=0.04, momentum=0.8, **own))
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {named[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
@@ -92,6 +92,7 @@ def test_routers_and_experts_with_a_recipe_of_their_own(name):
     if name.startswith("muon"):
         assert rates == [0.04, 0.06, 0.04, 0.04]
         assert [groups[part]["momentum"] for part in parts] == [0.9, 0.9, 0.8, 0.8]
+        assert [groups[part].get("every", 1) for part in parts] == [3, 3, 1, 1]
     else:
         assert rates == [1e-3] * 4
 

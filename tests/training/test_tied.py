@@ -63,6 +63,18 @@ def test_tied_experts_answer_and_learn_as_one_dense_layer():
         assert torch.allclose(stack.grad, reference.grad.repeat(3, 1, 1) / 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"optim": {"name": "adamw"}}, {"machine": {"weights": "bf16"}}])
+def test_copies_stay_equal_whatever_moves_them(settings):
+    precision = "bf16" if "machine" in settings else "fp32"
+    learner = Learner.new(config(**settings), replace(plain_machine(), precision=precision))
+    state, batches = learner.start(), random_batches(learner.config, learner.machine.device)
+    before = mixture(learner.model).experts.up.detach().clone()
+    for _ in range(3):
+        state, _ = train_step(learner, state, batches)
+        assert all(copies(learner.model))
+    assert not torch.equal(mixture(learner.model).experts.up, before)
+
+
 def test_every_expert_of_the_first_copy_is_kept():
     model = initial_model(config(tied=0))
     before = [parameter.detach().clone() for parameter in mixture(model).parameters()]

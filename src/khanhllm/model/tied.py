@@ -4,8 +4,9 @@
 A new expert learns from K / E of the tokens only, which is too little for a while. So at first the E experts are E / K
 copies of the same K, and the rows of the router that belong to one copy are equal too. Then the K experts of one copy
 answer a token, each with weight 1 / K; and which copy does makes no difference. Gradients are tied, so that this stays:
-each expert moves by the mean over the copies, each row of the router by the mean over its copy. All that the router
-learns is to share out the tokens evenly. Once gradients are no longer tied, every expert goes its own way.
+each expert learns from the mean over the copies, each row of the router from the mean over its copy. All that the
+router learns is to share out the tokens evenly. After each step all copies become equal to the first, which is the only
+one that an optimizer need move. Once experts are no longer tied, every one goes its own way.
 """
 
 from collections.abc import Iterator

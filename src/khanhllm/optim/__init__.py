@@ -39,8 +39,9 @@ def groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     if config.name.startswith("muon"):
         hidden = decayed | {"lr": config.muon_lr, "momentum": config.momentum, "newton_schulz": config.newton_schulz}
         named["hidden"] = {"params": [], **hidden}
-        if config.expert_momentum or config.expert_out_lr:
-            experts = hidden | {"momentum": config.expert_momentum or config.momentum}
+        if config.expert_momentum or config.expert_out_lr or config.expert_every > 1:
+            momentum = config.expert_momentum or config.momentum
+            experts = hidden | {"momentum": momentum, "every": config.expert_every}
             named["experts"] = {"params": [], **experts}
             named["experts' output"] = {"params": [], **experts, "lr": config.expert_out_lr or config.muon_lr}
     named |= {"decayed": {"params": [], **decayed}, "plain": {"params": [], **plain}}

@@ -49,6 +49,10 @@ class MuonMixin(Base):
     Each group has its own "lr". For Muon it is the spectral norm of an update of a matrix that is not taller than wide
     in (out, in); taller ones move sqrt(out / in) further, so that outputs change as much at any width (Jordan 2024;
     Bernstein and Newhouse 2024, arXiv 2410.21265) and a learning rate transfers to other widths.
+
+    If a group has "copies", a stack consists of as many equal copies (model/tied.py): only the first one moves. If it
+    has "every", its parameters take turns: each moves in every so many steps, the square root of that as far, because
+    it is the sum of updates which point anywhere.
     """
 
     @torch.no_grad()
@@ -70,13 +74,23 @@ class MuonMixin(Base):
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         for parameter, momentum in zip(alike, momenta, strict=True):
             self._keep(parameter, momentum)
-        updates = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
-        parts = updates.split([len(matrices(parameter)) for parameter in alike])
-        for parameter, update, nth in zip(alike, parts, numbers, strict=True):
-            exact = parameter.float()  # the parameter itself, unless it is bf16
-            exact.mul_(1 - group["lr"] * group["weight_decay"])
-            exact.add_(update.view_as(parameter), alpha=-group["lr"] * reach(parameter))
-            store(parameter, exact, noise(group, nth) if parameter.dtype == torch.bfloat16 else None)
+        copies = group.get("copies", 1)
+        every = group.get("every", 1) if copies == 1 else 1
+        rate = group["lr"] * every**0.5
+        moving = [
+            (_first_copy(parameter, copies), _first_copy(towards, copies), nth)
+            for parameter, towards, nth in zip(alike, ahead, numbers, strict=True)
+            if every == 1 or (group["step"] + nth) % every == 0
+        ]
+        if not moving:
+            return
+        updates = orthogonalise(torch.cat([matrices(ahead) for _, ahead, _ in moving]), int(group["newton_schulz"]))
+        parts = updates.split([len(matrices(weight)) for weight, _, _ in moving])
+        for (weight, _, nth), update in zip(moving, parts, strict=True):
+            exact = weight.float()  # the weight itself, unless it is bf16
+            exact.mul_(1 - rate * group["weight_decay"])
+            exact.add_(update.view_as(weight), alpha=-rate * reach(weight))
+            store(weight, exact, noise(group, nth) if weight.dtype == torch.bfloat16 else None)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """The momentum of a parameter in fp32, zero at first."""
@@ -108,6 +122,10 @@ def batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
                 batch = []
             batch.append(parameter)
         yield batch
+
+
+def _first_copy(tensor: Tensor, copies: int) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor[: len(tensor) // copies]
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

@@ -140,10 +140,13 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     mean_nll, norm = torch.stack([nll.float() / counted, grad_norm.float()]).tolist()
     fault = state.guard.fault(mean_nll, norm, config.guard)
     factor = rate_factor(state, config)
+    copies = config.model.experts // config.model.experts_per_token if tied else 1
     if not fault:
         for group in optimizer.param_groups:
-            group |= {"lr": group["peak_lr"] * factor, "step": state.step}
+            group |= {"lr": group["peak_lr"] * factor, "step": state.step, "copies": copies}
         learner.owners.update(optimizer)
+        if tied:
+            tie(learner.model)
         if config.model.router_bias:
             move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
     optimizer.zero_grad(set_to_none=True)
