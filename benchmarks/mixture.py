@@ -182,8 +182,8 @@ def learned(source: str, run: dict[str, Any], keep: Path | None = None) -> dict[
 
 
 def speed(cell: str, recipe: dict[str, Any], turns: int = 25) -> dict[str, Any]:
-    """Seconds of a step of the mixture over those of its twin, step by step in turns."""
-    given = config(cell, recipe)
+    """Seconds of a step of the mixture, once its experts have parted, over those of its twin, step by step in turns."""
+    given = config(cell, recipe | {"schedule": {"tied_experts": 0}})
     pair = [Candidate.enter(name, given) for name in ("ours", "dense twin")]
     seconds = [[candidate.step() for candidate in pair] for _ in range(turns)][3:]
     for candidate in pair:
