@@ -246,8 +246,8 @@ class OptimConfig(Section):
     expert_momentum: Beta = 0.0
     """momentum of the experts' matrices (muon only), which see fewer tokens in each step; 0 means momentum"""
     expert_every: Annotated[int, Field(ge=1, le=64)] = 1
-    """update experts in every so many steps only, each layer's in another one, and the square root of that as far (muon
-    only): to orthogonalise many experts takes long"""
+    """update a layer's experts only once in so many steps, and the square root of that number as far; layers take turns
+    (muon only). To orthogonalise many experts takes long"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head
     and routers) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""

@@ -49,7 +49,7 @@ KINDS = {
     "current-load": {"loss": {"load": "current"}, "machine": {"checkpointing": "full"}, "model": {"router_bias": True}},
     "documents": {"train": {"document_mask": True}},
     "unclipped": {"optim": {"clip": 0.0}, "model": {"pattern": "DD"}},
-    "tied": {"optim": {"name": "muon", "clip": 0.5}, "schedule": {"tied_experts": 0.5}},
+    "tied": {"optim": {"name": "muon", "clip": 0.5, "expert_every": 2}, "schedule": {"tied_experts": 0.5}},
 }
 
 

@@ -113,7 +113,7 @@ def test_a_restart_begins_with_copies():
 
 def in_pieces(corpus, tmp_path, **train):
     data = {"source": str(corpus), "cache": str(tmp_path / "cache"), "validation": 0.2, "workers": 1}
-    return config(data=data, train={"save_every": 2, "keep": 9, **train})
+    return config(data=data, train={"save_every": 2, "keep": 9, **train}, optim={"expert_every": 2})
 
 
 def test_a_resumed_run_goes_on_with_tied_experts(corpus, tmp_path):

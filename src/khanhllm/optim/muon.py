@@ -51,8 +51,8 @@ class MuonMixin(Base):
     Bernstein and Newhouse 2024, arXiv 2410.21265) and a learning rate transfers to other widths.
 
     If a group has "copies", a stack consists of as many equal copies (model/tied.py): only the first one moves. If it
-    has "every", its parameters take turns: each moves in every so many steps, the square root of that as far, because
-    it is the sum of updates which point anywhere.
+    has "every", its parameters take turns: each moves once in so many steps, and the square root of that number as far,
+    as the sum of so many updates does that have nothing in common.
     """
 
     @torch.no_grad()
