@@ -12,6 +12,7 @@ nats a token, each conversation alone, and how many of 200 answers, the likelies
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -130,7 +131,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT(config)
     model.init_weights()
-    step, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer()
+    with contextlib.redirect_stdout(sys.stderr):  # it tells its rates
+        step, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer()
 
     def factor(share: float) -> float:
         return min(1.0, share / 0.02 + 1e-3) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
