@@ -71,22 +71,23 @@ class MuonMixin(Base):
         gradients = [_take_gradient(parameter) for parameter in alike]
         momenta = [self._momentum(parameter) for parameter in alike]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         for parameter, momentum in zip(alike, momenta, strict=True):
             self._keep(parameter, momentum)
         copies = group.get("copies", 1)
         every = group.get("every", 1) if copies == 1 else 1
         rate = group["lr"] * every**0.5
         moving = [
-            (_first_copy(parameter, copies), _first_copy(towards, copies), nth)
-            for parameter, towards, nth in zip(alike, ahead, numbers, strict=True)
+            (nth, *(_first_copy(each, copies) for each in (parameter, gradient, momentum)))
+            for nth, parameter, gradient, momentum in zip(numbers, alike, gradients, momenta, strict=True)
             if every == 1 or (group["step"] + nth) % every == 0
         ]
         if not moving:
             return
-        updates = orthogonalise(torch.cat([matrices(ahead) for _, ahead, _ in moving]), int(group["newton_schulz"]))
-        parts = updates.split([len(matrices(weight)) for weight, _, _ in moving])
-        for (weight, _, nth), update in zip(moving, parts, strict=True):
+        numbers, weights, gradients, momenta = map(list, zip(*moving, strict=True))
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        updates = orthogonalise(torch.cat([matrices(tensor) for tensor in ahead]), int(group["newton_schulz"]))
+        parts = updates.split([len(matrices(weight)) for weight in weights])
+        for weight, update, nth in zip(weights, parts, numbers, strict=True):
             exact = weight.float()  # the weight itself, unless it is bf16
             exact.mul_(1 - rate * group["weight_decay"])
             exact.add_(update.view_as(weight), alpha=-rate * reach(weight))
