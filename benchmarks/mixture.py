@@ -75,6 +75,7 @@ PRESETS = ("hour", "evening")
 OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert_momentum": 0.95}
 """keys of [optim] that a twin, which has no router and no experts, does not heed"""
 RARE = OWN | {"expert_every": 4}
+COPY = {"induction_head": True}
 TIED = {"tied_experts": 0.2}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
@@ -85,6 +86,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 16}},
     "own rates and steps, tied": {"optim": RARE, "schedule": TIED},
     "own rates and steps, tied, 4096 tokens a step": {"optim": RARE, "schedule": TIED, "train": {"micro_batch": 16}},
+    "own rates and steps, tied, induction": {"optim": RARE, "schedule": TIED, "model": COPY},
+    "own rates and steps, tied, induction, 4096 tokens a step": {
+        "optim": RARE,
+        "schedule": TIED,
+        "model": COPY,
+        "train": {"micro_batch": 16},
+    },
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }
 """what else differs from the preset"""

@@ -80,12 +80,14 @@ class ModelConfig(Section):
     embedding_skip: bool = False
     """the input of each layer is a learned mixture of the previous layer's output and the embedding (modern only)"""
     pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
-    """number of learned vectors for pairs of neighbouring tokens; a hash of the pair chooses the one that is added to
-    the second token's (modern only); costs this number x dim parameters, and next to no arithmetic"""
+    """learned vectors for pairs of neighbouring tokens, of which a hash chooses the one added to the second token's
+    (modern only); each costs dim parameters, and next to no arithmetic"""
     router_bias: bool = False
     """a bias moves the router's choice of experts, but not their weights, towards an even load; see loss.bias_rate"""
     zero_out: bool = False
     """start matrices that write into the residual stream at zero, so that at first no layer changes anything"""
+    induction_head: bool = False
+    """start with an induction head, which otherwise takes hundreds of steps to form (modern only)"""
     context: Annotated[int, Field(ge=2, le=2**20)] = 256
     """longest text the model sees at once (tokens)"""
     vocab_size: Annotated[int, Field(ge=264, le=2**24)] = 50_000
@@ -103,9 +105,11 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        modern = ("value_embedding", "pair_embedding", "embedding_skip")
+        modern = ("value_embedding", "pair_embedding", "embedding_skip", "induction_head")
         if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
             raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
+        if self.induction_head and (self.zero_out or self.heads < 2 or len(self.pattern) < 2):
+            raise ValueError("induction_head needs two layers, two heads, and zero_out = false")
         if self.moe_layers and self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self
@@ -143,8 +147,7 @@ class DataConfig(Section):
     """steps that clean the documents first, in order: c4, paragraphs, gopher, language:CODE, spans (repeated
     sentences), minhash (near-duplicates); empty means none. As in "c4, language:en, gopher" """
     bad: Literal["refuse", "skip"] = "refuse"
-    """what to do with a file that cannot be read or is not UTF-8: end with a line that names it, or skip the rest of it
-    and count it"""
+    """at a file that cannot be read or is not UTF-8, end with a line that names it, or skip the rest and count it"""
     tokens: Natural = 0
     """training tokens taken from a large or distant source before it is read again; 0 means all of it"""
     shard_tokens: Annotated[int, Field(ge=256, le=2**31)] = 2**24
@@ -199,8 +202,7 @@ class TrainConfig(Section):
     """tokens whose loss counts. answers: data.source holds conversations (docs/chat.md), of which only what the
     assistant says counts, and the token that ends it; a document without roles counts wholly"""
     document_mask: bool = False
-    """whether attention, positions and pairs of tokens begin anew with each document; if not, a token also sees the
-    documents before its own in its row"""
+    """begin attention, positions and pairs anew with each document; else a token also sees those before its own"""
 
     @property
     def rows(self) -> int:
@@ -287,10 +289,9 @@ class GuardConfig(Section):
     """reject a step if its loss is above the median of the last 128 by more than this number of robust standard
     deviations, and by a nat; 0 rejects only what is not finite"""
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3
-    """steps rejected in a row until the run decides, by earlier rows, whether its text has changed or it must go back
-    to its last good checkpoint"""
+    """steps rejected in a row until the run asks earlier rows whether the text has changed; if not, it goes back"""
     returns: Annotated[int, Field(ge=0, le=10_000)] = 2
-    """times it goes back until it stops (exit code 76)"""
+    """times it goes back to its last good checkpoint until it stops (exit code 76)"""
 
 
 class MachineConfig(Section):
@@ -317,8 +318,7 @@ class MachineConfig(Section):
     """processes of this machine that train the model together, with a GPU each if there are any: a step keeps its rows,
     and they share its micro-batches. 0 means one, or as many as torchrun started"""
     shares: Annotated[str, Field(max_length=400, pattern=SHARES)] = ""
-    """micro-batches of each process in turn, for GPUs of unequal speed: 3,1 gives the first process three of four;
-    empty means equally many"""
+    """micro-batches of each process in turn, for unequal GPUs: 3,1 gives the first one three of four; empty: as many"""
     split: Literal["optimizer", "all"] = "optimizer"
     """what several processes divide among them: the optimizer's moments; or all, for what does not fit into one GPU:
     weights and gradients too, which are then sent in each micro-batch"""

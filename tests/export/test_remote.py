@@ -11,7 +11,7 @@ from conftest import build, plain_machine, tiny
 from khanhllm.cli import main
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.export import remote
-from khanhllm.export.remote import FILES
+from khanhllm.export.remote import BEGINNING, FILES
 from khanhllm.inference.generate import continuation
 from khanhllm.schema import ModelConfig, Sampling
 from khanhllm.training.start import write_start
@@ -241,7 +241,7 @@ def test_a_new_key_of_the_model_has_to_be_thought_of_here():
 
     parameters = inspect.signature(KhanhLLMConfig.__init__).parameters
     known = {key: parameters[key].default for key in parameters if key in ModelConfig.model_fields}
-    assert known == ModelConfig().model_dump(exclude={"zero_out"})
+    assert known == ModelConfig().model_dump(exclude=BEGINNING)
 
 
 def test_the_code_stands_alone():

@@ -14,6 +14,7 @@ from khanhllm.model.embedding import EmbeddingSkip, NoSkip, TokenEmbedding, Toke
 from khanhllm.model.experts import GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLUFeedForward
 from khanhllm.model.head import Head
+from khanhllm.model.induction import start_with_induction
 from khanhllm.model.moe import MoE
 from khanhllm.model.roles import Role, role
 from khanhllm.model.rope import NoRope, Rope
@@ -130,7 +131,8 @@ class Transformer(nn.Module):
         the head is halved so that the first loss is close to ln(vocabulary). Biases, skips and the vectors of pairs and
         values are zero; norms are one. With `zero_out`, what writes into the residual stream is zero too. The classic
         style's tokens have sigma 0.64 at any width: at 0.02 the first layer's answer outweighs the token itself, and
-        all tokens look alike to the routers for a hundred steps (benchmarks/stability.py)."""
+        all tokens look alike to the routers for a hundred steps (benchmarks/stability.py). With `induction_head`, see
+        there."""
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias_E"):
                 buffer.zero_()
@@ -147,6 +149,9 @@ class Transformer(nn.Module):
                 parameter.normal_(0, 0.64, generator=generator)
             else:
                 parameter.normal_(0, sigma * scale.get(kind, 1), generator=generator)
+        if self.config.induction_head:
+            first, second = (block.attention for block in self.blocks[:2])
+            start_with_induction(self.embedding.token.weight, self.head.weight, first, second, generator)
 
 
 def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:

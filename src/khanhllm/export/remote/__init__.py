@@ -15,6 +15,8 @@ from khanhllm.schema import ModelConfig
 from khanhllm.settings import checked
 
 FILES = tuple(Path(__file__).with_name(f"{name}_khanhllm.py") for name in ("configuration", "modeling"))
+BEGINNING = {"zero_out", "induction_head"}
+"""keys of [model] that only say how training began"""
 
 
 def remote_config(model: ModelConfig) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def remote_config(model: ModelConfig) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_khanhllm.KhanhLLMForCausalLM",
         },
         "model_type": "khanhllm",
-        **model.model_dump(exclude={"zero_out"}),  # which only says how training began
+        **model.model_dump(exclude=BEGINNING),
     }
 
 
