@@ -13,10 +13,10 @@ which its loss hardly falls; on source code a third of a short run (docs/experim
 both heads work from the first step on, by their initial values: the model has no new part, and training may change all.
 """
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
-
-from khanhllm.model.attention import Attention
 
 TOKEN, COMMON = 0.64, 0.3
 """root mean square of a token's own vector, and of the vector that is added to all of them"""
@@ -27,10 +27,10 @@ WRITTEN = 2.0
 
 
 def start_with_induction(
-    tokens_VD: Tensor, head_VD: Tensor, first: Attention, second: Attention, generator: Generator | None = None
+    tokens_VD: Tensor, head_VD: Tensor, first: Any, second: Any, generator: Generator | None = None
 ) -> None:
-    """Change initial weights in place: those of the embedding, of the output matrix, and of the first head in the
-    attention of the first two layers. The width must be at least twice a head's."""
+    """Change initial weights in place: those of the embedding, of the output matrix, and of the first head in `first`
+    and `second`, the Attention of the first two layers. The width must be at least twice a head's."""
     dim, size = tokens_VD.shape[1], first.head_dim
     basis_DD = nn.init.orthogonal_(tokens_VD.new_empty(dim, dim), generator=generator)
     common_D, read_dD, write_dD = basis_DD[0], basis_DD[1 : 1 + size], basis_DD[-size:]

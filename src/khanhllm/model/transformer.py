@@ -151,7 +151,8 @@ class Transformer(nn.Module):
                 parameter.normal_(0, sigma * scale.get(kind, 1), generator=generator)
         if self.config.induction_head:
             first, second = (block.attention for block in self.blocks[:2])
-            start_with_induction(self.embedding.token.weight, self.head.weight, first, second, generator)
+            tokens_VD = self.get_parameter("embedding.token.weight")
+            start_with_induction(tokens_VD, self.head.weight, first, second, generator)
 
 
 def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
