@@ -2,9 +2,9 @@
 
     python benchmarks/induction.py DATA [--steps 400] [--seed 0] [--rows NAME ...] [--threads 1]
 
-DATA as for khanhllm train. Each row is a dense model of width 64, trained with the recipe of `hour`, 4,096 tokens a step:
-its bits per byte on held-out documents, and its training loss on the way, 50 steps each, in bits per byte too. Results
-go to benchmarks/results/.
+DATA as for khanhllm train. Each row is a dense model of width 64 that learns with the recipe of `hour`, 4,096 tokens a
+step: its bits per byte on held-out documents, and its training loss on the way, 50 steps each, in bits per byte too.
+Results go to benchmarks/results/.
 """
 
 import argparse
