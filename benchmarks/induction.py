@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {}
     for name in options.rows:
-        with patch.multiple(induction, **ROWS[name]):
+        with patch.dict(vars(induction), ROWS[name]):
             found[name] = measured(name != "without", options)
         print(name, json.dumps(found[name]), flush=True)
         path = RESULTS / f"induction-seed{options.seed}.json"

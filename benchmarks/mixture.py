@@ -75,10 +75,12 @@ PRESETS = ("hour", "evening")
 OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert_momentum": 0.95}
 """keys of [optim] that a twin, which has no router and no experts, does not heed"""
 RARE = OWN | {"expert_every": 4}
+HALF = RARE | {"muon_lr": 0.02, "expert_out_lr": 0.0285}
 COPY = {"induction_head": True}
 TIED = {"tied_experts": 0.2}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
+    "one rate, induction": {"model": COPY},
     "the preset's": {},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": {"micro_batch": 16}},
@@ -86,11 +88,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 16}},
     "own rates and steps, tied": {"optim": RARE, "schedule": TIED},
     "own rates and steps, tied, 4096 tokens a step": {"optim": RARE, "schedule": TIED, "train": {"micro_batch": 16}},
-    "own rates and steps, tied, induction": {"optim": RARE, "schedule": TIED, "model": COPY},
-    "own rates and steps, tied, induction, 4096 tokens a step": {
-        "optim": RARE,
-        "schedule": TIED,
+    "induction, half rates, tied, 4096 tokens a step": {
         "model": COPY,
+        "optim": HALF,
+        "schedule": TIED,
         "train": {"micro_batch": 16},
     },
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},

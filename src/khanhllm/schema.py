@@ -87,7 +87,7 @@ class ModelConfig(Section):
     zero_out: bool = False
     """start matrices that write into the residual stream at zero, so that at first no layer changes anything"""
     induction_head: bool = False
-    """start with an induction head, which otherwise takes hundreds of steps to form (modern only)"""
+    """initial values that let a small model copy early from text that repeats itself (modern only)"""
     context: Annotated[int, Field(ge=2, le=2**20)] = 256
     """longest text the model sees at once (tokens)"""
     vocab_size: Annotated[int, Field(ge=264, le=2**24)] = 50_000

@@ -33,6 +33,7 @@ SHAPES = {
     "all dense": {"pattern": "DD"},
     "one expert each": {"experts_per_token": 1},
     "one wide expert": {"experts": 1, "experts_per_token": 1, "expert_hidden": 0},
+    "a start that can copy": {"induction_head": True},
     "rope and eps": {"rope_theta": 123.0, "norm_eps": 0.01},
     **{key: {key: value} for key, value in EVERYTHING.items()},
     "everything": EVERYTHING,
@@ -75,7 +76,7 @@ def export(model, folder):
     folder.mkdir()
     remote.write(folder, model.config, model.state_dict(), TOKENIZER, "f32")
     found = remote.read(folder)
-    assert found.model == model.config.model_copy(update={"zero_out": False})
+    assert found.model == model.config.model_copy(update=dict.fromkeys(BEGINNING, False))
     assert found.weights.keys() == model.state_dict().keys()
     return folder
 

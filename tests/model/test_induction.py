@@ -1,5 +1,7 @@
 """With `induction_head` a model looks, before any training, where an induction head looks."""
 
+import math
+
 import pytest
 import torch
 
@@ -72,10 +74,23 @@ def test_a_model_with_it_learns_to_repeat_sooner():
     assert nats(False) > 4.5
 
 
-def test_the_seed_decides_it():
-    first, again, other = (build(tiny(**SHAPE, induction_head=True), seed).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["embedding.token.weight"], other["embedding.token.weight"])
+def test_only_the_two_heads_and_the_tokens_begin_otherwise():
+    without, with_it = (build(tiny(**SHAPE, induction_head=given)).state_dict() for given in (False, True))
+    other = {name for name in without if not torch.equal(without[name], with_it[name])}
+    heads = {f"blocks.{layer}.attention.{part}.weight" for layer in (0, 1) for part in ("query", "key", "value", "out")}
+    norms = {f"blocks.0.attention.{part}_norm.weight" for part in ("query", "key")}
+    assert other == heads | norms | {"embedding.token.weight", "head.weight"}
+    for name in heads:
+        kept = (slice(None), slice(16, None)) if ".out." in name else slice(16, None)
+        assert torch.equal(without[name][kept], with_it[name][kept])
+
+
+@SHAPES
+def test_the_first_loss_is_that_of_a_guess(shape):
+    ids = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
+    wide = {"dim": 512} | shape
+    nll = build(tiny(**SHAPE | wide | {"induction_head": True}))(ids[:, :-1], ids[:, 1:])[0]
+    assert abs(nll.mean() - math.log(300)) < 0.2
 
 
 @pytest.mark.parametrize("shape", [{"pattern": "M"}, {"heads": 1}, {"zero_out": True}])
