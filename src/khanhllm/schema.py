@@ -318,7 +318,7 @@ class MachineConfig(Section):
     """processes of this machine that train the model together, with a GPU each if there are any: a step keeps its rows,
     and they share its micro-batches. 0 means one, or as many as torchrun started"""
     shares: Annotated[str, Field(max_length=400, pattern=SHARES)] = ""
-    """micro-batches of each process in turn, for unequal GPUs: 3,1 gives the first three of four; empty: equally many"""
+    """micro-batches of each process, for unequal GPUs: 3,1 gives the first three of four; empty means equally many"""
     split: Literal["optimizer", "all"] = "optimizer"
     """what several processes divide among them: the optimizer's moments; or all, for what does not fit into one GPU:
     weights and gradients too, which are then sent in each micro-batch"""
