@@ -80,6 +80,7 @@ def test_only_the_two_heads_and_the_tokens_begin_otherwise():
     heads = {f"blocks.{layer}.attention.{part}.weight" for layer in (0, 1) for part in ("query", "key", "value", "out")}
     norms = {f"blocks.0.attention.{part}_norm.weight" for part in ("query", "key")}
     assert other == heads | norms | {"embedding.token.weight", "head.weight"}
+    assert all((with_it[name] > 1).float().mean() == 0.5 for name in norms)  # the features that turn fast
     for name in heads:
         kept = (slice(None), slice(16, None)) if ".out." in name else slice(16, None)
         assert torch.equal(without[name][kept], with_it[name][kept])
