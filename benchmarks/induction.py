@@ -57,7 +57,7 @@ def measured(head: bool, options: argparse.Namespace) -> dict[str, Any]:
     given = {
         "model": SHAPE | {"induction_head": head},
         "data": {"source": options.data, "validation": 0.02},
-        "train": TRAIN | {"steps": options.steps, "seconds": 0, "seed": options.seed},
+        "train": TRAIN | {"steps": options.steps, "seed": options.seed},
         "schedule": {"warmup": 40},
         "machine": {"device": "cpu", "threads": options.threads},
     }

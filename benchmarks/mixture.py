@@ -76,24 +76,21 @@ OWN = {"router_lr": 0.0017, "router_beta1": 0.9, "expert_out_lr": 0.057, "expert
 """keys of [optim] that a twin, which has no router and no experts, does not heed"""
 RARE = OWN | {"expert_every": 4}
 HALF = RARE | {"muon_lr": 0.02, "expert_out_lr": 0.0285}
+"""muon_lr is the twin's too"""
 COPY = {"induction_head": True}
 TIED = {"tied_experts": 0.2}
+ROWS = {"micro_batch": 16}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "one rate, induction": {"model": COPY},
     "the preset's": {},
     "own rates": {"optim": OWN},
-    "own rates, 4096 tokens a step": {"optim": OWN, "train": {"micro_batch": 16}},
+    "own rates, 4096 tokens a step": {"optim": OWN, "train": ROWS},
     "own rates, tied": {"optim": OWN, "schedule": TIED},
-    "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 16}},
+    "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": ROWS},
     "own rates and steps, tied": {"optim": RARE, "schedule": TIED},
-    "own rates and steps, tied, 4096 tokens a step": {"optim": RARE, "schedule": TIED, "train": {"micro_batch": 16}},
-    "induction, half rates, tied, 4096 tokens a step": {
-        "model": COPY,
-        "optim": HALF,
-        "schedule": TIED,
-        "train": {"micro_batch": 16},
-    },
+    "own rates and steps, tied, 4096 tokens a step": {"optim": RARE, "schedule": TIED, "train": ROWS},
+    "induction, half rates, tied, 4096 tokens a step": {"model": COPY, "optim": HALF, "schedule": TIED, "train": ROWS},
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }
 """what else differs from the preset"""

@@ -131,8 +131,8 @@ class Transformer(nn.Module):
         the head is halved so that the first loss is close to ln(vocabulary). Biases, skips and the vectors of pairs and
         values are zero; norms are one. With `zero_out`, what writes into the residual stream is zero too. The classic
         style's tokens have sigma 0.64 at any width: at 0.02 the first layer's answer outweighs the token itself, and
-        all tokens look alike to the routers for a hundred steps (benchmarks/stability.py). With `induction_head`, see
-        there."""
+        all tokens look alike to the routers for a hundred steps (benchmarks/stability.py). With `induction_head`,
+        model/induction.py changes some of them."""
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias_E"):
                 buffer.zero_()
