@@ -80,6 +80,19 @@ def test_a_run_that_is_given_its_time_is_told_its_tokens(capsys):
     assert report["tokens"] == pytest.approx(report["tokens_per_s"] * 86_400, rel=1e-6)
 
 
+def test_experts_that_take_turns_are_planned_in_a_step_in_which_they_move():
+    own = {"model": {"feedforward": "relu2"}, "optim": {"name": "muon", "expert_momentum": 0.9}}
+    each, turns = (BIG.takes(resolve(CONFIG.model_dump(), own, {"optim": {"expert_every": every}})) for every in (1, 2))
+    assert turns.update == each.update and turns.at_peak == each.at_peak
+
+
+def test_the_switches_of_a_plan_keep_the_rows_of_a_step():
+    for switch in plan.plan(CONFIG, hardware(10**9))["switches"]:
+        if found := re.fullmatch(r"--train.micro_batch (\d+) --train.accumulation (\d+)", switch):
+            assert int(found[1]) * int(found[2]) == 24
+        assert found or "micro_batch" not in switch
+
+
 @pytest.mark.parametrize(("each", "advice"), [(9, "dense layers do as well"), (11, "take a mixture")])
 def test_a_plan_says_whether_its_tokens_are_enough_for_a_mixture(each, advice):
     report = plan.plan(CONFIG, hardware(10**9))

@@ -83,8 +83,9 @@ def _switches(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]
     plain = hardware.takes(config, update=False)
     for rows in (config.train.rows * 2, config.train.rows // 2):
         if rows and config.train.rows_per_step % rows == 0:
-            other = hardware.takes(budget.with_micro_batch(config, rows), update=False)
-            changes[f"--train.micro_batch {rows}"] = (plain.peak - other.peak, 0.0)
+            other = budget.with_micro_batch(config, rows)
+            switch = f"--train.micro_batch {rows} --train.accumulation {other.train.accumulation}"
+            changes[switch] = (plain.peak - hardware.takes(other, update=False).peak, 0.0)
     return changes
 
 
@@ -115,7 +116,11 @@ def _lines(report: Report) -> list[tuple[str, str, str]]:
         *((part, gb(size), "") for part, size in peak.items()),
         ("process", gb(report["process"]), "before the model is there"),
         ("at the peak", gb(report["total"]), f"of {gb(report['memory'])} that may be filled"),
-        ("micro-batch", f"{report['micro_batch']} rows", f"accumulated {report['accumulation']} times"),
+        (
+            "micro-batch",
+            f"{report['micro_batch']} rows",
+            f"accumulated {report['accumulation']} times, as --train.micro_batch auto does",
+        ),
         ("a step", f"{report['tokens_per_step']:,} tokens", ""),
         ("checkpointing", report["checkpointing"], ""),
         ("precision", report["precision"], ""),
@@ -133,7 +138,7 @@ def _lines(report: Report) -> list[tuple[str, str, str]]:
     if report["tokens"]:
         ratio = report["tokens"] / report["active_parameters"]
         advice = "take a mixture" if ratio >= PAYS else "dense layers do as well"
-        note = f"at work: {advice}; small mixtures with tied_experts were ahead from about {PAYS:.0f} on"
+        note = f"at work: {advice}; mixtures below 10 M parameters, on a CPU, were ahead from about {PAYS:.0f} on"
         lines.append(("tokens", f"{ratio:,.1f} a parameter", note))
     if "measured" in report:
         lines += _measured_lines(report)

@@ -185,6 +185,8 @@ def simulate_step(config: Config, precision: str, device: str, update: bool = Tr
         torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or torch.inf)
         backward_done, flops = len(trace.events), trace.flops
         if update:
+            for group in optimizer.param_groups:
+                group["step"] = 0  # a step in which most experts move, where they take turns
             optimizer.step()
             moments = [value for state in optimizer.state.values() for value in state.values()]
             trace.name("optimizer", [value for value in moments if isinstance(value, Tensor)])
