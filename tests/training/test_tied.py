@@ -84,6 +84,14 @@ def test_every_expert_of_the_first_copy_is_kept():
     assert all(torch.equal(stack[:2], old[:2]) for stack, old in zip(stacks, before[1:], strict=True))
 
 
+def test_the_biases_of_a_copy_become_equal_too():
+    model = initial_model(config(tied=0, model={"router_bias": True}))
+    bias_E = mixture(model).router.bias_E
+    bias_E.copy_(torch.arange(6.0))
+    tie(model)
+    assert bias_E.tolist() == [0, 0, 2, 2, 4, 4]
+
+
 @pytest.mark.parametrize(("tied", "together"), [(0.5, 3), (1.0, 6), (0.01, 1), (0.0, 0)])
 def test_experts_stay_copies_for_a_share_of_the_run_and_then_part(tied, together):
     learner = Learner.new(config(tied), plain_machine())

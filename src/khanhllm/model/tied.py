@@ -3,10 +3,11 @@
 
 A new expert learns from K / E of the tokens only, which is too little for a while. So at first the E experts are E / K
 copies of the same K, and the rows of the router that belong to one copy are equal too. Then the K experts of one copy
-answer a token, each with weight 1 / K; and which copy does makes no difference. Gradients are tied, so that this stays:
-each expert learns from the mean over the copies, each row of the router from the mean over its copy. All that the
-router learns is to share out the tokens evenly. After each step all copies become equal to the first, which is the only
-one that an optimizer need move. Once experts are no longer tied, every one goes its own way.
+answer a token, each with weight 1 / K (the router's probability if K is 1); and which copy does makes no difference.
+Gradients are tied, so that this stays: each expert learns from the mean over the copies, each row of the router from
+the mean over its copy. All that the router learns is to share out the tokens evenly. After each step all copies become
+equal to the first, which is the only one that an optimizer need move. Once experts are no longer tied, every one goes
+its own way.
 """
 
 from collections.abc import Iterator
@@ -32,11 +33,12 @@ def tie_gradients(model: nn.Module) -> None:
 
 
 def _in_copies(model: nn.Module, gradients: bool = False) -> Iterator[tuple[Tensor, int]]:
-    """The parameters of experts and routers, or their gradients, as (E / K, K, ...), with the axis along which they are
+    """The parameters and biases of experts and routers, or gradients, as (E / K, K, ...), with the axis along which they are
     to be equal."""
     for layer in model.modules():
         if isinstance(layer, MoE):
-            for parameter, axis in (layer.router.weight, 1), *((each, 0) for each in layer.experts.parameters()):
-                tensor = parameter.grad if gradients else parameter
+            router = (layer.router.weight, 1), (layer.router.bias_E, 1)
+            for parameter, axis in *router, *((each, 0) for each in layer.experts.parameters()):
+                tensor = parameter.grad if gradients and parameter is not None else parameter
                 if tensor is not None:
                     yield tensor.unflatten(0, (-1, layer.router.per_token)), axis

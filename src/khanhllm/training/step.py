@@ -145,10 +145,10 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
         for group in optimizer.param_groups:
             group |= {"lr": group["peak_lr"] * factor, "step": state.step, "copies": copies}
         learner.owners.update(optimizer)
-        if tied:
-            tie(learner.model)
         if config.model.router_bias:
             move_biases(learner.model, routing_L.load_E, config.loss.bias_rate)
+        if tied:
+            tie(learner.model)
     optimizer.zero_grad(set_to_none=True)
     following = replace(
         following,
