@@ -275,6 +275,17 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
         train(config(corpus, cache, train={"seconds": 11}), run, resume=True)
 
 
+@pytest.mark.parametrize(("until", "says"), [({"steps": 3}, "reads"), ({"seconds": 8}, "read")])
+def test_a_run_says_how_often_it_reads_its_text_as_soon_as_it_can_know(
+    until, says, corpus, cache, tmp_path, monkeypatch
+):
+    tick(monkeypatch)
+    monkeypatch.setattr(Shards, "laps", lambda shards, tokens: tokens / 100)
+    train(config(corpus, cache, train=until | {"save_every": 0}), tmp_path / "run")
+    told = (tmp_path / "run" / "messages.txt").read_text("utf-8")
+    assert f"the run {says} its text {read(tmp_path / 'run').tokens[-1] / 100:.1f} times" in told
+
+
 def test_the_clock_of_a_resumed_run_goes_on(corpus, cache, tmp_path, monkeypatch):
     tick(monkeypatch)
     run = tmp_path / "run"

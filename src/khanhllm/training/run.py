@@ -109,7 +109,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
                 write_samples(parts, state.step, log)
         if finished:
-            for line in _rise(parts, log):
+            for line in [*_timed(parts, state), *_rise(parts, log)]:
                 log.say(line)
         else:
             log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
@@ -261,6 +261,13 @@ def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
     if finished and train.sample_tokens:
         write_samples(parts, state.step, log)
     return finished
+
+
+def _timed(parts: Parts, state: State) -> Iterator[str]:
+    """How often a run read its text that could not know before how much it would read."""
+    laps = parts.train.laps(state.cursor * parts.config.model.context)
+    if parts.config.train.seconds and laps > 1:
+        yield f"the run read its text {laps:.1f} times"
 
 
 def _rise(parts: Parts, log: Log) -> Iterator[str]:
