@@ -4,15 +4,19 @@
     khanhllm tune runs/base --data chats.jsonl --run runs/talks
     python benchmarks/beside_nanochat.py NANOCHAT runs/base [runs/talks] > benchmarks/results/beside-nanochat.json
 
-NANOCHAT is a checkout of github.com/karpathy/nanochat. Its model and optimizer are used as they are; its base reads the
-rows of our base run, in the same order and for as many seconds, its chat part the rows of our conversations, for as
-many seconds as ours took, with its own recipe: the optimizer goes on, at 0.8 of its rates, straight down to 0 over the
-last half; a row is read as one text, and only answers count. Both models are asked the answers that ours held out:
-nats a token, each conversation alone, and how many of 200 answers, the likeliest token each time, end.
+NANOCHAT is a checkout of github.com/karpathy/nanochat. Its model and optimizer are used as they are, and compiled
+before the clock runs. Its base reads the rows of our base run, in the same order, as many a step, and for as many
+seconds. Rates, momentum and weight decay are those of its scripts/base_train.py, which lowers rates for small batches.
+As ours are far from those it was made for, `--rates as-they-are` leaves rates and takes no weight decay. Its chat part
+reads the rows of our conversations, for as many seconds as ours took, by its own recipe too: the optimizer goes on, at
+0.8 of its rates, straight down to 0 over the last half; a row is read as one text, and only answers count. Both models
+are asked the answers that ours held out: nats a token, each conversation alone, and how many of 200 answers, the
+likeliest token each time, end.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -34,27 +38,35 @@ from khanhllm.data.shards import Shards
 from khanhllm.lab import talks
 from khanhllm.log.compare import read
 from khanhllm.runs.evaluate import held_out
+from khanhllm.runs.run import Run
 
 ROWS, ANSWERS, MOST = 16, 200, 10**6
+BATCH, HORIZON, DECAY = 2**19, 12 * 110_100_000, 0.28
+"""nanochat's recipe was found at so many tokens a step and so many in all, with this weight decay"""
+RATES = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "scalar_lr": 0.5, "matrix_lr": 0.02}
+WARMUP, DECAYING, FLOOR = 40, 0.65, 0.05
+"""steps; the share of the run in which rates go down, and to what"""
 
 
-def batches(shards: Shards, marks: Marks | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets; of conversations, -1 for what does not count."""
-    rows = shards.rows_from(0, 0, Event())
+def batches(run: Run, marks: Marks | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets as `run` read them; of conversations, -1 for what does not count."""
+    train = run.config.train
+    rows = Shards.open(run.data, "train", run.config.model.context).rows_from(0, train.seed, Event())
     while True:
-        ids = np.stack([next(rows) for _ in range(ROWS)]).astype(np.int64)
+        ids = np.stack([next(rows) for _ in range(train.rows_per_step)]).astype(np.int64)
         targets = ids[:, 1:].copy()
         if marks:
             targets[~counted(ids, marks)] = -1
         yield torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
 
-def train(step: Any, optimizer: Any, data: Iterator[tuple[Tensor, Tensor]], seconds: float, factor: Any) -> int:
-    """Take steps until the time is over; returns how many."""
+def train(step: Any, optimizer: Any, data: Iterator[tuple[Tensor, Tensor]], seconds: float, prepare: Any) -> int:
+    """Take steps until the time is over; returns how many. prepare(group, share, steps): set the keys of a group of
+    parameters after this share of the time and so many steps."""
     started, steps = time.perf_counter(), 0
     while (share := (time.perf_counter() - started) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor(share)
+            prepare(group, share, steps)
         step(*next(data)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -104,6 +116,16 @@ def ending(model: Any, questions: list[list[int]], end: int, special: set[int], 
     return ended / len(questions)
 
 
+def rehearse(model: Any, step: Any, optimizer: Any, batch: tuple[Tensor, Tensor]) -> None:
+    """Take one step, so that all is compiled, and undo it."""
+    before = copy.deepcopy(model.state_dict())
+    step(*batch).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    optimizer.state.clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("nanochat", type=Path)
@@ -111,6 +133,7 @@ def main() -> None:
     parser.add_argument("talks", type=Path, nargs="?")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rates", choices=["by-batch", "as-they-are"], default="by-batch")
     options = parser.parse_args()
     os.environ.setdefault("NANOCHAT_DTYPE", "float32")
     sys.path.insert(0, str(options.nanochat))
@@ -131,17 +154,24 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT(config)
     model.init_weights()
+    scale, decay = 1.0, 0.0
+    if options.rates == "by-batch":
+        scale = (base.config.tokens_per_step / BATCH) ** 0.5
+        decay = DECAY * scale * HORIZON / (base.step * base.config.tokens_per_step)
     with contextlib.redirect_stdout(sys.stderr):  # it tells its rates
-        step, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer()
+        rates = {name: scale * rate for name, rate in RATES.items()}
+        step, optimizer = torch.compile(model, dynamic=False), model.setup_optimizer(**rates)
 
-    def factor(share: float) -> float:
-        return min(1.0, share / 0.02 + 1e-3) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+    def prepare(group: dict[str, Any], share: float, steps: int) -> None:
+        fall = max(0.0, share - 1 + DECAYING) / DECAYING
+        group["lr"] = group["initial_lr"] * min((steps + 1) / WARMUP, 1 - (1 - FLOOR) * fall)
+        if group["kind"] == "muon":
+            group["momentum"] = 0.85 + 0.12 * steps / 400 if steps < 400 else 0.97 - 0.07 * fall
+            group["weight_decay"] = decay * 0.5 * (1 + math.cos(math.pi * share))
 
     seconds = float(read(options.base).seconds[-1])
-    rows = Shards.open(base.data, "train", context)
-    step(*next(batches(rows, None))).backward()  # compiled before the clock runs
-    optimizer.zero_grad(set_to_none=True)
-    steps = train(step, optimizer, batches(rows, None), seconds, factor)
+    rehearse(model, step, optimizer, next(batches(base, None)))
+    steps = train(step, optimizer, batches(base, None), seconds, prepare)
     windows = [window for window in held_out(base).windows() if len(window) == context + 1]
     size, total = 0, 0.0
     with torch.inference_mode():
@@ -159,6 +189,7 @@ def main() -> None:
         "nanochat": {
             "width": options.width,
             "layers": options.layers,
+            "rates": options.rates,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "steps": [steps],
             "base_bits_per_byte": total / math.log(2) / size,
@@ -178,11 +209,11 @@ def add_talks(found: dict[str, Any], path: Path, model: Any, step: Any, optimize
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
 
-    def factor(share: float) -> float:
-        return 0.8 * min(1.0, 2 * (1 - share))
+    def prepare(group: dict[str, Any], share: float, steps: int) -> None:
+        group["lr"] = group["initial_lr"] * 0.8 * min(1.0, 2 * (1 - share))
 
     seconds = float(read(path).seconds[-1])
-    steps = train(step, optimizer, batches(Shards.open(tuned.data, "train", context), marks), seconds, factor)
+    steps = train(step, optimizer, batches(tuned, marks), seconds, prepare)
     asked, longest = pairs[:ANSWERS], max(len(right) for _, right in pairs[:ANSWERS])
     special = set(tuned.tokenizer.special_ids)
     found["seconds"].append(seconds)
