@@ -1,10 +1,10 @@
 """What does a start that can copy (model/induction.py) save, and which of its numbers matter?
 
-    python benchmarks/induction.py DATA [--steps 400] [--seed 0] [--rows NAME ...] [--threads 1]
+    python benchmarks/induction.py DATA [--steps 400] [--seed 0] [--rows NAME ...] [--threads 1] [--out FILE]
 
 DATA as for khanhllm train. Each row is a dense model of width 64 that learns with the recipe of `hour`, 4,096 tokens a
 step: its bits per byte on held-out documents, and its training loss on the way, 50 steps each, in bits per byte too.
-Results go to benchmarks/results/.
+FILE is benchmarks/results/induction-seed0.json, or of the seed given.
 """
 
 import argparse
@@ -43,14 +43,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = {}
+    path, found = options.out or RESULTS / f"induction-seed{options.seed}.json", {}
     for name in options.rows:
         with patch.dict(vars(induction), ROWS[name]):
             found[name] = measured(name != "without", options)
         print(name, json.dumps(found[name]), flush=True)
-        path = RESULTS / f"induction-seed{options.seed}.json"
-        path.write_text(json.dumps({"steps": options.steps, "rows": found}, indent=1) + "\n", "utf-8")
+        told = {"data": Path(options.data).name, "steps": options.steps, "rows": found}
+        path.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
 
 def measured(head: bool, options: argparse.Namespace) -> dict[str, Any]:

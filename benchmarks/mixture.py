@@ -3,17 +3,17 @@
     python benchmarks/mixture.py learn DATA --out runs.jsonl [--cells NAME ...] [--steps 500 1000 2000] [--seeds 1]
     python benchmarks/mixture.py race DATA --out runs.jsonl [--cells NAME ...] [--seconds 150 450] [--seeds 1]
     python benchmarks/mixture.py speed --out runs.jsonl [--cells NAME ...]
-    python benchmarks/mixture.py table runs.jsonl
+    python benchmarks/mixture.py table runs.jsonl [--seeds 1] [--picture PNG]
 
 `learn` trains mixture and twin of each cell for as many steps on the same rows, on one thread each, and appends a line
 for each run; runs that FILE already has are not repeated, so that it can be stopped at any time, and load does not
 matter. `race` trains both for as many seconds, at the same time, on a core each, so that both feel what else the
 machine does. `speed` needs a quiet machine: it takes turns, a step of the one and a step of the other, and appends
-their times. `table` puts all together; differences are the mixture's bits per byte less its twin's. *per second*: where
-the twin goes on for the steps that it is ahead in the mixture's time. *multiplier*: how many times its own steps, or
-its own time, the twin would need for the mixture's bits per byte, read off the line through its budgets (bits per byte
-over the logarithm of the budget); less than 1 where the twin is ahead. The last line about races is the rule that
-follows from them.
+their times. `table` puts all together, or only races with as many seeds as `--seeds` says; differences are the
+mixture's bits per byte less its twin's. *multiplier*: how many times its own steps, or its own time, the twin would
+need for the mixture's bits per byte, read off the line through its budgets (bits per byte over the logarithm of the
+budget); less than 1 where the twin is ahead, and `?` where it has one budget only. The last line about races is the
+rule that follows from them; `--picture` draws it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from khanhllm.lab.candidates import Candidate
-from khanhllm.log.compare import read
+from khanhllm.log.compare import COLOURS, read
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.model.twin import dense_twin
 from khanhllm.schema import Config
@@ -94,6 +94,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }
 """what else differs from the preset"""
+MARKERS = {32: "o", 64: "s", 96: "^", 128: "D", 160: "v"}
+"""by width"""
 MODELS = ("mixture", "twin")
 
 
@@ -108,9 +110,15 @@ def main() -> None:
     parser.add_argument("--seconds", nargs="*", type=int, default=[150, 450])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a race: keep its runs there")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="of a table: its races with a common start")
     options = parser.parse_args()
     if options.what == "table":
-        table([json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()])
+        runs = [json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()]
+        table(runs, options.seeds)
+        if options.picture:
+            draw([run for run in runs if run["what"] == "race" and tied(run)], options.picture)
+    elif not options.out:
+        parser.error("--out FILE says where to keep the results")
     elif options.what == "speed":
         for cell in options.cells:
             row = {"what": "speed", "cell": cell, "recipe": options.recipe}
@@ -203,7 +211,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         print(json.dumps(row), file=file)
 
 
-def table(runs: list[dict[str, Any]]) -> None:
+def table(runs: list[dict[str, Any]], seeds: int) -> None:
     races, by_steps, times = defaultdict(list), defaultdict(list), {}
     for run in runs:
         what = (run["cell"], run["recipe"], run.get("data", ""))
@@ -214,17 +222,20 @@ def table(runs: list[dict[str, Any]]) -> None:
         else:
             times[what[:2]] = run["time_over_twin"][1]
     for what, told in sorted(races.items()):
-        print(heading(what))
-        print(" seconds  seeds  tokens/parameter  mixture     twin  difference (of seeds)  multiplier")
-        print_races(told)
+        if max(run["seed"] for run in told) >= seeds - 1:
+            print(heading(what))
+            print(" seconds  seeds  tokens/parameter  mixture     twin  difference (of seeds)  multiplier")
+            print_races(told)
     if started_together := [run for told in races.values() for run in told if tied(run)]:
         print_rule(started_together)
+    if seeds > 1:
+        return
     for (cell, recipe), over in sorted(times.items()):
         print(f"\n{cell} ({recipe}): a step takes {over:.2f} of the twin's time")
     for what, told in sorted(by_steps.items()):
         print(heading(what))
-        print("   steps  mixture     twin  per step  per second  multiplier")
-        print_learned(told, times.get(what[:2], math.nan))
+        print("   steps  mixture     twin  difference  multiplier")
+        print_learned(told)
 
 
 def print_races(races: list[dict[str, Any]]) -> None:
@@ -246,25 +257,61 @@ def print_races(races: list[dict[str, Any]]) -> None:
         print(shown(f"{line} {mixture - twin:+8.4f} {spread:22} {math.exp((mixture - twin) / steep):6.2f}"))
 
 
-def print_rule(races: list[dict[str, Any]], draws: int = 2000) -> None:
-    """Where the line through all races, their difference over the logarithm of tokens per parameter, crosses zero; how
-    far that is certain, by drawing cells and texts anew, each with all of its races (bootstrap)."""
-    groups = defaultdict(list)
-    for run in races:
-        groups[run["cell"], run["data"]].append((math.log(often(run)), gap(run)))
-    chance, crossings = random.Random(0), []
-    for drawn in [list(groups.values()), *(chance.choices(list(groups.values()), k=len(groups)) for _ in range(draws))]:
-        over, gaps = zip(*(point for group in drawn for point in group), strict=True)
-        if len(set(over)) > 1:
-            line = statistics.linear_regression(over, gaps)
-            crossings.append(math.exp(-line.intercept / line.slope) if line.slope < 0 else math.inf)
-    found, (low, *_, high) = crossings[0], statistics.quantiles(crossings[1:], n=20)
+def print_rule(races: list[dict[str, Any]]) -> None:
+    found, low, high = rule(races)
     print(
         f"\nwith a common start the mixture is ahead from {found:.1f} tokens a parameter on ({low:.1f} to {high:.1f})"
     )
 
 
-def print_learned(runs: list[dict[str, Any]], time_over_twin: float) -> None:
+def rule(races: list[dict[str, Any]], draws: int = 2000) -> tuple[float, float, float]:
+    """Tokens per parameter at which the line through all races crosses zero, and between which numbers nine tenths of
+    the lines do that go through cells and texts drawn anew, each with all of its races (bootstrap)."""
+    groups = defaultdict(list)
+    for run in races:
+        groups[run["cell"], run["data"]].append(run)
+    chance, crossings = random.Random(0), []
+    for drawn in [list(groups.values()), *(chance.choices(list(groups.values()), k=len(groups)) for _ in range(draws))]:
+        together = [run for group in drawn for run in group]
+        if len({often(run) for run in together}) > 1:
+            steep, level = line(together)
+            crossings.append(math.exp(-level / steep) if steep < 0 else math.inf)
+    low, *_, high = statistics.quantiles(crossings[1:], n=20)
+    return crossings[0], low, high
+
+
+def line(races: list[dict[str, Any]]) -> tuple[float, float]:
+    """Slope and intercept of their difference over the logarithm of tokens per parameter."""
+    return statistics.linear_regression([math.log(often(run)) for run in races], list(map(gap, races)))
+
+
+def draw(races: list[dict[str, Any]], png: Path) -> None:
+    """Each race as a point, its difference over its tokens per parameter, and the line through all."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    axes = Figure(figsize=(10, 5), dpi=130, layout="constrained").add_subplot()
+    axes.axhline(0, color="#999999", linewidth=1)
+    groups = defaultdict(list)
+    for run in races:
+        groups[run["data"], config(run["cell"], {}).model.dim].append(run)
+    colour = dict(zip(sorted({text for text, _ in groups}), COLOURS, strict=False))
+    for (text, width), told in sorted(groups.items()):
+        points = [list(map(often, told)), list(map(gap, told))]
+        axes.plot(*points, MARKERS[width], color=colour[text], label=f"{text}, width {width}")
+    steep, level = line(races)
+    ends = [min(map(often, races)), max(map(often, races))]
+    axes.plot(ends, [level + steep * math.log(end) for end in ends], "--", color="#555555", label="line through all")
+    axes.set(xscale="log", xlabel="tokens for each parameter at work", ylabel="bits per byte, mixture less twin")
+    axes.set_xticks([5, 10, 20, 40, 80], minor=False)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.figure.savefig(png)
+
+
+def print_learned(runs: list[dict[str, Any]]) -> None:
     """All runs of one cell on one text that ended after a number of steps."""
     bits: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: {model: {} for model in MODELS})
     for run in runs:
@@ -274,13 +321,11 @@ def print_learned(runs: list[dict[str, Any]], time_over_twin: float) -> None:
         if both := by["mixture"].keys() & by["twin"].keys():  # seeds
             mixture, twin = (statistics.mean(by[model][seed] for seed in both) for model in MODELS)
             over = mixture - twin
-            second = over - steep * math.log(time_over_twin)
-            line = f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+9.4f} {second:+11.4f} {math.exp(over / steep):11.2f}"
-            print(shown(line))
+            print(shown(f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+11.4f} {math.exp(over / steep):11.2f}"))
 
 
 def tied(run: dict[str, Any]) -> bool:
-    """Whether the experts had a common start. A recipe that is known no more had none."""
+    """Whether the experts had a common start. A recipe that is known no more counts as that of its preset."""
     return config(run["cell"], RECIPES.get(run["recipe"], {})).schedule.tied_experts > 0
 
 
@@ -301,7 +346,7 @@ def slope(bits: dict[int, float]) -> float:
 
 
 def shown(line: str) -> str:
-    return line.replace("+nan", "   ?").replace("nan", "  ?").rstrip()
+    return line.replace("nan", "  ?").rstrip()
 
 
 def heading(cell: tuple[str, ...]) -> str:
