@@ -1,6 +1,6 @@
 """What Python programs and notebooks call; each function is an attribute of the package, as in `khanhllm.load`.
 
-Keys of the config are given by their dotted names: `khanhllm.train("nano", **{"optim.lr": 1e-3})`. Whatever the user
+Keys of the config are given by their dotted names: `khanhllm.train("nano", **{"train.seed": 1})`. Whatever the user
 can put right raises `khanhllm.UserError`, whose text is one line that names what, where and what to do.
 """
 

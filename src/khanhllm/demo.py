@@ -176,7 +176,7 @@ run. Try next:
 
   khanhllm generate {run} --prompt "class Castle"
   khanhllm train --resume --run {run} --steps {steps}
-  khanhllm train mini --data PATH        your own text, a larger model
+  khanhllm train hour --data PATH        your own text, a better model, an hour
   khanhllm doctor {run}           is it healthy?
   khanhllm experts {run}          what does each expert do, and what is it worth?
   khanhllm lab facts              what do experts hold that a dense model does not?

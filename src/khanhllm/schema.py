@@ -248,7 +248,7 @@ class OptimConfig(Section):
     expert_momentum: Beta = 0.0
     """momentum of the experts' matrices (muon only), which see fewer tokens in each step; 0 means momentum"""
     expert_every: Annotated[int, Field(ge=1, le=64)] = 1
-    """update a layer's experts only once in so many steps, and the square root of that number as far; layers take turns
+    """update each stack of experts once in so many steps only, the square root of that number as far; stacks take turns
     (muon only). To orthogonalise many experts takes long"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head

@@ -32,8 +32,8 @@ VERBS = {
 EXAMPLES = """examples:
   khanhllm demo                              the whole way in a few minutes, offline
   khanhllm train nano --data my-texts/       your own text, a small model
-  khanhllm train mini --data stdlib --optim.lr 1e-3 --run runs/first
-  khanhllm generate runs/first --prompt "def main("
+  khanhllm train hour --data my-texts/ --for 30m --run runs/first
+  khanhllm generate runs/first --prompt "Once upon a time"
   khanhllm help train                        every option of a verb
 """
 

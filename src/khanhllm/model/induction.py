@@ -6,13 +6,12 @@ continues a text that repeats itself. It takes a head in each of two layers:
     position    j-1   j   ...   i
     token        A    B         A      -> B
     layer 1           <- A             notes at each position which token stands before it
-    layer 2                     A      asks where A is noted, finds j, and raises B
+    layer 2                     A      looks for the position that noted A, which is j, and raises B
 
-From random weights neither head learns much before the other one works. So a small model spends hundreds of steps in
-which its loss hardly falls; on source code a third of a short run (docs/experiments.md, "A start that can copy"). Here
-both look at the right places from the first step on, by their initial values: the model has no new part, and training
-may change all. Mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828) lets all of attention begin as
-trained models end.
+From random weights neither head learns much before the other one works, which takes a small model hundreds of steps
+(docs/experiments.md, "A start that can copy"). Here both look at the right places from the first step on, by their
+initial values: the model has no new part, and training may change all. Mimetic initialisation (Trockman and Kolter
+2023, arXiv 2305.09828) lets all of attention begin as trained models end.
 """
 
 from typing import Any
@@ -33,7 +32,8 @@ def start_with_induction(
     tokens_VD: Tensor, head_VD: Tensor, first: Any, second: Any, generator: Generator | None = None
 ) -> None:
     """Change initial weights in place: those of the embedding, of the output matrix, and of the first head in `first`
-    and `second`, the Attention of the first two layers. The width must be at least twice a head's."""
+    and `second`, the Attention of the first two layers. The width must be at least twice a head's; below four times,
+    neighbours among the ranges of features share one."""
     dim, size = tokens_VD.shape[1], first.head_dim
     stream_DD = torch.eye(dim, device=tokens_VD.device, dtype=tokens_VD.dtype)
     common_D, read_dD, write_dD = stream_DD[0], stream_DD[1 : size + 1], stream_DD[-size:]

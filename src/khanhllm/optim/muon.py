@@ -51,8 +51,9 @@ class MuonMixin(Base):
     Bernstein and Newhouse 2024, arXiv 2410.21265) and a learning rate transfers to other widths.
 
     If a group has "copies", a stack consists of as many equal copies (model/tied.py): only the first one moves. If it
-    has "every", its parameters take turns: each moves once in so many steps, and the square root of that number as far,
-    as the sum of so many updates does that have nothing in common.
+    has "every", its parameters take turns: each moves and decays once in so many steps, and the square root of that
+    number as far. Updates with nothing in common would go as far in sum; those of one momentum have much in common, so
+    the rate is in effect a smaller one.
     """
 
     @torch.no_grad()
