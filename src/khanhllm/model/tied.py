@@ -33,8 +33,8 @@ def tie_gradients(model: nn.Module) -> None:
 
 
 def _in_copies(model: nn.Module, gradients: bool = False) -> Iterator[tuple[Tensor, int]]:
-    """The parameters and biases of experts and routers, or gradients, as (E / K, K, ...), with the axis along which they
-    are to be equal."""
+    """The parameters and biases of experts and routers, or gradients, as (E / K, K, ...), with the axis along which
+    they are to be equal."""
     for layer in model.modules():
         if isinstance(layer, MoE):
             router = (layer.router.weight, 1), (layer.router.bias_E, 1)
