@@ -49,7 +49,7 @@ WARMUP, DECAYING, FLOOR = 40, 0.65, 0.05
 
 
 def batches(run: Run, marks: Marks | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets as `run` read them; of conversations, -1 for what does not count."""
+    """Inputs and targets as `run` read them, without what it replayed; of conversations, -1 for what does not count."""
     train = run.config.train
     rows = Shards.open(run.data, "train", run.config.model.context).rows_from(0, train.seed, Event())
     while True:
@@ -118,12 +118,12 @@ def ending(model: Any, questions: list[list[int]], end: int, special: set[int], 
 
 def rehearse(model: Any, step: Any, optimizer: Any, batch: tuple[Tensor, Tensor]) -> None:
     """Take one step, so that all is compiled, and undo it."""
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     step(*batch).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.load_state_dict(before)
-    optimizer.state.clear()
+    for part, was in zip((model, optimizer), before, strict=True):
+        part.load_state_dict(was)
 
 
 def main() -> None:
@@ -196,6 +196,8 @@ def main() -> None:
         },
     }
     if options.talks:
+        for group in optimizer.param_groups:
+            group["initial_lr"] /= scale
         add_talks(found, options.talks, model, step, optimizer)
     print(json.dumps(found, indent=1))
 
@@ -211,8 +213,11 @@ def add_talks(found: dict[str, Any], path: Path, model: Any, step: Any, optimize
 
     def prepare(group: dict[str, Any], share: float, steps: int) -> None:
         group["lr"] = group["initial_lr"] * 0.8 * min(1.0, 2 * (1 - share))
+        if group["kind"] == "muon":
+            group["momentum"] = 0.85 + 0.1 * min(1.0, steps / 300)
 
     seconds = float(read(path).seconds[-1])
+    rehearse(model, step, optimizer, next(batches(tuned, marks)))
     steps = train(step, optimizer, batches(tuned, marks), seconds, prepare)
     asked, longest = pairs[:ANSWERS], max(len(right) for _, right in pairs[:ANSWERS])
     special = set(tuned.tokenizer.special_ids)

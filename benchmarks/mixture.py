@@ -259,9 +259,8 @@ def print_races(races: list[dict[str, Any]]) -> None:
 
 def print_rule(races: list[dict[str, Any]]) -> None:
     found, low, high = rule(races)
-    print(
-        f"\nwith a common start the mixture is ahead from {found:.1f} tokens a parameter on ({low:.1f} to {high:.1f})"
-    )
+    print(f"\nwith a common start the line through all races crosses zero at {found:.1f} tokens a parameter", end=" ")
+    print(f"({low:.1f} to {high:.1f})")
 
 
 def rule(races: list[dict[str, Any]], draws: int = 2000) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ UNITS = re.compile(
     r"injected|faults)"
 )
 UNMEASURED = (
-    *("card with 8 GB", "card with 12 GB", "card with 24 GB"),
+    *("480 seconds there", "card with 8 GB", "card with 12 GB", "card with 24 GB"),
     *("--memory 8GB", "40 % of its peak rate", "2048-cube"),
 )
 """numbers with a unit that are no measurements"""

@@ -11,6 +11,7 @@ import torch
 
 from conftest import plain_machine
 from khanhllm import cli
+from khanhllm.errors import UserError
 from khanhllm.lab import facts as lab
 from khanhllm.lab import recall
 from khanhllm.lab.facts import BITS, CHOICES, MARKS, MODELS, NAMES, Facts, bits_stored, measure, race, vocabulary
@@ -194,3 +195,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_training(monkeypa
     (tmp_path / "file").write_text("")
     assert cli.main(["lab", "facts", "--out", str(tmp_path / "file" / "out")]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_no_compiler_works_while_the_clock_runs(tmp_path, monkeypatch):
+    seen = []
+
+    def race(config, facts, machine, **_):
+        seen.append(machine.compile)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(recall, "race", race)
+    words = ["--machine.device", "cpu", "--machine.compile", "on"]
+    assert cli.main(["lab", "facts", "--facts", "20", "--out", str(tmp_path / "out"), *words]) == 2
+    assert seen == [False]

@@ -138,7 +138,7 @@ def _lines(report: Report) -> list[tuple[str, str, str]]:
     if report["tokens"]:
         ratio = report["tokens"] / report["active_parameters"]
         advice = "take a mixture" if ratio >= PAYS else "dense layers do as well"
-        note = f"at work: {advice}; mixtures below 10 M parameters, on a CPU, were ahead from about {PAYS:.0f} on"
+        note = f"at work: {advice}; small ones with tied_experts, on a CPU, were mostly ahead from about {PAYS:.0f} on"
         lines.append(("tokens", f"{ratio:,.1f} a parameter", note))
     if "measured" in report:
         lines += _measured_lines(report)
