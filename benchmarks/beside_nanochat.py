@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -40,6 +40,8 @@ from khanhllm.log.compare import read
 from khanhllm.runs.evaluate import held_out
 from khanhllm.runs.run import Run
 
+Done = Callable[[int], float]
+"""the share of a run that is over after so many steps"""
 ROWS, ANSWERS, MOST = 16, 200, 10**6
 BATCH, HORIZON, DECAY = 2**19, 12 * 110_100_000, 0.28
 """nanochat's recipe was found at so many tokens a step and so many in all, with this weight decay"""
@@ -60,20 +62,38 @@ def batches(run: Run, marks: Marks | None) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
 
-def train(step: Any, optimizer: Any, data: Iterator[tuple[Tensor, Tensor]], seconds: float, prepare: Any) -> int:
-    """Take steps until the time is over; returns how many. prepare(group, share, steps): set the keys of a group of
-    parameters after this share of the time and so many steps."""
-    started, steps = time.perf_counter(), 0
-    while (share := (time.perf_counter() - started) / seconds) < 1:
+def train(step: Any, optimizer: Any, data: Iterator[tuple[Tensor, Tensor]], done: Done, prepare: Any) -> list[float]:
+    """Take steps until all is done; returns their losses. prepare(group, share, steps): set the keys of a group of
+    parameters after this share of the run and so many steps."""
+    losses: list[float] = []
+    while (share := done(len(losses))) < 1:
         for group in optimizer.param_groups:
-            prepare(group, share, steps)
-        step(*next(data)).backward()
+            prepare(group, share, len(losses))
+        loss = step(*next(data))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        steps += 1
-        if steps % 100 == 0:
-            print(f"step {steps}, {share:.0%} of the time", file=sys.stderr)
-    return steps
+        losses.append(loss.item())
+        if len(losses) % 100 == 0:
+            print(f"step {len(losses)}, {share:.0%} of the run", file=sys.stderr)
+    return losses
+
+
+def by_time(seconds: float) -> Done:
+    started = time.perf_counter()
+    return lambda steps: (time.perf_counter() - started) / seconds
+
+
+def make_plain(model: Any, optimizer: Any) -> None:
+    """Value embeddings, smear and ways back to the embedding begin at nothing, and stay there."""
+    parts = [*model.value_embeds.parameters(), model.smear_lambda, model.x0_lambdas, model.resid_lambdas]
+    with torch.no_grad():
+        for part in parts:
+            part.zero_()
+        model.resid_lambdas.fill_(1)
+    for group in optimizer.param_groups:
+        if {*map(id, parts)} & {*map(id, group["params"])}:
+            group["initial_lr"] = 0.0
 
 
 @torch.inference_mode()
@@ -133,6 +153,8 @@ def main() -> None:
     parser.add_argument("talks", type=Path, nargs="?")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="so many, instead of the time of RUN")
+    parser.add_argument("--plain", action="store_true", help="without value embeddings, smear, and skips")
     parser.add_argument("--rates", choices=["by-batch", "as-they-are"], default="by-batch")
     options = parser.parse_args()
     os.environ.setdefault("NANOCHAT_DTYPE", "float32")
@@ -170,8 +192,11 @@ def main() -> None:
             group["weight_decay"] = decay * 0.5 * (1 + math.cos(math.pi * share))
 
     seconds = float(read(options.base).seconds[-1])
+    if options.plain:
+        make_plain(model, optimizer)
     rehearse(model, step, optimizer, next(batches(base, None)))
-    steps = train(step, optimizer, batches(base, None), seconds, prepare)
+    done = (lambda steps: steps / options.steps) if options.steps else by_time(seconds)
+    losses = train(step, optimizer, batches(base, None), done, prepare)
     windows = [window for window in held_out(base).windows() if len(window) == context + 1]
     size, total = 0, 0.0
     with torch.inference_mode():
@@ -190,8 +215,10 @@ def main() -> None:
             "width": options.width,
             "layers": options.layers,
             "rates": options.rates,
+            "plain": options.plain,
             "parameters": sum(weight.numel() for weight in model.parameters()),
-            "steps": [steps],
+            "steps": [len(losses)],
+            "loss": sum(losses[-100:]) / len(losses[-100:]),
             "base_bits_per_byte": total / math.log(2) / size,
         },
     }
@@ -218,11 +245,11 @@ def add_talks(found: dict[str, Any], path: Path, model: Any, step: Any, optimize
 
     seconds = float(read(path).seconds[-1])
     rehearse(model, step, optimizer, next(batches(tuned, marks)))
-    steps = train(step, optimizer, batches(tuned, marks), seconds, prepare)
+    losses = train(step, optimizer, batches(tuned, marks), by_time(seconds), prepare)
     asked, longest = pairs[:ANSWERS], max(len(right) for _, right in pairs[:ANSWERS])
     special = set(tuned.tokenizer.special_ids)
     found["seconds"].append(seconds)
-    found["nanochat"]["steps"].append(steps)
+    found["nanochat"]["steps"].append(len(losses))
     found["nanochat"] |= {
         "answer_nats_before": before,
         "answer_nats": nats(model, pairs),

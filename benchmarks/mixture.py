@@ -78,12 +78,14 @@ RARE = OWN | {"expert_every": 4}
 HALF = RARE | {"muon_lr": 0.02, "expert_out_lr": 0.0285}
 """muon_lr is the twin's too"""
 COPY = {"induction_head": True}
+TABLES = {"value_embedding": True, "embedding_skip": True, "pair_embedding": 2**14}
 TIED = {"tied_experts": 0.2}
 ROWS = {"micro_batch": 16}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "one rate, induction": {"model": COPY},
     "the preset's": {},
+    "the preset's, tables": {"model": TABLES},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": ROWS},
     "own rates, tied": {"optim": OWN, "schedule": TIED},
@@ -91,6 +93,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own rates and steps, tied": {"optim": RARE, "schedule": TIED},
     "own rates and steps, tied, 4096 tokens a step": {"optim": RARE, "schedule": TIED, "train": ROWS},
     "induction, half rates, tied, 4096 tokens a step": {"model": COPY, "optim": HALF, "schedule": TIED, "train": ROWS},
+    "induction, tables, half rates, tied, 4096 tokens a step": {
+        "model": COPY | TABLES,
+        "optim": HALF,
+        "schedule": TIED,
+        "train": ROWS,
+    },
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }
 """what else differs from the preset"""
@@ -189,6 +197,7 @@ def learned(source: str, run: dict[str, Any], keep: Path | None = None) -> dict[
         "parameters": total_parameters(on_paper(given.model)),
         "active": active_parameters(on_paper(given.model)),
         "bits_per_byte": float(told.bits[-1]),
+        "loss": statistics.mean(told.loss[-100:].tolist()),
         "steps_done": int(told.step[-1]),
         "tokens": int(told.tokens[-1]),
         "cpu_seconds": time.process_time() - started,
