@@ -265,8 +265,8 @@ def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
 
 def _timed(parts: Parts, state: State) -> Iterator[str]:
     """How often a run read its text that could not know before how much it would read."""
-    laps = parts.train.laps(state.cursor * parts.config.model.context)
-    if parts.config.train.seconds and laps > 1:
+    tokens = state.cursor * parts.config.model.context
+    if parts.config.train.seconds and (laps := parts.train.laps(tokens)) > 1:
         yield f"the run read its text {laps:.1f} times"
 
 
