@@ -86,13 +86,14 @@ def by_time(seconds: float) -> Done:
 
 def make_plain(model: Any, optimizer: Any) -> None:
     """Value embeddings, smear and ways back to the embedding begin at nothing, and stay there."""
-    parts = [*model.value_embeds.parameters(), model.smear_lambda, model.x0_lambdas, model.resid_lambdas]
+    nothing = [*model.value_embeds.parameters(), model.smear_lambda, model.x0_lambdas]
     with torch.no_grad():
-        for part in parts:
+        for part in nothing:
             part.zero_()
         model.resid_lambdas.fill_(1)
+    fixed = {*map(id, nothing), id(model.resid_lambdas)}
     for group in optimizer.param_groups:
-        if {*map(id, parts)} & {*map(id, group["params"])}:
+        if fixed & {*map(id, group["params"])}:
             group["initial_lr"] = 0.0
 
 

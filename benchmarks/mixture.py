@@ -124,7 +124,7 @@ def main() -> None:
         runs = [json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()]
         table(runs, options.seeds)
         if options.picture:
-            draw([run for run in runs if run["what"] == "race" and tied(run)], options.picture)
+            draw(started_together(runs), options.picture)
     elif not options.out:
         parser.error("--out FILE says where to keep the results")
     elif options.what == "speed":
@@ -235,8 +235,8 @@ def table(runs: list[dict[str, Any]], seeds: int) -> None:
             print(heading(what))
             print(" seconds  seeds  tokens/parameter  mixture     twin  difference (of seeds)  multiplier")
             print_races(told)
-    if started_together := [run for told in races.values() for run in told if tied(run)]:
-        print_rule(started_together)
+    if together := started_together(runs):
+        print_rule(together)
     if seeds > 1:
         return
     for (cell, recipe), over in sorted(times.items()):
@@ -311,7 +311,7 @@ def draw(races: list[dict[str, Any]], png: Path) -> None:
     ends = [min(map(often, races)), max(map(often, races))]
     axes.plot(ends, [level + steep * math.log(end) for end in ends], "--", color="#555555", label="line through all")
     axes.set(xscale="log", xlabel="tokens for each parameter at work", ylabel="bits per byte, mixture less twin")
-    axes.set_xticks([5, 10, 20, 40, 80], minor=False)
+    axes.set_xticks([5, 10, 20, 40, 80])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
@@ -332,9 +332,13 @@ def print_learned(runs: list[dict[str, Any]]) -> None:
             print(shown(f"{steps:8} {mixture:8.4f} {twin:8.4f} {over:+11.4f} {math.exp(over / steep):11.2f}"))
 
 
-def tied(run: dict[str, Any]) -> bool:
-    """Whether the experts had a common start. A recipe that is known no more counts as that of its preset."""
-    return config(run["cell"], RECIPES.get(run["recipe"], {})).schedule.tied_experts > 0
+def started_together(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The races whose experts had a common start. A recipe that is known no more counts as that of its preset."""
+
+    def tied(run: dict[str, Any]) -> bool:
+        return config(run["cell"], RECIPES.get(run["recipe"], {})).schedule.tied_experts > 0
+
+    return [run for run in runs if run["what"] == "race" and tied(run)]
 
 
 def gap(race: dict[str, Any]) -> float:

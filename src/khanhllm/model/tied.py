@@ -37,8 +37,8 @@ def _in_copies(model: nn.Module, gradients: bool = False) -> Iterator[tuple[Tens
     they are to be equal."""
     for layer in model.modules():
         if isinstance(layer, MoE):
-            router = (layer.router.weight, 1), (layer.router.bias_E, 1)
-            for parameter, axis in *router, *((each, 0) for each in layer.experts.parameters()):
-                tensor = parameter.grad if gradients and parameter is not None else parameter
+            router = [(each, 1) for each in (layer.router.weight, layer.router.bias_E) if each is not None]
+            for each, axis in *router, *((stack, 0) for stack in layer.experts.parameters()):
+                tensor = each.grad if gradients else each
                 if tensor is not None:
                     yield tensor.unflatten(0, (-1, layer.router.per_token)), axis
