@@ -74,9 +74,9 @@ class ModelConfig(Section):
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
     """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
     three: cheaper; `khanhllm export` writes it as swiglu"""
-    value_embedding: bool = False
-    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only);
-    each such layer costs vocab_size x dim x kv_heads / heads parameters, and next to no arithmetic"""
+    value_embedding: bool | Literal["normed"] = False
+    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only), for
+    vocab_size x dim x kv_heads / heads parameters and no arithmetic; normed, `khanhllm export` has a form for it"""
     embedding_skip: bool = False
     """the input of each layer is a learned mixture of the previous layer's output and the embedding (modern only)"""
     pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0

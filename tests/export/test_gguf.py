@@ -31,6 +31,7 @@ SHAPES = {
     "one": {"pattern": "DM", "experts_per_token": 1},
     "uneven": {"pattern": "DM", "hidden": 72, "expert_hidden": 24, "vocab_size": 333, "norm_eps": 1e-3},
     "dense": {"pattern": "DDD", "kv_heads": 2},
+    "own values": {"pattern": "MDM", "kv_heads": 2, "feedforward": "relu2", "value_embedding": "normed"},
 }
 NO_EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_hidden": 0}
 """what the keys of experts read as where there are none"""
@@ -51,7 +52,9 @@ def example(shape, seed=2):
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if "tables" in name:
+                parameter.normal_(generator=draw)
+            elif name.endswith("norm.weight"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
             elif name.startswith("blocks"):
                 parameter.mul_(4 if "router" in name else 2)
@@ -74,7 +77,7 @@ def architecture(config):
 
 def export(path, model, tokenizer, dtype="f32"):
     """The file, and its model in our code."""
-    config, weights = encode.as_swiglu(model.config, model.state_dict())
+    config, weights = encode.as_swiglu(*encode.as_wider(model.config, model.state_dict()))
     gguf.write(path, config, weights, tokenizer, dtype, architecture(config), "example")
     return config, weights
 

@@ -35,6 +35,7 @@ SHAPES = {
     "one wide expert": {"experts": 1, "experts_per_token": 1, "expert_hidden": 0},
     "a start that can copy": {"induction_head": True},
     "rope and eps": {"rope_theta": 123.0, "norm_eps": 0.01},
+    "normed values": {"value_embedding": "normed"},
     **{key: {key: value} for key, value in EVERYTHING.items()},
     "everything": EVERYTHING,
 }

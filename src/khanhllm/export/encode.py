@@ -9,11 +9,46 @@ import torch
 from torch import Tensor
 
 from khanhllm.errors import UserError
+from khanhllm.model.counts import on_paper
 from khanhllm.schema import ModelConfig
 
 Weights = dict[str, Tensor]
 LARGEST_HALF = 65_504
 STEEPEST = 10
+SMALL = 10
+"""powers of two: of s in `as_swiglu`, and of what `as_wider` divides by"""
+
+
+def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """Normed value embeddings as further features of the residual stream, n times as wide, with n times the heads.
+
+    Nothing writes the further features, and each is read by the values of its layer alone. They are divided by 2^10, so
+    that they hardly count in the norm's mean square, and the norm's gain multiplies them again. What writes into the
+    stream is multiplied by sqrt(n), because that mean is over n times the features; the gains take it back. Further
+    heads are zeros.
+    """
+    if model.value_embedding != "normed":
+        return model, weights
+    tables = {name.split(".")[2]: weights[name] for name in weights if name.startswith("value_embedding.")}
+    size = model.key_value_heads * model.head_dim
+    n = 1 + math.ceil(len(tables) * size / model.dim)
+    grown = {"dim": n * model.dim, "heads": n * model.heads, "kv_heads": n * model.kv_heads, "value_embedding": False}
+    shape = model.model_copy(update=grown)
+    encoded = {}
+    for name, place in on_paper(shape).state_dict().items():
+        weight = weights[name].float()
+        if name.endswith(("token.weight", "out.weight", "down.weight", "down")):
+            weight = weight * n**0.5
+        elif name.endswith("norm.weight") and len(place) == shape.dim:  # not those of query and key
+            weight = weight / n**0.5
+        encoded[name] = weight.new_zeros(place.shape)
+        encoded[name][tuple(map(slice, weight.shape))] = weight
+    for nth, (layer, table_VS) in enumerate(tables.items()):
+        own = slice(model.dim + nth * size, model.dim + (nth + 1) * size)
+        encoded["embedding.token.weight"][:, own] = table_VS * 2.0**-SMALL
+        encoded[f"blocks.{layer}.attention_norm.weight"][own] = 2.0**SMALL
+        encoded[f"blocks.{layer}.attention.value.weight"][:size, own] = torch.eye(size)
+    return shape, encoded
 
 
 def as_swiglu(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

@@ -108,7 +108,7 @@ def _encoded(to: str, model: ModelConfig, weights: Weights, compatible: bool) ->
     check_stock(
         model, "transformers" if to == "hf" else "llama.cpp", REMEDY, router_bias=to == "gguf" and not compatible
     )
-    model, weights = encode.as_swiglu(model, weights)
+    model, weights = encode.as_swiglu(*encode.as_wider(model, weights))
     return encode.as_mixtures(model, weights) if compatible and model.moe_layers else (model, weights)
 
 

@@ -19,8 +19,8 @@ def check_stock(model: ModelConfig, target: str, remedy: str, router_bias: bool)
     """
     wanted = OWN if router_bias or not model.moe_layers else OWN | {"router_bias": False}
     for key, theirs in wanted.items():
-        if getattr(model, key) != theirs:
-            what = f"model.{key} is {str(getattr(model, key)).lower()}"
+        if (ours := getattr(model, key)) not in (theirs, "normed"):
+            what = f"model.{key} is {str(ours).lower()}"
             raise UserError(f"{what}, which {target} cannot express (it knows only {str(theirs).lower()}); {remedy}")
 
 

@@ -41,16 +41,27 @@ class TokenEmbedding(nn.Module):
 
 class ValueEmbedding(nn.Module):
     """A second table for every other layer, up to the last: what the token itself adds to attention's values
-    (Zhou et al. 2024, arXiv 2410.17897, in the form of https://github.com/KellerJordan/modded-nanogpt)."""
+    (Zhou et al. 2024, arXiv 2410.17897, in the form of https://github.com/KellerJordan/modded-nanogpt).
 
-    def __init__(self, layers: int, vocab_size: int, size: int) -> None:
+    normed: divided by the root mean square of the layer's input x, as the norm divides x. The vectors are then features
+    of the residual stream that nothing writes and only these values read; see `as_wider` in export/encode.py.
+    """
+
+    def __init__(self, layers: int, vocab_size: int, size: int, normed: bool, eps: float) -> None:
         super().__init__()
+        self.normed, self.eps = normed, eps
         with_table = [layer for layer in range(layers) if (layers - 1 - layer) % 2 == 0]
         self.tables = nn.ModuleDict({str(layer): _table(vocab_size, size) for layer in with_table})
 
-    def forward(self, ids_BT: Tensor, layer: int) -> Tensor | None:
+    def forward(self, ids_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor | None:
         """(B, T, S), or None for a layer without a table."""
-        return self.tables[str(layer)](ids_BT) if str(layer) in self.tables else None
+        if str(layer) not in self.tables:
+            return None
+        own_BTS: Tensor = self.tables[str(layer)](ids_BT)
+        if not self.normed:
+            return own_BTS
+        scale_BT1 = torch.rsqrt(x_BTD.float().square().mean(-1, keepdim=True) + self.eps)
+        return own_BTS * scale_BT1.to(own_BTS.dtype)
 
 
 class EmbeddingSkip(nn.Module):

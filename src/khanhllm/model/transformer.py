@@ -38,7 +38,8 @@ class Transformer(nn.Module):
         build = _classic if config.style == "classic" else _modern
         self.embedding, self.blocks, norm = build(config)
         tables = len(config.pattern) if config.value_embedding else 0
-        self.value_embedding = ValueEmbedding(tables, config.vocab_size, config.key_value_heads * config.head_dim)
+        size, normed = config.key_value_heads * config.head_dim, config.value_embedding == "normed"
+        self.value_embedding = ValueEmbedding(tables, config.vocab_size, size, normed, config.norm_eps)
         self.embedding_skip = EmbeddingSkip(len(config.pattern)) if config.embedding_skip else NoSkip()
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 
@@ -94,7 +95,7 @@ class Transformer(nn.Module):
         routings: tuple[Routing, ...] = ()
         for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
             x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
-            own_BTS = self.value_embedding(ids_BT, layer)
+            own_BTS = self.value_embedding(ids_BT, layer, x_BTD)
             x_BTD, more = block(x_BTD, past, own_BTS, mask_BHTS, closed.get(layer), padding_BT)
             routings += more
         return x_BTD, routings

@@ -30,7 +30,7 @@ class KhanhLLMConfig(PretrainedConfig):
         experts: int = 8,
         experts_per_token: int = 2,
         feedforward: str = "swiglu",
-        value_embedding: bool = False,
+        value_embedding: bool | str = False,
         embedding_skip: bool = False,
         pair_embedding: int = 0,
         router_bias: bool = False,

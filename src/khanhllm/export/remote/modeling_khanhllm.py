@@ -302,6 +302,9 @@ class KhanhLLMForCausalLM(PreTrainedModel, GenerationMixin):
             if self.embedding_skip is not None:
                 x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
             own_BTS = tables[str(layer)](input_ids) if str(layer) in tables else None
+            if own_BTS is not None and self.config.value_embedding == "normed":
+                scale_BT1 = (x_BTD.float().square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt()
+                own_BTS = own_BTS * scale_BT1.to(own_BTS.dtype)
             x_BTD = block(x_BTD, own_BTS, rotation, mask, past_key_values=past_key_values)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
