@@ -79,6 +79,13 @@ HALF = RARE | {"muon_lr": 0.02, "expert_out_lr": 0.0285}
 """muon_lr is the twin's too"""
 COPY = {"induction_head": True}
 TABLES = {"value_embedding": True, "embedding_skip": True, "pair_embedding": 2**14}
+WITH = {
+    "": {},
+    "tables, ": TABLES,
+    "values, ": {"value_embedding": True},
+    "normed values, ": {"value_embedding": "normed"},
+    "pairs, ": {"pair_embedding": 2**14},
+}
 TIED = {"tied_experts": 0.2}
 ROWS = {"micro_batch": 16}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -86,18 +93,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one rate, induction": {"model": COPY},
     "the preset's": {},
     "the preset's, tables": {"model": TABLES},
+    "the preset's, without values": {"model": {"value_embedding": False}},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": ROWS},
     "own rates, tied": {"optim": OWN, "schedule": TIED},
     "own rates, tied, 4096 tokens a step": {"optim": OWN, "schedule": TIED, "train": ROWS},
     "own rates and steps, tied": {"optim": RARE, "schedule": TIED},
     "own rates and steps, tied, 4096 tokens a step": {"optim": RARE, "schedule": TIED, "train": ROWS},
-    "induction, half rates, tied, 4096 tokens a step": {"model": COPY, "optim": HALF, "schedule": TIED, "train": ROWS},
-    "induction, tables, half rates, tied, 4096 tokens a step": {
-        "model": COPY | TABLES,
-        "optim": HALF,
-        "schedule": TIED,
-        "train": ROWS,
+    **{
+        f"induction, {name}half rates, tied, 4096 tokens a step": {
+            "model": COPY | tables,
+            "optim": HALF,
+            "schedule": TIED,
+            "train": ROWS,
+        }
+        for name, tables in WITH.items()
     },
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }
