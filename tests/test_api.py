@@ -51,7 +51,7 @@ def test_a_run_can_be_continued(trained, tmp_path):
     assert more.step == 6
     # the schedule of 4 steps differs from that of 6, so only steps and shape can agree
     assert whole.model.state_dict().keys() == more.model.state_dict().keys()
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match=r"is no empty folder; choose a new one$"):
         run.save(copy)
 
 

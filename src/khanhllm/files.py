@@ -106,6 +106,12 @@ def there(path: Path) -> bool:
         return False
 
 
+def check_new(folder: Path) -> None:
+    """Raise UserError unless there is no such folder or it is empty, so that what is written there replaces nothing."""
+    if there(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already and is no empty folder; choose a new one")
+
+
 def _user() -> int:
     return os.geteuid() if hasattr(os, "geteuid") else 0  # Windows: every st_uid is 0
 

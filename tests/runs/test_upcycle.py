@@ -59,3 +59,13 @@ def test_what_cannot_be_upcycled(dense, tmp_path, capsys):
     assert cli.main(words) == 2
     assert cli.main(["upcycle", str(mixture), "--out", str(tmp_path / "twice")]) == 2
     assert "mixture layers already" in capsys.readouterr().err
+
+
+def test_nothing_is_written_into_a_folder_that_holds_something(dense, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "tokenizer.json").write_text("of another model")
+    for words in (["upcycle", str(dense)], ["import", str(taken)]):
+        assert cli.main([*words, "--out", str(taken)]) == 2
+        assert capsys.readouterr().err.endswith("taken exists already and is no empty folder; choose a new one\n")
+    assert [path.read_text() for path in taken.iterdir()] == ["of another model"]

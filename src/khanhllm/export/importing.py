@@ -5,8 +5,9 @@ from pathlib import Path
 from khanhllm.errors import UserError
 from khanhllm.export import hf
 from khanhllm.export.check import assembled
+from khanhllm.files import check_new
 from khanhllm.schema import Config
-from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.settings import resolve
 from khanhllm.training.start import write_start
 
 
@@ -16,7 +17,7 @@ def import_model(folder: Path, out: Path, context: int | None = None) -> Config:
     context: what the model sees at once (tokens), if not all that it could. Raises UserError, naming the key, for a
     model that ours cannot be.
     """
-    refuse_to_overwrite(out, resume=False)
+    check_new(out)
     found, tokenizer = hf.read(folder), hf.read_tokenizer(folder)
     if context and context > found.model.context:
         raise UserError(f"--context {context} is more than the {found.model.context} tokens that the model can see")

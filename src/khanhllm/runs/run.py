@@ -15,7 +15,7 @@ from khanhllm.data.counting import Reading
 from khanhllm.data.render import fitting, render
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.files import foreign, there
+from khanhllm.files import check_new, foreign
 from khanhllm.inference.generate import answer, most_read, write
 from khanhllm.inference.routes import watched
 from khanhllm.inference.score import Score, score
@@ -25,7 +25,7 @@ from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model import Transformer
 from khanhllm.model.counts import on_paper
 from khanhllm.schema import Config, MachineConfig, Sampling
-from khanhllm.settings import checked, read_config, refuse_to_overwrite, write_config
+from khanhllm.settings import checked, read_config, write_config
 from khanhllm.training import checkpoint, tensor_files
 
 Step = int | str | None
@@ -182,14 +182,12 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Write the model as it is now, with its optimizer's state, as a run folder; training can be resumed there.
 
-        Raises UserError if the folder holds a run already, or cannot be written.
+        Raises UserError if the folder holds something already, or cannot be written.
         """
         out = Path(folder)
         if not str(folder).strip():
             raise UserError("save needs the name of a folder, got an empty one")
-        refuse_to_overwrite(out, resume=False)
-        if there(out) and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists already and is no empty folder; save into a new one")
+        check_new(out)
         moments = tensor_files.load(self.checkpoint, "optimizer")
         weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         try:

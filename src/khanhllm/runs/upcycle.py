@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from khanhllm.errors import UserError
+from khanhllm.files import check_new
 from khanhllm.model import Transformer
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, ModelConfig
-from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.settings import resolve
 from khanhllm.training.start import write_start
 
 
@@ -25,7 +26,7 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     pattern: which layers become mixtures, "" for every other one. The rows that the dense run trained on are not read
     again. Raises UserError if the run is no dense one, or the mixture could not begin as the dense model.
     """
-    refuse_to_overwrite(out, resume=False)
+    check_new(out)
     dense = open_run(run)
     if dense.config.model.moe_layers:
         raise UserError(f"{run} has mixture layers already; upcycling begins with a dense run (--twin trains one)")
