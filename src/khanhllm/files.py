@@ -5,7 +5,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -35,16 +35,18 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def check_writable(path: Path) -> None:
-    """Raise OSError now if a file cannot be written here, rather than after long work."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    except FileNotFoundError:
-        pass
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OSError(errno.EACCES, f"{folder} is no folder that can be written", str(path))
+def check_writable(*paths: Path) -> None:
+    """Raise UserError now if a file cannot be written, rather than after long work."""
+    for path in paths:
+        try:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG(path.stat().st_mode):
+                    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise OSError(errno.EACCES, f"{folder} is no folder that can be written", str(path))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def publish(path: Path, content: str | bytes, durable: bool = False) -> None:

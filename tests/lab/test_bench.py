@@ -67,3 +67,16 @@ def test_a_contender_that_cannot_run_says_why():
 def test_an_unknown_part_is_one_line(capsys):
     assert cli.main(["bench", "everything"]) == 2
     assert "parts: step, moe, decode, tokenizer, data" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PARTS", {"step": None})
+    assert cli.main(["bench", "--out", "/dev/null/bench.json", "--machine.device", "cpu"]) == 2
+    assert "cannot write /dev/null/bench.json" in capsys.readouterr().err
+
+
+def test_a_place_that_goes_meanwhile_costs_no_figures(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "PARTS", {"step": lambda *_: {"written": (tmp_path / "gone").write_text("")}})
+    words = ["bench", "--json", "--out", str(tmp_path / "gone" / "bench.json"), "--machine.device", "cpu"]
+    assert cli.main(words) == 2
+    assert json.loads(capsys.readouterr().out)["written"] == 0

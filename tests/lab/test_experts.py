@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,30 @@ def test_what_cannot_be_is_refused_in_one_line(run, capsys, options, says):
     assert main(["experts", str(run), "--machine.threads", "1", *options]) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("found.json", "found.json: the picture is a file that ends in .png, .svg or .pdf"),
+        ("picture", "ends in .png"),
+        ("picture.png", "experts.json: it is not a regular file"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_examined(run, tmp_path, monkeypatch, capsys, out, says):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("experts.json"))
+    (tmp_path / "run" / "experts.json").mkdir()
+    monkeypatch.setattr(experts, "examine", None)
+    assert main(["experts", str(tmp_path / "run"), "--machine.threads", "1", "--out", str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
+
+
+def test_a_picture_may_lie_in_a_new_folder(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "picture.svg"
+    assert main(["experts", str(run), "--tokens", "1k", "--ablate", "none", "--out", str(picture)]) == 0
+    assert "<svg" in picture.read_text(encoding="utf-8")
 
 
 def test_more_tokens_than_there_are_is_all_of_them(run, corpus):

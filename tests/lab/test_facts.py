@@ -194,7 +194,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_training(monkeypa
     monkeypatch.setattr(recall, "learn", lambda *_: pytest.fail("it trained"))
     (tmp_path / "file").write_text("")
     assert cli.main(["lab", "facts", "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "--out" in capsys.readouterr().err
+    place = tmp_path / "file" / "out" / "facts.json"
+    assert f"cannot write {place}: " in capsys.readouterr().err
 
 
 def test_no_compiler_works_while_the_clock_runs(tmp_path, monkeypatch):

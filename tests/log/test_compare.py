@@ -53,3 +53,6 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
     run = run_folder(tmp_path / "run", [5, 4, 3], [1, 2, 3])
     assert cli.main(["compare", str(run), "--out", str(tmp_path / "none" / "x.png")]) == 2
     assert "cannot write" in capsys.readouterr().err
+    for name in ("found.json", "picture"):
+        assert cli.main(["compare", str(run), "--out", str(tmp_path / name)]) == 2
+        assert f"{name}: the picture is a file that ends in .png, .svg or .pdf" in capsys.readouterr().err

@@ -20,10 +20,7 @@ def tokenizer(options: argparse.Namespace) -> None:
     }
     names = {"model.vocab_size": "--vocab-size", "data.tokenizer_sample": "--sample", "data.bad": "--bad"}
     config = resolve(asked, where="tokenizer", names=names)
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise UserError(f"cannot write the tokenizer {out}: {error.strerror}") from None
+    check_writable(out)
     tokenizer = train_on(
         options.data, config.model.vocab_size, config.data.tokenizer_sample, clean=options.clean, bad=config.data.bad
     )

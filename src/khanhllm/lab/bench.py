@@ -21,6 +21,7 @@ from rich.console import Console
 
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
+from khanhllm.files import check_writable
 from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
 from khanhllm.limits import cores
 from khanhllm.machine.adapt import adapt
@@ -55,19 +56,20 @@ def run(parts: list[str], machine: MachineConfig, steps: int, out: Path | None, 
     console = Console(highlight=False, stderr=as_json)
     opened = open_machine(machine)
     opened.take_process()
+    path = out or Path("bench") / f"{time.strftime('%Y%m%d-%H%M%S')}-{opened.device.type}.json"
+    check_writable(path)
     report: Report = {"machine": _describe(opened), "versions": _versions()}
     for part in parts or PARTS:
         console.rule(f"[bold]{part}")
         report |= PARTS[part](opened, machine, steps, console)
-    path = out or Path("bench") / f"{time.strftime('%Y%m%d-%H%M%S')}-{opened.device.type}.json"
+    if as_json:
+        print(json.dumps(report), flush=True)  # first, so that a disk that has become full costs no figures
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another file with --out") from None
     console.print(f"\nfull report: {path}", markup=False)
-    if as_json:
-        print(json.dumps(report))
 
 
 def _describe(machine: Machine) -> Report:

@@ -35,10 +35,9 @@ def show(number: int, seconds: Any, seeds: int, machine: MachineConfig, as_json:
     """Train the three models with each seed, write facts.json and facts.png, and print the table. Raises UserError."""
     config = _config(number, seconds, machine)
     written, picture = out / "facts.json", out / "facts.png"
+    check_writable(written, picture)
+    found = learn(config, number, seeds, Console(stderr=True, highlight=False))
     try:
-        for path in (written, picture):
-            check_writable(path)
-        found = learn(config, number, seeds, Console(stderr=True, highlight=False))
         out.mkdir(parents=True, exist_ok=True)
         publish(written, json.dumps(found, indent=1) + "\n")
         drawn = ending.drawn(picture, lambda: draw(found, picture))

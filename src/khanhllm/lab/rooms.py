@@ -14,6 +14,7 @@ from khanhllm.files import check_writable
 from khanhllm.lab import ending, experts
 from khanhllm.lab.closing import Cost
 from khanhllm.lab.sample import take
+from khanhllm.log.pictures import check_picture
 from khanhllm.runs.run import Run, Step, open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.settings import read_config
@@ -60,13 +61,12 @@ def show(
     """Examine a run, write experts.json and the picture into it, and print the table. Raises UserError."""
     run = opened.checkpoint.parents[1]
     picture = out or run / "experts.png"
-    try:
-        check_writable(picture)
-    except OSError as error:
-        raise UserError(f"cannot write {picture}: {error.strerror}") from None
+    check_picture(picture)
+    check_writable(run / experts.FILE)
     found = experts.examine(opened, take(opened, source, tokens, part), ablate, earlier, Console(stderr=True))
     written, name = experts.write(found, run), run.resolve().name
     try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
         drawn = ending.drawn(picture, lambda: draw(found, picture, name))
     except OSError as error:
         raise UserError(f"cannot write {picture}: {error.strerror}") from None

@@ -55,10 +55,7 @@ def writable(opened: Run, name: str, out: Path | None) -> Path:
     path = out or opened.checkpoint.parents[1] / name
     if path.suffix.lower() == ".png":
         raise UserError(f"--out {path}: name the JSON file; the picture lies beside it, with the ending .png")
-    try:
-        check_writable(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    check_writable(path)
     return path
 
 

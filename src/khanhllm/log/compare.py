@@ -15,7 +15,7 @@ from rich.text import Text
 from khanhllm.draw import Floats, duration, short, visible
 from khanhllm.errors import UserError
 from khanhllm.files import read as read_file
-from khanhllm.log.pictures import frame, read_log, smooth
+from khanhllm.log.pictures import check_picture, frame, read_log, smooth
 from khanhllm.log.run_log import FILE
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.schema import Config
@@ -77,8 +77,7 @@ def read(run: Path) -> RunLog:
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     """Print the table and write the picture. Raises UserError."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
-    if png.suffix.lower() not in (".png", ".svg", ".pdf") or png.is_dir():
-        raise UserError(f"--out {png}: the picture is a file that ends in .png, .svg or .pdf")
+    check_picture(png)
     logs = _named_apart([read(run) for run in runs], runs)
     console.print(_table(logs))
     if warning := _differ(logs):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from khanhllm.draw import Floats, braille, short, visible
+from khanhllm.errors import UserError
+from khanhllm.files import check_writable
 
 CURVES = ("tokens", "loss", "val_ce", "val_bpb")
 """columns that the pictures show"""
@@ -56,6 +58,13 @@ def frame(values: Sequence[float] | Floats) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = float(known.min()), float(known[len(known) // 20 :].max())
     return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def check_picture(png: Path) -> None:
+    """Raise UserError now if no picture can be written there, by a name that says its kind."""
+    if png.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {png}: the picture is a file that ends in .png, .svg or .pdf")
+    check_writable(png)
 
 
 def loss_curve_text(csv_file: Path, width: int = 76, height: int = 14) -> str:
