@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 
+from khanhllm import cli
 from khanhllm.data import tokenizer as module
 from khanhllm.data.tokenizer import END_OF_TEXT, SMALLEST, SPECIALS, Tokenizer, train_tokenizer
 from khanhllm.errors import UserError
@@ -237,6 +238,12 @@ def test_missing_and_damaged_files_are_one_clear_line(tmp_path):
     for name in ("missing.json", "cut.json", "list.json", "binary.json"):
         with pytest.raises(UserError, match=name):
             Tokenizer.load(tmp_path / name)
+
+
+def test_the_readable_list_does_not_take_the_place_of_the_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("khanhllm.data.prepare.train_on", None)
+    assert cli.main(["tokenizer", "--data", "stdlib", "--out", str(tmp_path / "vocab.txt")]) == 2
+    assert "vocab.txt: the readable list beside the tokenizer has this name" in capsys.readouterr().err
 
 
 def test_torch_is_not_imported():

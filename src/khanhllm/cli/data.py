@@ -14,6 +14,8 @@ def tokenizer(options: argparse.Namespace) -> None:
     from khanhllm.data.prepare import train_on
 
     out = Path(options.out)
+    if out.name.lower() == "vocab.txt":
+        raise UserError(f"--out {out}: the readable list beside the tokenizer has this name; choose another")
     asked = {
         "model": {"vocab_size": options.vocab_size},
         "data": {"tokenizer_sample": options.sample, "bad": options.bad},
