@@ -14,7 +14,7 @@ from khanhllm import UserError
 from khanhllm.cli.arguments import given
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
-from khanhllm.runs.evaluate import score_run
+from khanhllm.runs.evaluate import score_opened, score_run
 
 KNOBS = {
     "model.dim": 32,
@@ -101,6 +101,7 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
         (lambda: run.generate("x", temprature=1), "did you mean temperature"),
         (lambda: run.logits("word " * 100), "sees 32 at once"),
         (lambda: run.score(""), "no text to score"),
+        (lambda: score_opened(run, ""), "source of text is empty"),
         (lambda: run.score(None), "must be a str, got NoneType"),
         (lambda: run.stream(b"x"), "must be a str, got bytes"),
         (lambda: run.next("x", k=0), "k must be a whole number of at least 1, got 0"),

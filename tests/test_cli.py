@@ -231,6 +231,7 @@ def test_tokenizer_and_prepare_then_train_on_the_shards(corpus, trained, tmp_pat
         (["generate", "no-run", "--temperature", "hot"], "temperature"),
         (["generate", "no-run", "--top-p", "2"], "--top-p: must be at most 1 "),
         (["evaluate", "no-run"], "not a run folder"),
+        (["evaluate", "no-run", "--data", ""], "the name is empty"),
         (["doctor", "no-run"], "neither a run folder nor a preset"),
         (["tokenizer", "--data", "stdlib", "--vocab-size", "10"], "--vocab-size: must be at least 264"),
         (["tokenizer", "--data", "ftp://x/y"], "unknown source"),

@@ -169,7 +169,9 @@ def _names(text: str) -> list[str]:
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
-    parser.add_argument("--data", metavar="SRC", help="text to score, all of it (default: what the run held out)")
+    parser.add_argument(
+        "--data", metavar="SRC", type=name, help="text to score, all of it (default: what the run held out)"
+    )
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--suite", action="store_true", help="the suite: sets of questions from files, and made by rule")
     way.add_argument("--tasks", metavar="NAMES", type=_names, help="tasks of lm-evaluation-harness, parted by commas")

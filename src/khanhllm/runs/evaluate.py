@@ -24,7 +24,7 @@ def score_run(run: Path, source: str | None = None, machine_config: MachineConfi
 
 def score_opened(opened: Run, source: str | None = None) -> Score:
     """`score_run` of a run that is open already."""
-    return opened.score_windows(windows_of(source, opened) if source else held_out(opened).windows())
+    return opened.score_windows(held_out(opened).windows() if source is None else windows_of(source, opened))
 
 
 def held_out(opened: Run) -> Shards:
