@@ -324,16 +324,6 @@ def test_a_refusal_of_the_system_is_one_line_without_a_report(capsys, monkeypatc
     assert capsys.readouterr().err == "khanhllm: cannot write the output: No space left on device\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_what_is_printed_onto_a_full_disk_is_not_called_done(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(to_toml(tiny()))
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "khanhllm", "runs", str(tmp_path)]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "khanhllm: cannot write the output: No space left on device\n")
-
-
 def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     def broken(_options):
         """Breaks."""

@@ -46,7 +46,7 @@ def generate(options: argparse.Namespace) -> None:
             continue
         if options.samples > 1:
             print(f"--- seed {seed}")
-        print(prompt, end="", flush=True)
+        print(shown(prompt), end="", flush=True)
         for piece in pieces:
             print(shown(piece), end="", flush=True)
         print()
