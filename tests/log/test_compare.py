@@ -56,3 +56,11 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
     for name in ("found.json", "picture"):
         assert cli.main(["compare", str(run), "--out", str(tmp_path / name)]) == 2
         assert f"{name}: the picture is a file that ends in .png, .svg or .pdf" in capsys.readouterr().err
+
+
+def test_a_row_that_is_half_written_is_none(tmp_path):
+    run = run_folder(tmp_path / "run", [5, 4, 3], [1, 2, 3])
+    with (run / "training_log.csv").open("a") as file:
+        file.write("4,256,2.5")
+    assert compare.read(run).loss.tolist() == [5, 4, 3]
+    assert cli.main(["compare", str(run), "--out", str(tmp_path / "out.png")]) == 0

@@ -22,7 +22,8 @@ def read_log(csv_file: Path, names: Sequence[str] | None = CURVES) -> dict[str, 
     header: Sequence[str] = ()
     if csv_file.exists():
         with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
-            reader = csv.DictReader(file, restval="")
+            whole = (line for line in file if line.endswith("\n"))  # the last one may be half written
+            reader = csv.DictReader(whole, restval="")
             rows = [row for row in reader if _is_finite(row, "tokens") and _is_finite(row, "loss")]
             header = reader.fieldnames or ()
     columns = header if names is None else names
