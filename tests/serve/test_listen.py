@@ -150,6 +150,37 @@ def test_a_hundred_who_never_ask_keep_nobody_out(serving, monkeypatch):
     assert status == 200
 
 
+HALF = {
+    "a further one": ("GET /health HTTP/1.1\r\n", b"G"),
+    "one refused": ("POST /tokenize HTTP/1.1\r\ncontent-type: text/plain\r\ncontent-length: 9\r\n", b"body"),
+}
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_after_an_answer_a_request_must_come_in_time_too(serving, half):
+    head, rest = HALF[half]
+
+    def visit(site):
+        with socket.create_connection(("127.0.0.1", site.port), timeout=60) as one:
+
+            def silent():
+                return [other for other in list(listen.Protocol.silent) if other.client == one.getsockname()]
+
+            one.sendall(f"{head}host: localhost\r\n\r\n".encode())
+            answer = one.recv(10_000)
+            while b"}" not in answer:
+                answer += one.recv(10_000)
+            assert not silent()
+            one.sendall(rest)
+            until(silent)
+            (waiting,) = silent()
+            assert not waiting.late.cancelled()
+            waiting.loop.call_soon_threadsafe(waiting._late)  # as if its time were over
+            return one.recv(1)
+
+    assert serving().visited(visit) == b""
+
+
 def test_what_is_no_http_harms_nobody(serving):
     def visit(site):
         for noise in (b"\x16\x03\x01\x00", b"GET / HTTP/9\r\n\r\n", b"\r\n" * 50_000, b"A" * 200_000, b""):

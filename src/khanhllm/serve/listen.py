@@ -27,12 +27,31 @@ SILENT = 500
 
 
 class Protocol(H11Protocol):
-    """A connection must send its request in time, and many that do not keep nobody else out."""
+    """A connection must send each request in time, and many that do not keep nobody else out."""
 
     silent: dict["Protocol", None] = {}  # noqa: RUF012  # of the process, the oldest first
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._asked:
+            self._settled()
+        elif self not in self.silent:  # it has begun a further request, and uvicorn's own patience ends with that
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._settled()
+        super().connection_lost(exc)
+
+    @property
+    def _asked(self) -> bool:
+        """Whether there is a request that has no whole answer yet."""
+        return bool(self.cycle and not self.cycle.response_complete)
+
+    def _wait(self) -> None:
         self.silent[self] = None
         self.late = self.loop.call_later(PATIENCE, self._late)
         if len(self.silent) > SILENT:
@@ -40,21 +59,12 @@ class Protocol(H11Protocol):
             oldest._settled()
             oldest.transport.close()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle:
-            self._settled()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._settled()
-        super().connection_lost(exc)
-
     def _settled(self) -> None:
         self.silent.pop(self, None)
         self.late.cancel()
 
     def _late(self) -> None:
-        if not self.cycle:
+        if not self._asked:
             self.transport.close()
 
 
