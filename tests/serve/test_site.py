@@ -196,6 +196,26 @@ def test_newer_weights_are_taken_when_asked_and_no_stream_is_cut(visit, run, mon
         assert answer.status_code == 503 and client.get("/health").status_code == 200
 
 
+def test_older_weights_that_fail_end_their_own_streams_and_nothing_else(visit, monkeypatch):
+    monkeypatch.setattr(house_module, "SECONDS", 0.01)
+    gate, deaths, body = threading.Event(), [], {"max_tokens": 20, "temperature": 0}
+    with visit() as client, ThreadPoolExecutor() as pool:
+        client.house.died = lambda: deaths.append(client.house.fault)
+        before = client.house.server
+        before.engine._write = lambda _rows: gate.wait(60) and 1 / 0
+        stream = pool.submit(lambda: client.post("/v1/completions", json=body | {"stream": True}).text)
+        until(lambda: before.engine.busy)
+        assert client.post("/api/newest", json={}).status_code == 200
+        gate.set()
+        assert '"error"' in stream.result(60).split("\n\n")[-2]
+        until(lambda: not before._thread.is_alive())
+        assert client.post("/v1/completions", json=body).status_code == 200 and not deaths
+        client.house.server.engine._write = lambda _rows: 1 / 0
+        assert client.post("/v1/completions", json=body).status_code == 500
+        until(lambda: deaths)
+        assert isinstance(deaths[0], ZeroDivisionError)
+
+
 def test_open_shows_the_page_in_a_browser(run, monkeypatch):
     found = []
 

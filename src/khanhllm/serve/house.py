@@ -77,6 +77,8 @@ class House:
         self.sizes = {"parameters": total_parameters(paper), "active": active_parameters(paper)}
         self.why = "the run has no checkpoint yet; its model is served as soon as there is one"
         self.guard: Guard | None = None
+        self.fault: BaseException | None = None
+        """what ended the engine"""
         self._retired: list[Server] = []
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,11 +94,6 @@ class House:
         routes += [Route(path, endpoint, methods=[method]) for method, path, endpoint in api if page]
         self.own = application(routes, self._lifespan)
         self.app = self._answer
-
-    @property
-    def fault(self) -> BaseException | None:
-        """What ended the engine."""
-        return self.server.fault if self.server else None
 
     def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
         """The application behind its guard, whose settings these are."""
@@ -149,8 +146,14 @@ class House:
                 task.add_done_callback(self._tasks.discard)
 
     def _begin(self, server: Server) -> None:
-        server.guard, server.died = self.guard, lambda: self.died()
+        server.guard, server.died = self.guard, lambda: self._died(server)
         server.start()
+
+    def _died(self, server: Server) -> None:
+        """Who still listened to one that is retired has been told; the one that follows it goes on."""
+        if server not in self._retired:
+            self.fault = server.fault
+            self.died()
 
     async def _retire(self, server: Server) -> None:
         while server.engine.busy or server.engine.waiting:
