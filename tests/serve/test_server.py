@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khanhllm.inference import engine as engine_module
+from khanhllm.serve import writing as writing_module
 
 PROMPT = "def main("
 
@@ -296,6 +297,15 @@ def test_an_engine_that_dies_ends_a_stream_with_an_error(open_client):
     client.server.engine._write = lambda _rows: 1 / 0
     answer = post(client, prompt=PROMPT, stream=True)  # the first token comes from reading the prompt
     assert '"error"' in answer.text.split("\n\n")[-2] and "[DONE]" not in answer.text
+
+
+def test_an_answer_that_is_cut_since_nobody_reads_it_is_an_error(client, monkeypatch):
+    monkeypatch.setattr(writing_module, "STALLED", -1)
+    for stream in (True, False):
+        answer = post(client, prompt=PROMPT, temperature=0, stream=stream)
+        assert '"error"' in answer.text and "did not read it" in answer.text
+        assert '"finish_reason":"stop"' not in answer.text and "[DONE]" not in answer.text
+    assert answer.status_code == 500
 
 
 def test_what_nobody_foresaw_is_one_line(open_client, capsys):

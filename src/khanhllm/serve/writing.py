@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
 from khanhllm.inference.engine import Engine, Job
 from khanhllm.inference.routes import Route
 from khanhllm.inference.sample import Score
@@ -110,6 +111,7 @@ class Writing:
         prompt: list[Score] = [Score(token) for token in wanted.ids[wanted.shown : 1]]
         begun = not wanted.echo
         tokens, routes = [Score(wanted.ids[0])], list[Route]()
+        cut: UserError | None = None
 
         def beginning() -> tuple[str, list[Score]]:
             nonlocal begun
@@ -128,6 +130,7 @@ class Writing:
             tokens.append(score)
 
         def hear(score: Score) -> bool:
+            nonlocal cut
             tokens.append(score)
             text, scores = beginning()
             ended = score.token in self.tokenizer.ends
@@ -135,12 +138,15 @@ class Writing:
             self.written += 1
             scored = [*scores, score] if wanted.logprobs is not None else []
             self._send(Piece(index, text, scored, seen=seen()))
-            return ended or words.ended or len(self._pieces) > STALLED
+            ended |= words.ended
+            if not ended and len(self._pieces) > STALLED:  # it must not look as if the model had ended here
+                cut = UserError("the answer was cut, since its client did not read it")
+            return ended or cut is not None
 
         def over(reason: str, error: Exception | None) -> None:
             text, scores = beginning()
             scored = scores if wanted.logprobs is not None else []
-            self._send(Piece(index, text + words.rest(), scored, reason, error, seen()))
+            self._send(Piece(index, text + words.rest(), scored, reason, error or cut, seen()))
 
         top = ALTERNATIVES if wanted.routes and wanted.logprobs is None else wanted.logprobs
         job = Job(wanted.ids, wanted.sampling, hear, over, top=top, closed=wanted.closed)
