@@ -320,6 +320,20 @@ def test_it_follows_a_log_that_grows_and_is_cut_back(site, run):
         )
 
 
+def test_a_longer_training_and_a_best_validation_are_told_as_they_are(site, run, tmp_path):
+    other, kept = tmp_path / "other", run / "config.toml"
+    shutil.copytree(run, other)
+    lines = (f"{step},{step},5,5,{1.5 if step == 700 else 2}\n" for step in range(1, 2001))
+    (other / "training_log.csv").write_text("step,tokens,loss,val_ce,val_bpb\n" + "".join(lines))
+    with site(other) as (_, visit):
+        page = visit("#training")
+        expect(page.locator("#facts")).to_contain_text("Step10 of 10")
+        kept.write_text(kept.read_text("utf-8").replace("\nsteps = 10\n", "\nsteps = 20\n"), "utf-8")
+        expect(page.locator("#facts")).to_contain_text("Step10 of 20")
+        page.get_by_role("link", name="Compare").click()
+        expect(page.locator("#compared tr", has_text="Bits per byte, best")).to_contain_text("1.5")
+
+
 def test_a_run_without_a_checkpoint_shows_its_training_and_then_writes(site, run, tmp_path):
     (run / "checkpoints").rename(tmp_path / "away")
     (run / "checkpoints").mkdir()

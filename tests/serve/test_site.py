@@ -120,6 +120,17 @@ def test_what_the_page_asks(visit, run):
         assert client.post("/api/log", json={}).status_code == 405
 
 
+def test_a_run_that_is_resumed_for_longer_says_so(visit, run):
+    kept = run / "config.toml"
+    text = kept.read_text(encoding="utf-8")
+    with visit() as client:
+        assert client.get("/api/model").json()["steps"] == 10
+        kept.write_text(text.replace("\nsteps = 10\n", "\nsteps = 20\n"), encoding="utf-8")
+        assert client.get("/api/model").json()["steps"] == 20
+        kept.unlink()
+        assert client.get("/api/model").json()["steps"] == 20
+
+
 def test_several_runs_show_their_logs(visit, run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
@@ -247,6 +258,8 @@ def test_findings_of_the_laboratory(visit, run):
     with visit() as client:
         found = client.get("/api/experts").json()
         assert found["current"] is True
+        shutil.rmtree(run / "checkpoints")  # as a training does with old ones
+        assert client.get("/api/experts").json()["current"] is True
         (layer, *_) = found["findings"]["layers"]
         assert layer["off"]["share"] is not None and layer["experts"][0]["closed"]["error"] >= 0
         changed = json.loads((run / "experts.json").read_text()) | {"checkpoint": "another"}

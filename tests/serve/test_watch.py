@@ -109,6 +109,12 @@ def test_a_long_log_becomes_few_points_that_hide_no_extreme(log):
     assert watch.look()["curves"] == little.look()["curves"]
 
 
+def test_the_best_validation_is_that_of_a_row_and_no_mean(log):
+    log.write_text("step,val_bpb\n" + "".join(f"{step},{1.5 if step == 700 else 2}\n" for step in range(5 * POINTS)))
+    found = Watch(log).look()
+    assert min(points(found, "val_bpb", "least")) == 1.5 < min(points(found, "val_bpb"))
+
+
 def test_each_layer_has_its_curve(tmp_path):
     (tmp_path / "experts.csv").write_text("step,layer,share_0\n50,1,0.5\n50,3,0.25\n100,1,0.75\n100,nan,1\n100,-1,1\n")
     found = Watch(tmp_path / "experts.csv", "layer").look()

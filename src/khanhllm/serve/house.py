@@ -3,7 +3,7 @@ the run has a checkpoint."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.routing import Route
 from khanhllm.errors import UserError
 from khanhllm.log.run_log import EXPERTS, FILE, MESSAGES
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
-from khanhllm.serve.findings import findings, of_checkpoint
+from khanhllm.serve.findings import findings
 from khanhllm.serve.guard import Guard
 from khanhllm.serve.openai import Asked, Refused, dumped, parsed
 from khanhllm.serve.server import Server, application
@@ -171,6 +171,8 @@ class House:
         return _json(await asyncio.to_thread(self._model))
 
     def _model(self) -> dict[str, Any]:
+        with suppress(UserError):  # of a folder that is being removed, the last one that was read
+            self.config = read_config(self.runs[0])  # anew: a resumed training may be longer
         config, server = self.config, self.server
         shape = config.model
         kept = checkpoint.steps(self.runs[0])
@@ -217,7 +219,7 @@ class House:
             found = await asyncio.to_thread(findings, self.runs[0])
         except UserError as error:
             raise Refused(404, str(error)) from None
-        current = bool(found and self.server and of_checkpoint(self.server.run.checkpoint) == found["checkpoint"])
+        current = bool(found and self.server and self.server.weights == found["checkpoint"])
         return _json({"findings": found, "current": current})
 
     async def newest(self, request: Request) -> Response:

@@ -22,7 +22,7 @@ POINTS = 512
 CHUNK = 2**20
 """bytes of a log that are read at a time"""
 MOST_COLUMNS = 1000
-RANGED = ("loss", "grad_norm")
+RANGED = ("loss", "grad_norm", "val_bpb")
 """columns of which the least and the largest are told too"""
 TAIL = 2**16
 """bytes at the end of a text that are shown"""

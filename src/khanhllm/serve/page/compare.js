@@ -33,7 +33,7 @@ export function compare(view, model) {
     bits.show(lines("val_bpb", { dots: true }));
     speed.show(lines("tokens_per_s"));
     norm.show(lines("grad_norm", { cut: true }));
-    const value = (run, name) => (name === "best" ? Math.min(...run.column("val_bpb").filter((one) => one !== null)) : run.last(name));
+    const value = (run, name) => (name === "best" ? Math.min(...run.column("val_bpb", "least").filter((one) => one !== null)) : run.last(name));
     table.replaceChildren(
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, ""), pair.map((run, nth) => el("th", { scope: "col", class: `name k${nth}` }, model.runs[run])))),
       el("tbody", {}, ROWS.map(([name, label, text]) => el("tr", {}, el("th", { scope: "row" }, label),

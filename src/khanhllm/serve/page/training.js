@@ -60,7 +60,7 @@ export function training(view, model) {
   const messages = el("ol", { class: "messages", tabindex: "0", "aria-label": "Messages" });
   const samples = el("div", { class: "samples" });
   const loads = el("h2", { hidden: true }, "Load of the experts");
-  let texts = "";
+  let texts = "", steps = model.steps;
 
   function drawLog() {
     const layers = model.layers.filter((layer) => curves.column(`balance_L${layer}`).length);
@@ -72,10 +72,10 @@ export function training(view, model) {
     charts.speed.show([curves.line("tokens_per_s", "speed", "k4")]);
     charts.memory.show([curves.line("memory_mb", "memory", "k5")]);
     const step = curves.last("step") ?? 0, at = (name) => (curves.last(name) === undefined ? null : short(curves.last(name)));
-    progress.hidden = !model.steps; // a run may end by the clock instead
-    progress.value = Math.min(step / Math.max(model.steps, 1), 1);
+    progress.hidden = !steps; // a run may end by the clock instead
+    progress.value = Math.min(step / Math.max(steps, 1), 1);
     facts.replaceChildren(
-      big("Step", whole(step), model.steps ? `of ${whole(model.steps)}` : ""), big("Tokens read", at("tokens")), big("Loss", at("loss"), "nats"),
+      big("Step", whole(step), steps ? `of ${whole(steps)}` : ""), big("Tokens read", at("tokens")), big("Loss", at("loss"), "nats"),
       big("Validation", at("val_bpb"), "bits per byte"), big("Speed", at("tokens_per_s"), "tokens/s"), big("Memory", at("memory_mb"), "MB"),
       ...(model.layers.length ? [big("Idlest expert", curves.last("least_share") === undefined ? null : percent(curves.last("least_share"), 1), "of a layer")] : []));
   }
@@ -107,7 +107,9 @@ export function training(view, model) {
     waits.hidden = !now.waits_for;
     waits.textContent = sentence(now.waits_for);
     const [log, loads, found] = await Promise.all([curves.fetch("log"), model.layers.length && curves.fetch("loads"), get("/api/texts")]);
-    if (log) drawLog();
+    const longer = steps !== now.steps; // resumed, with more steps
+    steps = now.steps;
+    if (log || longer) drawLog();
     if (loads) drawLoads();
     drawTexts(found);
   }
