@@ -1,7 +1,10 @@
 """The errors that a user can correct, and what a command says of any other."""
 
+import os
+import sys
 import tempfile
 import traceback
+from contextlib import suppress
 
 EXTRAS = {
     **dict.fromkeys(
@@ -45,6 +48,17 @@ def missing_extra(error: ModuleNotFoundError) -> UserError | None:
     module = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(module)
     return UserError(f"this needs {module}, which is not installed: pip install 'khanhllm[{extra}]'") if extra else None
+
+
+def drain() -> None:
+    """Let go of what cannot be printed, since its reader has gone or the disk is full: at its end Python would try once
+    more, and fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # there is none, or it is closed
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def in_a_line(error: Exception) -> tuple[str, int]:

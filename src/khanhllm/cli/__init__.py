@@ -13,7 +13,7 @@ import shtab
 
 from khanhllm import __version__
 from khanhllm.cli.arguments import Parser, Raw
-from khanhllm.errors import in_a_line
+from khanhllm.errors import drain, in_a_line
 from khanhllm.explain import did_you_mean
 
 # Each verb imports what it needs only when it runs, so that help is instant.
@@ -53,13 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:
+        return _unheard()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # what rich makes of it
+            return _unheard()
+        raise
     except Exception as error:
+        drain()
         text, code = in_a_line(error)
         verb = f"{words[0]}: " if isinstance(error, ModuleNotFoundError) and code == 2 else ""
         return _complain(verb + text, code) if text else code  # else it is said elsewhere
+
+
+def _unheard() -> int:
+    """The reader of our output has gone, as `head` does: the code of a program that SIGPIPE ends."""
+    drain()
+    return 141
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

@@ -41,6 +41,14 @@ class Parser(argparse.ArgumentParser):
         print(UserError(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"), file=sys.stderr)
         sys.exit(2)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own says nothing of a reader that has gone, or of a full disk
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if sys.stdout:
+            sys.stdout.flush()
+        super().exit(status, message)
+
     def refuse(self, word: str) -> NoReturn:
         """Say of a word that it has no place here, and which option it may stand for."""
         if not word.startswith("-"):

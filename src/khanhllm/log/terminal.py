@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from khanhllm.draw import bars, braille, duration, short, visible
+from khanhllm.errors import drain
 from khanhllm.log.pictures import frame
 
 Row = dict[str, Any]
@@ -77,6 +78,7 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+        drain()
 
 
 class Terminal:
