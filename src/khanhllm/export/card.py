@@ -43,7 +43,7 @@ def card(
         "---",
         f"# {run.resolve().name}",
         "",
-        f"A language model trained from scratch with KhanhLLM {__version__}: {total_parameters(paper):,} parameters, "
+        f"A language model, exported by KhanhLLM {__version__}: {total_parameters(paper):,} parameters, "
         f"{active_parameters(paper):,} at work on each token ({kinds}{experts}); width {model.dim}, "
         f"context {model.context:,} tokens, vocabulary {model.vocab_size:,}. Weights in {dtype}.",
         "",

@@ -104,8 +104,8 @@ def check(
     """Compare a model with what was read back of its export, and describe the difference in one line.
 
     meant: the weights that were written, before rounding to `dtype`. Raises UserError, naming the first fault: an
-    end-of-text or a tokenizer that is another, a tensor that is not the one meant, or logits further away than rounding
-    explains.
+    end-of-text or a tokenizer that is another, a tensor that is not the one meant (but of q8_0), or predictions further
+    away in the mean than rounding explains.
     """
     if found.end_of_text != tokenizer.end_of_text or found.tokens != tokenizer.vocab_size:
         raise UserError("the tokenizer reads back differently from what was written; nothing was published")
