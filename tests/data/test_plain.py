@@ -37,6 +37,12 @@ def test_how_a_stream_is_cut_does_not_matter(lines, block):
         assert list(found) == [text]
 
 
+def test_a_first_mark_far_into_a_file_parts_it_too(tmp_path):
+    tale = "They went on and on.\n" * 100_000
+    path = write(tmp_path / "a.txt", f"{tale}<|endoftext|>\nThe next.\n".encode())
+    assert read(path) == [tale.strip("\n"), "The next."]
+
+
 def test_a_document_between_marks_has_a_limit(monkeypatch):
     monkeypatch.setattr(plain, "LONGEST", 100)
     text = "a\n<|endoftext|>\n" + "word " * 1_000

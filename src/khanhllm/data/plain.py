@@ -15,10 +15,8 @@ from khanhllm.errors import UserError
 
 BLOCK = 2**18
 """bytes read at once"""
-BEGINNING = 2**20
-"""characters of a file that show whether marks part it"""
 LONGEST = 2**24
-"""longest document between two marks (characters); no book is longer"""
+"""longest document between two marks (characters); no book is longer. So as many show whether marks part a file"""
 MARK = re.compile(rf"^[^\S\n]*{re.escape(END_OF_TEXT)}[^\S\n]*$\n?", re.MULTILINE)
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -58,11 +56,14 @@ def documents(texts: Iterator[str], most: int) -> Iterator[str]:
     """The documents of a stream of text: what lies between marks, else pieces of at most `most` characters."""
     beginning, fault = "", None
     try:
-        while len(beginning) < BEGINNING and (text := next(texts, "")):
+        for text in texts:
             beginning += text
+            if len(beginning) >= LONGEST:
+                break
     except UserError as error:
         fault = error
-    found = _between_marks(beginning, texts) if MARK.search(beginning) else _pieces(chain([beginning], texts), most)
+    marked = END_OF_TEXT in beginning and MARK.search(beginning)
+    found = _between_marks(beginning, texts) if marked else _pieces(chain([beginning], texts), most)
     if not fault:
         yield from found
     else:  # whole documents before the fault come first, as they would without this look ahead
@@ -91,10 +92,12 @@ def _pieces(texts: Iterator[str], most: int) -> Iterator[str]:
     pending = ""
     for text in texts:
         pending += text
-        while len(pending) > most:
-            cut = _cut(pending, most)
-            yield pending[:cut]
-            pending = pending[cut:]
+        start = 0
+        while len(pending) - start > most:
+            end = start + _cut(pending[start : start + most], most)
+            yield pending[start:end]
+            start = end
+        pending = pending[start:]
     yield pending
 
 
