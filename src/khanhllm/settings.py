@@ -214,5 +214,5 @@ def write_config(config: Config, folder: Path) -> None:
 
 def refuse_to_overwrite(folder: Path, resume: bool) -> None:
     """Raise UserError if the folder holds a run that the user does not ask to resume."""
-    if not resume and (folder / "config.toml").exists():
+    if not resume and ((folder / "config.toml").exists() or any(folder.glob("checkpoints/step-*"))):
         raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")

@@ -186,6 +186,14 @@ def test_a_run_is_not_overwritten(corpus, cache, tmp_path):
         train(config(corpus, cache), tmp_path / "run")
 
 
+def test_checkpoints_without_their_config_are_not_overwritten_either(corpus, cache, tmp_path):
+    train(config(corpus, cache, train={"steps": 1}), tmp_path / "run")
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config(corpus, cache), tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000001"
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
