@@ -283,6 +283,18 @@ def test_a_run_by_time_spends_what_is_left(corpus, cache, tmp_path, monkeypatch)
         train(config(corpus, cache, train={"seconds": 11}), run, resume=True)
 
 
+def test_the_time_of_a_run_by_steps_counts_when_it_goes_on_by_time(corpus, cache, tmp_path, monkeypatch):
+    tick(monkeypatch)
+    run = tmp_path / "run"
+    train(config(corpus, cache, train={"steps": 4, "save_every": 0}), run)
+    with pytest.raises(UserError, match="has used 4 s already; to continue, give a longer --for"):
+        train(config(corpus, cache, train={"seconds": 3}), run, resume=True)
+    train(config(corpus, cache, train={"seconds": 8, "save_every": 0}), run, resume=True)
+    assert checkpoint.newest(run).name == "step-0000007"
+    said = (run / "messages.txt").read_text("utf-8")
+    assert "rises from 10% to 55% of its peak, as its schedule now ends after 8 s" in said
+
+
 @pytest.mark.parametrize(("until", "says"), [({"steps": 3}, "reads"), ({"seconds": 8}, "read")])
 def test_a_run_says_how_often_it_reads_its_text_as_soon_as_it_can_know(
     until, says, corpus, cache, tmp_path, monkeypatch

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -331,10 +331,21 @@ def best_of(steps: Iterable[int], validations: Mapping[int, float]) -> int | Non
 
 def lacks_validation(run: Path, config: Config, step: int) -> bool:
     """Whether the log has the row of a step, but not its validation, which a signal cut short."""
-    with suppress(OSError):
-        rows = [row for _, row in _rows_up_to(run / FILE, columns(config), step)]
-        return bool(rows) and rows[-1]["step"] == step and "val_ce" not in rows[-1]
-    return False
+    row = _last_row(run, config, step)
+    return row.get("step") == step and "val_ce" not in row
+
+
+def seconds_of(run: Path, config: Config, step: int) -> float:
+    """The time that a run had taken up to a step, by its log; 0 where that does not say it."""
+    seconds = float(_last_row(run, config, step).get("seconds") or 0)
+    return seconds if 0 < seconds < inf else 0.0
+
+
+def _last_row(run: Path, config: Config, step: int) -> Row:
+    """The last row up to a step; empty if the log has none, or cannot be read."""
+    with suppress(OSError, UserError):
+        return next((row for _, row in reversed([*_rows_up_to(run / FILE, columns(config), step)])), {})
+    return {}
 
 
 def _open_board(run: Path, purge_step: int | None) -> Any:

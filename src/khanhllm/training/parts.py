@@ -1,8 +1,8 @@
 """What a run is made of, opened anew or brought back from a checkpoint."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
-from khanhllm.log.run_log import lacks_validation
+from khanhllm.log.run_log import lacks_validation, seconds_of
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.probe import LinkSpeed
 from khanhllm.machine.signals import Stop
+from khanhllm.optim.schedule import warmup_of
 from khanhllm.schema import Config, DataConfig
 from khanhllm.settings import read_config
 from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
-from khanhllm.training.step import Learner, State
+from khanhllm.training.step import Learner, State, rate_factor
 
 FREE = ("data.source", "data.workers", "data.cache", "data.tokens")
 """what a resumed run may change; of a source, the shards that it gives are compared"""
@@ -35,6 +36,8 @@ FIXED = ("seed", "targets", "document_mask")
 """what it may not change of `train`"""
 A_SECOND = 20_000
 """tokens trained on in one, before it is known: decides how long a text the tokenizer learns from"""
+RISE = 0.01
+"""share by which the last validation must exceed the best one, or a resumed run's rate its old one, to be spoken of"""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,29 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
     done = train.steps <= step and not (train.steps == step and lacks_validation(folder, config, step))
     if not train.seconds and done:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
-    if 0 < train.seconds <= saved["seconds"]:
-        raise UserError(f"{folder} has used {saved['seconds']:.0f} s already; to continue, give a longer --for")
+    if 0 < train.seconds <= (used := time_used(config, folder, saved)):
+        raise UserError(f"{folder} has used {used:.0f} s already; to continue, give a longer --for")
+
+
+def time_used(config: Config, folder: Path, saved: dict[str, Any]) -> float:
+    """Seconds that a run has used up. Only one that is given its time saves them; of others the log has them, so that
+    equal runs have equal checkpoints."""
+    return saved["seconds"] or seconds_of(folder, config, saved["step"])
+
+
+def about_rate(parts: Parts, state: State) -> Iterator[str]:
+    """What a user may not expect of the learning rate."""
+    train, schedule = parts.config.train, parts.config.schedule
+    if state.share is None and not state.step and (warm := warmup_of(train.steps, schedule)) < schedule.warmup:
+        yield f"the learning rate warms up for {warm} of {train.steps} steps, not schedule.warmup = {schedule.warmup}"
+    before = read_config(parts.run) if state.step else parts.config
+    used, given = seconds_of(parts.run, parts.config, state.step), before.train.seconds
+    then = replace(state, share=min(1.0, used / given) if given else None)
+    old, new = rate_factor(then, before), rate_factor(state, parts.config)
+    if new > old + RISE:
+        ends = f"at step {train.steps:,} instead of {before.train.steps:,}"
+        ends = f"after {train.seconds:,.0f} s" if train.seconds else ends
+        yield f"the learning rate rises from {old:.0%} to {new:.0%} of its peak, as its schedule now ends {ends}"
 
 
 def nothing_left(config: Config, folder: Path) -> str:
@@ -191,8 +215,8 @@ def check_validation(parts: Parts) -> None:
         )
 
 
-def restore(parts: Parts, path: Path) -> State:
-    """Bring weights, moments and state back from a checkpoint."""
+def restore(parts: Parts, path: Path, used: float = 0.0) -> State:
+    """Bring weights, moments and state back from a checkpoint. used: see `time_used`."""
     saved, learner = checkpoint.read_state(path), parts.learner
     begun = saved["data"] or saved["step"]
     if begun and saved["data"] != parts.train.sha256:
@@ -208,6 +232,6 @@ def restore(parts: Parts, path: Path) -> State:
     if len(load_LE) != start.load_LE.numel():
         raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
     budget_s = learner.config.train.seconds
-    share = saved["seconds"] / budget_s if budget_s else None
+    share = max(used, saved["seconds"]) / budget_s if budget_s else None
     guard, tied = Guard(**saved["guard"]), saved.get("tied", False)
     return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), guard, share, tied)

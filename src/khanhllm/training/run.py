@@ -36,23 +36,31 @@ from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.probe import LinkSpeed, link_speed
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
-from khanhllm.optim.schedule import warmup_of
 from khanhllm.planning import budget, ways
 from khanhllm.schema import Config, TrainConfig
-from khanhllm.settings import read_config, refuse_to_overwrite, write_config
+from khanhllm.settings import refuse_to_overwrite, write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.parts import Parts, assemble, check_longer, check_same, check_validation, restore, rows_of
+from khanhllm.training.parts import (
+    RISE,
+    Parts,
+    about_rate,
+    assemble,
+    check_longer,
+    check_same,
+    check_validation,
+    restore,
+    rows_of,
+    time_used,
+)
 from khanhllm.training.recovery import adapted, recover
 from khanhllm.training.samples import write_samples
 from khanhllm.training.saver import Saver, room_for, writers
-from khanhllm.training.step import NoRows, State, rate_factor, train_step
+from khanhllm.training.step import NoRows, State, train_step
 
 A_LONG_RUN = 10**9
 """steps of a run that is given its time"""
 SETTLED = 2
 """steps after the first, which compiles: from then on a step is as fast as it will be"""
-RISE = 0.01
-"""share by which the last validation must exceed the best one, or a resumed run's rate its old one, to be spoken of"""
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> str:
@@ -132,7 +140,8 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         parts = assemble(config, own, saved, machine)
         check_validation(parts)
         parts = replace(parts, link=_link(parts))
-        state = restore(parts, Path(last)) if last else parts.learner.start()
+        used = group.told(lambda: time_used(config, folder, saved) if last else 0.0)
+        state = restore(parts, Path(last), used) if last else parts.learner.start()
         size = checkpoint.size(parts.learner.model, parts.learner.optimizer, parts.learner.part)
         tight = _room(parts, state, size) if group.leads else ""
         place, by = writers(own, size, group)
@@ -143,7 +152,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(own / "tokenizer.json")
-            told = [*_introduction(parts, state), *_rate(parts, state), tight] if group.leads else []
+            told = [*_introduction(parts, state), *about_rate(parts, state), tight] if group.leads else []
             write_config(parts.config, own)
             checkpoint.reject_after(own, state.step, paper)
             for line in filter(None, told):
@@ -333,21 +342,6 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         yield f"the run reads its text {epochs:.1f} times"
     if state.step:
         yield f"resumed after step {state.step}"
-
-
-def _rate(parts: Parts, state: State) -> Iterator[str]:
-    """What a user may not expect of the learning rate."""
-    steps, schedule = parts.config.train.steps, parts.config.schedule
-    if state.share is None and not state.step and (warm := warmup_of(steps, schedule)) < schedule.warmup:
-        yield f"the learning rate warms up for {warm} of {steps} steps, not schedule.warmup = {schedule.warmup}"
-    before = read_config(parts.run) if state.step else parts.config
-    if state.share is None and not before.train.seconds:
-        old, new = rate_factor(state, before), rate_factor(state, parts.config)
-        if new > old + RISE:
-            yield (
-                f"the learning rate rises from {old:.0%} to {new:.0%} of its peak, "
-                f"as its schedule now ends at step {steps:,} instead of {before.train.steps:,}"
-            )
 
 
 def _room(parts: Parts, state: State, size: int) -> str:
