@@ -25,6 +25,7 @@ from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import resolve, write_config
 from khanhllm.training import checkpoint, saver, tensor_files
 from khanhllm.training import run as training_run
+from khanhllm.training.parts import nothing_left
 from khanhllm.training.run import train
 from khanhllm.training.step import State
 
@@ -293,6 +294,18 @@ def test_the_time_of_a_run_by_steps_counts_when_it_goes_on_by_time(corpus, cache
     assert checkpoint.newest(run).name == "step-0000007"
     said = (run / "messages.txt").read_text("utf-8")
     assert "rises from 10% to 55% of its peak, as its schedule now ends after 8 s" in said
+
+
+def test_a_finished_run_by_time_is_left_in_peace_unless_its_validation_was_cut(corpus, cache, tmp_path, monkeypatch):
+    tick(monkeypatch)
+    whole = config(corpus, cache, train={"seconds": 8, "save_every": 0, "eval_every": 0})
+    assert train(whole, tmp_path / "run") == ""
+    assert "longer --for" in nothing_left(whole, tmp_path / "run")
+    with pytest.raises(UserError, match="longer --for"):
+        train(whole, tmp_path / "run", resume=True)
+    monkeypatch.setattr(training_run, "validate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(whole, tmp_path / "cut") == "SIGTERM"
+    assert not nothing_left(whole, tmp_path / "cut")
 
 
 @pytest.mark.parametrize(("until", "says"), [({"steps": 3}, "reads"), ({"seconds": 8}, "read")])

@@ -28,7 +28,7 @@ from khanhllm import optim
 from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read
 from khanhllm.model.exchange import WHOLE, Part
-from khanhllm.schema import Natural
+from khanhllm.schema import Natural, Rate
 from khanhllm.training import tensor_files
 from khanhllm.training.guard import Guard
 from khanhllm.training.tensor_files import LONGEST_HEADER, Fingerprint, sync
@@ -61,7 +61,9 @@ class Noted(BaseModel):
     cursor: Annotated[int, Field(ge=0, le=2**62)] = 0
     load: list[list[Share]] = []
     guard: Guard = Guard()
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    seconds: Rate = 0.0
+    ended: Rate = 0.0
+    """the time that the run was given, if that has passed (seconds): less is used, as another step would not fit in"""
     tied: bool = False
     data: str = ""
     tokenizer: str = ""

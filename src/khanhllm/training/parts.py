@@ -167,7 +167,7 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
     done = train.steps <= step and not (train.steps == step and lacks_validation(folder, config, step))
     if not train.seconds and done:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
-    if 0 < train.seconds <= (used := time_used(config, folder, saved)):
+    if 0 < train.seconds <= (used := max(time_used(config, folder, saved), saved["ended"])):
         raise UserError(f"{folder} has used {used:.0f} s already; to continue, give a longer --for")
 
 

@@ -113,7 +113,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 log.say(slow)
             saver.report()
             if due(state.step, train.save_every) or last:
-                _save(parts, state, log, saver, must=last)
+                _save(parts, state, log, saver, must=last, ended=finished)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
                 write_samples(parts, state.step, log)
         if finished:
@@ -292,8 +292,9 @@ def _rise(parts: Parts, log: Log) -> Iterator[str]:
     )
 
 
-def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> None:
-    """Begin to save; `must` as in Saver.save. Raises Apart rather than save weights on which processes differ."""
+def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool, ended: bool = False) -> None:
+    """Begin to save; `must` as in Saver.save. ended: whether the run is finished. Raises Apart rather than save weights
+    on which processes differ."""
     learner, model, optimizer = parts.learner, parts.learner.model, parts.learner.optimizer
     learner.owners.check(model.state_dict())
     log.flush()
@@ -305,6 +306,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool) -> Non
         "folder": str(parts.train.folder.resolve()),
         "guard": asdict(state.guard),
         "seconds": (state.share or 0) * parts.config.train.seconds,
+        "ended": parts.config.train.seconds if ended else 0.0,
         "tied": state.tied,
     }
     takers = learner.owners.takers() if saver.shared else {}
