@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_file
 
 from conftest import tiny
+from khanhllm.data.belt import Starved
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.log.compare import read
@@ -254,6 +255,20 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     with (tmp_path / "run" / "training_log.csv").open() as file:
         assert len(file.readlines()) - 1 < 20
+
+
+def test_a_belt_that_starves_right_after_a_save_ends_the_run_as_at_any_other_step(corpus, cache, tmp_path, monkeypatch):
+    honest = training_run.train_step
+
+    def starving(learner, state, rows):
+        if state.step == 5:
+            raise Starved("nothing comes")
+        return honest(learner, state, rows)
+
+    monkeypatch.setattr(training_run, "train_step", starving)
+    with pytest.raises(Starved, match=r"nothing comes \(at step 5; to continue: --resume"):
+        train(config(corpus, cache), tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000005"
 
 
 def tick(monkeypatch):

@@ -109,6 +109,11 @@ def test_what_several_have_written_is_what_one_writes(name, size, tmp_path):
     assert tensor_files.identity(path) != tensor_files.identity(one)
 
 
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path, trained):
+    assert len(shared_save(tmp_path, 2, 3, *trained)[0]) == 1
+    assert shared_save(tmp_path, 2, 3, *trained) == [[], []]
+
+
 def test_nobody_writes_or_holds_more_than_its_part(tmp_path, monkeypatch, trained):
     """Bytes that come to the writer, and what is kept for it."""
     honest, written = tensor_files.save_file, {}

@@ -63,12 +63,14 @@ class Saver:
         return not self.group.alone
 
     def save(self, part: checkpoint.Snapshot, must: bool) -> None:
-        """Begin to save, and say what became of the save before. part: as for `begin`.
+        """Begin to save, unless this step is saved, and say what became of the save before. part: as for `begin`.
 
         must: wait until it is written, if need be for room on the disk too; also if the saves before it have failed
         too often. Raises UserError if that fails.
         """
         self.report(patient=True)
+        if self.group.told(lambda: checkpoint.folder(self.run, part.step).exists()):
+            return  # and then a belt starved, or a signal came, before the next step
         kept = self.begin(part)
         deadline = time.monotonic() + PATIENCE
         while must or self.failures >= FAILURES - 1:
