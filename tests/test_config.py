@@ -9,7 +9,7 @@ from khanhllm.errors import UserError, missing_extra
 from khanhllm.files import publish
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.schema import Config
-from khanhllm.settings import preset, preset_names, resolve, to_toml, with_length
+from khanhllm.settings import preset, preset_names, read_config, resolve, to_toml, with_length, write_config
 from khanhllm.units import amount, seconds
 
 
@@ -37,6 +37,12 @@ def test_sizes_of_the_others():
 def test_any_text_survives_toml(text):
     config = resolve({"train": {"sample_prompt": text.encode("utf-8", "replace").decode()}})
     assert resolve(tomllib.loads(to_toml(config))) == config
+
+
+def test_a_text_of_many_dots_survives_the_run_folder(tmp_path):
+    config = resolve({"train": {"sample_prompt": 'She said "' + "." * 3_000}})
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,10 @@ def _toml_value(value: str | bool | int | float) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + "".join(_escape(char) for char in value) + '"'
+        text = "".join(_escape(char) for char in value)
+        if text.count(".") > DEEPEST:  # `read_toml` would take them for a hostile key
+            text = text.replace(".", "\\U0000002E")
+        return f'"{text}"'
     return repr(value)
 
 
