@@ -1,6 +1,8 @@
 """Nothing that is not finite reaches weights or moments; a run that went wrong returns to its last good checkpoint."""
 
+import os
 import random
+import signal
 from itertools import islice
 from math import inf, nan
 
@@ -12,11 +14,12 @@ from test_resume import config, outcome
 from conftest import tiny
 from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
+from khanhllm.data.belt import Starved
 from khanhllm.data.shards import Shards
 from khanhllm.machine.devices import open_machine
 from khanhllm.model import Transformer, losses
 from khanhllm.settings import resolve
-from khanhllm.training import checkpoint
+from khanhllm.training import checkpoint, recovery
 from khanhllm.training import run as training_run
 from khanhllm.training.guard import Diverged, Guard
 from khanhllm.training.run import train
@@ -158,6 +161,27 @@ def test_a_change_of_text_is_no_divergence_and_an_ended_run_gets_over_it(corpus,
     _, rows = outcome(tmp_path / "fresh")
     assert sum(row["rejected"] != "0" for row in rows) <= 6
     assert float(rows[-1]["loss"]) < float(rows[63]["loss"]), "the new text is learned"
+
+
+@pytest.mark.parametrize("starves", [False, True], ids=["a-signal", "a-starved-belt"])
+def test_earlier_rows_that_do_not_come_decide_nothing(starves, corpus, cache, tmp_path, monkeypatch):
+    """The text changes with step 61. Where a signal cuts the doubt short, it is saved and settled later."""
+    other_text(monkeypatch, border=240)
+    settings = config(corpus, cache, train={"steps": 90}, optim={"lr": 2e-2})
+
+    def none(*_, **__):
+        if starves:
+            raise Starved("nothing comes")
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from ()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "rows_of", none)
+        assert train(settings, tmp_path / "run") == ("" if starves else "SIGTERM")
+    assert checkpoint.newest(tmp_path / "run").name == f"step-00000{90 if starves else 63}"
+    train(resolve(settings.model_dump(), {"train": {"steps": 95}}), tmp_path / "run", resume=True)
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert "the text has changed" in said and "back to" not in said
 
 
 def test_weights_gone_wrong_are_not_taken_for_a_change_of_text(corpus, cache, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What a run does when steps go wrong: tell new text from weights gone wrong, go back, take smaller micro-batches."""
 
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 from math import isfinite, nan
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from khanhllm.data.belt import Starved
 from khanhllm.errors import UserError
 from khanhllm.log.run_log import Log
 from khanhllm.machine.adapt import uncompile
@@ -29,8 +30,10 @@ def recover(parts: Parts, state: State, row: dict[str, Any], stop: Stop, log: Lo
     changed, else go back. See guard.py."""
     loss, guard = row["loss"], state.guard
     believable = isfinite(loss) and isfinite(row["grad_norm"]) and guard.losses
-    owners = parts.learner.owners
-    if not believable or not guard.text_changed(loss, owners.led(lambda: _loss_of_known_rows(parts, state, stop))):
+    known = parts.learner.owners.led(lambda: _loss_of_known_rows(parts, state, stop)) if believable else nan
+    if known is None:
+        return state  # undecided; the run saves it and stops, or doubts again after the next rejected step
+    if not guard.text_changed(loss, known):
         return _return_to_checkpoint(parts, state, log, saver)
     log.say(
         f"step {state.step}: the text has changed, as earlier rows are read as well as before; "
@@ -40,19 +43,21 @@ def recover(parts: Parts, state: State, row: dict[str, Any], stop: Stop, log: Lo
 
 
 @torch.no_grad()
-def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float:
-    """What the weights say now of one step's rows from the middle of the guard's losses; nan if a signal asks to stop
-    meanwhile."""
+def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float | None:
+    """What the weights say now of one step's rows from the middle of the guard's losses, nan if nothing of them counts;
+    None if they do not come, as a signal asks to stop or the belt starves."""
     learner, train = parts.learner, parts.config.train
     back = state.guard.rejected + len(state.guard.losses) // 2
     known = replace(state, cursor=max(0, state.cursor - back * train.rows_per_step))
     nll, counted = [], 0
-    with closing(rows_of(parts, known, stop, every=True)) as rows:
+    with suppress(Starved), closing(rows_of(parts, known, stop, every=True)) as rows:
         for batch in islice(rows, train.accumulation):
             with learner.machine.autocast():
                 nll.append(learner.model(*batch[:2], *batch.extras)[0].sum().item())
             counted += batch.counted
-    return sum(nll) / counted if counted and len(nll) == train.accumulation else nan
+    if len(nll) < train.accumulation:
+        return None
+    return sum(nll) / counted if counted else nan
 
 
 def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) -> State:
