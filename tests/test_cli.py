@@ -221,6 +221,7 @@ def test_tokenizer_and_prepare_then_train_on_the_shards(corpus, trained, tmp_pat
         (["train", "nano", "--steps", "10q"], "--steps: must be a whole number, such as 1000 or 10k"),
         (["train", "nano", "--tokens", "0"], "--tokens: must be at least 1"),
         (["train", "nano", "--for", "10k"], "--for: must be a time"),
+        (["train", "nano", "--for", "0s"], "--for: must be a time above 0"),
         (["train", "nano", "--machine.device", "tpu"], "must be auto, cpu, mps, cuda or cuda:N"),
         (["train", "nano", "--model.pattern", "DXD"], "each D (dense) or M (mixture)"),
         (["chaos", "--faults", "1e400"], "must be a whole number"),

@@ -13,11 +13,12 @@ TOO_LONG = 100
 
 
 def seconds(given: Any, name: str) -> float:
-    """480s, 90m, 8h, 1d12h -> seconds. UserError, with the name of the argument, for anything else."""
+    """480s, 90m, 8h, 1d12h -> seconds. UserError, with the name of the argument, for anything else, and for 0."""
     match = re.fullmatch(r"(?:[0-9]+(?:\.[0-9]+)?[smhd])+", str(given)[:TOO_LONG].strip().lower())
-    if not match:
-        raise UserError(f"{name}: must be a time, such as 480s, 90m, 8h or 1d12h (got {str(given)[:60]!r})")
-    return sum(float(number) * TIMES[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", match[0]))
+    parts = re.findall(r"([\d.]+)([smhd])", match[0]) if match else ()
+    if not (total := sum(float(number) * TIMES[unit] for number, unit in parts)):
+        raise UserError(f"{name}: must be a time above 0, such as 480s, 90m, 8h or 1d12h (got {str(given)[:60]!r})")
+    return total
 
 
 def whole(text: str) -> int | None:
