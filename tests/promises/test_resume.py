@@ -466,6 +466,13 @@ def test_a_run_by_time_ends_while_there_is_time_to_save():
         assert progress == (replace(state, share=0.6), last)
 
 
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_step_that_compiled_does_not_say_how_long_the_next_one_takes(cold):
+    state, log = State(1, 0, torch.empty(0), share=0.0), SimpleNamespace(expect=lambda _steps: None)
+    place = (TrainConfig(seconds=10), state, 6, SimpleNamespace(seconds=0), log)
+    assert training_run._progress(*place, cold=cold) == (replace(state, share=0.6), not cold)
+
+
 def test_a_vocabulary_larger_than_the_text_gives_is_said(corpus, tmp_path, capsys):
     (tmp_path / "small.jsonl").write_text("".join(f'{{"text": "a{nth}"}}\n' for nth in range(60)), "utf-8")
     settings = {"model": {"vocab_size": 5000, "context": 8}, "train": {"steps": 1, "sample_tokens": 0}}

@@ -102,7 +102,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 if state.step < row["step"]:
                     continue
             seconds = time.perf_counter() - started
-            state, finished = _progress(train, state, seconds, saver, log, group)
+            cold = state.step == first and parts.learner.machine.compile
+            state, finished = _progress(train, state, seconds, saver, log, group, cold)
             if due(state.step, train.eval_every) or finished:
                 row |= validate(parts, train.eval_tokens, stop) or {}
                 finished = finished and "val_ce" in row
@@ -199,15 +200,16 @@ def _last(config: Config, folder: Path, paper: nn.Module) -> str:
 
 
 def _progress(
-    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group = ALONE
+    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group = ALONE, cold: bool = False
 ) -> tuple[State, bool]:
     """The state with the share of the time budget that is used up, and whether the run is finished; by the clock of the
-    first process."""
+    first process. cold: whether this step compiled, so that it does not tell how long the next one takes."""
     if state.share is None:
         return state, state.step == train.steps
     share = seconds / train.seconds
     # finished when there is no time left for another step and for saving
-    finished = share + (share - state.share) + saver.seconds / train.seconds >= 1
+    following = 0.0 if cold else share - state.share
+    finished = share + following + saver.seconds / train.seconds >= 1
     share, finished = group.exchange(share, finished)[0]  # type: ignore[assignment]
     log.expect(state.step if finished else max(state.step + 1, round(state.step / share)))
     return replace(state, share=share), bool(finished)
