@@ -124,6 +124,16 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
 
 
+@pytest.mark.parametrize("left", [0, 7])
+def test_a_shard_that_a_power_cut_has_cut_is_made_again(lay, left):
+    belt = lay()
+    whole = rows(belt, 5)
+    os.truncate(belt.folder / "train-00000.bin", left)
+    with pytest.raises(Starved, match=r"is damaged and was removed; --resume makes it again"):
+        rows(belt, 1)
+    assert rows(belt, 5) == whole
+
+
 @pytest.mark.parametrize("kept", [2**31, 0])
 def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_path, monkeypatch, kept):
     monkeypatch.setattr(belt_setup, "KEPT", kept)

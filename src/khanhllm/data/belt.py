@@ -107,9 +107,13 @@ class Belt:
             child.wait(path, nth, stopped)
             if stopped.is_set():
                 return
-            with suppress(FileNotFoundError):  # the child removed it before it read that this shard is in use
+            try:
                 ids = np.memmap(path, dtype=np.dtype(self.recipe.dtype).newbyteorder("<"), mode="r").view(np.ndarray)
-                break
+            except FileNotFoundError:  # the child removed it before it read that this shard is in use
+                continue
+            except ValueError:  # it is empty, or ends with a part of an id
+                ids = np.empty(0)
+            break
         if sha256(ids.data).hexdigest() != made.shard.sha256:
             path.unlink(missing_ok=True)
             raise Starved(f"{path} is damaged and was removed; --resume makes it again")

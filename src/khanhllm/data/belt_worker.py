@@ -89,9 +89,11 @@ class BeltWorker:
                 f"{self.name} has changed since {self.folder / made.shard.file} was made from it; "
                 f"the run cannot continue with other text. Begin a new one, with another --data.cache"
             )
+        with aside.open("rb+") as file:  # a power cut must not leave the name of a shard without its bytes
+            os.fsync(file.fileno())
         aside.replace(self.folder / made.shard.file)
         if not note.exists():
-            publish(note, made.model_dump_json())
+            publish(note, made.model_dump_json(), durable=True)
 
     def _encoded(self, start: ShardStart) -> Iterator[tuple[np.ndarray, int, ShardStart]]:
         """Documents to train on from `start` on: ids, bytes, and the position after each."""
