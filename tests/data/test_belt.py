@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from itertools import islice
 
 import numpy as np
@@ -15,7 +16,7 @@ from words import TOKENIZER, lines, text
 
 from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import belt as module
-from khanhllm.data import belt_setup, heartbeat, prepare, readers
+from khanhllm.data import belt_setup, belt_worker, heartbeat, prepare, readers
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.belt_notes import RECIPE, Recipe
 from khanhllm.data.belt_worker import BeltWorker
@@ -152,6 +153,16 @@ def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_pa
     # the first file is also knocked at
     assert {asked[f"/{nth}.jsonl"] for nth in (1, 2, 3)} == ({1} if kept else {3})
     assert len(waiting) == (4 if kept else 0)
+
+
+def test_two_workers_on_one_cache_share_no_download(lay):
+    folder = lay().folder
+    with ExitStack() as first, ExitStack() as second:
+        places = [belt_worker.own_place(folder, held) for held in (first, second)]
+        spools = [{reader.spool for reader in BeltWorker(folder, 5.0, place).readers} for place in places]
+        assert not spools[0] & spools[1]
+    with ExitStack() as later:  # what the first one has begun is continued
+        assert belt_worker.own_place(folder, later) == places[0]
 
 
 def test_a_source_that_changed_is_noticed(corpus, lay):

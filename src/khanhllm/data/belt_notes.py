@@ -89,9 +89,10 @@ class Made(_Stored):
     """whether the source ends with this shard, and then begins again"""
 
 
-def spool(folder: Path, nth: int) -> Path:
-    """The folder for downloads of component `nth`; each has its own, as two may read the same file at a time."""
-    return folder / "spool" / str(nth)
+def spool(folder: Path, nth: int, own: str = "") -> Path:
+    """The folder for downloads of component `nth`; each has its own, as two may read the same file at a time. own: the
+    place of a second worker in the spool."""
+    return folder / "spool" / own / str(nth)
 
 
 def note_path(folder: Path, nth: int) -> Path:

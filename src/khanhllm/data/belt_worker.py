@@ -10,11 +10,12 @@ the bytes so far, and a component that ends begins again.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import chain, count, islice
 from pathlib import Path
 from threading import Thread
@@ -32,19 +33,22 @@ from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import Growing, batched, text_hash
 from khanhllm.errors import UserError
-from khanhllm.files import publish
+from khanhllm.files import locked, publish
 from khanhllm.limits import cores
 
 
 class BeltWorker:
     """Makes the shards of one belt, in the child process."""
 
-    def __init__(self, folder: Path, patience: float) -> None:
+    def __init__(self, folder: Path, patience: float, own: str = "") -> None:
+        """own: see `spool`."""
         self.folder = folder
         self.recipe: Recipe = Recipe.read(folder / RECIPE)
         self.name = Manifest.read(folder).source
         self.sources = [Source(**{**fields, **_tuples(fields)}) for fields in self.recipe.sources]
-        self.readers = [Reader(source, [], spool(folder, nth), patience) for nth, source in enumerate(self.sources)]
+        self.readers = [
+            Reader(source, [], spool(folder, nth, own), patience) for nth, source in enumerate(self.sources)
+        ]
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.held_out = frozenset(self.recipe.held_out)
         self.read = 0
@@ -151,15 +155,15 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
 
 
-def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int]) -> None:
-    """Keep shards ready: the one in use and `ahead` after it. Remove others beyond `disk` bytes."""
+def serve(folder: Path, ahead: int, disk: int, patience: float, wanted: Callable[[], int], own: str = "") -> None:
+    """Keep shards ready: the one in use and `ahead` after it. Remove others beyond `disk` bytes. own: see `spool`."""
     turns, worker = 0, None
 
     def sign() -> tuple[int, ...]:
         return turns, worker.read if worker else 0, *_sizes(folder / "spool")
 
     beat(heartbeat_path(folder, os.getpid()), sign, patience + WORK)
-    worker = BeltWorker(folder, patience)
+    worker = BeltWorker(folder, patience, own)
     notes: list[Made] = []
     while True:
         turns += 1
@@ -199,6 +203,15 @@ def _exists(folder: Path, note: Made) -> bool:
     return (folder / note.shard.file).exists()
 
 
+def own_place(folder: Path, held: ExitStack) -> str:
+    """Where in the spool this worker downloads. A reader removes what it has read, so the worker of a second run on the
+    same cache has a place of its own. held: keeps the spool for this worker."""
+    with suppress(OSError, UserError):
+        held.enter_context(locked(folder / "spool.lock"))
+        return ""
+    return f"of.{os.getpid()}"
+
+
 def main(arguments: list[str]) -> int:
     """The child process: reads the number of the shard in use from stdin, one a line, and ends when stdin does."""
     newest = [0]
@@ -210,11 +223,12 @@ def main(arguments: list[str]) -> int:
 
     folder, ahead, disk, patience = Path(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3])
     Thread(target=listen, daemon=True).start()
-    for left_over in folder.glob(".train-*"):
+    for left_over in [*folder.glob(".train-*"), *folder.glob("spool/of.*")]:
         if not psutil.pid_exists(int(left_over.suffix[1:])):
-            left_over.unlink(missing_ok=True)
+            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
     try:
-        serve(folder, ahead, disk, patience, lambda: newest[0])
+        with ExitStack() as held:
+            serve(folder, ahead, disk, patience, lambda: newest[0], own_place(folder, held))
     except UserError as error:
         print(error)
     except OSError as error:
