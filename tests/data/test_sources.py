@@ -159,6 +159,9 @@ def test_the_standard_library_is_there():
         ("{}/a.txt#body", "is plain text, which has no column 'body'"),
         ("stdlib#body", "stdlib is plain text"),
         ("s3://bucket/x.jsonl", "unknown source s3://bucket/x.jsonl"),
+        ("hf://", "names no dataset; write hf://datasets/ORG/NAME"),
+        ("hf://openai-community/gpt2", "names no dataset; write hf://datasets/ORG/NAME"),
+        ("hf://datasets/some/test@refs/convert/parquet/x", "without @REVISION"),
     ],
 )
 def test_what_is_wrong_is_one_line(folder, source, said):

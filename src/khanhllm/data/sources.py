@@ -178,8 +178,8 @@ def _without_column(source: str, column: str) -> Source:
         )
         return replace(_remote(source, C4, names), validation=tuple(held))
     if source.startswith("hf://"):
-        if not source.removeprefix("hf://").strip("/"):
-            raise UserError(f"{source} names no dataset; write hf://datasets/ORG/NAME")
+        if not re.match("hf://datasets/[^/@]+/[^/@]+(/|$)", source):
+            raise UserError(f"{source} names no dataset; write hf://datasets/ORG/NAME, without @REVISION")
         _ask(_hub(), source)
         folder, names, left_out = _listed(source)
         return _remote(source, folder, names, left_out=left_out)
@@ -324,8 +324,7 @@ def _listed(source: str) -> tuple[str, list[str], tuple[tuple[str, int], ...]]:
 
 def _chosen(files: list[str], split: str, source: str) -> list[str]:
     """The files of one repository that belong to a split; the repository's own name does not count."""
-    depth = 3 if files[0].startswith(("datasets/", "spaces/", "buckets/")) else 2
-    inside = {"/".join(name.split("/")[depth:]): name for name in files}
+    inside = {"/".join(name.split("/")[3:]): name for name in files}
     return [inside[name] for name in of_split(list(inside), split, source)]
 
 
