@@ -217,6 +217,13 @@ def test_what_a_resumed_run_cannot_change(settings, says, corpus, cache, tmp_pat
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
 
 
+def test_what_a_resumed_run_may_change(corpus, cache, tmp_path):
+    train(config(corpus, cache, train={"steps": 2}), tmp_path / "run")
+    other = {"patience": 5, "disk": 10**9, "ahead": 1, "workers": 2}
+    train(config(corpus, cache, train={"steps": 3}, data=other), tmp_path / "run", resume=True)
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000003"
+
+
 def test_other_shards_are_refused(corpus, cache, tmp_path):
     """The folder that the run remembers was prepared again, from other text."""
     first = config(corpus, tmp_path / "own", train={"steps": 2})

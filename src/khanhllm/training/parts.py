@@ -30,7 +30,7 @@ from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
 from khanhllm.training.step import Learner, State, rate_factor
 
-FREE = ("data.source", "data.workers", "data.cache", "data.tokens")
+FREE = tuple(f"data.{key}" for key in ("source", "workers", "cache", "tokens", "patience", "disk", "ahead"))
 """what a resumed run may change; of a source, the shards that it gives are compared"""
 FIXED = ("seed", "targets", "document_mask")
 """what it may not change of `train`"""
