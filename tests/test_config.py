@@ -53,6 +53,7 @@ def test_a_text_of_many_dots_survives_the_run_folder(tmp_path):
         ({"optim": {"lr": "nan"}}, "optim.lr"),
         ({"optim": {"lr": -1}}, "must be more than 0 "),
         ({"train": {"steps": "many"}}, "train.steps"),
+        ({"train": {"seconds": 1e305}}, "train.seconds: must be at most 1,000,000,000"),
         ({"train": 5}, "train"),
         ({"model": {"heads": 3}}, "multiple of heads"),
         ({"model": {"experts_per_token": 9}}, "exceeds experts"),

@@ -172,7 +172,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
-    seconds: Rate = 0.0
+    seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
     """time to train, instead of a number of steps, validation and saving included (seconds); the schedule follows the
     share of it that has passed; 0 means that steps decides"""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8

@@ -179,6 +179,7 @@ def wrong(place: Path) -> dict[str, list[object]]:
     (place / "blank.txt").write_text(" \n ")
     return {
         "missing": ["show", place / "nowhere"],
+        "nobody": ["show", "~nobody-here/texts"],
         "empty": ["show", place / "empty"],
         "bad gzip": ["show", place / "bad.jsonl.gz"],
         "blank": ["show", place / "blank.txt"],
@@ -198,6 +199,10 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     for words in wrong(tmp_path).values():
         _, line = refused(capsys, *words)
         assert "unforeseen" not in line
+
+
+def test_any_number_of_documents_may_be_asked_for(texts, capsys):
+    assert "measured: " in seen(capsys, "show", texts, "--documents", "0", "--sample", "1e30")
 
 
 def test_shards_have_their_own_tokenizer(shards, tokenizer, capsys):

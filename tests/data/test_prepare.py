@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,6 +251,13 @@ def test_ensure_takes_prepared_shards_as_they_are_and_checks_the_tokenizer(corpu
     (out / "tokenizer.json").write_bytes(other.read_bytes())
     with pytest.raises(UserError, match="does not match the shards"):
         ensure(settings(out, tmp_path), 300, 1)
+
+
+def test_ensure_knows_the_home_of_shards_and_cache(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = ensure(settings(corpus, Path("~")), 300, 1000)
+    assert made.parent == tmp_path / "cache"
+    assert ensure(settings(f"~/cache/{made.name}", tmp_path), 300, 1000) == made
 
 
 def test_ensure_uses_the_tokenizer_given(corpus, tmp_path):

@@ -159,6 +159,8 @@ def test_the_standard_library_is_there():
         ("{}/a.txt#body", "is plain text, which has no column 'body'"),
         ("stdlib#body", "stdlib is plain text"),
         ("s3://bucket/x.jsonl", "unknown source s3://bucket/x.jsonl"),
+        ("~nobody-here/a.csv#title", "no file, folder or source named ~nobody-here/a.csv"),
+        ("http://[host/a.txt", "http://[host/a.txt is not an address"),
         ("hf://", "names no dataset; write hf://datasets/ORG/NAME"),
         ("hf://openai-community/gpt2", "names no dataset; write hf://datasets/ORG/NAME"),
         ("hf://datasets/some/test@refs/convert/parquet/x", "without @REVISION"),

@@ -40,7 +40,7 @@ BOUNDS = ("ge", "gt", "le", "lt")
 SMALL = {
     "model.dim": 64, "model.heads": 4, "model.hidden": 64, "model.expert_hidden": 64, "model.experts": 8,
     "model.context": 64, "model.vocab_size": 400, "model.pair_embedding": 500, "train.steps": 1,
-    "train.micro_batch": 3, "train.accumulation": 2,
+    "train.seconds": 1, "train.micro_batch": 3, "train.accumulation": 2,
     "train.sample_tokens": 8, "train.eval_tokens": 500, "machine.threads": 1, "machine.processes": 0,
     "data.workers": 1,
 }  # fmt: skip

@@ -153,6 +153,11 @@ def test_another_seed_is_another_run(corpus, cache, tmp_path):
     assert outcome(tmp_path / "0")[0]["model.safetensors"] != outcome(tmp_path / "1")[0]["model.safetensors"]
 
 
+def test_the_largest_seed_writes_samples_too(corpus, cache, tmp_path):
+    train(config(corpus, cache, train={"seed": 2**63 - 1, "steps": 1}), tmp_path / "run")
+    assert "--- step 1" in (tmp_path / "run" / "samples.txt").read_text("utf-8")
+
+
 def test_micro_batches_do_not_change_the_run_beyond_rounding(corpus, cache, tmp_path):
     for micro_batch, accumulation in ((4, 1), (1, 4)):
         shape = {"micro_batch": micro_batch, "accumulation": accumulation}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from khanhllm.data.shards import MANIFEST, Manifest, too_short
+from khanhllm.data.source_syntax import with_home
 from khanhllm.data.tokenizer import Tokenizer, check_fits
 from khanhllm.errors import UserError
 from khanhllm.files import there
@@ -11,7 +12,7 @@ from khanhllm.schema import DataConfig
 
 def check_rows_fit(source: str, shard_tokens: int, context: int) -> None:
     """Raise UserError if the shards of a mixture, which has no end, might be too short for even one row."""
-    if shard_tokens > context or there(Path(source) / MANIFEST):
+    if shard_tokens > context or there(with_home(source) / MANIFEST):
         return
     from khanhllm.data.sources import components
 
@@ -26,7 +27,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int 
     remote, a mixture or large gets a belt, whose shards are made while the model trains. laid_for: above 0, it holds
     conversations, which lie in rows of so many tokens. Raises UserError.
     """
-    folder = Path(data.source)
+    folder = with_home(data.source)
     if not there(folder / MANIFEST):
         from khanhllm.data.prepare import from_cache
 

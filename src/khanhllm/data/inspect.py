@@ -5,6 +5,7 @@ are printed in part, and memory holds one of them. `verify` reads every file of 
 the manifest.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from khanhllm.data.counting import counted as counted_in
 from khanhllm.data.readers import Reader, holds_conversations
 from khanhllm.data.render import render
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
+from khanhllm.data.source_syntax import with_home
 from khanhllm.data.sources import Source, in_words, locate
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.walk import KINDS
@@ -84,8 +86,9 @@ def show(source: str, tokenizer_file: str | None, documents: int, sample: int) -
     """Print what is in a source of text or a folder of shards. Raises UserError if nothing of it can be read."""
     if documents < 0 or sample < 1:
         raise UserError(f"--documents must be at least 0 and --sample at least 1, got {documents} and {sample}")
+    documents, sample = min(documents, sys.maxsize), min(sample, sys.maxsize)  # no counter goes further
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    folder = Path(source).expanduser()
+    folder = with_home(source)
     if not (folder / MANIFEST).is_file():
         _show_text(console, locate(source), tokenizer_file, documents, sample)
     elif tokenizer_file:

@@ -32,6 +32,7 @@ from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.readers import Reader, for_conversations
 from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
+from khanhllm.data.source_syntax import with_home
 from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, share_note, text_hash
@@ -270,7 +271,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
             f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
             "trains; download it, khanhllm prepare --clean it, and train on that"
         )
-    folder = Path(data.cache) / _folder_name(data.source, recipe)
+    folder = with_home(data.cache) / _folder_name(data.source, recipe)
     if given:
         check_fits(given.vocab_size, vocab_size, data.tokenizer)
     if there(folder / MANIFEST):
@@ -294,7 +295,7 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
     recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already
-    folder = Path(data.cache) / _folder_name(data.source, recipe)
+    folder = with_home(data.cache) / _folder_name(data.source, recipe)
     with _alone(folder):
         if there(folder / MANIFEST):
             return folder

@@ -24,8 +24,16 @@ def with_column(source: str) -> tuple[str, str]:
     return place, column
 
 
+def with_home(source: str) -> Path:
+    """The path with `~` expanded, if that user exists."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
 def _exists(source: str) -> bool:
-    path = Path(source).expanduser()
+    path = with_home(source)
     return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))  # noqa: PTH207, absolute patterns
 
 

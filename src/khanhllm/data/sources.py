@@ -25,7 +25,7 @@ from threading import Thread
 from typing import Literal
 from urllib.parse import urlsplit
 
-from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_column, with_split
+from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_column, with_home, with_split
 from khanhllm.data.walk import KINDS, ending, kind, matching, once, readable, walk
 from khanhllm.data.warc import can_read_pages
 from khanhllm.errors import UserError
@@ -110,7 +110,7 @@ def components(source: str) -> list[tuple[str, float]]:
     weight = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
     parts = [re.fullmatch(rf"(.*\S)\s*:\s*({weight})", part.strip(), re.DOTALL) for part in source.split(",")]
     weighted = [(part[1], float(part[2])) for part in parts if part]
-    if len(parts) == 1 or len(weighted) < len(parts) or there(_with_home(source)):
+    if len(parts) == 1 or len(weighted) < len(parts) or there(with_home(source)):
         return [(source, 1.0)]
     names = [name for name, _ in weighted]
     for name, share in weighted:
@@ -131,7 +131,7 @@ def anchored(source: str) -> str:
     place, column = with_column(source)
     if place in ("stdlib", "c4", "") or "://" in place:
         return source
-    path, here = _with_home(place), str(Path.cwd())
+    path, here = with_home(place), str(Path.cwd())
     if "," in here:  # it would part the names of a mixture
         return source
     pattern = glob.has_magic(place) and not there(path)
@@ -198,7 +198,7 @@ def _without_column(source: str, column: str) -> Source:
 
 def _on_disk(source: str, column: str) -> Source:
     left_out = Counter[str]()
-    path = _with_home(source)
+    path = with_home(source)
     if path.is_dir():
         if (path / "config.toml").exists() and (path / "training_log.csv").exists():
             raise UserError(f"{path} is a run, which holds no text; name its source (data.source in its config.toml)")
@@ -226,14 +226,6 @@ def _on_disk(source: str, column: str) -> Source:
         return _local(source, Path(os.path.commonpath([file.parent for file in files])), files, left_out)
     guess = did_you_mean(source, ["stdlib", "c4"])
     raise UserError(f"there is no file, folder or source named {source}{guess}; {LOCAL_HELP}")
-
-
-def _with_home(source: str) -> Path:
-    """The path with `~` expanded, if that user exists."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        return Path(source)
 
 
 def _known(name: str, source: str) -> str:
@@ -339,6 +331,10 @@ def _ask(url: str, source: str, must_exist: bool = False) -> int:
 
     In a thread, because looking up a host name has no timeout of its own.
     """
+    try:
+        host = urlsplit(url).hostname
+    except ValueError as error:
+        raise UserError(f"{url} is not an address: {error}") from None
     answer: list[int | Exception] = []
 
     def ask() -> None:
@@ -355,11 +351,11 @@ def _ask(url: str, source: str, must_exist: bool = False) -> int:
     reply = answer[0] if answer else TimeoutError("no answer")
     if isinstance(reply, urllib.error.HTTPError):
         if must_exist:
-            raise UserError(f"{urlsplit(url).hostname} answers {reply.code} {reply.reason} to {url}")
+            raise UserError(f"{host} answers {reply.code} {reply.reason} to {url}")
         return 0
     if isinstance(reply, Exception):
         why = getattr(reply, "reason", reply)
-        raise UserError(f"no network for {source}: {urlsplit(url).hostname} does not answer ({why}); {LOCAL_HELP}")
+        raise UserError(f"no network for {source}: {host} does not answer ({why}); {LOCAL_HELP}")
     return reply
 
 

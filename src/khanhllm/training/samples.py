@@ -33,7 +33,7 @@ def _write_samples(parts: Parts, step: int, log: Log) -> None:
 
 def _text(parts: Parts, step: int) -> Iterator[tuple[str, str]]:
     train, learner = parts.config.train, parts.learner
-    sampling = Sampling(tokens=train.sample_tokens, seed=train.seed + step)
+    sampling = Sampling(tokens=train.sample_tokens, seed=(train.seed + step) % 2**63)
     pieces = write(learner.model, parts.tokenizer, learner.machine, train.sample_prompt, sampling)
     yield train.sample_prompt, "".join(pieces)
 
