@@ -33,13 +33,12 @@ from pyarrow.types import is_struct
 from khanhllm.data.chat import SHAPES, NoConversation, WrongConversation, conversation, to_json
 from khanhllm.data.counting import Marks
 from khanhllm.data.fetch import Denied, fetch
-from khanhllm.data.json_values import values
 from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
 from khanhllm.data.records import holds_records, records
 from khanhllm.data.source_syntax import filled, text_columns
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.unpacked import lines, parsed, unpacked
+from khanhllm.data.unpacked import lines, unpacked
 from khanhllm.data.walk import ending, kind
 from khanhllm.data.warc import page, pages
 from khanhllm.errors import UserError
@@ -152,9 +151,11 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return pages(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, where)
         if form == "page":
             return iter([page(raw.read())])
+        wanted = self.source.column
+        if form in ("lines", "json"):
+            return (_of_object(record, wanted, place) for record, place in records(raw, where, form))
         if form != "text":
-            read = {"table": _rows, "lines": _records, "json": _items, "sheet": _cells}[form]
-            return read(raw, where, self.source.column)
+            return (_rows if form == "table" else _cells)(raw, where, wanted)
         if self.source.name == "stdlib" and not _is_utf8(Path(where)):
             return iter(())  # Python's own tests keep a few files in other encodings
         return documents(decoded(unpacked(raw, where), where), self.source.document_bytes)
@@ -340,20 +341,6 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
     except csv.Error as error:
         why = next((meaning for mark, meaning in CSV_FAULTS.items() if mark in str(error)), str(error))
         raise UserError(f"{where}, row {row}: {why}") from None
-
-
-def _records(raw: Any, where: str, wanted: str) -> Iterator[str]:
-    """The texts of a JSON-lines file, packed or not."""
-    for number, line in enumerate(lines(as_utf8(unpacked(raw, where), where)), 1):
-        if line.strip():
-            place = f"{where}, line {number}"
-            yield _of_object(parsed(line, place), wanted, place)
-
-
-def _items(raw: Any, where: str, wanted: str) -> Iterator[str]:
-    """The texts of a .json file: an array of objects, or objects one after the other."""
-    for number, record in enumerate(values(decoded(unpacked(raw, where), where), where), 1):
-        yield _of_object(record, wanted, f"{where}, item {number}")
 
 
 def _of_object(record: Any, wanted: str, place: str) -> str:

@@ -21,7 +21,8 @@ def records(raw: Any, where: str, form: str) -> Iterator[tuple[Any, str]]:
     if form == "lines":
         for number, line in enumerate(lines(as_utf8(unpacked(raw, where), where)), 1):
             if line.strip():
-                yield parsed(line, f"{where}, line {number}"), f"{where}, line {number}"
+                place = f"{where}, line {number}"
+                yield parsed(line, place), place
     elif form == "json":
         for number, record in enumerate(values(decoded(unpacked(raw, where), where), where), 1):
             yield record, f"{where}, item {number}"
