@@ -233,8 +233,8 @@ def newest(
 def verify(path: Path, paper: nn.Module | None = None) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte (about 1 GB/s), but first looks at what is claimed:
     a file may be a link, a pipe without end, or of terabytes without content."""
-    if path.is_symlink() or (fault := foreign(path)):
-        return "it is a link" if path.is_symlink() else fault
+    if fault := "it is a link" if path.is_symlink() else foreign(path):
+        return fault
     # weights and two moments in fp32 are 12 bytes a number
     most = 2**63 if paper is None else 16 * sum(t.numel() for t in paper.state_dict().values()) + LONGEST_HEADER
     try:
