@@ -92,8 +92,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "one rate, induction": {"model": COPY},
     "the preset's": {},
-    "the preset's, tables": {"model": TABLES},
-    "the preset's, without values": {"model": {"value_embedding": False}},
+    "the preset's, wide, tables": {"model": TABLES | {"hidden": 1024, "expert_hidden": 512}},
+    "the preset's, wide, without values": {
+        "model": {"value_embedding": False, "hidden": 1024, "expert_hidden": 512},
+    },
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": ROWS},
     "own rates, tied": {"optim": OWN, "schedule": TIED},
