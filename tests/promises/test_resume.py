@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_file
 
 from conftest import tiny
-from khanhllm.data import prepare
 from khanhllm.data.belt import Starved
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
@@ -533,12 +532,3 @@ def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):
     with pytest.raises(UserError, match=r"are gone; name a text to score \(--data\), or train on with --resume"):
         score_run(tmp_path / "run")
     assert score_run(tmp_path / "run", str(corpus))["val_tokens"]
-
-
-def test_a_longer_run_whose_shards_are_gone_makes_them_again_with_its_own_tokenizer(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "WHOLE", 1)  # a belt, whose tokenizer learns from no more text than the run reads
-    monkeypatch.setattr(prepare, "LEAST_SAMPLE", 1)
-    for steps in (1, 4):
-        train(config(corpus, tmp_path / "shards", train={"steps": steps}), tmp_path / "run", resume=steps > 1)
-        shutil.rmtree(tmp_path / "shards")
-    assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
