@@ -108,7 +108,7 @@ def test_transformers_computes_our_logits(tmp_path, tokenizer, shape):
     assert largest_difference(run, exported(run, tmp_path / "out")) < 1e-4
 
 
-@pytest.mark.parametrize("shape", ["alternating", "any_order", "shared_heads", "relu2", "few_experts"])
+@pytest.mark.parametrize("shape", ["alternating", "any_order", "shared_heads", "relu2", "few_experts", "own_values"])
 def test_the_compatible_form_has_mixtures_only_and_computes_the_same(tmp_path, tokenizer, shape):
     run = a_run(tmp_path / "run", tokenizer, **(SHAPES | {"few_experts": {"pattern": "DM", "experts": 3}})[shape])
     folder = exported(run, tmp_path / "out", compatible=True)
