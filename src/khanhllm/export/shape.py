@@ -8,8 +8,13 @@ from khanhllm.errors import UserError
 from khanhllm.schema import ModelConfig
 from khanhllm.settings import checked
 
-OWN = {"style": "modern", "value_embedding": False, "pair_embedding": 0, "embedding_skip": False}
-"""keys of [model] for which no other architecture knows another value"""
+OWN: dict[str, tuple[Any, ...]] = {
+    "style": ("modern",),
+    "value_embedding": (False, "normed"),
+    "pair_embedding": (0,),
+    "embedding_skip": (False,),
+}
+"""keys of [model] for which no other architecture knows other values"""
 
 
 def check_stock(model: ModelConfig, target: str, remedy: str, router_bias: bool) -> None:
@@ -17,11 +22,12 @@ def check_stock(model: ModelConfig, target: str, remedy: str, router_bias: bool)
 
     router_bias: whether it knows biased routers.
     """
-    wanted = OWN if router_bias or not model.moe_layers else OWN | {"router_bias": False}
+    wanted = OWN if router_bias or not model.moe_layers else OWN | {"router_bias": (False,)}
     for key, theirs in wanted.items():
-        if (ours := getattr(model, key)) not in (theirs, "normed"):
+        if (ours := getattr(model, key)) not in theirs:
+            known = " or ".join(str(value).lower() for value in theirs)
             what = f"model.{key} is {str(ours).lower()}"
-            raise UserError(f"{what}, which {target} cannot express (it knows only {str(theirs).lower()}); {remedy}")
+            raise UserError(f"{what}, which {target} cannot express (it knows only {known}); {remedy}")
 
 
 def qwen3(model: ModelConfig) -> dict[str, Any]:
