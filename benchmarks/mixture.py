@@ -86,6 +86,7 @@ WITH = {
     "normed values, ": {"value_embedding": "normed"},
     "pairs, ": {"pair_embedding": 2**14},
 }
+"""keys of [model], by the word for them in a recipe's name"""
 TIED = {"tied_experts": 0.2}
 ROWS = {"micro_batch": 16}
 RECIPES: dict[str, dict[str, Any]] = {
