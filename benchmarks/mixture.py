@@ -87,16 +87,16 @@ WITH = {
     "pairs, ": {"pair_embedding": 2**14},
 }
 """keys of [model], by the word for them in a recipe's name"""
+FORMER = {"hidden": 1024, "expert_hidden": 512}
+"""of hour"""
 TIED = {"tied_experts": 0.2}
 ROWS = {"micro_batch": 16}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "one rate, induction": {"model": COPY},
     "the preset's": {},
-    "the preset's, wide, tables": {"model": TABLES | {"hidden": 1024, "expert_hidden": 512}},
-    "the preset's, wide, without values": {
-        "model": {"value_embedding": False, "hidden": 1024, "expert_hidden": 512},
-    },
+    "the preset's, wide, tables": {"model": FORMER | TABLES},
+    "the preset's, wide, without values": {"model": FORMER | {"value_embedding": False}},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": ROWS},
     "own rates, tied": {"optim": OWN, "schedule": TIED},

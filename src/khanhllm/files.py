@@ -67,6 +67,17 @@ def publish(path: Path, content: str | bytes, durable: bool = False) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows has no handle for this and orders renames itself
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Within this context no other process holds the lock `path`; the system frees it however the process ends.

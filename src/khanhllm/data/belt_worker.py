@@ -33,7 +33,7 @@ from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import Growing, batched, text_hash
 from khanhllm.errors import UserError
-from khanhllm.files import locked, publish
+from khanhllm.files import locked, publish, sync
 from khanhllm.limits import cores
 
 
@@ -93,8 +93,7 @@ class BeltWorker:
                 f"{self.name} has changed since {self.folder / made.shard.file} was made from it; "
                 f"the run cannot continue with other text. Begin a new one, with another --data.cache"
             )
-        with aside.open("rb+") as file:  # a power cut must not leave the name of a shard without its bytes
-            os.fsync(file.fileno())
+        sync(aside)  # a power cut must not leave the name of a shard without its bytes
         aside.replace(self.folder / made.shard.file)
         if not note.exists():
             publish(note, made.model_dump_json(), durable=True)

@@ -41,8 +41,9 @@ def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights
             weight = weight * n**0.5
         elif name.endswith("norm.weight") and len(place) == shape.dim:  # not those of query and key
             weight = weight / n**0.5
-        encoded[name] = weight.new_zeros(place.shape)
-        encoded[name][tuple(map(slice, weight.shape))] = weight
+        for side, length in enumerate(place.shape):
+            weight = _widen(weight, length, side)
+        encoded[name] = weight
     for nth, (layer, table_VS) in enumerate(tables.items()):
         own = slice(model.dim + nth * size, model.dim + (nth + 1) * size)
         encoded["embedding.token.weight"][:, own] = table_VS * 2.0**-SMALL

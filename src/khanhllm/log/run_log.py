@@ -344,7 +344,8 @@ def seconds_of(run: Path, config: Config, step: int) -> float:
 def _last_row(run: Path, config: Config, step: int) -> Row:
     """The last row up to a step; empty if the log has none, or cannot be read."""
     with suppress(OSError, UserError):
-        return next((row for _, row in reversed([*_rows_up_to(run / FILE, columns(config), step)])), {})
+        rows = [row for _, row in _rows_up_to(run / FILE, columns(config), step)]
+        return rows[-1] if rows else {}
     return {}
 
 

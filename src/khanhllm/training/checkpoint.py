@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from khanhllm import optim
 from khanhllm.errors import UserError
-from khanhllm.files import SMALL, foreign, read
+from khanhllm.files import SMALL, foreign, read, sync
 from khanhllm.model.exchange import WHOLE, Part
 from khanhllm.schema import Natural, Rate
 from khanhllm.training import tensor_files
 from khanhllm.training.guard import Guard
-from khanhllm.training.tensor_files import LONGEST_HEADER, Fingerprint, sync
+from khanhllm.training.tensor_files import LONGEST_HEADER, Fingerprint
 from khanhllm.units import as_size
 
 FORMAT = 2

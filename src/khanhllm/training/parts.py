@@ -183,9 +183,9 @@ def about_rate(parts: Parts, state: State) -> Iterator[str]:
     if state.share is None and not state.step and (warm := warmup_of(train.steps, schedule)) < schedule.warmup:
         yield f"the learning rate warms up for {warm} of {train.steps} steps, not schedule.warmup = {schedule.warmup}"
     before = read_config(parts.run) if state.step else parts.config
-    used, given = seconds_of(parts.run, parts.config, state.step), before.train.seconds
-    then = replace(state, share=min(1.0, used / given) if given else None)
-    old, new = rate_factor(then, before), rate_factor(state, parts.config)
+    given = before.train.seconds
+    share = min(1.0, seconds_of(parts.run, parts.config, state.step) / given) if given else None
+    old, new = rate_factor(replace(state, share=share), before), rate_factor(state, parts.config)
     if new > old + RISE:
         ends = f"at step {train.steps:,} instead of {before.train.steps:,}"
         ends = f"after {train.seconds:,.0f} s" if train.seconds else ends

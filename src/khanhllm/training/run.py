@@ -141,7 +141,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         parts = assemble(config, own, saved, machine)
         check_validation(parts)
         parts = replace(parts, link=_link(parts))
-        used = group.told(lambda: time_used(config, folder, saved) if last else 0.0)
+        used = group.told(lambda: time_used(config, folder, saved) if last and config.train.seconds else 0.0)
         state = restore(parts, Path(last), used) if last else parts.learner.start()
         size = checkpoint.size(parts.learner.model, parts.learner.optimizer, parts.learner.part)
         tight = _room(parts, state, size) if group.leads else ""

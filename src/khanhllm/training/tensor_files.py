@@ -8,7 +8,6 @@ No tensor is cut, so a reader needs to know neither who wrote which nor how many
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import read, sync
 
 KINDS = ("model", "optimizer")
 """weights and moments"""
@@ -83,17 +82,6 @@ def identity(checkpoint: Path) -> str:
     manifest = json.loads(read(checkpoint / "manifest.json"))
     found = [str(manifest[file]["sha256"]) for file in expected(manifest, "model")]
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to disk."""
-    if os.name == "nt" and path.is_dir():  # Windows has no handle for this and orders renames itself
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _paths(checkpoint: Path, kind: str) -> list[Path]:
