@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from typing import IO
 
 from khanhllm.errors import UserError, in_a_line
 from khanhllm.machine.group import STORE, environment
-from khanhllm.machine.signals import SIGNALS
+from khanhllm.machine.signals import SIGNALS, handled
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import to_toml
 
@@ -72,7 +71,7 @@ class Hands:
     """the signals passed on"""
 
     def run(self) -> str:
-        with self._passing_on():
+        with handled(self._pass_on):
             try:
                 for rank in range(self.size):
                     self.children.append(self._start(rank))
@@ -156,27 +155,12 @@ class Hands:
         line = said.read_text("utf-8", "replace").strip().rpartition("\n")[2].removeprefix("khanhllm: ") if said else ""
         return Failed(line or f"process {rank} of {self.size} ended with exit code {code}", code)
 
-    @contextmanager
-    def _passing_on(self) -> Iterator[None]:
-        """Within this context, each signal that asks a training to stop goes to all processes."""
-
-        def pass_on(number: int, _frame: FrameType | None) -> None:
-            self.asked.append(number)
-            for child in self.children:
-                with suppress(ProcessLookupError):
-                    child.send_signal(number)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-        before = {number: signal.signal(number, pass_on) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """A signal that asks a training to stop goes to all processes."""
+        self.asked.append(number)
+        for child in self.children:
+            with suppress(ProcessLookupError):
+                child.send_signal(number)
 
 
 def place() -> Path | None:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -57,21 +57,28 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Within this context, signals ask the training to stop. Outside the main thread, which alone gets signals, this
-    changes nothing."""
+    """Within this context, signals ask the training to stop."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
+    with handled(stop):
         yield stop
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within this context, the signals that ask a training to stop call the handler. Outside the main thread, which
+    alone gets signals, this changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     # whoever started us with a signal ignored, as nohup does, wants it ignored; None is another library's handler
     wanted = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    before = {number: signal.signal(number, stop) for number in wanted}
+    before = {number: signal.signal(number, handler) for number in wanted}
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def exit_code(name: str) -> int:
