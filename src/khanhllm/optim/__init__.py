@@ -159,19 +159,12 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
 
 def state_size(optimizer: torch.optim.Optimizer) -> int:
     """Memory that the optimizer's state will take (bytes), computed before the first step; see `state_bytes`."""
-    eight_bit = "8bit" in type(optimizer).__name__
-    size = 2 * 256 * 4 if eight_bit else 0  # the tables of 256 values that 8 bits stand for
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            count = parameter.numel()
-            scales = 4 * -(-count // 256)
-            if "newton_schulz" in group:
-                size += count + scales if eight_bit else 4 * count
-            elif eight_bit and count >= SMALL:
-                size += 2 * (count + scales)
-            else:
-                size += 8 * count + (0 if eight_bit else 4)  # AdamW counts its steps in a tensor
-    return size
+    moments = {
+        (None if name.startswith("qmap") else parameter, name): kind  # the tables of 8 bits are shared
+        for parameter, own in state_shapes(optimizer).items()
+        for name, kind in own.items()
+    }
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in moments.values())
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
