@@ -44,7 +44,7 @@ class Web:
     def _fill(self) -> None:
         self.folder.mkdir()
         corpus = locate(str(self.arena.root / "corpus"))
-        texts = [document.text for name in corpus.files for document in Reader(corpus, []).read_file(name)]
+        texts = Reader(corpus, []).all_texts()
         pieces = [text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)]
         for nth in range(FILES):
             lines = "".join(json.dumps({"text": piece, "url": ""}) + "\n" for piece in pieces[nth::FILES])

@@ -97,6 +97,12 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             self.update_doc_stats(document)
             yield document
 
+    def all_texts(self) -> Iterator[str]:
+        """The texts of all files, in order."""
+        for name in self.source.files:
+            for document in self.read_file(name):
+                yield document.text
+
     def read_file(self, filepath: str) -> Iterator[Document]:
         """The documents of one file, in order. Raises UserError that names the file and the place of a fault."""
         where = f"{self.source.root.rstrip('/')}/{filepath}"

@@ -284,10 +284,9 @@ def _texts(source: str, most: int) -> Iterator[str]:
     from khanhllm.data.readers import Reader
     from khanhllm.data.sources import locate
 
-    located = locate(source)
-    for document in (document for name in located.files for document in Reader(located, []).read_file(name)):
-        yield document.text
-        most -= len(document.text)
+    for text in Reader(locate(source), []).all_texts():
+        yield text
+        most -= len(text)
         if most < 0:
             return
 

@@ -13,7 +13,7 @@ from khanhllm.data.counting import Reading, padding, places
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
-from khanhllm.runs.evaluate import conversations, held_out, validation_of
+from khanhllm.runs.evaluate import conversations, held_out, validation_of, windowed
 from khanhllm.runs.run import Run
 
 if TYPE_CHECKING:
@@ -128,11 +128,5 @@ def _windows(opened: Run, files: list[tuple["Source", str]]) -> Iterator[np.ndar
     """The text of some files as windows of context + 1 ids; a rest that fills none is left out."""
     from khanhllm.data.readers import Reader
 
-    context, kept = opened.config.model.context, np.empty(0, np.int64)
-    for place, file in files:
-        for document in Reader(place, []).read_file(file):
-            ids = [opened.tokenizer.end_of_text, *opened.tokenizer.encode(document.text)]
-            kept = np.concatenate((kept, np.array(ids, np.int64)))
-            while len(kept) > context:
-                yield kept[: context + 1]
-                kept = kept[context:]
+    texts = (document.text for place, file in files for document in Reader(place, []).read_file(file))
+    return (window for window in windowed(texts, opened) if len(window) > opened.config.model.context)

@@ -1,6 +1,6 @@
 """Score a run on the text that it held out, or on any other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import numpy as np
 from khanhllm.data.chat import from_json
 from khanhllm.data.render import blocks, cut
 from khanhllm.data.shards import MANIFEST, Shards
-from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.inference.score import Score
@@ -45,9 +44,19 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     if (rows := conversations(source, opened)) is not None:
         yield from rows
         return
+    from khanhllm.data.readers import Reader
+    from khanhllm.data.sources import locate
+
+    yield from windowed(Reader(locate(source), []).all_texts(), opened)
+
+
+def windowed(texts: Iterable[str], opened: Run) -> Iterator[np.ndarray]:
+    """Texts as windows of context + 1 ids, each text as training sees it: after an end-of-text. Only the last
+    window may be shorter."""
     context, kept = opened.config.model.context, np.empty(0, np.int64)
-    for ids in _tokens(source, opened.tokenizer):
-        kept = np.concatenate((kept, ids))
+    for text in texts:
+        ids = [opened.tokenizer.end_of_text, *opened.tokenizer.encode(text)]
+        kept = np.concatenate((kept, np.array(ids, np.int64)))
         while len(kept) > context:
             yield kept[: context + 1]
             kept = kept[context:]
@@ -66,22 +75,8 @@ def conversations(source: str, opened: Run) -> Iterator[np.ndarray] | None:
     if not holds_conversations(place):
         return None
     reader = Reader(replace(place, laid_for=context), [])
-    texts = (document.text for name in place.files for document in reader.read_file(name))
-    found = (cut(from_json(text), opened.tokenizer, context)[0] for text in texts)
+    found = (cut(from_json(text), opened.tokenizer, context)[0] for text in reader.all_texts())
     return (np.append(block, end).astype(np.int64) for block in blocks(filter(len, found), context, end))
-
-
-def _tokens(source: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each document of a source as training sees it: after an end-of-text."""
-    from khanhllm.data.readers import Reader
-    from khanhllm.data.sources import locate
-
-    place = locate(source)
-    groups = place.groups()
-    reader = Reader(place, groups)
-    for rank in range(len(groups)):
-        for document in reader.run(rank=rank):
-            yield np.array([tokenizer.end_of_text, *tokenizer.encode(document.text)], np.int64)
 
 
 def validation_of(folder: Path, opened: Run) -> Shards:
