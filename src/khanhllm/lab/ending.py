@@ -19,12 +19,13 @@ def drawn(picture: Path, draw: Callable[[], None]) -> str:
     return str(picture)
 
 
-def show(found: dict[str, Any], parts: Iterable[RenderableType], written: str, as_json: bool) -> None:
-    """Print what was found: as JSON, or part by part."""
+def show(found: dict[str, Any], parts: Iterable[RenderableType], lines: Iterable[str], as_json: bool) -> None:
+    """Print what was found: as JSON, or part by part, and then lines as they are."""
     if as_json:
         print(json.dumps(found))
         return
     console = Console(highlight=False)
     for part in parts:
         console.print(part)
-    console.print(f"written: {written}", markup=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -4,7 +4,6 @@ A class of our own serves every model, also those that no other library can expr
 the harness is asked for.
 """
 
-import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +14,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.console import Console
 
 from khanhllm.errors import UserError
 from khanhllm.explain import did_you_mean
 from khanhllm.inference.likelihood import Pair, log_likelihoods
-from khanhllm.lab import scores
+from khanhllm.lab import ending, scores
 from khanhllm.runs.run import Run
 
 FILE = "evaluation-tasks.json"
@@ -160,10 +158,5 @@ def show(
     found |= {"versions": results["versions"], "n-shot": results["n-shot"], "lm_eval": version("lm_eval")}
     name = opened.checkpoint.parents[1].resolve().name
     drawn = scores.write(path, found, name)
-    if as_json:
-        print(json.dumps(found))
-        return
-    console = Console(highlight=False)
-    console.print(scores.table(found["measures"], f"{name} after {found['step']:,} steps"))
-    for line in (scores.LEGEND, f"written: {path}, {drawn}"):
-        console.print(line, markup=False, soft_wrap=True)
+    parts = [scores.table(found["measures"], f"{name} after {found['step']:,} steps")]
+    ending.show(found, parts, [scores.LEGEND, f"written: {path}, {drawn}"], as_json)

@@ -43,7 +43,7 @@ def show(number: int, seconds: Any, seeds: int, machine: MachineConfig, as_json:
         drawn = ending.drawn(picture, lambda: draw(found, picture))
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
-    ending.show(found, told(found), f"{written}, {drawn}", as_json)
+    ending.show(found, told(found), [f"written: {written}, {drawn}"], as_json)
 
 
 def _config(number: int, seconds: Any, machine: MachineConfig) -> Config:

@@ -70,7 +70,7 @@ def show(
         drawn = ending.drawn(picture, lambda: draw(found, picture, name))
     except OSError as error:
         raise UserError(f"cannot write {picture}: {error.strerror}") from None
-    ending.show(found, told(found, name, Console().width), f"{written}, {drawn}", as_json)
+    ending.show(found, told(found, name, Console().width), [f"written: {written}, {drawn}"], as_json)
 
 
 def told(found: dict[str, Any], name: str, width: int) -> Iterator[Text | Table]:

@@ -40,14 +40,8 @@ def show(
         found = suite.examine(opened, files, most, source, with_core, status.update)
     name = opened.checkpoint.parents[1].resolve().name
     drawn = write(path, found, name)
-    if as_json:
-        print(json.dumps(found))
-        return
-    console = Console(highlight=False)
-    console.print(table(found["measures"], f"{name} after {found['step']:,} steps"))
-    for line in (LEGEND, *told(found)):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(f"written: {path}, {drawn}", markup=False, soft_wrap=True)
+    parts = [table(found["measures"], f"{name} after {found['step']:,} steps")]
+    ending.show(found, parts, [LEGEND, *told(found), f"written: {path}, {drawn}"], as_json)
 
 
 def writable(opened: Run, name: str, out: Path | None) -> Path:
