@@ -99,7 +99,7 @@ def _score_answers(console: Console, opened: Run) -> None:
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     for kind, question, whole, answer in zip(kinds, questions, wholes, said, strict=True):
         right[kind].append(question + answer == whole)
-    ended = sum(answer[-1:] == [opened.tokenizer.special_id("<|end|>")] for answer in said)
+    ended = sum(answer[-1:] == [opened.tokenizer.specials.get("<|end|>")] for answer in said)
     score = score_opened(opened)
     console.print(
         f"On conversations that it never read: {score['val_ce']:.3f} nats a token of the answers; "

@@ -53,7 +53,7 @@ def test_transformers_writes_a_conversation_as_we_do(tmp_path, tokenizer, remote
         found = theirs.apply_chat_template(turns, add_generation_prompt=asks, tokenize=True, return_dict=True)
         assert list(found["input_ids"]) == render(messages, tokenizer, answer=asks)
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    assert ends == [tokenizer.special_id("<|end|>"), tokenizer.end_of_text]
+    assert ends == [tokenizer.specials["<|end|>"], tokenizer.end_of_text]
     assert "tuned on conversations" in (folder / "README.md").read_text()
 
 
@@ -71,5 +71,5 @@ def test_gguf_has_the_template_too(tmp_path, tokenizer):
             exported(run, tmp_path / f"{name}.gguf", to="gguf") or tmp_path / f"{name}.gguf"
         ).fields
         assert ("tokenizer.chat_template" in fields) == (name == "chat")
-    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.special_id("<|end|>")
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.specials["<|end|>"]
     assert fields["tokenizer.chat_template"].contents().startswith("{{ '<|endoftext|>' }}")

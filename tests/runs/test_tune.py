@@ -123,7 +123,7 @@ def test_it_learns_to_end_its_answers(base, tmp_path):
     steps = {"steps": 100, "micro_batch": 2, "accumulation": 1, "eval_every": 0, "sample_every": 0, "save_every": 0}
     tuned(base, tmp_path / "out", str(source), QUIET | {"train": QUIET["train"] | steps}, replay=0.0, rate=3.0)
     run = open_run(tmp_path / "out")
-    marks = [run.tokenizer.special_id(f"<|{name}|>") for name in ("endoftext", "user", "assistant", "end")]
+    marks = [run.tokenizer.specials[f"<|{name}|>"] for name in ("endoftext", "user", "assistant", "end")]
     end_of_text, user, assistant, end = marks
     ids = [end_of_text, user, *run.tokenizer.encode("a?"), assistant, *run.tokenizer.encode("b")]
     assert run._logits(ids)[-1].softmax(-1)[end] > 0.9

@@ -70,7 +70,7 @@ def test_a_stream_says_who_speaks_and_then_what(chat, talker):
 
 def test_an_answer_ends_with_any_special_token(chat, talker, monkeypatch):
     """No role token ever stands in an answer; the one that ends it is the reason to stop."""
-    end = talker.tokenizer.special_id("<|end|>")
+    end = talker.tokenizer.specials["<|end|>"]
     monkeypatch.setattr("khanhllm.inference.engine.choose", lambda *_: end)
     (choice,) = post(chat).json()["choices"]
     assert choice["message"]["content"] == "" and choice["finish_reason"] == "stop"

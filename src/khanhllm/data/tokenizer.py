@@ -131,6 +131,7 @@ class Tokenizer:
         """tokens that no text becomes"""
         self.vocab_size = len(self._pieces)
         self.specials = specials
+        """their ids by name"""
         self.end_of_text = specials[END_OF_TEXT]
         self.ends = frozenset(specials[name] for name in SPECIALS if name in specials)
         """tokens with which a text or an answer is over; an imported tokenizer may have special ones in the midst"""
@@ -200,10 +201,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Nothing in it becomes a special token; a lone surrogate becomes U+FFFD."""
         return [rank for part in _digestible(text, self.pattern) for rank in self.engine.encode_ordinary(part)]
-
-    def special_id(self, name: str) -> int | None:
-        """The id of the special token of this name, if there is one."""
-        return next((rank for rank in self.special_ids if self._pieces[rank] == name.encode("utf-8", "replace")), None)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """The ids of each text, as uint32 arrays: as `encode`, but faster. Encoding does not hold the GIL."""

@@ -151,7 +151,7 @@ class Server:
     async def tokenize(self, request: Request) -> Response:
         """A text that is the name of a special token and nothing else becomes that token: clients ask for its id so."""
         asked = parsed(await request.body(), Tokenize)
-        special = self.tokenizer.special_id(asked.prompt)
+        special = self.tokenizer.specials.get(asked.prompt)
         ids = self.tokenizer.encode(asked.prompt) if special is None else [special]
         ids = [self.tokenizer.end_of_text] * asked.add_special_tokens + ids
         return _json({"tokens": ids, "count": len(ids), "max_model_len": self.shape.context})

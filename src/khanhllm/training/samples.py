@@ -48,7 +48,7 @@ def _answers(parts: Parts) -> Iterator[tuple[str, str]]:
 
 def questions(shards: Shards, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """The ids of each conversation up to where its first answer begins."""
-    assistant = tokenizer.special_id("<|assistant|>")
+    assistant = tokenizer.specials.get("<|assistant|>")
     for window in shards.windows():
         for start in np.flatnonzero(window == tokenizer.end_of_text):
             found = np.flatnonzero(window[start:] == assistant)
