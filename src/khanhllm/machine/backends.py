@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from khanhllm.model.experts import GROUPED, LOOP, Backend
 
 log = logging.getLogger(__name__)
 
@@ -42,33 +43,32 @@ class Problem(NamedTuple):
 Attempt = Callable[[Problem], Answers]
 
 
-def by_grouped_mm(problem: Problem) -> Answers:
-    """Forward, gradient of x and gradient of the weights, by torch."""
+def answers(backend: Backend, problem: Problem) -> Answers:
+    """Forward, gradient of x and gradient of the weights."""
     x_NI, weight_EIO, grad_NO, end_E = problem
-    forward = F.grouped_mm(x_NI, weight_EIO, offs=end_E)
-    return forward, F.grouped_mm(grad_NO, weight_EIO.mT, offs=end_E), F.grouped_mm(x_NI.mT, grad_NO, offs=end_E)
+    return (
+        backend.grouped_mm(x_NI, weight_EIO, end_E),
+        backend.grouped_mm(grad_NO, weight_EIO.mT, end_E),
+        backend.grouped_mm_wgrad(x_NI, grad_NO, end_E),
+    )
+
+
+def by_grouped_mm(problem: Problem) -> Answers:
+    """The answers by torch."""
+    return answers(GROUPED, problem)
 
 
 def by_triton(problem: Problem) -> Answers:
     """The same by our Triton kernels."""
-    from khanhllm.machine.triton_grouped import grouped_mm, grouped_mm_wgrad  # only here, as triton may be missing
+    from khanhllm.machine.triton_grouped import BACKEND  # only here, as triton may be missing
 
-    x_NI, weight_EIO, grad_NO, end_E = problem
-    return (
-        grouped_mm(x_NI, weight_EIO, end_E),
-        grouped_mm(grad_NO, weight_EIO.mT, end_E),
-        grouped_mm_wgrad(x_NI, grad_NO, end_E),
-    )
+    return answers(BACKEND, problem)
 
 
 def by_loop(problem: Problem) -> Answers:
     """The same in fp32, expert after expert, which defines what is right."""
     x_NI, weight_EIO, grad_NO, end_E = problem
-    count = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
-    experts = list(zip(x_NI.float().split(count), weight_EIO.float(), grad_NO.float().split(count), strict=True))
-    forward = torch.cat([x @ weight for x, weight, _ in experts])
-    backward = torch.cat([grad @ weight.mT for _, weight, grad in experts])
-    return forward, backward, torch.stack([x.mT @ grad for x, _, grad in experts])
+    return answers(LOOP, Problem(x_NI.float(), weight_EIO.float(), grad_NO.float(), end_E))
 
 
 @contextmanager
@@ -88,8 +88,8 @@ def fault(attempt: Attempt, problem: Problem, guard: Guard = nullcontext) -> str
     """What is wrong with a backend, in a few words, or None. bf16 is right to 1 % of the largest number."""
     try:
         with guard():
-            answers = attempt(problem)
-        pairs = zip(answers, by_loop(problem), strict=True)
+            given = attempt(problem)
+        pairs = zip(given, by_loop(problem), strict=True)
         right = all(bool((answer.float() - want).abs().max() <= 0.01 * want.abs().max()) for answer, want in pairs)
     except Exception as error:  # a kernel has a hundred ways to fail, and each of them rules the backend out
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
