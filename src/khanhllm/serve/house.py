@@ -18,8 +18,8 @@ from khanhllm.log.run_log import EXPERTS, FILE, MESSAGES
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.serve.findings import findings
 from khanhllm.serve.guard import Guard
-from khanhllm.serve.openai import Asked, Refused, dumped, parsed
-from khanhllm.serve.server import Server, application
+from khanhllm.serve.openai import Asked, Refused, parsed
+from khanhllm.serve.server import Server, application, as_json
 from khanhllm.serve.watch import Watch, tail
 from khanhllm.settings import read_config
 from khanhllm.training import checkpoint
@@ -93,7 +93,6 @@ class House:
         routes = [Route(path, self.file, methods=["GET"]) for path in self.files]
         routes += [Route(path, endpoint, methods=[method]) for method, path, endpoint in api if page]
         self.own = application(routes, self._lifespan)
-        self.app = self._answer
 
     def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
         """The application behind its guard, whose settings these are."""
@@ -168,7 +167,7 @@ class House:
 
     async def model(self, _request: Request) -> Response:
         """What is served, and what there is to see."""
-        return _json(await asyncio.to_thread(self._model))
+        return as_json(await asyncio.to_thread(self._model))
 
     def _model(self) -> dict[str, Any]:
         with suppress(UserError):  # of a folder that is being removed, the last one that was read
@@ -182,7 +181,7 @@ class House:
             "step": server.run.step if server else None,
             "newest": max(map(checkpoint.step_of, kept), default=None),
             "waits_for": "" if server else self.why,
-            "talks": bool(server and server.talks),
+            "talks": bool(server and server.run.talks),
             "prompt": config.train.sample_prompt or (PYTHON if config.data.source == "stdlib" else ""),
             "steps": 0 if config.train.seconds else config.train.steps,
             "pattern": shape.pattern,
@@ -205,13 +204,13 @@ class House:
 
     async def _curves(self, request: Request, which: int) -> Response:
         watch = self.logs[self._asked_run(request)][which]
-        return _json(await asyncio.to_thread(watch.look, request.query_params.get("version", "")))
+        return as_json(await asyncio.to_thread(watch.look, request.query_params.get("version", "")))
 
     async def texts(self, request: Request) -> Response:
         """The ends of a run's messages and samples."""
         run = self.runs[self._asked_run(request)]
         messages, samples = await asyncio.to_thread(lambda: (tail(run / MESSAGES), tail(run / "samples.txt")))
-        return _json({"messages": messages, "samples": samples})
+        return as_json({"messages": messages, "samples": samples})
 
     async def experts(self, _request: Request) -> Response:
         """What `khanhllm experts` found, and whether it speaks of the weights that are served."""
@@ -220,7 +219,7 @@ class House:
         except UserError as error:
             raise Refused(404, str(error)) from None
         current = bool(found and self.server and self.server.weights == found["checkpoint"])
-        return _json({"findings": found, "current": current})
+        return as_json({"findings": found, "current": current})
 
     async def newest(self, request: Request) -> Response:
         """Serve the newest checkpoint from now on."""
@@ -236,7 +235,3 @@ class House:
         if asked not in map(str, range(len(self.runs))):
             raise Refused(400, f"run must be a number from 0 to {len(self.runs) - 1}", param="run")
         return int(asked)
-
-
-def _json(value: dict[str, Any]) -> Response:
-    return Response(dumped(value), media_type="application/json")

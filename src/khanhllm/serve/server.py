@@ -76,11 +76,6 @@ class Server:
         self.guard: Guard | None = None
 
     @property
-    def talks(self) -> bool:
-        """Whether the run was taught to talk."""
-        return self.run.talks
-
-    @property
     def fault(self) -> BaseException | None:
         """What ended the engine."""
         return self.engine.fault
@@ -115,7 +110,7 @@ class Server:
     async def health(self, _request: Request) -> Response:
         if self.engine.fault:
             raise Refused(503, "the engine has ended by an error")
-        return _json({"status": "ok"})
+        return as_json({"status": "ok"})
 
     async def metrics(self, _request: Request) -> Response:
         """https://prometheus.io/docs/instrumenting/exposition_formats/"""
@@ -130,11 +125,11 @@ class Server:
         return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
     async def models(self, _request: Request) -> Response:
-        return _json({"object": "list", "data": [self._card()]})
+        return as_json({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
         self._check_model(request.path_params["name"])
-        return _json(self._card())
+        return as_json(self._card())
 
     def _card(self) -> dict[str, Any]:
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "khanhllm"}
@@ -146,7 +141,7 @@ class Server:
 
     async def tokenizer_info(self, _request: Request) -> Response:
         names = {f"{what}_token": END_OF_TEXT for what in ("bos", "eos", "pad")}
-        return _json(names | {"vocab_size": self.tokenizer.vocab_size, "max_model_len": self.shape.context})
+        return as_json(names | {"vocab_size": self.tokenizer.vocab_size, "max_model_len": self.shape.context})
 
     async def tokenize(self, request: Request) -> Response:
         """A text that is the name of a special token and nothing else becomes that token: clients ask for its id so."""
@@ -154,12 +149,12 @@ class Server:
         special = self.tokenizer.specials.get(asked.prompt)
         ids = self.tokenizer.encode(asked.prompt) if special is None else [special]
         ids = [self.tokenizer.end_of_text] * asked.add_special_tokens + ids
-        return _json({"tokens": ids, "count": len(ids), "max_model_len": self.shape.context})
+        return as_json({"tokens": ids, "count": len(ids), "max_model_len": self.shape.context})
 
     async def detokenize(self, request: Request) -> Response:
         asked = parsed(await request.body(), Detokenize)
         check_ids(asked.tokens, self.tokenizer.vocab_size, "tokens")
-        return _json({"prompt": self.tokenizer.decode(asked.tokens)})
+        return as_json({"prompt": self.tokenizer.decode(asked.tokens)})
 
     async def chat(self, request: Request) -> Response:
         asked = parsed(await request.body(), Chat)
@@ -275,7 +270,7 @@ class Server:
         for one, whole in zip(wanted, answers, strict=True):
             logprobs = Logprobs(self.tokenizer).add(whole.scores) if one.logprobs is not None else None
             choices.append(form.whole(whole.choice, whole.text, logprobs, whole.finish) | self._told(whole.seen))
-        return _json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
+        return as_json(reply | {"choices": choices, "usage": usage(tokens, writing.written)})
 
     async def _events(
         self,
@@ -360,13 +355,13 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _json(value: Mapping[str, Any], status: int = 200) -> Response:
+def as_json(value: Mapping[str, Any], status: int = 200) -> Response:
     return Response(dumped(value), status, media_type="application/json")
 
 
 def _refused(_request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    answer = _json(error.body(), error.status)
+    answer = as_json(error.body(), error.status)
     if error.status in (429, 503):
         answer.headers["retry-after"] = "1"
     return answer
