@@ -62,10 +62,6 @@ class Parts:
     def reading(self) -> Reading | None:
         return Reading.of(self.config.train, self.tokenizer)
 
-    @property
-    def is_belt(self) -> bool:
-        return isinstance(self.train, Belt)
-
 
 def rows_of(parts: Parts, state: State, stop: Stop, every: bool = False) -> Generator[Batch]:
     """What this process reads from here on; to be closed. every: also the rows of the others of its group."""
@@ -220,8 +216,9 @@ def restore(parts: Parts, path: Path, used: float = 0.0) -> State:
     saved, learner = checkpoint.read_state(path), parts.learner
     begun = saved["data"] or saved["step"]
     if begun and saved["data"] != parts.train.sha256:
-        place = " (those made during a training depend on their files' place too)" if parts.is_belt else ""
-        other = f"{path} was trained on other shards than those in {parts.train.folder}{place}"
+        other = f"{path} was trained on other shards than those in {parts.train.folder}"
+        if isinstance(parts.train, Belt):
+            other += " (those made during a training depend on their files' place too)"
         raise UserError(f"{other}; to train on other text, begin a new run (--run)")
     model, optimizer, owners, part = learner.model, learner.optimizer, learner.owners, learner.part
     checkpoint.load_model(path, model, part)
