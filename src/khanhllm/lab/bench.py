@@ -23,6 +23,7 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import check_writable
 from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
+from khanhllm.lab.facts import spread
 from khanhllm.limits import cores
 from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, matmul_rate, open_machine
@@ -119,14 +120,14 @@ def _compare(name: str, config: Config, machine: Machine, steps: int, console: C
         if turn >= 2:  # the first two warm up
             turns.append(seconds)
             rates.append(rate)
-    report: Report = {"shape": model.model_dump(), "tokens": config.tokens_per_step, "matmul_rate": _spread(rates)}
+    report: Report = {"shape": model.model_dump(), "tokens": config.tokens_per_step, "matmul_rate": spread(rates)}
     for candidate, its in zip(candidates, zip(*turns, strict=True), strict=True):
         report[candidate.name] = _result(candidate, list(its), rates, config.tokens_per_step, machine)
         _print_result(console, candidate.name, report[candidate.name])
     ours, twin, *hugging_face = zip(*turns, strict=True)
     report |= {
-        "ratio_dense_twin": _spread([b / a for a, b in zip(ours, twin, strict=True)]),
-        "ratio_huggingface": _spread([b / a for a, b in zip(ours, hugging_face[0], strict=True)]) if theirs else None,
+        "ratio_dense_twin": spread([b / a for a, b in zip(ours, twin, strict=True)]),
+        "ratio_huggingface": spread([b / a for a, b in zip(ours, hugging_face[0], strict=True)]) if theirs else None,
         "share_of_matmul_rate": report[mode]["share_of_matmul_rate"],
         "our_mode": mode,
         "huggingface_mode": theirs,
@@ -158,9 +159,9 @@ def _result(candidate: Candidate, seconds: list[float], rates: list[float], toke
     return {
         "parameters": candidate.parameters,
         "flops_per_token": candidate.flops,
-        "step_ms": _spread([1000 * one for one in seconds]),
-        "tokens_per_s": _spread([tokens / one for one in seconds]),
-        "share_of_matmul_rate": _spread([flops / one / rate for one, rate in zip(seconds, rates, strict=True)]),
+        "step_ms": spread([1000 * one for one in seconds]),
+        "tokens_per_s": spread([tokens / one for one in seconds]),
+        "share_of_matmul_rate": spread([flops / one / rate for one, rate in zip(seconds, rates, strict=True)]),
         "mfu": flops / median(seconds) / machine.peak_flops if machine.peak_flops else None,
         "first_step_s": candidate.first_step,
         "memory_mb": candidate.leave(),
@@ -199,8 +200,8 @@ def _moe(machine: Machine, wanted: MachineConfig, steps: int, console: Console) 
         return work
 
     mine, other = _turns([both_ways(ours), both_ways(theirs)], steps, machine)
-    ratio = _spread([b / a for a, b in zip(mine, other, strict=True)])
-    ms = _spread([1000 * one for one in mine])
+    ratio = spread([b / a for a, b in zip(mine, other, strict=True)])
+    ms = spread([1000 * one for one in mine])
     console.print(f"mixture layer: ours {_shown(ms, '.1f')} ms, x {_shown(ratio, '.2f')}")
     return {"moe": {"ms": ms, "ratio_huggingface": ratio}}
 
@@ -219,8 +220,8 @@ def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Consol
     to transformers' generate with a model of the same shape."""
     model, turns = _untrained(machine, preset("micro")), min(steps, 9)
     one, eight = _turns([partial(_write, model, machine, 1), partial(_write, model, machine, 8)], turns, machine)
-    rate = _spread([WRITTEN / seconds for seconds in one])
-    together = _spread([8 * alone / seconds for alone, seconds in zip(one, eight, strict=True)])
+    rate = spread([WRITTEN / seconds for seconds in one])
+    together = spread([8 * alone / seconds for alone, seconds in zip(one, eight, strict=True)])
     console.print(f"decode: {_shown(rate, ',.0f')} tokens/s, eight texts together x {_shown(together, '.2f')}")
     report = {"tokens_per_s": rate, "ratio_eight": together}
     try:
@@ -239,7 +240,7 @@ def _decode(machine: Machine, wanted: MachineConfig, steps: int, console: Consol
             theirs.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **limits)
 
     mine, other = _turns([partial(_write, model, machine, 1), generate], turns, machine)
-    ratio = _spread([b / a for a, b in zip(mine, other, strict=True)])
+    ratio = spread([b / a for a, b in zip(mine, other, strict=True)])
     console.print(f"decode next to transformers' generate: x {_shown(ratio, '.2f')}")
     return {"decode": report | {"ratio_huggingface": ratio}}
 
@@ -273,8 +274,8 @@ def _tokenizer(machine: Machine, wanted: MachineConfig, steps: int, console: Con
         raise UserError("bench: the two encoders disagree; please report it")
     others = [partial(theirs.encode_batch, texts), partial(theirs.encode_batch_fast, texts)]
     mine, plain, fast = _turns([partial(ours.encode_batch, texts, threads), *others], min(steps, 7), machine)
-    rate = _spread([size / 1e6 / one for one in mine])
-    ratios = [_spread([b / a for a, b in zip(mine, other, strict=True)]) for other in (plain, fast)]
+    rate = spread([size / 1e6 / one for one in mine])
+    ratios = [spread([b / a for a, b in zip(mine, other, strict=True)]) for other in (plain, fast)]
     console.print(f"encode: {_shown(rate, '.1f')} MB/s, x {_shown(ratios[0], '.2f')} of tokenizers'")
     console.print(f"x {_shown(ratios[1], '.2f')} of theirs without offsets")
     return {"tokenizer": {"mb_per_s": rate, "ratio_tokenizers": ratios[0], "ratio_tokenizers_fast": ratios[1]}}
@@ -305,7 +306,7 @@ def _data(machine: Machine, wanted: MachineConfig, steps: int, console: Console)
         next(stream)
         (seconds,) = _turns([lambda: list(islice(stream, count))], min(steps, 7), machine)
         stream.close()
-    rate = _spread([count * rows * tokens / one for one in seconds])
+    rate = spread([count * rows * tokens / one for one in seconds])
     console.print(f"data: {_shown(rate, ',.0f')} tokens/s from shards to the device")
     return {"data": {"tokens_per_s": rate} | _prepare(tokenizer, min(steps, 3), machine, console)}
 
@@ -332,8 +333,8 @@ def _prepare(tokenizer: Tokenizer, turns: int, machine: Machine, console: Consol
         ours, theirs = _turns([whole, bare], turns, machine)
     size = sum(len(text.encode()) for text in many)
     speed, ratio = (
-        _spread([size / 1e6 / one for one in ours]),
-        _spread([b / a for a, b in zip(ours, theirs, strict=True)]),
+        spread([size / 1e6 / one for one in ours]),
+        spread([b / a for a, b in zip(ours, theirs, strict=True)]),
     )
     console.print(f"text to shards: {_shown(speed, '.1f')} MB/s, x {_shown(ratio, '.2f')} of bare tiktoken")
     return {"prepare_mb_per_s": speed, "prepare_over_tiktoken": ratio}
@@ -362,11 +363,7 @@ def _turns(works: list[Callable[[], Any]], turns: int, machine: Machine) -> list
     return list(zip(*rows[1:], strict=True))
 
 
-def _spread(values: list[float]) -> Report:
-    return {"median": median(values), "least": min(values), "most": max(values)}
-
-
-def _shown(spread: Report | None, spec: str) -> str:
-    if spread is None:
+def _shown(measured: Report | None, spec: str) -> str:
+    if measured is None:
         return "–"
-    return f"{spread['median']:{spec}} ({spread['least']:{spec}} to {spread['most']:{spec}})"
+    return f"{measured['median']:{spec}} ({measured['least']:{spec}} to {measured['most']:{spec}})"
