@@ -164,9 +164,9 @@ def learns_one_batch(model: Transformer, steps: int = 60) -> Finding:
 
 
 @torch.no_grad()
-def experts_share_the_work(model: Transformer, ids_BT: Tensor | None = None) -> Finding:
+def experts_share_the_work(model: Transformer) -> Finding:
     """No expert starves: each receives at least a fiftieth of an even share."""
-    routings = model.trunk(some_ids(model, 8, 64) if ids_BT is None else ids_BT)[1]
+    routings = model.trunk(some_ids(model, rows=8, length=64))[1]
     load_LE = torch.stack([routing.load_E / routing.load_E.sum() for routing in routings])
     prob_LE = torch.stack([routing.prob_E for routing in routings])
     even = 1 / load_LE.shape[1]

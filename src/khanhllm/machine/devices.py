@@ -180,15 +180,15 @@ def keep_freed_memory(keep: bool) -> None:
             _take_huge_pages()
 
 
-def _take_huge_pages(room: int = 1 << 30) -> None:
+def _take_huge_pages() -> None:
     """Let the heap lie in pages of 2 MB where Linux gives them to those who ask. Tensors of a few megabytes wander
     through the heap, and with pages of 4 kB the processor spends a quarter of a small model's step on looking up where
     they are. glibc asks by itself only if the environment said so before it started. Called again, it does nothing
-    unless the room is used up."""
+    unless the gigabyte that it took is used up."""
     libc = ctypes.CDLL(None)
     libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
     start = libc.sbrk(0)
-    libc.mallopt(-2, room)  # M_TOP_PAD: by how much the heap grows
+    libc.mallopt(-2, 1 << 30)  # M_TOP_PAD: by how much the heap grows
     libc.free(ctypes.c_void_p(libc.malloc(24 << 20)))
     libc.mallopt(-2, 128 << 10)  # as it was
     begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE

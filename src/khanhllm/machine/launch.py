@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
-from typing import IO
 
 from khanhllm.errors import UserError, in_a_line
 from khanhllm.machine.group import STORE, environment
@@ -185,13 +184,13 @@ def last_words() -> Iterator[None]:
         raise Failed("", code) from None
 
 
-def end_with_launcher(stream: IO[str] | None = None) -> None:
+def end_with_launcher() -> None:
     """Where this process was launched, let it stop, as by SIGTERM, when the launcher has gone."""
     if os.environ.pop(WATCHED, ""):
-        stream = stream or sys.stdin
+        stdin = sys.stdin
 
         def watch() -> None:
-            os.read(stream.fileno(), 1)
+            os.read(stdin.fileno(), 1)
             os.kill(os.getpid(), signal.SIGTERM)
 
         Thread(target=watch, daemon=True, name="launcher").start()

@@ -97,11 +97,11 @@ def on(name: str, card: Card) -> Hardware:
     return Hardware(name, "cuda", "bf16", round(SHARE * card.memory * 1e9), CONTEXT, card.tflops * 1e12)
 
 
-def read_size(given: Any, name: str = "--memory") -> int:
-    """ "8GB" -> bytes. UserError, with the name of the argument, for anything else."""
+def read_size(given: Any) -> int:
+    """What --memory says, such as "8GB", in bytes. UserError for anything else."""
     match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(i?)b?\s*", str(given).lower())
     if not match or not float(match[1]):
-        raise UserError(f"{name}: must be a size, such as 8GB or 600MB (got {str(given)[:60]!r})")
+        raise UserError(f"--memory: must be a size, such as 8GB or 600MB (got {str(given)[:60]!r})")
     return round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
 
 
