@@ -247,12 +247,8 @@ def _local(source: str, root: Path, paths: list[Path], left_out: Counter[str] | 
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
     sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)
     fingerprint = blake2b(repr((str(root.resolve()), listing)).encode("utf-8", "surrogateescape")).hexdigest()
-    most, counts = _document_bytes(sum(sizes)), _counts(left_out or Counter())
+    most, counts = _document_bytes(sum(sizes)), tuple((left_out or Counter()).items())
     return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, most, left_out=counts)
-
-
-def _counts(left_out: Counter[str]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -311,7 +307,7 @@ def _listed(source: str) -> tuple[str, list[str], tuple[tuple[str, int], ...]]:
         left_out.update(["of other splits"] * (len(files) - len(chosen)))
         files = chosen
     root, relative = common_folder(files)
-    return f"hf://{root}", relative, _counts(left_out)
+    return f"hf://{root}", relative, tuple(left_out.items())
 
 
 def _chosen(files: list[str], split: str, source: str) -> list[str]:
