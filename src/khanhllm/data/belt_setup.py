@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from khanhllm.data.belt_notes import RECIPE, Recipe, spool
-from khanhllm.data.clean import Cleaner, counted
+from khanhllm.data.clean import Cleaner, cleaning_of
 from khanhllm.data.executors import say
 from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
@@ -57,7 +57,7 @@ def create_belt(
         train_tokens=0,
         validation_tokens=shard.tokens,
         shards=(shard,),
-        cleaning=counted(clean, ()),
+        cleaning=cleaning_of(clean, ()),
     )
     recipe = Recipe(
         version=VERSION,

@@ -187,7 +187,7 @@ def added(one: Tally, other: Tally) -> Tally:
     return tuple((a + c, b + d) for (a, b), (c, d) in zip(one, other, strict=True)) if one and other else one or other
 
 
-def counted(clean: str, tallies: Iterable[Tally]) -> Cleaning | None:
+def cleaning_of(clean: str, tallies: Iterable[Tally]) -> Cleaning | None:
     """The counts as a manifest keeps them; None without any step."""
     steps = steps_of(clean)
     total: Tally = ()

@@ -20,8 +20,7 @@ from rich.text import Text
 
 from khanhllm.data.belt_notes import Made, Position, ShardStart
 from khanhllm.data.chat import from_json
-from khanhllm.data.clean import counted as cleaned
-from khanhllm.data.clean import table
+from khanhllm.data.clean import cleaning_of, table
 from khanhllm.data.counting import Marks
 from khanhllm.data.counting import counted as counted_in
 from khanhllm.data.readers import Reader, holds_conversations
@@ -278,7 +277,7 @@ def _splits(manifest: Manifest) -> Table:
 def _cleaning_so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
     """What the cleaning of a belt has read and removed up to its newest shard; None before the first one."""
     places = _places(folder)
-    return cleaned(manifest.cleaned_by, (place.tally for place in places)) if places else None
+    return cleaning_of(manifest.cleaned_by, (place.tally for place in places)) if places else None
 
 
 def _skipped_so_far(folder: Path) -> Counter[str]:

@@ -28,7 +28,7 @@ from filelock import Timeout
 
 from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, create_belt
-from khanhllm.data.clean import COMPARING, Cleaner, counted, steps_of, table
+from khanhllm.data.clean import COMPARING, Cleaner, cleaning_of, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.readers import Reader, for_conversations
 from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
@@ -180,7 +180,7 @@ def _manifest(source: Source, tokenizer: Tokenizer, validation: float, reports: 
         train_tokens=sum(report.count("train") for report in reports),
         validation_tokens=sum(report.count("validation") for report in reports),
         shards=tuple(shard for report in reports for shard in report.shards),
-        cleaning=counted(clean, (report.tally for report in reports)),
+        cleaning=cleaning_of(clean, (report.tally for report in reports)),
         skipped=sum((Counter(report.skipped) for report in reports), Counter()) or None,
         laid=sum((report.laid for report in reports if report.laid), Laid(context=source.laid_for))
         if source.laid_for
