@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from khanhllm.draw import bars, braille, duration, expert_table, short, verdict, visible
+from khanhllm.draw import bars, braille, expert_table, verdict, visible
 from khanhllm.log.pictures import frame, loss_curve_png, loss_curve_text, smooth
 
 HEADER = "step,tokens,loss,val_ce,val_bpb\n"
@@ -110,13 +110,6 @@ def test_expert_table():
     assert lines[1] == "1 ▄▄ ▄▄ ▄▄ ▄▄ 25 to 25 % 1.00 fair".split()
     assert lines[2] == "3 ▂▂ ▃▃ ▂▂ ██ 10 to 60 % 1.68 leans on expert 3".split()
     assert lines[3] == "5 ?? ?? ?? ?? – – not measured".split()
-
-
-def test_short_numbers():
-    assert [short(number) for number in (0, 950, 12_345, 692_196_352, 999_999, 1.5e9, 0.25)] == [
-        "0", "950", "12.3 k", "692.2 M", "1 M", "1.5 B", "0.25"
-    ]  # fmt: skip
-    assert [duration(seconds) for seconds in (0, 59.4, 192, 7500, 273_600)] == ["0s", "59s", "3m12s", "2h05m", "3d04h"]
 
 
 def test_visible():

@@ -2,8 +2,8 @@
 
 A braille character holds 2 x 4 dots, so a line of 70 draws a curve through 140 points. Eighths of a block make columns,
 one per expert; half height is an even share, so idle and overloaded experts stand out. Colour repeats what the height
-shows, and never stands alone. Functions that shorten numbers and make strange text harmless are here too. Nothing here
-depends on a model or on training.
+shows, and never stands alone. A function that makes strange text harmless is here too. Nothing here depends on a model
+or on training.
 """
 
 import math
@@ -23,28 +23,6 @@ COLUMNS = "▁▂▃▄▅▆▇█"
 EIGHTHS = "▏▎▍▌▋▊▉"
 FAIR = (2 / 3, 3 / 2)  # times an even share; outside: yellow
 FAR = (1 / 4, 2.0)  # outside: red, and a word about it
-
-
-def short(number: float) -> str:
-    """A number with a unit and one decimal: 950, 12.3 k, 692.2 M, 1.5 B."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(number) >= 0.99995 * size:
-            return f"{number / size:.1f}".removesuffix(".0") + unit
-    return f"{number:.3g}" if number % 1 else f"{number:.0f}"
-
-
-def counted(number: int, word: str) -> str:
-    """A number and its noun: 1 file, 2,000 files."""
-    return f"{number:,} {word}{'s' * (number != 1)}"
-
-
-def duration(seconds: float) -> str:
-    """A time in its two largest units: 45s, 3m12s, 2h05m, 3d04h."""
-    whole = round(seconds)
-    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // part:02}{smaller}"
-    return f"{whole}s"
 
 
 def visible(text: str, encoding: str = "utf-8") -> str:

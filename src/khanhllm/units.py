@@ -1,4 +1,4 @@
-"""Numbers as people write them: 10k, 300M, 1e5, 8GB, 1d12h; and sizes as people read them."""
+"""Numbers as people write them: 10k, 300M, 1e5, 8GB, 1d12h; and numbers, sizes and times as people read them."""
 
 import re
 from decimal import Decimal
@@ -46,3 +46,25 @@ def as_size(number: float) -> str:
             part = number / 1000**power
             return f"{part:,.{0 if part >= 10 else 1}f} {POWERS[power - 1].upper().replace('K', 'k')}B"
     return "1 byte" if number == 1 else f"{number:,.0f} bytes"
+
+
+def short(number: float) -> str:
+    """A number with a unit and one decimal: 950, 12.3 k, 692.2 M, 1.5 B."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(number) >= 0.99995 * size:
+            return f"{number / size:.1f}".removesuffix(".0") + unit
+    return f"{number:.3g}" if number % 1 else f"{number:.0f}"
+
+
+def counted(number: int, word: str) -> str:
+    """A number and its noun: 1 file, 2,000 files."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 45s, 3m12s, 2h05m, 3d04h."""
+    total = round(seconds)
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if total >= size:
+            return f"{total // size}{unit}{total % size // part:02}{smaller}"
+    return f"{total}s"

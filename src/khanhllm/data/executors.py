@@ -31,10 +31,9 @@ from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, single_text
-from khanhllm.draw import counted
 from khanhllm.errors import UserError
 from khanhllm.limits import cores
-from khanhllm.units import as_size
+from khanhllm.units import as_size, counted
 
 
 class Unfinished(Exception):

@@ -30,8 +30,9 @@ from khanhllm.data.source_syntax import with_home
 from khanhllm.data.sources import Source, in_words, locate
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.walk import KINDS
-from khanhllm.draw import counted, histogram, horizontal_bars, visible
+from khanhllm.draw import histogram, horizontal_bars, visible
 from khanhllm.errors import UserError
+from khanhllm.units import counted
 
 BEGINNING = 600
 """characters of a document that are printed"""

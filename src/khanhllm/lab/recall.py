@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from khanhllm.draw import counted, duration, short
 from khanhllm.errors import UserError
 from khanhllm.files import check_writable, publish
 from khanhllm.lab import ending
@@ -21,6 +20,7 @@ from khanhllm.lab.facts import BITS, MARKS, MODELS, RECIPE, Facts, race, summary
 from khanhllm.machine.devices import open_machine
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import resolve
+from khanhllm.units import counted, duration, short
 
 VERSION = 1
 GAP = 3

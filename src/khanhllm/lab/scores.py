@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.draw import counted, visible
+from khanhllm.draw import visible
 from khanhllm.errors import UserError
 from khanhllm.files import check_writable, publish
 from khanhllm.lab import core, ending, sets, suite
 from khanhllm.runs.run import Run
+from khanhllm.units import counted
 
 FILE = "evaluation.json"
 LEGEND = "accuracies in %, ± one standard error; in parentheses: within two of chance"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.draw import Floats, duration, short, visible
+from khanhllm.draw import Floats, visible
 from khanhllm.errors import UserError
 from khanhllm.files import read as read_file
 from khanhllm.log.pictures import check_picture, frame, read_log, smooth
@@ -20,6 +20,7 @@ from khanhllm.log.run_log import FILE
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.schema import Config
 from khanhllm.settings import read_config
+from khanhllm.units import duration, short
 
 WIDTH = 120
 """of the table where it goes to a file (characters)"""

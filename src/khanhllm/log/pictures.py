@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from khanhllm.draw import Floats, braille, short, visible
+from khanhllm.draw import Floats, braille, visible
 from khanhllm.errors import UserError
 from khanhllm.files import check_writable
+from khanhllm.units import short
 
 CURVES = ("tokens", "loss", "val_ce", "val_bpb")
 """columns that the pictures show"""

@@ -19,9 +19,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.draw import bars, braille, duration, short, visible
+from khanhllm.draw import bars, braille, visible
 from khanhllm.errors import drain
 from khanhllm.log.pictures import frame
+from khanhllm.units import duration, short
 
 Row = dict[str, Any]
 REDRAW = 0.25

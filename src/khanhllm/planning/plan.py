@@ -7,13 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from khanhllm.draw import duration
 from khanhllm.machine.cards import card
 from khanhllm.machine.devices import open_machine
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.planning import budget
 from khanhllm.planning.budget import Hardware
 from khanhllm.schema import Config
+from khanhllm.units import duration
 
 ASSUMED = {"cuda": 0.4, "cpu": 0.6}
 """assumed share of the peak rate that training reaches, if nothing was measured"""
