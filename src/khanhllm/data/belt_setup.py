@@ -76,7 +76,7 @@ def create_belt(
 
 
 def _deciding(source: Source) -> dict[str, Any]:
-    """The fields of a source that decide its shards; the newest one only if it is set, so older belts keep theirs."""
+    """The fields of a source that decide its shards; `bad` only if it is "skip", so that older belts keep theirs."""
     return {key: value for key, value in asdict(source).items() if key != "left_out" and (key, value) != BAD}
 
 

@@ -54,7 +54,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """What one step takes: all in bytes, except `flops`."""
+    """What one step takes: all in bytes, but for `flops` and `update`, which are operations."""
 
     weights: int
     """parameters and buffers, exact"""

@@ -268,7 +268,7 @@ def verify(path: Path, paper: nn.Module | None = None) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Where the run stood. UserError if that is not what `save` writes."""
+    """Where the run stood. UserError if that is not what `publish` writes."""
     try:
         noted = Noted.model_validate_json(read(path / "state.json"))
     except ValidationError as error:
@@ -309,7 +309,7 @@ def load_optimizer(
     part: Part = WHOLE,
     named: Iterable[tuple[str, nn.Parameter]] = (),
 ) -> None:
-    """Give the optimizer back the state that `save` took; `numbers` is the "optimizer" entry of the saved state.
+    """Give the optimizer back the state that `snapshot` took; `numbers` is the "optimizer" entry of the saved state.
 
     mine: the parameters that this process updates, if not all. The state of others is checked but not kept. part: see
     `load_model`. named: all parameters, if the optimizer's are not the model's.
