@@ -2,8 +2,7 @@
 
 One frozen `Config` decides a run; `settings` reads its values. Nothing here imports torch, so `--help` answers at once.
 
-Wrong input raises `UserError`: one line that names what, where and what to do. The command line prints it and exits
-with code 2.
+Wrong input raises `UserError`: one line that names what, where and what to do. The command line then ends with code 2.
 """
 
 from collections.abc import Mapping
@@ -75,13 +74,14 @@ class ModelConfig(Section):
     """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
     three: cheaper; `khanhllm export` writes it as swiglu"""
     value_embedding: bool | Literal["normed"] = False
-    """every other layer adds a learned vector of the token itself to the values that attention mixes (modern only), for
-    vocab_size x dim x kv_heads / heads parameters and no arithmetic; normed, `khanhllm export` has a form for it"""
+    """every other layer adds a learned vector of the token itself to attention's values (modern only), for vocab_size x
+    dim x kv_heads / heads parameters and no arithmetic; normed, `khanhllm export` has a form for it"""
+    token_norm: bool = False
+    """each token's vector is divided by its root mean square, so it cannot outgrow what layers add (modern only)"""
     embedding_skip: bool = False
     """the input of each layer is a learned mixture of the previous layer's output and the embedding (modern only)"""
     pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
-    """learned vectors for pairs of neighbouring tokens, of which a hash chooses the one added to the second token's
-    (modern only); each costs dim parameters, and next to no arithmetic"""
+    """learned vectors for pairs of neighbouring tokens, chosen by a hash and added to the second's (modern only)"""
     router_bias: bool = False
     """a bias moves the router's choice of experts, but not their weights, towards an even load; see loss.bias_rate"""
     zero_out: bool = False
@@ -105,7 +105,7 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        modern = ("value_embedding", "pair_embedding", "embedding_skip", "induction_head")
+        modern = ("value_embedding", "token_norm", "pair_embedding", "embedding_skip", "induction_head")
         if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
             raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
         if self.induction_head and (self.zero_out or self.heads < 2 or len(self.pattern) < 2):

@@ -95,10 +95,11 @@ SHAPES = {
     "own_expert_width": {"pattern": "DM", "expert_hidden": 24},
     "relu2": {"pattern": "DM", "feedforward": "relu2"},
     "own_values": {"pattern": "MDDM", "value_embedding": "normed"},
+    "normed_tokens": {"pattern": "DM", "token_norm": True},
     "own_values_of_shared_heads": {"pattern": "DMM", "value_embedding": "normed", "kv_heads": 2, "norm_eps": 0.01},
     "rope_and_eps": {"pattern": "DM", "rope_theta": 500.0, "norm_eps": 0.01},
 }
-ENCODED = {"relu2", "own_values", "own_values_of_shared_heads"}
+ENCODED = {"relu2", "normed_tokens", "own_values", "own_values_of_shared_heads"}
 """what comes back in another form"""
 
 

@@ -11,7 +11,7 @@ from conftest import build, plain_machine, tiny
 from khanhllm.cli import main
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.export import remote
-from khanhllm.export.remote import BEGINNING, FILES
+from khanhllm.export.remote import UNKNOWN, FILES
 from khanhllm.inference.generate import continuation
 from khanhllm.schema import ModelConfig, Sampling
 from khanhllm.training.start import write_start
@@ -77,7 +77,7 @@ def export(model, folder):
     folder.mkdir()
     remote.write(folder, model.config, model.state_dict(), TOKENIZER, "f32")
     found = remote.read(folder)
-    assert found.model == model.config.model_copy(update=dict.fromkeys(BEGINNING, False))
+    assert found.model == model.config.model_copy(update=dict.fromkeys(UNKNOWN, False))
     assert found.weights.keys() == model.state_dict().keys()
     return folder
 
@@ -243,7 +243,7 @@ def test_a_new_key_of_the_model_has_to_be_thought_of_here():
 
     parameters = inspect.signature(KhanhLLMConfig.__init__).parameters
     known = {key: parameters[key].default for key in parameters if key in ModelConfig.model_fields}
-    assert known == ModelConfig().model_dump(exclude=BEGINNING)
+    assert known == ModelConfig().model_dump(exclude=UNKNOWN)
 
 
 def test_the_code_stands_alone():
@@ -255,7 +255,7 @@ def test_the_code_stands_alone():
 
 @pytest.mark.slow
 def test_the_verb_writes_what_transformers_has_no_class_for(tmp_path):
-    model = ours(EVERYTHING)
+    model = ours(EVERYTHING | {"token_norm": True})
     config = tiny().model_copy(update={"model": model.config})
     write_start(tmp_path / "run", config, model, TOKENIZER)
     command = ["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]

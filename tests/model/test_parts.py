@@ -263,6 +263,15 @@ def test_a_pair_begins_as_nothing_and_gives_its_second_token_a_vector_of_its_own
     assert torch.allclose(torch.cat(stepwise, 1), with_pairs.logits(ids), atol=1e-5)
 
 
+def test_the_length_of_a_normed_token_says_nothing():
+    model, ids = build(tiny(token_norm=True, norm_eps=1e-9)), torch.tensor([[5, 7, 7, 9]])
+    with torch.no_grad():
+        before = model.logits(ids)
+        model.embedding.token.weight[7] *= 30
+        assert torch.allclose(model.logits(ids), before, atol=1e-5)
+        assert torch.allclose(model.embedding(ids).square().mean(-1), torch.ones(1, 4))
+
+
 def test_pairs_are_spread_evenly_over_their_table():
     embedding = TokenEmbedding(300, 1, 1000)
     with torch.no_grad():

@@ -6,6 +6,7 @@ Each takes and returns a shape and its weights by name, in our own terms, so tha
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from khanhllm.errors import UserError
@@ -17,6 +18,15 @@ LARGEST_HALF = 65_504
 STEEPEST = 10
 SMALL = 10
 """powers of two: of s in `as_swiglu`, and of what `as_wider` divides by"""
+
+
+def as_divided(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """The vectors of tokens as `token_norm` makes them."""
+    if not model.token_norm:
+        return model, weights
+    token_VD = weights["embedding.token.weight"].float()
+    divided_VD = F.rms_norm(token_VD, token_VD.shape[-1:], eps=model.norm_eps)
+    return model.model_copy(update={"token_norm": False}), weights | {"embedding.token.weight": divided_VD}
 
 
 def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

@@ -49,9 +49,10 @@ def export(
     run = path.parents[1]
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
     weights = tensor_files.load(path, "model")
-    shape, encoded, talks = config.model, weights, config.train.targets == "answers"
+    talks = config.train.targets == "answers"
+    shape, encoded = encode.as_divided(config.model, weights)
     if not remote_code:
-        shape, encoded = _encoded(to, config.model, weights, compatible)
+        shape, encoded = _encoded(to, shape, encoded, compatible)
     aside = out.with_name(f".export.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Token ids to vectors. classic adds a learned vector for each position; modern leaves positions to Rope."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from khanhllm.model.rope import places
@@ -16,12 +17,17 @@ def _table(size: int, dim: int) -> nn.Embedding:
 
 
 class TokenEmbedding(nn.Module):
-    """A vector for each token. With `pairs`, a vector for its pair with the token before is added; pairs whose hashes
-    agree share one (Cheng et al. 2026, arXiv 2601.07372; pairs as in
-    https://github.com/KellerJordan/modded-nanogpt)."""
+    """A vector for each token; normed, its root mean square is 1. With `pairs`, a vector for its pair with the token
+    before is added; pairs whose hashes agree share one (Cheng et al. 2026, arXiv 2601.07372; norm and pairs as in
+    https://github.com/KellerJordan/modded-nanogpt).
 
-    def __init__(self, vocab_size: int, dim: int, pairs: int) -> None:
+    Adam lets the vectors of tokens grow with every step. Unless they are normed, they soon outweigh what the layers add
+    to them.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, pairs: int, normed: bool = False, eps: float = 0) -> None:
         super().__init__()
+        self.normed, self.eps = normed, eps
         self.token = _table(vocab_size, dim)
         self.pair = _table(pairs, dim) if pairs else None
 
@@ -29,6 +35,8 @@ class TokenEmbedding(nn.Module):
         """ids_BT -> (B, T, D); `start` is the position of the first id, one number or (B,), or that of each id in its
         own document, (B, T); before_B1 the ids before the first, if any."""
         x_BTD = self.token(ids_BT)
+        if self.normed:
+            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=self.eps)
         if self.pair is None:
             return x_BTD  # type: ignore[no-any-return]
         first_B1 = torch.zeros_like(ids_BT[:, :1]) if before_B1 is None else before_B1

@@ -15,8 +15,8 @@ from khanhllm.schema import ModelConfig
 from khanhllm.settings import checked
 
 FILES = tuple(Path(__file__).with_name(f"{name}_khanhllm.py") for name in ("configuration", "modeling"))
-BEGINNING = {"zero_out", "induction_head"}
-"""keys of [model] that only say how training began"""
+UNKNOWN = {"zero_out", "induction_head", "token_norm"}
+"""keys of [model] that the copied code does not know: how training began, and what `as_divided` does once for all"""
 
 
 def remote_config(model: ModelConfig) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def remote_config(model: ModelConfig) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_khanhllm.KhanhLLMForCausalLM",
         },
         "model_type": "khanhllm",
-        **model.model_dump(exclude=BEGINNING),
+        **model.model_dump(exclude=UNKNOWN),
     }
 
 
