@@ -190,3 +190,15 @@ def test_a_mixture_is_balanced_while_it_is_tuned(base, tmp_path, capsys):
     capsys.readouterr()
     cli.main(["doctor", str(tmp_path / "out")])
     assert "experts share the work" in capsys.readouterr().out
+
+
+def test_processes_that_torchrun_started_write_no_first_checkpoint(base, tmp_path, capsys, monkeypatch):
+    """Each would write its own and destroy those of the others."""
+    source, out = chats(tmp_path / "chats.jsonl"), str(tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for words in (["tune", str(base), "--data", source, "--out", out], ["train", "--from", str(base), "--run", out]):
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert "or with --machine.processes, and then torchrun" in said and said.count("\n") == 1
+        assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.machine.devices import open_machine
+from khanhllm.machine.group import environment
 from khanhllm.model import Transformer
 from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import Config
@@ -53,6 +54,7 @@ def tune(
 
     Raises UserError before anything is written.
     """
+    _check_alone(out)
     if there(out / "config.toml"):
         way = f"continue it (khanhllm train --resume --run {out}), or name another folder (--out)"
         raise UserError(f"{out} already holds a run; {way}")
@@ -89,6 +91,7 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
 
     Raises UserError before anything is written.
     """
+    _check_alone(out)
     refuse_to_overwrite(out, resume=False)
     base = open_run(run)
     model = _copy(base, config)
@@ -98,6 +101,15 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
     config = resolve(config.model_dump(), {"data": own}, where="train")
     write_start(out, config, model, base.tokenizer, data="", folder=str(_shards(config).absolute()))
     return config
+
+
+def _check_alone(out: Path) -> None:
+    """Raise UserError if torchrun has started several processes: each would write the first checkpoint of `out`."""
+    if (size := environment("WORLD_SIZE", 1, default=1)) > 1:
+        raise UserError(
+            f"each of the {size} processes would write the first checkpoint of {out}; begin it in one process, or with "
+            f"--machine.processes, and then torchrun ... khanhllm train --resume --run {out}"
+        )
 
 
 def _base(base: Run, replay: float) -> str:
