@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -202,3 +203,14 @@ def test_processes_that_torchrun_started_write_no_first_checkpoint(base, tmp_pat
         said = capsys.readouterr().err
         assert "or with --machine.processes, and then torchrun" in said and said.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "own", [{"train": {"micro_batch": 1, "accumulation": 40}}, {"data": {"replay": 0.4}}, {"train": {"micro_batch": 3}}]
+)
+def test_it_reads_the_conversations_as_often_as_asked_whatever_a_step_is_to_be(own, base, tmp_path):
+    config = tune(base, tmp_path / "out", chats(tmp_path / "chats.jsonl", 400), epochs=20, settings=own)
+    folder = Path(checkpoint.read_state(checkpoint.newest(tmp_path / "out"))["folder"])
+    asked = 20 * Shards.open(folder, "train", config.model.context).rows
+    a_step = config.train.rows_per_step * (1 - config.data.replay)
+    assert round(a_step, 6).is_integer() and asked <= round(config.train.steps * a_step) < asked + a_step

@@ -6,7 +6,7 @@ training loop does the rest.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ PARTS = 4
 """how often a tuning is validated, saved, and asked held-out questions"""
 VALIDATION = 0.05
 """share of the conversations that are held out"""
+USED = ("train.micro_batch", "train.accumulation", "data.replay")
+"""settings that `_length` fits to each other"""
 
 
 def tune(
@@ -78,6 +80,7 @@ def tune(
     open_machine(config.machine)  # refuses a device that is not there before anything is written
     folder = _shards(config)
     shards = Shards.open(folder, "train", config.model.context)
+    settings = _but(USED, settings)
     config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
     often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
     config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
@@ -148,6 +151,14 @@ def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str
     rows = 1 if auto else max(part for part in range(1, usual + 1) if a_step % part == 0)
     train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
     return {"train": train, "data": {"replay": replayed / a_step}}
+
+
+def _but(keys: Container[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings without these keys."""
+    return {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" not in keys}
+        for section, values in settings.items()
+    }
 
 
 def _copy(base: Run, config: Config) -> Transformer:
