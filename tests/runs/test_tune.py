@@ -214,3 +214,21 @@ def test_it_reads_the_conversations_as_often_as_asked_whatever_a_step_is_to_be(o
     asked = 20 * Shards.open(folder, "train", config.model.context).rows
     a_step = config.train.rows_per_step * (1 - config.data.replay)
     assert round(a_step, 6).is_integer() and asked <= round(config.train.steps * a_step) < asked + a_step
+
+
+@pytest.mark.parametrize(
+    "machine", [{"processes": 12}, {"processes": 3, "split": "all"}, {"processes": 2, "shares": "9,2"}]
+)
+def test_a_step_has_rows_for_all_processes(machine, base, tmp_path):
+    """Those that the base was trained with, or that are asked for."""
+    own = {"machine": QUIET["machine"] | machine}
+    config = tune(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), settings=own)
+    rows, hands = config.train.rows_per_step, 11 if "shares" in machine else machine["processes"]
+    assert rows >= hands and ("split" not in machine or rows % hands == 0)
+
+
+def test_a_step_of_too_few_rows_is_refused_before_anything_is_written(base, tmp_path, capsys):
+    words = ["train", "--from", str(base), "--run", str(tmp_path / "out"), "--machine.processes", "3"]
+    assert cli.main(words) == 2
+    assert "a step has 2 rows, but 3 processes need one row each" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from khanhllm.files import there
 from khanhllm.machine.devices import open_machine
 from khanhllm.machine.group import environment
 from khanhllm.model import Transformer
+from khanhllm.planning.budget import shared_out
 from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import Config
 from khanhllm.settings import refuse_to_overwrite, resolve
@@ -84,6 +85,7 @@ def tune(
     config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
     often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
     config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
+    shared_out(config, *_hands(config))  # refuses a step of too few rows for all processes
     write_start(out, config, _copy(base, config), base.tokenizer, data="", folder=str(folder.absolute()))
     return config
 
@@ -102,6 +104,7 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
     earlier = config.data.base or _base(base, config.data.replay)
     own = {"tokenizer": str((run / "tokenizer.json").absolute()), "base": earlier}
     config = resolve(config.model_dump(), {"data": own}, where="train")
+    shared_out(config, *_hands(config))
     write_start(out, config, model, base.tokenizer, data="", folder=str(_shards(config).absolute()))
     return config
 
@@ -142,15 +145,26 @@ def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str
     steps of one kind each, those of text would look to the guard like spikes.
     """
     context, replay, usual = config.model.context, config.data.replay, config.train.rows
-    least = max(-(-LEAST // context), round(1 / replay) if replay else 1, 2 if replay else 1)
+    hands, evenly = _hands(config)
+    least = max(-(-LEAST // context), round(1 / replay) if replay else 1, 2 if replay else 1, hands)
     a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
     a_step -= a_step % usual if a_step - a_step % usual >= least else 0
+    a_step += -a_step % hands if evenly else 0
     replayed = min(max(round(a_step * replay), 1), a_step - 1) if replay else 0
     steps = math.ceil(epochs * shards.rows / (a_step - replayed))
     auto = config.train.micro_batch == "auto"
     rows = 1 if auto else max(part for part in range(1, usual + 1) if a_step % part == 0)
     train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
     return {"train": train, "data": {"replay": replayed / a_step}}
+
+
+def _hands(config: Config) -> tuple[int, bool]:
+    """Micro-batches that a step must have at least, as each process needs one, and whether all need equally many."""
+    machine = config.machine
+    if machine.processes < 2:
+        return 1, False
+    hands = sum(map(int, machine.shares.split(","))) if machine.shares else machine.processes
+    return hands, machine.split == "all" or machine.expert_processes > 1
 
 
 def _but(keys: Container[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
