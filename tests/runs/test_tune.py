@@ -12,6 +12,7 @@ import torch
 
 from conftest import save, tiny
 from khanhllm import cli, load
+from khanhllm.data.prepare import prepare
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
@@ -232,3 +233,27 @@ def test_a_step_of_too_few_rows_is_refused_before_anything_is_written(base, tmp_
     assert cli.main(words) == 2
     assert "a step has 2 rows, but 3 processes need one row each" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("replay", [0.3, 0.0])
+def test_the_shards_of_its_base_may_lie_elsewhere_by_now(base, tmp_path, capsys, replay):
+    """Without them a run goes on if it replays none of them. With others it would not be the same run."""
+    old, new, out = (tmp_path / name for name in ("old", "new", "out"))
+    shutil.copytree(open_run(base).data, old)
+    own = QUIET | {"data": {"base": str(old)}, "train": QUIET["train"] | {"steps": 2}}
+    tuned(base, out, chats(tmp_path / "chats.jsonl"), own, replay=replay)
+    old.rename(new)
+    words = ["train", "--resume", "--run", str(out), "--steps"]
+    capsys.readouterr()
+    assert cli.main([*words, "4"]) == (2 if replay else 0)
+    if replay:
+        assert f"{old}, which this run replays, are gone; name the place" in capsys.readouterr().err
+        (tmp_path / "other.txt").write_text("\n\n".join(f"Another line, number {n}." for n in range(300)), "utf-8")
+        prepare(str(tmp_path / "other.txt"), open_run(base).tokenizer, tmp_path / "x", validation=0.1, workers=1)
+        assert cli.main([*words, "4", "--data.base", str(tmp_path / "x")]) == 2
+        assert f" and {tmp_path / 'x'}; to train on other text" in capsys.readouterr().err
+    else:
+        assert not logged(out)[-1]["base_bpb"]
+        assert (out / "messages.txt").read_text("utf-8").count("are gone, so base_bpb stays empty") == 1
+    assert cli.main([*words, "6", "--data.base", str(new)]) == 0
+    assert float(logged(out)[-1]["base_bpb"]) > 0

@@ -30,8 +30,8 @@ from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
 from khanhllm.training.step import Learner, State, rate_factor
 
-FREE = tuple(f"data.{key}" for key in ("source", "workers", "cache", "tokens", "patience", "disk", "ahead"))
-"""what a resumed run may change; of a source, the shards that it gives are compared"""
+FREE = tuple(f"data.{key}" for key in ("source", "workers", "cache", "tokens", "base", "patience", "disk", "ahead"))
+"""what a resumed run may change; of a source, and of a base that is replayed, the shards are compared"""
 FIXED = ("seed", "targets", "document_mask")
 """what it may not change of `train`"""
 A_SECOND = 20_000
@@ -80,9 +80,8 @@ def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machi
     Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
     rank = machine.group.rank
     own, validation = _rows_in(data, config, rank), Shards.open(data, "validation", context)
-    earlier, share = Path(config.data.base), config.data.replay
-    base = _of_base(earlier, tokenizer, context) if config.data.base else None
-    train = Replay(own, _rows_in(earlier, config, rank), share) if base and share else own
+    base, share = _of_base(config, tokenizer, resumed=bool(saved)), config.data.replay
+    train = Replay(own, _rows_in(base.folder, config, rank), share) if base and share else own
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation, base)
 
 
@@ -98,10 +97,16 @@ def _rows_in(folder: Path, config: Config, rank: int) -> Shards | Belt:
     return Shards.open(folder, "train", context)
 
 
-def _of_base(folder: Path, tokenizer: Tokenizer, context: int) -> Shards:
+def _of_base(config: Config, tokenizer: Tokenizer, resumed: bool) -> Shards | None:
+    """What the run that this one goes on from held out. None if there is no such run, or if its shards are gone and the
+    run is a resumed one that replays none of them."""
+    folder, share = Path(config.data.base), config.data.replay
+    if not config.data.base or (resumed and not share and not there(folder / MANIFEST)):
+        return None
     if not there(folder / MANIFEST):
-        raise UserError(f"the shards in {folder} (data.base), which this run replays or measures, are gone")
-    base = Shards.open(folder, "validation", context)
+        why = "which this run replays" if share else "which this run measures"
+        raise UserError(f"the shards in {folder}, {why}, are gone; name the place where they lie now (--data.base)")
+    base = Shards.open(folder, "validation", config.model.context)
     if base.manifest.tokenizer != tokenizer.sha256:
         raise UserError(f"the shards in {folder} (data.base) were made with another tokenizer than this run's")
     return base
@@ -216,7 +221,8 @@ def restore(parts: Parts, path: Path, used: float = 0.0) -> State:
     saved, learner = checkpoint.read_state(path), parts.learner
     begun = saved["data"] or saved["step"]
     if begun and saved["data"] != parts.train.sha256:
-        other = f"{path} was trained on other shards than those in {parts.train.folder}"
+        base = f" and {parts.config.data.base}" if isinstance(parts.train, Replay) else ""
+        other = f"{path} was trained on other shards than those in {parts.train.folder}{base}"
         if isinstance(parts.train, Belt):
             other += " (those made during a training depend on their files' place too)"
         raise UserError(f"{other}; to train on other text, begin a new run (--run)")

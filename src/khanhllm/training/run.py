@@ -334,6 +334,8 @@ def _introduction(parts: Parts, state: State) -> Iterator[str]:
         f"data: {parts.train.describe()}; "
         f"{config.tokens_per_step:,} a step ({config.train.accumulation} micro-batches of {config.train.rows})"
     )
+    if config.data.base and not parts.base:
+        yield f"the shards in {config.data.base} are gone, so base_bpb stays empty; --data.base names their place"
     if parts.link:
         yield parts.link.describe()
     known, rows = parts.train.vocab_size, config.model.vocab_size
