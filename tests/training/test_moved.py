@@ -112,3 +112,14 @@ def test_a_run_without_data_that_has_begun_is_refused(moved):
     save(moved / "run", 1, model, optim.build(model, tiny().optim, 0), state)
     with pytest.raises(UserError, match="other shards"):
         train(config("mine", "shards", steps=4), moved / "run", resume=True)
+
+
+def test_how_much_of_its_text_a_run_reads_is_not_changed_afterwards(corpus, tmp_path, capsys):
+    """Its shards are made by then, so another data.tokens would only stand in its config."""
+    train(config(corpus, tmp_path / "shards"), tmp_path / "run")
+    kept = (tmp_path / "run" / "config.toml").read_bytes()
+    words = ["train", "--resume", "--run", str(tmp_path / "run"), "--steps", "4"]
+    assert main([*words, "--data.tokens", "100"]) == 2
+    assert "was trained with another data.tokens; change it in a new run (--run)" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.toml").read_bytes() == kept
+    assert main(words) == 0

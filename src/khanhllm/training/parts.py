@@ -30,7 +30,7 @@ from khanhllm.training import checkpoint
 from khanhllm.training.guard import Guard
 from khanhllm.training.step import Learner, State, rate_factor
 
-FREE = tuple(f"data.{key}" for key in ("source", "workers", "cache", "tokens", "base", "patience", "disk", "ahead"))
+FREE = tuple(f"data.{key}" for key in ("source", "workers", "cache", "base", "patience", "disk", "ahead"))
 """what a resumed run may change; of a source, and of a base that is replayed, the shards are compared"""
 FIXED = ("seed", "targets", "document_mask")
 """what it may not change of `train`"""
