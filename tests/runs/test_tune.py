@@ -257,3 +257,19 @@ def test_the_shards_of_its_base_may_lie_elsewhere_by_now(base, tmp_path, capsys,
         assert (out / "messages.txt").read_text("utf-8").count("are gone, so base_bpb stays empty") == 1
     assert cli.main([*words, "6", "--data.base", str(new)]) == 0
     assert float(logged(out)[-1]["base_bpb"]) > 0
+
+
+def test_a_run_goes_on_from_the_one_that_is_named_not_from_what_that_one_came_from(base, tmp_path):
+    (tmp_path / "other.txt").write_text("\n\n".join(f"A line about the number {n}." for n in range(3000)), "utf-8")
+    words = ["--train.steps", "1", "--machine.threads", "1", "--data.cache", str(tmp_path / "shards")]
+    second, third, fourth = (tmp_path / name for name in ("second", "third", "fourth"))
+    first = ["train", "--from", str(base), "--data", str(tmp_path / "other.txt"), "--data.replay", "0.5"]
+    assert cli.main([*first, "--run", str(second), *words]) == 0
+    assert open_run(second).config.data.base == str(open_run(base).data) != str(open_run(second).data)
+    assert cli.main(["train", "--from", str(second), "--run", str(third), *words]) == 0
+    found = open_run(third).config.data
+    assert (found.base, found.replay) == (str(open_run(second).data), 0)
+    given = ["--data.base", str(open_run(base).data), "--data.replay", "0.25"]
+    assert cli.main(["train", "--from", str(second), "--run", str(fourth), *words, *given]) == 0
+    found = open_run(fourth).config.data
+    assert (found.base, found.replay) == (str(open_run(base).data), 0.25)

@@ -66,7 +66,8 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
     elif options.preset:
         layers = [preset(options.preset)]
     elif options.base and options.config is None:
-        layers = [read_config(Path(options.base)).model_dump()]
+        own = {"base": "", "replay": Config().data.replay}  # what that run itself went on from is another text
+        layers = [read_config(Path(options.base)).model_dump(), {"data": own}]
     elif options.config is not None:
         layers = []
     else:
