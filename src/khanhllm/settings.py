@@ -215,6 +215,12 @@ def write_config(config: Config, folder: Path) -> None:
         raise UserError(f"cannot write {folder / 'config.toml'}: {error.strerror}") from None
 
 
+def beside(run: str | Path, ending: str) -> Path:
+    """The folder of a run that is made of this one, if none is named: RUN-chat, also for a RUN of "." or ".."."""
+    folder = Path(run)
+    return Path(f"{folder if folder.name.strip('.') else folder.resolve()}{ending}")
+
+
 def refuse_to_overwrite(folder: Path, resume: bool) -> None:
     """Raise UserError if the folder holds a run that the user does not ask to resume."""
     if not resume and ((folder / "config.toml").exists() or any(folder.glob("checkpoints/step-*"))):

@@ -18,7 +18,7 @@ from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.runs.run import open_run
 from khanhllm.runs.tune import tune
-from khanhllm.settings import resolve
+from khanhllm.settings import beside, resolve
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
@@ -273,3 +273,23 @@ def test_a_run_goes_on_from_the_one_that_is_named_not_from_what_that_one_came_fr
     assert cli.main(["train", "--from", str(second), "--run", str(fourth), *words, *given]) == 0
     found = open_run(fourth).config.data
     assert (found.base, found.replay) == (str(open_run(base).data), 0.25)
+
+
+def test_another_tokenizer_than_that_of_the_run_is_refused(base, corpus, tmp_path, capsys):
+    words = ["train", "--from", str(base), "--run", str(tmp_path / "out"), "--train.steps", "1", "--data.tokenizer"]
+    assert cli.main([*words, str(tmp_path / "other.json")]) == 2
+    assert capsys.readouterr().err.endswith(f"the tokenizer is that of {base}; leave out --data.tokenizer\n")
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*words, str(base / "tokenizer.json")]) == 0
+
+
+def test_a_run_that_is_typed_as_a_dot_has_its_name(base, tmp_path, monkeypatch):
+    """What is made of it does not lie hidden inside it."""
+    for place, typed in ((base, "."), (base / "checkpoints", ".."), (base.parent, "run")):
+        monkeypatch.chdir(place)
+        assert beside(typed, "-more").absolute() == base.parent / "run-more"
+    monkeypatch.chdir(base)
+    with monkeypatch.context() as patch:
+        patch.setattr("khanhllm.runs.tune.go_on", lambda _run, out, _config: pytest.fail(f"into {out}"))
+        with pytest.raises(pytest.fail.Exception, match=f"into {base}-more"):
+            cli.main(["train", "--from", "."])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from khanhllm.cli.arguments import WHICH, given, knobs, name, number, stop, which
 from khanhllm.schema import Config, Sampling
-from khanhllm.settings import checked, read_config, resolve
+from khanhllm.settings import beside, checked, read_config, resolve
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def tune(options: argparse.Namespace) -> int:
     `khanhllm train --resume --run OUT` continues after an interruption.
     """
     run = Path(options.run)
-    out = Path(options.out or f"{run if run.name else run.resolve()}-chat")
+    out = Path(options.out) if options.out else beside(run, "-chat")
     read_config(run)  # what is no run is refused before torch is loaded
     from khanhllm.machine.signals import exit_code
     from khanhllm.runs.tune import tune

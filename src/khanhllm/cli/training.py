@@ -7,7 +7,7 @@ from pathlib import Path
 from khanhllm.cli.arguments import given, knobs, name, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import folder_for, other_shape, preset, preset_names, read_config, read_toml, with_length
+from khanhllm.settings import beside, folder_for, other_shape, preset, preset_names, read_config, read_toml, with_length
 
 
 def train(options: argparse.Namespace) -> int:
@@ -22,6 +22,7 @@ def train(options: argparse.Namespace) -> int:
     """
     if options.base and (options.resume or options.resume_or_new or options.twin):
         raise UserError("--from begins a run of its own; --resume continues one, and --twin begins without weights")
+    _check_tokenizer(options)
     folder = _folder(options)
     config = with_length(
         *_layers(options, folder), steps=options.steps, time=options.time, tokens=options.tokens, where="train"
@@ -46,11 +47,18 @@ def _folder(options: argparse.Namespace) -> Path:
         return Path(options.run)
     begun_from = options.preset or options.config
     if options.base and not begun_from:
-        return Path(f"{Path(options.base)}-more")
+        return beside(options.base, "-more")
     if not begun_from:
         raise UserError(f"name a preset ({', '.join(preset_names())}), a --config FILE, or a --run to --resume")
     folder = folder_for(begun_from)
     return folder.parent / f"{folder.resolve().name}-twin" if options.twin else folder
+
+
+def _check_tokenizer(options: argparse.Namespace) -> None:
+    """The weights of another run know only its tokenizer."""
+    named = given(options).get("data", {}).get("tokenizer")
+    if options.base and named and Path(str(named)).absolute() != (Path(options.base) / "tokenizer.json").absolute():
+        raise UserError(f"the tokenizer is that of {options.base}; leave out --data.tokenizer")
 
 
 def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, object]]]:
