@@ -21,6 +21,7 @@ from khanhllm.runs.tune import tune
 from khanhllm.settings import beside, resolve
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
+from khanhllm.training.start import write_start
 
 QUIET = {"machine": {"device": "cpu", "threads": 1}, "train": {"sample_tokens": 4}}
 TIMING = {"tokens_per_s", "mfu", "waiting", "memory_mb", "seconds"}
@@ -293,3 +294,15 @@ def test_a_run_that_is_typed_as_a_dot_has_its_name(base, tmp_path, monkeypatch):
         patch.setattr("khanhllm.runs.tune.go_on", lambda _run, out, _config: pytest.fail(f"into {out}"))
         with pytest.raises(pytest.fail.Exception, match=f"into {base}-more"):
             cli.main(["train", "--from", "."])
+
+
+def test_weights_that_have_read_no_text_have_none_to_replay_or_score(base, tmp_path, capsys, monkeypatch):
+    """As of an imported model, also where the folder at hand happens to hold shards."""
+    opened, new = open_run(base), tmp_path / "new"
+    write_start(new, opened.config, opened.model, opened.tokenizer)
+    monkeypatch.chdir(opened.data)
+    assert cli.main(["evaluate", str(new)]) == 2
+    assert "this run has read no text yet; name one (--data)" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"new has read no text yet, so none can be replayed; tune without \(--replay"):
+        tune(new, tmp_path / "out", chats(tmp_path / "chats.jsonl"), settings=QUIET)
+    assert tune(new, tmp_path / "out", str(tmp_path / "chats.jsonl"), settings=QUIET, replay=0).data.base == ""

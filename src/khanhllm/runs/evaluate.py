@@ -27,7 +27,9 @@ def score_opened(opened: Run, source: str | None = None) -> Score:
 
 
 def held_out(opened: Run) -> Shards:
-    """The validation documents of a run. UserError if its shards are gone."""
+    """The validation documents of a run. UserError if its shards are gone, or it has none yet."""
+    if not opened.state["folder"]:
+        raise UserError("this run has read no text yet; name one (--data)")
     if not there(opened.data / MANIFEST):
         raise UserError(
             f"the shards of this run, {opened.data}, are gone; name a text to score (--data), "

@@ -120,12 +120,14 @@ def _check_alone(out: Path) -> None:
 
 def _base(base: Run, replay: float) -> str:
     """The shards of a run, whose rows are replayed, and whose held-out text shows what is forgotten; "" if gone."""
-    folder = base.data.absolute()
-    if there(folder / MANIFEST):
+    run, folder = base.checkpoint.parents[1], base.data.absolute()
+    if base.state["folder"] and there(folder / MANIFEST):
         return str(folder)
+    if replay and not base.state["folder"]:
+        raise UserError(f"{run} has read no text yet, so none can be replayed; tune without (--replay 0)")
     if replay:
         raise UserError(
-            f"the shards of {base.checkpoint.parents[1]}, {folder}, are gone, so none of its text can be replayed; "
+            f"the shards of {run}, {folder}, are gone, so none of its text can be replayed; "
             "tune without (--replay 0), or train it on with --resume, which makes them again"
         )
     return ""
