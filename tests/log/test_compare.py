@@ -64,3 +64,18 @@ def test_a_row_that_is_half_written_is_none(tmp_path):
         file.write("4,256,2.5")
     assert compare.read(run).loss.tolist() == [5, 4, 3]
     assert cli.main(["compare", str(run), "--out", str(tmp_path / "out.png")]) == 0
+
+
+def test_an_upcycled_run_has_only_the_tokens_of_its_own_seconds(tmp_path):
+    """Its rows, and so its log, go on where those of the dense run ended."""
+    for name, steps in (("one", 1), ("long", 3)):
+        run = run_folder(tmp_path / name, [5, 4, 3][:steps], [1, 2, 3][:steps])
+        own = compare.read(run).tokens.tolist()
+        assert own == [64, 128, 192][:steps]
+        log = run / "training_log.csv"
+        lines = [line.split(",", 2) for line in log.read_text().splitlines()[1:]]
+        moved = [f"{step},{int(tokens) + 6400},{rest}\n" for step, tokens, rest in lines]
+        log.write_text("step,tokens,loss,seconds,val_bpb\n" + "".join(moved))
+        assert compare.read(run).tokens.tolist() == own
+        log.write_text("step,tokens,loss,seconds,val_bpb\n" + "".join(moved[1:]))
+        assert steps == 1 or compare.read(run).tokens.tolist() == own[1:]  # a first loss that is no number

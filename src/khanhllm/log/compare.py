@@ -35,6 +35,7 @@ class RunLog:
     config: Config
     step: Floats
     tokens: Floats
+    """of this run alone, as its seconds are: without what the run had read that it was made of"""
     loss: Floats
     """nats per token"""
     seconds: Floats
@@ -63,7 +64,7 @@ def read(run: Path) -> RunLog:
         name=visible(run.resolve().name),
         config=config,
         step=columns["step"],
-        tokens=columns["tokens"],
+        tokens=columns["tokens"] - _before(columns["step"].tolist(), columns["tokens"].tolist(), config),
         loss=columns["loss"],
         seconds=columns["seconds"],
         bits=columns["val_bpb"],
@@ -73,6 +74,12 @@ def read(run: Path) -> RunLog:
         bits_of_a_nat=float(ratios[-1]) if len(ratios) else math.nan,
         tokenizer=hashlib.sha256(read_file(vocabulary)).hexdigest() if vocabulary.is_file() else "",
     )
+
+
+def _before(steps: list[float], tokens: list[float], config: Config) -> float:
+    """Tokens in the log that were read before its first step, as an upcycled run goes on where the dense one ended."""
+    a_step = (tokens[1] - tokens[0]) / max(1, steps[1] - steps[0]) if len(steps) > 1 else config.tokens_per_step
+    return max(0.0, tokens[0] - steps[0] * a_step)
 
 
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
