@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,17 @@ def test_it_needs_no_torch(folder):
         f"import sys; from khanhllm import cli; cli.main(['runs', {str(folder)!r}]); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_file_that_a_training_removes_meanwhile_hides_no_run(folder, monkeypatch, capsys):
+    (folder / "good" / "state.tmp").write_text("x")
+    lstat = Path.lstat
+
+    def late(path):
+        if path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", late)
+    assert cli.main(["runs", str(folder)]) == 0
+    assert "step 2/1,000, loss 5.000" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """The runs of a folder, at a glance. Reads their small files only: no weights, and no torch."""
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,11 @@ def runs_in(folder: Path) -> list[Row]:
 
 
 def _row(run: Path) -> Row:
-    files = [path.lstat() for path in run.rglob("*") if not path.is_dir()]
+    files = list(_files(run))
     row: Row = {
         "run": run.resolve().name,
         "bytes": sum(status.st_size for status in files),
-        "changed": f"{datetime.fromtimestamp(max(status.st_mtime for status in files)):%Y-%m-%d %H:%M}",
+        "changed": f"{datetime.fromtimestamp(max((status.st_mtime for status in files), default=0)):%Y-%m-%d %H:%M}",
     }
     try:
         config = read_config(run)
@@ -48,6 +50,14 @@ def _row(run: Path) -> Row:
     known = {"step": int(log["step"][-1]), "loss": float(log["loss"][-1])} if len(log["loss"]) else {"step": 0}
     best = {"best_bpb": float(bits.min())} if len(bits) else {}
     return row | {"shape": f"{model.pattern}, width {model.dim}"} | asked | known | best
+
+
+def _files(run: Path) -> Iterator[os.stat_result]:
+    """What is known of each file, without those that a training removes meanwhile."""
+    for folder, _, names in os.walk(run):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield Path(folder, name).lstat()
 
 
 def _check_sizes(newest: Path | None) -> None:
