@@ -430,3 +430,17 @@ def test_a_held_out_share_far_from_the_one_asked_for_is_said(lay, tmp_path, capf
         lay(name, source=tmp_path / f"{name}.jsonl")
         heard = " ".join(capfd.readouterr().err.split())
         assert ("where data.validation asks for 10.0%" in heard) == (name == "two"), heard
+
+
+def test_a_short_trial_does_not_decide_the_vocabulary_of_the_real_run(tmp_path, mixture, monkeypatch):
+    """Its tokenizer learns from little text, so the run after it trains one of its own. Runs that read enough share."""
+    monkeypatch.setattr(prepare, "LEAST_SAMPLE", 1)
+    cache = {"cache": str(tmp_path / "cache"), "validation": 0.1, "shard_tokens": 1000}
+    data = DataConfig(source=mixture, tokenizer_sample=16_000, **cache)
+    trial, real, longer = (ensure(data, 400, tokens) for tokens in (100, 2000, 9999))
+    assert trial != real == longer
+    assert Belt(trial, CONTEXT, 1, 10**9, 5.0).vocab_size < Belt(real, CONTEXT, 1, 10**9, 5.0).vocab_size
+    assert ensure(data, 400, 100) == trial
+    for decided in ({"tokens": 500}, {"tokenizer": str(real / "tokenizer.json")}):
+        one = DataConfig(source=mixture, tokenizer_sample=16_000, **cache, **decided)
+        assert ensure(one, 400, 100) == ensure(one, 400, 9999)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_file
 
 from conftest import tiny
+from khanhllm.data import prepare
 from khanhllm.data.belt import Starved
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
@@ -532,3 +533,14 @@ def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):
     with pytest.raises(UserError, match=r"are gone; name a text to score \(--data\), or train on with --resume"):
         score_run(tmp_path / "run")
     assert score_run(tmp_path / "run", str(corpus))["val_tokens"]
+
+
+def test_a_longer_run_finds_its_shards_in_a_cache_that_has_moved(corpus, tmp_path, monkeypatch):
+    """Though a new one of its length would train another tokenizer, on a larger sample."""
+    monkeypatch.setattr(prepare, "WHOLE", 1)
+    monkeypatch.setattr(prepare, "LEAST_SAMPLE", 1)
+    train(config(corpus, tmp_path / "shards", train={"steps": 1}), tmp_path / "run")
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    train(config(corpus, tmp_path / "moved", train={"steps": 4}), tmp_path / "run", resume=True)
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
+    assert len([path for path in (tmp_path / "moved").iterdir() if path.is_dir()]) == 1

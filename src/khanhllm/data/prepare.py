@@ -263,9 +263,12 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
     whole = not others and isinstance(first, Source) and first.size <= WHOLE
     given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
     recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
+    sample = data.tokenizer_sample if whole else _sample_for(data, tokens_needed)
     recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
     recipe += [steps] * bool(steps) + [data.bad] * (data.bad == "skip")
     recipe += [] if whole else [data.shard_tokens, [weight for _, weight in parts]]
+    if not given and not data.tokens and sample < data.tokenizer_sample:  # else the recipe decides it already
+        recipe += [["sample", sample]]
     if (compares := _comparing(steps)) and not whole:
         raise UserError(
             f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
@@ -279,7 +282,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
             _say_left_out(part)
         _say_skipped(data.source, Manifest.read(folder).skipped)
     else:
-        _make(folder, data, [] if whole else parts, given, vocab_size, tokens_needed)
+        _make(folder, data, [] if whole else parts, given, vocab_size, sample)
     return folder
 
 
@@ -318,21 +321,27 @@ def _prepare_as(data: DataConfig, tokenizer: Tokenizer, folder: Path, laid_for: 
     )
 
 
+def _sample_for(data: DataConfig, tokens_needed: int) -> int:
+    """Text for the tokenizer of a belt (bytes). A short run must not read a long sample: no vocabulary averages more
+    than 8 bytes a token."""
+    return min(data.tokenizer_sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
+
+
 def _make(
     folder: Path,
     data: DataConfig,
     parts: list[tuple[str | Source, float]],
     tokenizer: Tokenizer | None,
     vocab_size: int,
-    tokens_needed: int,
+    sample: int,
 ) -> None:
-    """Make the folder: a belt from `parts`, or shards of the whole source if there are none."""
+    """Make the folder: a belt from `parts`, or shards of the whole source if there are none. sample: text for a
+    tokenizer (bytes)."""
     with _alone(folder):
         if there(folder / MANIFEST):
             return
         for left_over in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        sample = data.tokenizer_sample
         cleaned: dict[str, Any] = {"clean": data.clean, "bad": data.bad}
         if not parts:
             tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, **cleaned)
@@ -341,8 +350,6 @@ def _make(
         sources = [(locate(part, data.bad) if isinstance(part, str) else part, weight) for part, weight in parts]
         for located, _ in sources:
             _say_left_out(located)
-        # a short run must not read a long sample: no vocabulary averages more than 8 bytes a token
-        sample = min(sample, max(8 * (data.tokens or tokens_needed), LEAST_SAMPLE))
         with aside(folder) as new:
             patience = data.patience
             tokenizer = tokenizer or train_on(

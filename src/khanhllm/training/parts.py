@@ -16,6 +16,7 @@ from khanhllm.data.counting import Reading, counted
 from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.source_syntax import with_home
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
@@ -125,8 +126,10 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
     elsewhere by now is read with the run's own tokenizer; `restore` compares what becomes of it."""
     data, had = config.data, saved.get("folder")
     moved = bool(saved) and _anchored(data).source != _anchored(read_config(folder).data).source
-    if had and there(Path(had) / MANIFEST) and not moved:
-        return data.model_copy(update={"source": had, "tokenizer": ""})
+    places = [Path(had), with_home(data.cache) / Path(had).name] if had and not moved else []  # a cache may move
+    for place in places:
+        if there(place / MANIFEST):
+            return data.model_copy(update={"source": str(place), "tokenizer": ""})
     if saved and (moved or data.tokenizer or not saved["data"]):
         return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
     return data
