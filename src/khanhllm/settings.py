@@ -2,7 +2,7 @@
 
 Values come from a preset (a TOML file, chosen by its name), perhaps a TOML file of the user's, and perhaps
 `--section.key value` on the command line; later ones win. The run folder keeps the resolved `config.toml`, and that
-file alone reproduces the run.
+file alone reproduces a run that began with random weights.
 """
 
 import tomllib

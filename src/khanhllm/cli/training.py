@@ -13,12 +13,12 @@ from khanhllm.settings import beside, folder_for, other_shape, preset, preset_na
 def train(options: argparse.Namespace) -> int:
     """Train a model from a preset, a TOML file and single options; later ones win.
 
-    The run folder keeps the resolved config.toml, which alone reproduces the run (--config), training_log.csv,
-    samples.txt, the tokenizer and the newest checkpoints. With --machine.processes N, N processes of this machine train
-    together, and torchrun starts them on several machines. Ctrl-C, TERM, HUP, USR1 and USR2 finish the step, save and
-    end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number for any signal. --resume
-    continues. A signal that was ignored at the start, as under nohup, stays ignored. --from RUN begins with the weights
-    and the tokenizer of another run, in a folder of its own: for more text, or other text.
+    The run folder keeps the resolved config.toml, which alone reproduces a run that began with random weights
+    (--config), training_log.csv, samples.txt, the tokenizer and the newest checkpoints. With --machine.processes N, N
+    processes of this machine train together, and torchrun starts them on several machines. Ctrl-C, TERM, HUP, USR1 and
+    USR2 finish the step, save and end it, with the exit code of shells: 130 for Ctrl-C, 143 for TERM, 128 + its number
+    for any signal. --resume continues. A signal that was ignored at the start, as under nohup, stays ignored. --from
+    RUN begins with the weights and the tokenizer of another run, in a folder of its own: for more text, or other text.
     """
     if options.base and (options.resume or options.resume_or_new or options.twin):
         raise UserError("--from begins a run of its own; --resume continues one, and --twin begins without weights")
