@@ -87,16 +87,18 @@ WITH = {
     "pairs, ": {"pair_embedding": 2**14},
 }
 """keys of [model], by the word for them in a recipe's name"""
-FORMER = {"hidden": 1024, "expert_hidden": 512}
-"""of hour"""
+BEFORE = {"model": {"token_norm": False}, "optim": {"head_lr": 0}}
+WIDER = {"hidden": 1024, "expert_hidden": 512, "token_norm": False}
+"""of the former hour"""
 TIED = {"tied_experts": 0.2}
 ROWS = {"micro_batch": 16}
 RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "one rate, induction": {"model": COPY},
     "the preset's": {},
-    "the preset's, wide, tables": {"model": FORMER | TABLES},
-    "the preset's, wide, without values": {"model": FORMER | {"value_embedding": False}},
+    "the preset's, tokens not normed, head at lr": BEFORE,
+    "the preset's, wide, tables": BEFORE | {"model": WIDER | TABLES},
+    "the preset's, wide, without values": BEFORE | {"model": WIDER | {"value_embedding": False}},
     "own rates": {"optim": OWN},
     "own rates, 4096 tokens a step": {"optim": OWN, "train": ROWS},
     "own rates, tied": {"optim": OWN, "schedule": TIED},
@@ -111,6 +113,12 @@ RECIPES: dict[str, dict[str, Any]] = {
             "train": ROWS,
         }
         for name, tables in WITH.items()
+    },
+    "induction, normed values and tokens, half rates and head's own, tied, 4096 tokens a step": {
+        "model": COPY | {"value_embedding": "normed", "token_norm": True},
+        "optim": HALF | {"head_lr": 0.004},
+        "schedule": TIED,
+        "train": ROWS,
     },
     "own rates, tied, 8192 tokens a step": {"optim": OWN, "schedule": TIED, "train": {"micro_batch": 32}},
 }

@@ -31,7 +31,7 @@ SHAPES = {
     "one": {"pattern": "DM", "experts_per_token": 1},
     "uneven": {"pattern": "DM", "hidden": 72, "expert_hidden": 24, "vocab_size": 333, "norm_eps": 1e-3},
     "dense": {"pattern": "DDD", "kv_heads": 2},
-    "own values": {"pattern": "MDM", "kv_heads": 2, "feedforward": "relu2", "value_embedding": "normed", "token_norm": True},
+    "own values": {"pattern": "MDM", "kv_heads": 2, "value_embedding": "normed", "token_norm": True},
 }
 NO_EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_hidden": 0}
 """what the keys of experts read as where there are none"""

@@ -11,7 +11,7 @@ from conftest import build, plain_machine, tiny
 from khanhllm.cli import main
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.export import remote
-from khanhllm.export.remote import UNKNOWN, FILES
+from khanhllm.export.remote import FILES, UNKNOWN
 from khanhllm.inference.generate import continuation
 from khanhllm.schema import ModelConfig, Sampling
 from khanhllm.training.start import write_start

@@ -172,9 +172,7 @@ def _modern(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
     swiglu = config.feedforward == "swiglu"
     dense, experts = (SwiGLUFeedForward, SwiGLUExperts) if swiglu else (Relu2FeedForward, Relu2Experts)
     blocks = _blocks(config, attention, dense, experts, norm)
-    tokens = TokenEmbedding(
-        config.vocab_size, config.dim, config.pair_embedding, config.token_norm, config.norm_eps
-    )
+    tokens = TokenEmbedding(config.vocab_size, config.dim, config.pair_embedding, config.token_norm, config.norm_eps)
     return tokens, blocks, norm()
 
 
