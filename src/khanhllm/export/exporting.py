@@ -50,9 +50,7 @@ def export(
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
     weights = tensor_files.load(path, "model")
     talks = config.train.targets == "answers"
-    shape, encoded = encode.as_divided(config.model, weights)
-    if not remote_code:
-        shape, encoded = _encoded(to, shape, encoded, compatible)
+    shape, encoded = _encoded(to, config.model, weights, compatible, remote_code)
     aside = out.with_name(f".export.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +102,13 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out} exists already; choose another --out, or remove it")
 
 
-def _encoded(to: str, model: ModelConfig, weights: Weights, compatible: bool) -> tuple[ModelConfig, Weights]:
+def _encoded(
+    to: str, model: ModelConfig, weights: Weights, compatible: bool, remote_code: bool
+) -> tuple[ModelConfig, Weights]:
     """The model in terms that the other side has."""
+    model, weights = encode.as_divided(model, weights)
+    if remote_code:
+        return model, weights
     check_stock(
         model, "transformers" if to == "hf" else "llama.cpp", REMEDY, router_bias=to == "gguf" and not compatible
     )
