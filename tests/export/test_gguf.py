@@ -77,7 +77,7 @@ def architecture(config):
 
 def export(path, model, tokenizer, dtype="f32"):
     """The file, and its model in our code."""
-    config, weights = encode.as_swiglu(*encode.as_wider(model.config, model.state_dict()))
+    config, weights = encode.as_swiglu(*encode.as_wider(*encode.as_divided(model.config, model.state_dict())))
     gguf.write(path, config, weights, tokenizer, dtype, architecture(config), "example")
     return config, weights
 
