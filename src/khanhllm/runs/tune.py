@@ -81,8 +81,9 @@ def tune(
     open_machine(config.machine)  # refuses a device that is not there before anything is written
     folder = _shards(config)
     shards = Shards.open(folder, "train", config.model.context)
+    asked = config.train.rows_per_step if "accumulation" in settings.get("train", {}) else 0
     settings = _but(USED, settings)
-    config = resolve(config.model_dump(), _length(config, shards, epochs), settings, where="tune")
+    config = resolve(config.model_dump(), _length(config, shards, epochs, asked), settings, where="tune")
     often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
     config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
     shared_out(config, *_hands(config))  # refuses a step of too few rows for all processes
@@ -140,8 +141,8 @@ def _shards(config: Config) -> Path:
     return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
 
 
-def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str, Any]]:
-    """Steps that read the conversations so often, and of which size.
+def _length(config: Config, shards: Shards, epochs: float, asked: int) -> dict[str, dict[str, Any]]:
+    """Steps that read the conversations so often, and of which size: of `asked` rows, if that is not 0.
 
     Each step has the same number of replayed rows, at least one: text costs many times the nats of an answer, so in
     steps of one kind each, those of text would look to the guard like spikes.
@@ -152,6 +153,7 @@ def _length(config: Config, shards: Shards, epochs: float) -> dict[str, dict[str
     a_step = max(least, min(config.train.rows_per_step, math.ceil(epochs * shards.rows) // STEPS))
     a_step -= a_step % usual if a_step - a_step % usual >= least else 0
     a_step += -a_step % hands if evenly else 0
+    a_step = max(asked, 2 if replay else 1) if asked else a_step
     replayed = min(max(round(a_step * replay), 1), a_step - 1) if replay else 0
     steps = math.ceil(epochs * shards.rows / (a_step - replayed))
     auto = config.train.micro_batch == "auto"
