@@ -88,6 +88,7 @@ WITH = {
 }
 """keys of [model], by the word for them in a recipe's name"""
 BEFORE = {"model": {"token_norm": False}, "optim": {"head_lr": 0}}
+"""hour before its tokens were normed and its head had a rate of its own"""
 WIDER = {"hidden": 1024, "expert_hidden": 512, "token_norm": False}
 """of the former hour"""
 TIED = {"tied_experts": 0.2}

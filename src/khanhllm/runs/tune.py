@@ -6,7 +6,7 @@ training loop does the rest.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,6 @@ PARTS = 4
 """how often a tuning is validated, saved, and asked held-out questions"""
 VALIDATION = 0.05
 """share of the conversations that are held out"""
-USED = ("train.micro_batch", "train.accumulation", "data.replay")
-"""settings that `_length` fits to each other"""
 
 
 def tune(
@@ -82,10 +80,10 @@ def tune(
     folder = _shards(config)
     shards = Shards.open(folder, "train", config.model.context)
     asked = config.train.rows_per_step if "accumulation" in settings.get("train", {}) else 0
-    settings = _but(USED, settings)
-    config = resolve(config.model_dump(), _length(config, shards, epochs, asked), settings, where="tune")
+    steps, size = _length(config, shards, epochs, asked)
+    config = resolve(config.model_dump(), {"train": {"steps": steps}}, settings, size, where="tune")
     often = dict.fromkeys(("eval_every", "save_every", "sample_every"), math.ceil(config.train.steps / PARTS))
-    config = resolve(config.model_dump(), {"train": often}, settings, where="tune")
+    config = resolve(config.model_dump(), {"train": often}, settings, size, where="tune")
     shared_out(config, *_hands(config))  # refuses a step of too few rows for all processes
     write_start(out, config, _copy(base, config), base.tokenizer, data="", folder=str(folder.absolute()))
     return config
@@ -141,8 +139,8 @@ def _shards(config: Config) -> Path:
     return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
 
 
-def _length(config: Config, shards: Shards, epochs: float, asked: int) -> dict[str, dict[str, Any]]:
-    """Steps that read the conversations so often, and of which size: of `asked` rows, if that is not 0.
+def _length(config: Config, shards: Shards, epochs: float, asked: int) -> tuple[int, dict[str, dict[str, Any]]]:
+    """How many steps read the conversations so often, and the keys of their size: `asked` rows, if that is not 0.
 
     Each step has the same number of replayed rows, at least one: text costs many times the nats of an answer, so in
     steps of one kind each, those of text would look to the guard like spikes.
@@ -158,8 +156,8 @@ def _length(config: Config, shards: Shards, epochs: float, asked: int) -> dict[s
     steps = math.ceil(epochs * shards.rows / (a_step - replayed))
     auto = config.train.micro_batch == "auto"
     rows = 1 if auto else max(part for part in range(1, usual + 1) if a_step % part == 0)
-    train = {"steps": steps, "micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
-    return {"train": train, "data": {"replay": replayed / a_step}}
+    train = {"micro_batch": "auto" if auto else rows, "accumulation": a_step // rows}
+    return steps, {"train": train, "data": {"replay": replayed / a_step}}
 
 
 def _hands(config: Config) -> tuple[int, bool]:
@@ -169,14 +167,6 @@ def _hands(config: Config) -> tuple[int, bool]:
         return 1, False
     hands = sum(map(int, machine.shares.split(","))) if machine.shares else machine.processes
     return hands, machine.split == "all" or machine.expert_processes > 1
-
-
-def _but(keys: Container[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings without these keys."""
-    return {
-        section: {key: value for key, value in values.items() if f"{section}.{key}" not in keys}
-        for section, values in settings.items()
-    }
 
 
 def _copy(base: Run, config: Config) -> Transformer:
