@@ -221,7 +221,11 @@ def beside(run: str | Path, ending: str) -> Path:
     return Path(f"{folder if folder.name.strip('.') else folder.resolve()}{ending}")
 
 
+def holds_run(folder: Path) -> bool:
+    return (folder / "config.toml").exists() or any(folder.glob("checkpoints/step-*"))
+
+
 def refuse_to_overwrite(folder: Path, resume: bool) -> None:
     """Raise UserError if the folder holds a run that the user does not ask to resume."""
-    if not resume and ((folder / "config.toml").exists() or any(folder.glob("checkpoints/step-*"))):
+    if not resume and holds_run(folder):
         raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another with --run")

@@ -137,6 +137,8 @@ def test_it_learns_to_end_its_answers(base, tmp_path):
     ("options", "why"),
     [
         ({"epochs": 0}, "--epochs and --rate must be above 0"),
+        ({"epochs": 1e308}, "--epochs at most 1,000,000, got 1e\\+308"),
+        ({"settings": {"data": {"replay": 0.002}}}, "--data.replay: here it is --replay"),
         ({"replay": 1.0}, "--replay must be 0, or from 0.1 to 0.9"),
         ({"rate": -1.0}, "--epochs and --rate must be above 0"),
         ({"settings": {"model": {"context": 32}}}, "leave out --model options"),
@@ -151,6 +153,15 @@ def test_what_cannot_be_tuned_writes_nothing(base, tmp_path, options, why):
     with pytest.raises(UserError, match=why):
         tune(base, tmp_path / "out", source, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_lie_where_it_is_to_write_are_not_taken_for_its_own(base, tmp_path):
+    """It would have gone on from them, instead of from the run that is named."""
+    out = tmp_path / "out"
+    shutil.copytree(base / "checkpoints", out / "checkpoints")
+    with pytest.raises(UserError, match=r"out already holds a run; continue it .*, or name another folder \(--out\)"):
+        tune(base, out, chats(tmp_path / "chats.jsonl"))
+    assert not (out / "config.toml").exists()
 
 
 def test_a_run_goes_on_with_other_text(base, corpus, tmp_path, capsys):

@@ -335,6 +335,11 @@ def lacks_validation(run: Path, config: Config, step: int) -> bool:
     return row.get("step") == step and "val_ce" not in row
 
 
+def last_step(run: Path, config: Config) -> int:
+    """The last step in the log of a run; 0 without one."""
+    return int(_last_row(run, config, 2**62).get("step", 0))
+
+
 def seconds_of(run: Path, config: Config, step: int) -> float:
     """The time that a run had taken up to a step, by its log; 0 where that does not say it."""
     seconds = float(_last_row(run, config, step).get("seconds") or 0)

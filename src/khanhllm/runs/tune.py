@@ -21,7 +21,7 @@ from khanhllm.model import Transformer
 from khanhllm.planning.budget import shared_out
 from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import Config
-from khanhllm.settings import refuse_to_overwrite, resolve
+from khanhllm.settings import holds_run, refuse_to_overwrite, resolve
 from khanhllm.training.parts import laid_for
 from khanhllm.training.start import write_start
 
@@ -32,6 +32,7 @@ LEAST = 512
 """tokens of a step of a tuning, at least"""
 LEAST_REPLAY = 0.1
 """below it, a step with one replayed row would be long"""
+MOST_EPOCHS = 1_000_000
 PARTS = 4
 """how often a tuning is validated, saved, and asked held-out questions"""
 VALIDATION = 0.05
@@ -51,16 +52,20 @@ def tune(
     """Write `out`, a run at step 0 that is to learn the answers of the conversations in `source`; its config.
 
     epochs: how often it reads them. replay: share of the rows that come from the text of `run`. rate: peaks of the
-    learning rates, as a share of those of `run`. settings: single keys of the config, which win.
+    learning rates, as a share of those of `run`. settings: single keys of the config, which win; but a step gets as
+    many rows, and micro-batches of a size, as the conversations and the replay allow.
 
     Raises UserError before anything is written.
     """
     _check_alone(out)
-    if there(out / "config.toml"):
+    if holds_run(out):
         way = f"continue it (khanhllm train --resume --run {out}), or name another folder (--out)"
         raise UserError(f"{out} already holds a run; {way}")
-    if not (0 < epochs < math.inf and 0 < rate < math.inf):
-        raise UserError(f"--epochs and --rate must be above 0, got {epochs:g} and {rate:g}")
+    if not (0 < epochs <= MOST_EPOCHS and 0 < rate < math.inf):
+        most = f"--epochs and --rate must be above 0, --epochs at most {MOST_EPOCHS:,}"
+        raise UserError(f"{most}, got {epochs:g} and {rate:g}")
+    if "replay" in settings.get("data", {}):
+        raise UserError("--data.replay: here it is --replay, of which a step takes a whole number of rows")
     if replay and not LEAST_REPLAY <= replay <= 1 - LEAST_REPLAY:
         raise UserError(f"--replay must be 0, or from {LEAST_REPLAY} to {1 - LEAST_REPLAY}, got {replay:g}")
     base = open_run(run)

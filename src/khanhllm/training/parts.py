@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
@@ -20,7 +21,7 @@ from khanhllm.data.source_syntax import with_home
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
-from khanhllm.log.run_log import lacks_validation, seconds_of
+from khanhllm.log.run_log import lacks_validation, last_step, seconds_of
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.probe import LinkSpeed
 from khanhllm.machine.signals import Stop
@@ -173,6 +174,28 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has {step:,} steps already; to continue, give a larger --steps (or --tokens)")
     if 0 < train.seconds <= (used := max(time_used(config, folder, saved), saved["ended"])):
         raise UserError(f"{folder} has used {used:.0f} s already; to continue, give a longer --for")
+
+
+def last_checkpoint(config: Config, folder: Path, paper: nn.Module) -> str:
+    """The checkpoint from which the run can go on; empty if there is none yet."""
+    if checkpoint.steps(folder):
+        check_same(config, folder)
+    if last := checkpoint.newest(folder, paper=paper):
+        check_longer(config, folder, checkpoint.read_state(last))
+    else:
+        _check_unsaved(config, folder)
+    return str(last or "")
+
+
+def _check_unsaved(config: Config, folder: Path) -> None:
+    """Say that a run without a checkpoint begins anew. Raises UserError if its log shows that it had saved some: the
+    log, which would be begun anew too, may be all that is left of it."""
+    steps, every = last_step(folder, config), config.train.save_every
+    if steps > 2 * every > 0:
+        gone = f"{folder} has a log of {steps:,} steps, but its checkpoints are gone"
+        raise UserError(f"{gone}; put them back into {folder / 'checkpoints'}, or begin another run (--run)")
+    if steps or config.data.base:
+        checkpoint.to_stderr(f"{folder} has no checkpoint yet, so it begins anew, with random weights")
 
 
 def time_used(config: Config, folder: Path, saved: dict[str, Any]) -> float:

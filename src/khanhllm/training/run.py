@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import Timeout
-from torch import nn
 
 from khanhllm import optim
 from khanhllm.data.belt import Starved
@@ -45,9 +44,8 @@ from khanhllm.training.parts import (
     Parts,
     about_rate,
     assemble,
-    check_longer,
-    check_same,
     check_validation,
+    last_checkpoint,
     restore,
     rows_of,
     time_used,
@@ -136,7 +134,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
         config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
-        last = group.told(lambda: _last(config, folder, paper) if resume else "")
+        last = group.told(lambda: last_checkpoint(config, folder, paper) if resume else "")
         saved = checkpoint.read_state(Path(last)) if last else {}
         parts = assemble(config, own, saved, machine)
         check_validation(parts)
@@ -188,15 +186,6 @@ def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> 
         config = budget.fit_micro_batch(config, hardware)
     even = config.machine.split == "all" or machine.group.parts > 1
     return budget.shared_out(config, sum(machine.group.shares), evenly=even)
-
-
-def _last(config: Config, folder: Path, paper: nn.Module) -> str:
-    """The checkpoint from which the run can go on; empty if there is none yet."""
-    if checkpoint.steps(folder):
-        check_same(config, folder)
-    if last := checkpoint.newest(folder, paper=paper):
-        check_longer(config, folder, checkpoint.read_state(last))
-    return str(last or "")
 
 
 def _progress(
