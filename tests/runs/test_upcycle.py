@@ -6,7 +6,7 @@ import torch
 from conftest import tiny
 from khanhllm import cli
 from khanhllm.runs.run import open_run
-from khanhllm.settings import resolve
+from khanhllm.settings import read_config, resolve, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
@@ -36,6 +36,14 @@ def test_one_expert_alone_is_the_dense_model(dense, tmp_path):
     ids = torch.arange(60).view(2, 30)
     with torch.no_grad():
         assert torch.allclose(before.model.logits(ids), after.model.logits(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [["--experts", "3"], ["--experts", "5", "--experts-per-token", "3"]])
+def test_tied_experts_of_the_dense_run_do_not_bind_the_mixture(dense, tmp_path, more):
+    """A twin keeps that key of its mixture's preset."""
+    write_config(resolve(read_config(dense).model_dump(), {"schedule": {"tied_experts": 0.2}}), dense)
+    assert cli.main(["upcycle", str(dense), "--out", str(tmp_path / "mixture"), *more]) == 0
+    assert read_config(tmp_path / "mixture").schedule.tied_experts == 0
 
 
 def test_it_goes_on_with_new_rows(dense, tmp_path):

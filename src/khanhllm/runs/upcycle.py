@@ -40,7 +40,8 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
             "begin as the dense model; use 2 or more"
         )
     shape = {"pattern": pattern, "experts": experts, "experts_per_token": experts_per_token, "expert_hidden": 0}
-    config = resolve(dense.config.model_dump(), {"model": shape}, where="upcycle")
+    apart = {"tied_experts": 0}  # copies of one layer, which part from the first step on
+    config = resolve(dense.config.model_dump(), {"model": shape, "schedule": apart}, where="upcycle")
     model = Transformer(config.model)
     model.initialise(torch.Generator().manual_seed(config.train.seed))  # what is left of it: the routers
     model.load_state_dict(_weights(dense.model.state_dict(), config.model), strict=False)
