@@ -18,6 +18,7 @@ import torch
 import khanhllm
 from conftest import tiny
 from khanhllm import cli
+from khanhllm.model.twin import dense_twin
 from khanhllm.settings import preset, resolve, to_toml
 from khanhllm.training import run
 
@@ -360,6 +361,17 @@ def test_the_config_of_a_run_means_that_run(trained, tmp_path, monkeypatch):
     assert [folder for folder, _ in seen] == [
         run, run, Path("runs/config"), Path("x"), trained / "run-twin", Path("runs/nano"), Path("runs/tiny")
     ]  # fmt: skip
+
+
+def test_only_the_twin_has_to_fit_into_its_settings(tmp_path, monkeypatch, capsys):
+    """The experts of hour are tied, which goes with neither way to divide the work."""
+    seen = []
+    monkeypatch.setattr("khanhllm.training.run.train", lambda config, *_, **__: seen.append(config.model) or "")
+    words = ["train", "hour", "--twin", "active", "--run", str(tmp_path / "run"), "--machine.processes", "2"]
+    assert cli.main([*words, "--machine.split", "all"]) == 0
+    assert seen == [dense_twin(resolve(preset("hour")).model)]
+    assert cli.main([*words, "--machine.expert_processes", "2"]) == 2
+    assert "machine.expert_processes (2) must divide the experts of a layer (0)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["module", "script"])

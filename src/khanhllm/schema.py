@@ -336,14 +336,12 @@ class MachineConfig(Section):
             raise ValueError("gradients = bf16 needs weights = bf16 too")
         if self.split == "all" and self.weights == "bf16":
             raise ValueError("split = all needs weights = fp32, which it sends in bf16 to a device that computes in it")
-        if self.split == "all" and self.shares:
-            raise ValueError("split = all needs equal shares: leave shares empty")
+        if self.shares and (self.split == "all" or self.expert_processes > 1):
+            raise ValueError("split = all and expert_processes need equally many micro-batches: leave shares empty")
         if self.split == "all" and self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"split = all needs device = auto, cuda or cpu (got {self.device})")
         if self.expert_processes > 1 and self.split == "all":
             raise ValueError("split = all cuts experts too: with it, leave expert_processes at 1")
-        if self.expert_processes > 1 and self.shares:
-            raise ValueError("with expert_processes every process needs equally many micro-batches; leave shares empty")
         return self
 
 
@@ -389,9 +387,11 @@ class Config(Section):
         parts, experts = self.machine.expert_processes, self.model.experts if self.model.moe_layers else 0
         if parts > 1 and (not experts or experts % parts):
             raise ValueError(f"machine.expert_processes ({parts}) must divide the experts of a layer ({experts})")
-        apart = parts > 1 or self.machine.split == "all" or experts % self.model.experts_per_token
-        if apart and self.schedule.tied_experts:
-            raise ValueError("schedule.tied_experts: no split = all, no expert_processes; top k must divide experts")
+        tied = experts and self.schedule.tied_experts
+        if tied and (parts > 1 or self.machine.split == "all"):
+            raise ValueError("no tied experts with split = all or expert_processes: set schedule.tied_experts to 0")
+        if tied and experts % self.model.experts_per_token:
+            raise ValueError("tied experts need experts_per_token to divide experts; or set schedule.tied_experts to 0")
         return self
 
     @property

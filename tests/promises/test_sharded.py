@@ -139,7 +139,7 @@ def test_compiled_blocks_in_shards(corpus, cache, tmp_path):
     ("machine", "says"),
     [
         ({"weights": "bf16"}, "split = all needs weights = fp32"),
-        ({"shares": "2,1"}, "split = all needs equal shares"),
+        ({"shares": "2,1"}, "leave shares empty"),
         ({"device": "cuda:1"}, "split = all needs device = auto, cuda or cpu"),
     ],
 )

@@ -153,12 +153,21 @@ def test_experts_that_parted_stay_apart_in_a_longer_run(corpus, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "settings", [{"model": {"experts": 5}}, {"machine": {"split": "all"}}, {"machine": {"expert_processes": 2}}]
+    ("settings", "says"),
+    [
+        ({"model": {"experts": 5}}, "tied experts need experts_per_token to divide experts"),
+        ({"machine": {"split": "all"}}, "no tied experts with split = all"),
+        ({"machine": {"expert_processes": 2}}, "no tied experts with .*expert_processes"),
+    ],
 )
-def test_what_cannot_be_tied_is_refused(settings):
-    with pytest.raises(UserError, match="tied_experts: no split = all"):
+def test_what_cannot_be_tied_is_refused(settings, says):
+    with pytest.raises(UserError, match=f"{says}.* set schedule.tied_experts to 0$"):
         config(**settings)
     config(tied=0, **settings)
+
+
+def test_a_dense_model_has_nothing_to_tie():
+    config(model={"pattern": "DD", "experts": 5}, machine={"split": "all"})
 
 
 def test_a_rejected_step_leaves_experts_tied(monkeypatch):

@@ -7,7 +7,17 @@ from pathlib import Path
 from khanhllm.cli.arguments import given, knobs, name, short
 from khanhllm.errors import UserError
 from khanhllm.schema import Config
-from khanhllm.settings import beside, folder_for, other_shape, preset, preset_names, read_config, read_toml, with_length
+from khanhllm.settings import (
+    beside,
+    folder_for,
+    other_shape,
+    preset,
+    preset_names,
+    read_config,
+    read_toml,
+    resolve,
+    with_length,
+)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -24,9 +34,8 @@ def train(options: argparse.Namespace) -> int:
         raise UserError("--from begins a run of its own; --resume continues one, and --twin begins without weights")
     _check_tokenizer(options)
     folder = _folder(options)
-    config = with_length(
-        *_layers(options, folder), steps=options.steps, time=options.time, tokens=options.tokens, where="train"
-    )
+    layers = _with_twin(options, _layers(options, folder))
+    config = with_length(*layers, steps=options.steps, time=options.time, tokens=options.tokens, where="train")
     from khanhllm.machine.signals import exit_code
     from khanhllm.training import run
     from khanhllm.training.parts import nothing_left
@@ -39,7 +48,7 @@ def train(options: argparse.Namespace) -> int:
 
         config = go_on(Path(options.base), folder, config)
     resume = options.resume or options.resume_or_new or bool(options.base)
-    return exit_code(run.train(_twin(options, config), folder, resume=resume))
+    return exit_code(run.train(config, folder, resume=resume))
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -85,14 +94,19 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
     return [*layers, short("data", "source", options.data), given(options)]
 
 
-def _twin(options: argparse.Namespace, config: Config) -> Config:
+def _with_twin(
+    options: argparse.Namespace, layers: list[dict[str, dict[str, object]]]
+) -> list[dict[str, dict[str, object]]]:
+    """The same, but a model that they describe becomes its twin, if that is wanted: only this one has to fit into what
+    else they say."""
     if not options.twin:
-        return config
+        return layers
     from khanhllm.model.twin import dense_twin
 
     if options.resume or options.resume_or_new:
         raise UserError("--twin begins a run of its own; to continue one, leave it out")
-    return config.model_copy(update={"model": dense_twin(config.model, options.twin)})
+    mixture = resolve(*({"model": layer["model"]} for layer in layers if "model" in layer), where="train").model
+    return [*layers, {"model": dense_twin(mixture, options.twin).model_dump()}]
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
