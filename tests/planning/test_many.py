@@ -21,7 +21,7 @@ from khanhllm.planning import plan as one_card
 from khanhllm.planning.budget import Hardware
 from khanhllm.planning.simulation import simulate_step
 from khanhllm.planning.ways import Traffic, by_experts, by_owners, by_shards
-from khanhllm.settings import preset, resolve
+from khanhllm.settings import nested, preset, resolve
 from khanhllm.training.step import Learner, train_step
 
 KINDS = {
@@ -389,6 +389,25 @@ def test_a_card_holds_its_part_of_the_whole_whatever_the_run_says(machine):
 def test_what_fits_in_no_way_is_one_line():
     with pytest.raises(UserError, match=r"^on each of 2 cards, nothing fits into 0.00 GB: .*; these save most"):
         plan(tiny(pattern="D"), 2, "NVLink", dataclasses.replace(CARD, memory=1000))
+
+
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        ({}, ["machine.split all", "machine.expert_processes 4"]),
+        ({"machine": {"expert_processes": 4}}, ["machine.split all", "machine.expert_processes 4"]),
+        ({"machine": {"weights": "bf16"}}, ["machine.expert_processes 4"]),
+        ({"model": {"pattern": "DD"}}, ["machine.split all"]),
+        ({"schedule": {"tied_experts": 0.2}}, []),
+    ],
+)
+def test_each_way_that_is_planned_is_one_that_a_training_takes(settings, others):
+    """Also of fewer cards than the run wants to share its experts: those are planned beside."""
+    config = resolve(config_of().model_dump(), settings)
+    assert [way["way"] for way in plan(config, 4, "1 GB/s")["ways"]] == ["one card", "owners (the default)", *others]
+    for other in others:
+        key, value = other.split()
+        resolve(config.model_dump(), {"machine": {"expert_processes": 1}}, nested({key: value}))
 
 
 def test_a_machine_of_unknown_speed_needs_a_card():

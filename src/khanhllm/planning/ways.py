@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,12 +11,14 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from khanhllm import optim
+from khanhllm.errors import UserError
 from khanhllm.machine.owners import LARGEST, dealt
 from khanhllm.machine.precision import ROUNDED, keep_in_bf16
 from khanhllm.model import Transformer
 from khanhllm.model.roles import role
 from khanhllm.planning.assumed import HIDDEN
 from khanhllm.schema import Config
+from khanhllm.settings import resolve
 
 
 class Traffic(NamedTuple):
@@ -171,8 +174,7 @@ def by_experts(config: Config, precision: str, cards: int) -> Way:
     """Each card has some of the experts of every mixture. Rows travel to their experts and back, forward and backward;
     all else has owners, as have experts that several cards have."""
     shape, train = config.model, config.train
-    wanted = config.machine.expert_processes
-    parts = wanted if wanted > 1 else math.gcd(cards, shape.experts)
+    parts = _parts(config, cards)
     copies = cards // parts
     experts = [item for item in items(config) if item.expert]
     rest = [item for item in items(config) if not item.expert]
@@ -197,6 +199,12 @@ def by_experts(config: Config, precision: str, cards: int) -> Way:
             round(trips * pairs * (shape.dim * _sent(precision) + weight) * (1 - 1 / parts)),
         ),
     )
+
+
+def _parts(config: Config, cards: int) -> int:
+    """Cards that share the experts of a layer: as many as the run says, or else as many as can."""
+    wanted = config.machine.expert_processes
+    return wanted if wanted > 1 else math.gcd(cards, config.model.experts)
 
 
 def _owned(known: Sequence[Item], cards: int) -> list[list[Item]]:
@@ -232,9 +240,20 @@ def chosen(config: Config, precision: str, cards: int) -> Way:
 
 
 def divisions(config: Config, cards: int) -> list[Division]:
-    """The ways that this model can be divided over so many cards."""
-    mixture = config.model.moe_layers and math.gcd(cards, config.model.experts) > 1
-    return [by_owners, by_shards, *([by_experts] if mixture else [])]
+    """The ways to divide this training over so many cards, of those that `khanhllm train` accepts."""
+    parts = _parts(config, cards)
+    ways: dict[Division, dict[str, Any]] = {by_owners: {}, by_shards: {"split": "all"}}
+    if parts > 1 and not cards % parts:
+        ways[by_experts] = {"expert_processes": parts}
+    return [way for way, machine in ways.items() if _is_accepted(config, machine)]
+
+
+def _is_accepted(config: Config, machine: dict[str, Any]) -> bool:
+    """Whether the run can be divided so, instead of as it says."""
+    undivided = {"split": "optimizer", "expert_processes": 1}
+    with suppress(UserError):
+        return bool(resolve(config.model_dump(), {"machine": undivided | machine}))
+    return False
 
 
 def _sent(precision: str) -> int:
