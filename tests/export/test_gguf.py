@@ -10,11 +10,13 @@ import tokenizers
 import torch
 
 from conftest import build, tiny
+from khanhllm.cli import main
 from khanhllm.data.tokenizer import SPECIALS, Tokenizer, train_tokenizer
 from khanhllm.errors import UserError, missing_extra
 from khanhllm.export import encode, gguf
 from khanhllm.model import Transformer
 from khanhllm.model.router import Router
+from khanhllm.training.start import write_start
 
 pytest.importorskip("gguf")
 
@@ -297,6 +299,15 @@ def test_a_shape_that_the_architecture_does_not_have_is_refused(tmp_path, tokeni
     model = build(tiny(**shape))
     with pytest.raises(UserError, match=said):
         gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), tokenizer, "f32", name, "example")
+
+
+def test_biased_routers_leave_without_compatible_and_the_refusal_says_so(tmp_path, tokenizer, capsys):
+    model = example(SHAPES["bias"])
+    write_start(tmp_path / "run", tiny().model_copy(update={"model": model.config}), model, tokenizer)
+    words = ["export", str(tmp_path / "run"), "--to", "gguf", "--out", str(tmp_path / "x.gguf")]
+    assert main([*words, "--compatible"]) == 2
+    assert capsys.readouterr().err.endswith("(it knows only false); without --compatible GGUF has it\n")
+    assert main(words) == 0
 
 
 def test_without_the_extra_its_name_is_told(tmp_path, tokenizer, monkeypatch):
