@@ -226,7 +226,7 @@ def test_what_transformers_writes_can_be_imported(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("model_type", "llama", "model_type: input should be 'qwen3' or 'qwen3_moe'"),
+        ("model_type", "llama", r"model_type: must be qwen3 or qwen3_moe \(got 'llama'\)"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("attention_bias", True, "attention_bias is True"),
         ("head_dim", 16, "head_dim is 16"),
@@ -234,7 +234,7 @@ def test_what_transformers_writes_can_be_imported(tmp_path, tokenizer):
         ("rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
         ("num_hidden_layers", 3, "lacks the tensor model.layers.2."),
         ("num_hidden_layers", 1, r"unknown to this architecture, the tensor model.layers.1."),
-        ("hidden_size", "wide", "config.json"),
+        ("hidden_size", "wide", r"config\.json: hidden_size: must be a whole number"),
         ("vocab_size", 301, r"is F32 \[300, 32\]; config.json asks for \[301, 32\]"),
         ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
     ],

@@ -254,7 +254,7 @@ def test_the_code_stands_alone():
 
 
 @pytest.mark.slow
-def test_the_verb_writes_what_transformers_has_no_class_for(tmp_path):
+def test_the_verb_writes_what_transformers_has_no_class_for(tmp_path, capsys):
     model = ours(EVERYTHING | {"token_norm": True})
     config = tiny().model_copy(update={"model": model.config})
     write_start(tmp_path / "run", config, model, TOKENIZER)
@@ -263,3 +263,5 @@ def test_the_verb_writes_what_transformers_has_no_class_for(tmp_path):
     assert main([*command, "--remote-code", "--dtype", "f16"]) == 0
     assert load(tmp_path / "out", dtype="auto").dtype == torch.float16
     assert "trust_remote_code=True" in (tmp_path / "out/README.md").read_text()
+    assert main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 2
+    assert "no way back" in capsys.readouterr().err

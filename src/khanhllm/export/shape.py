@@ -5,9 +5,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.errors import UserError
+from khanhllm.explain import explain
 from khanhllm.schema import ModelConfig
 from khanhllm.settings import checked
 
+REMOTE = "khanhllm"
+"""the model_type of our own form, which transformers reads with model code of ours"""
 OWN: dict[str, tuple[Any, ...]] = {
     "style": ("modern",),
     "value_embedding": (False, "normed"),
@@ -93,11 +96,13 @@ class Qwen3(BaseModel):
 def from_qwen3(settings: dict[str, Any], where: str) -> ModelConfig:
     """Our shape for the config.json of a Qwen3 or Qwen3-MoE model: `qwen3` read backwards. UserError, naming the key,
     for what our model cannot be."""
+    if settings.get("model_type") == REMOTE:
+        what = "this is the form of `khanhllm export --remote-code`, which only transformers reads"
+        raise UserError(f"{where}: {what}; go on from the run that it was made of, as there is no way back")
     try:
         theirs = Qwen3.model_validate({key: value for key, value in settings.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, to be imported") from None
+        raise UserError(f"{where}: {explain(error, Qwen3, {})}; so this model cannot be imported") from None
     if settings.get("quantization_config"):
         raise UserError(f"{where}: quantization_config: quantised weights cannot be imported; take the plain ones")
     mixture, layers = theirs.model_type == "qwen3_moe", range(theirs.num_hidden_layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.export import hf
 from khanhllm.export.check import DTYPES, Exported
+from khanhllm.export.shape import REMOTE
 from khanhllm.schema import ModelConfig
 from khanhllm.settings import checked
 
@@ -27,7 +28,7 @@ def remote_config(model: ModelConfig) -> dict[str, Any]:
             "AutoConfig": "configuration_khanhllm.KhanhLLMConfig",
             "AutoModelForCausalLM": "modeling_khanhllm.KhanhLLMForCausalLM",
         },
-        "model_type": "khanhllm",
+        "model_type": REMOTE,
         **model.model_dump(exclude=UNKNOWN),
     }
 
