@@ -18,7 +18,7 @@ from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.runs.run import open_run
 from khanhllm.runs.tune import tune
-from khanhllm.settings import beside, resolve
+from khanhllm.settings import beside, read_config, resolve, to_toml, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 from khanhllm.training.start import write_start
@@ -286,6 +286,22 @@ def test_a_run_goes_on_from_the_one_that_is_named_not_from_what_that_one_came_fr
     assert cli.main(["train", "--from", str(second), "--run", str(fourth), *words, *given]) == 0
     found = open_run(fourth).config.data
     assert (found.base, found.replay) == (str(open_run(base).data), 0.25)
+
+
+def test_experts_that_come_from_a_run_are_not_tied_and_its_config_says_so(base, tmp_path, capsys):
+    kept, tying = tmp_path / "kept", {"schedule": {"tied_experts": 0.2}}
+    shutil.copytree(base, kept)
+    write_config(resolve(read_config(base).model_dump(), tying), kept)
+    (tmp_path / "tying.toml").write_text(to_toml(read_config(kept)), "utf-8")
+    words = ["train", "--from", str(kept), "--train.steps", "1", "--machine.threads", "1"]
+    assert cli.main([*words, "--run", str(tmp_path / "plain")]) == 0
+    assert cli.main([*words, "--run", str(tmp_path / "of a file"), "--config", str(tmp_path / "tying.toml")]) == 0
+    tune(kept, tmp_path / "tuned", chats(tmp_path / "chats.jsonl"), settings=QUIET)
+    for run in ("plain", "of a file", "tuned"):
+        assert read_config(tmp_path / run).schedule.tied_experts == 0
+    assert "tied_experts" not in capsys.readouterr().out
+    assert cli.main([*words, "--run", str(tmp_path / "typed"), "--schedule.tied_experts", "0.5"]) == 0
+    assert "schedule.tied_experts = 0.5 changes nothing" in capsys.readouterr().out
 
 
 def test_another_tokenizer_than_that_of_the_run_is_refused(base, corpus, tmp_path, capsys):

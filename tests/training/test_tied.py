@@ -152,6 +152,18 @@ def test_experts_that_parted_stay_apart_in_a_longer_run(corpus, tmp_path, monkey
     assert not any(copies(learner.model))
 
 
+def test_a_run_says_if_it_is_to_tie_experts_that_have_parted(corpus, tmp_path, capsys):
+    def said(**schedule):
+        longer = resolve(in_pieces(corpus, tmp_path, steps=next(lengths)).model_dump(), {"schedule": schedule})
+        training_run.train(longer, tmp_path / "run", resume=True)
+        return "changes nothing: experts that have learned apart" in capsys.readouterr().out
+
+    lengths = iter((2, 4, 6, 8, 10))
+    assert not said(tied_experts=0.5) and not said(tied_experts=0.9)  # still tied
+    assert not said(tied_experts=0)
+    assert said(tied_experts=0.9) and not said(tied_experts=0.9)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -90,7 +90,8 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
     else:
         raise UserError(f"name a preset ({', '.join(preset_names())}) or a --config FILE to begin a run in {folder}")
     layers += [] if options.config is None else [read_toml(Path(options.config))]
-    layers += [{"model": read_config(Path(options.base)).model.model_dump()}] if options.base else []
+    if options.base:  # experts that have learned apart stay apart
+        layers += [{"model": read_config(Path(options.base)).model.model_dump(), "schedule": {"tied_experts": 0}}]
     return [*layers, short("data", "source", options.data), given(options)]
 
 

@@ -76,7 +76,7 @@ def tune(
         "data": data | {"validation": VALIDATION, "base": _base(base, replay), "replay": replay},
         "train": {"targets": "answers", "document_mask": True, "seconds": 0},
         "optim": peaks,
-        "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0},
+        "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0, "tied_experts": 0},
     }
     config = resolve(base.config.model_dump(), own, settings, where="tune")
     if config.data.tokenizer != data["tokenizer"]:

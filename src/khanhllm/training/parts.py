@@ -204,12 +204,15 @@ def time_used(config: Config, folder: Path, saved: dict[str, Any]) -> float:
     return saved["seconds"] or seconds_of(folder, config, saved["step"])
 
 
-def about_rate(parts: Parts, state: State) -> Iterator[str]:
-    """What a user may not expect of the learning rate."""
+def about_schedule(parts: Parts, state: State) -> Iterator[str]:
+    """What a user may not expect of the learning rate, and of tied experts."""
     train, schedule = parts.config.train, parts.config.schedule
     if state.share is None and not state.step and (warm := warmup_of(train.steps, schedule)) < schedule.warmup:
         yield f"the learning rate warms up for {warm} of {train.steps} steps, not schedule.warmup = {schedule.warmup}"
     before = read_config(parts.run) if state.step else parts.config
+    tied, known = schedule.tied_experts, before.schedule.tied_experts if state.step else 0
+    if tied not in (0, known) and not state.tied:
+        yield f"schedule.tied_experts = {tied:g} changes nothing: experts that have learned apart are not tied again"
     given = before.train.seconds
     share = min(1.0, seconds_of(parts.run, parts.config, state.step) / given) if given else None
     old, new = rate_factor(replace(state, share=share), before), rate_factor(state, parts.config)

@@ -42,7 +42,7 @@ from khanhllm.training import checkpoint
 from khanhllm.training.parts import (
     RISE,
     Parts,
-    about_rate,
+    about_schedule,
     assemble,
     check_validation,
     last_checkpoint,
@@ -151,7 +151,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         ):
             stop.over_panel = log.terminal.live is not None
             parts.tokenizer.save(own / "tokenizer.json")
-            told = [*_introduction(parts, state), *about_rate(parts, state), tight] if group.leads else []
+            told = [*_introduction(parts, state), *about_schedule(parts, state), tight] if group.leads else []
             write_config(parts.config, own)
             checkpoint.reject_after(own, state.step, paper)
             for line in filter(None, told):
