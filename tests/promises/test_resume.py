@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import json
 import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from khanhllm.log.compare import read
 from khanhllm.runs.evaluate import score_run
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
-from khanhllm.settings import resolve, write_config
+from khanhllm.settings import read_config, resolve, write_config
 from khanhllm.training import checkpoint, saver, tensor_files
 from khanhllm.training import run as training_run
 from khanhllm.training.parts import nothing_left
@@ -491,6 +493,18 @@ def test_another_model_is_not_called_damage(corpus, cache, tmp_path):
     ):
         with pytest.raises(UserError, match=r"of another model than its config\.toml describes.*check model\.\* keys"):
             use()
+
+
+def test_a_key_that_changes_what_the_weights_mean_is_noted_with_them(corpus, cache, tmp_path):
+    """These change no tensor's shape, so without the note another model would write in this one's name."""
+    whole, run = config(corpus, cache, train={"steps": 1}), tmp_path / "run"
+    train(whole, run)
+    for key, value in {"token_norm": True, "rope_theta": 500, "norm_eps": 1e-3, "experts_per_token": 1}.items():
+        write_config(resolve(whole.model_dump(), {"model": {key: value}}), run)
+        was = json.dumps(getattr(whole.model, key))
+        for use in (open_run, partial(train, read_config(run), resume=True)):
+            with pytest.raises(UserError, match=rf"was trained with model\.{key} = {was}; check model\.\* keys"):
+                use(run)
 
 
 def test_a_run_by_time_ends_while_there_is_time_to_save():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from khanhllm import optim
 from khanhllm.errors import UserError
 from khanhllm.files import SMALL, foreign, read, sync
+from khanhllm.model import Transformer
 from khanhllm.model.exchange import WHOLE, Part
 from khanhllm.schema import Natural, Rate
 from khanhllm.training import tensor_files
@@ -65,6 +66,8 @@ class Noted(BaseModel):
     ended: Rate = 0.0
     """the time that the run was given, if that has passed (seconds): less is used, as another step would not fit in"""
     tied: bool = False
+    model: dict[str, Any] = {}
+    """the [model] that was trained; empty in a checkpoint from before it was noted"""
     data: str = ""
     tokenizer: str = ""
     folder: Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")] = ""
@@ -175,7 +178,7 @@ def prune(run: Path, keep: int, best: int | None = None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def reject_after(run: Path, step: int, paper: nn.Module | None = None) -> None:
+def reject_after(run: Path, step: int, paper: Transformer | None = None) -> None:
     """Put aside, with the reason, every checkpoint beyond `step`: the road there will be walked again. Only the newest
     of all that were put aside is kept, as each is as large as a checkpoint.
 
@@ -202,7 +205,7 @@ def to_stderr(text: str) -> None:
 def newest(
     run: Path,
     say: Say = to_stderr,
-    paper: nn.Module | None = None,
+    paper: Transformer | None = None,
     suits: Callable[[dict[str, Any]], bool] = lambda _state: True,
 ) -> Path | None:
     """The newest checkpoint that verifies and whose state `suits`; `say` hears of each one that does not verify. None
@@ -230,7 +233,7 @@ def newest(
     return None
 
 
-def verify(path: Path, paper: nn.Module | None = None) -> str | None:
+def verify(path: Path, paper: Transformer | None = None) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte (about 1 GB/s), but first looks at what is claimed:
     a file may be a link, a pipe without end, or of terabytes without content."""
     if fault := "it is a link" if path.is_symlink() else foreign(path):
@@ -255,7 +258,10 @@ def verify(path: Path, paper: nn.Module | None = None) -> str | None:
         for name, expected in manifest.items():
             if tensor_files.fingerprint(path / name) != expected:
                 return f"{name} does not match its sha256"
-        read_state(path)
+        trained = read_state(path)["model"]
+        if other := [key for key, has in (paper.config if paper else ()) if trained.get(key, has) != has]:
+            was = ", ".join(f"model.{key} = {json.dumps(trained[key])[:60]}" for key in other)
+            return f"{path} was trained with {was}; {OTHER_MODEL}"
         for kind in tensor_files.KINDS:
             tensor_files.shapes(path, kind)
     except OSError as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
@@ -25,6 +24,7 @@ from khanhllm.log.run_log import lacks_validation, last_step, seconds_of
 from khanhllm.machine.devices import Machine
 from khanhllm.machine.probe import LinkSpeed
 from khanhllm.machine.signals import Stop
+from khanhllm.model import Transformer
 from khanhllm.optim.schedule import warmup_of
 from khanhllm.schema import Config, DataConfig
 from khanhllm.settings import read_config
@@ -176,7 +176,7 @@ def check_longer(config: Config, folder: Path, saved: dict[str, Any]) -> None:
         raise UserError(f"{folder} has used {used:.0f} s already; to continue, give a longer --for")
 
 
-def last_checkpoint(config: Config, folder: Path, paper: nn.Module) -> str:
+def last_checkpoint(config: Config, folder: Path, paper: Transformer) -> str:
     """The checkpoint from which the run can go on; empty if there is none yet."""
     if checkpoint.steps(folder):
         check_same(config, folder)

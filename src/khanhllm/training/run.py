@@ -299,6 +299,7 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool, ended:
         "seconds": (state.share or 0) * parts.config.train.seconds,
         "ended": parts.config.train.seconds if ended else 0.0,
         "tied": state.tied,
+        "model": parts.config.model.model_dump(),
     }
     takers = learner.owners.takers() if saver.shared else {}
     shapes, whole = optim.state_shapes(optimizer), optim.state_shapes(optimizer, learner.part.counts(model))

@@ -20,7 +20,8 @@ def write_start(out: Path, config: Config, model: Transformer, tokenizer: Tokeni
     Raises UserError if it cannot be written.
     """
     load_LE = losses.even_load(len(config.model.moe_layers), config.model.experts)
-    noted = {"cursor": 0, "seconds": 0.0, "load": load_LE.tolist(), "tokenizer": tokenizer.sha256} | state
+    noted = {"cursor": 0, "seconds": 0.0, "load": load_LE.tolist(), "tokenizer": tokenizer.sha256}
+    noted |= {"model": config.model.model_dump(), **state}
     optimizer = optim.build(model, config.optim, config.train.seed)
     made = not out.exists()
     try:
