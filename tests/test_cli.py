@@ -62,6 +62,13 @@ def test_help_needs_no_torch_and_explains_each_option(verb):
     assert all(action.help for action in parser._actions)
 
 
+def test_help_shows_all_that_a_key_takes():
+    train = next(a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))["train"]
+    shown = {option: action.metavar for action in train._actions for option in action.option_strings}
+    assert shown["--model.value_embedding"] == "true|false|normed" and shown["--train.micro_batch"] == "VALUE|auto"
+    assert shown["--machine.weights"] == "fp32|bf16" and shown["--train.steps"] == "VALUE"
+
+
 @pytest.mark.parametrize("words", [[], ["help"], ["--help"]])
 def test_help_names_every_verb_in_a_whole_sentence(words, capsys):
     with pytest.raises(SystemExit) as end:

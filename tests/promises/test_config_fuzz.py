@@ -10,7 +10,7 @@ import os
 import random
 import re
 from collections import Counter
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -52,16 +52,20 @@ def good(chance: random.Random, section: str, key: str) -> Any:
     field = Config.model_fields[section].annotation.model_fields[key]
     if f"{section}.{key}" == "model.pattern":
         return "".join(chance.choices("DM", k=chance.randint(1, 4)))
-    choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
-    if choices:
-        return chance.choice(choices)
-    bounds = {name: getattr(bound, name) for bound in field.metadata for name in BOUNDS if hasattr(bound, name)}
+    kind, limits = field.annotation, field.metadata
+    if get_origin(kind) is Union:
+        kind = chance.choice(get_args(kind))
+    if get_origin(kind) is Annotated:
+        kind, limits = kind.__origin__, kind.__metadata__[0].metadata
+    if get_origin(kind) is Literal:
+        return chance.choice(get_args(kind))
+    bounds = {name: getattr(bound, name) for bound in limits for name in BOUNDS if hasattr(bound, name)}
     low, high = bounds.get("ge", bounds.get("gt", 0)), bounds.get("le", bounds.get("lt", 10))
-    if field.annotation is int:
+    if kind is int:
         return chance.choice([low, min(high, low + chance.randint(0, 200)), high, chance.randint(low, high)])
-    if field.annotation is float:
+    if kind is float:
         return chance.choice([low, high, chance.uniform(low, high), low + 1e-9])
-    return chance.choice([True, False]) if field.annotation is bool else ""
+    return chance.choice([True, False]) if kind is bool else ""
 
 
 def drawn(chance: random.Random) -> tuple[dict[str, Any], set[str]]:
@@ -139,6 +143,14 @@ def toml(config: Config, folder: Any) -> dict[str, Any]:
     """The config once through a file."""
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     return read_toml(folder / "config.toml")
+
+
+def test_good_values_are_of_every_kind_that_a_key_takes():
+    chance = random.Random(0)
+    for key, wanted in (("model.value_embedding", {True, False, "normed"}), ("train.micro_batch", {"auto", 1, 2**20})):
+        values = {good(chance, *key.split(".")) for _ in range(100)}
+        assert values >= wanted
+        assert all(resolve({section: {name: value}}) for section, name in [key.split(".")] for value in values)
 
 
 def test_each_nasty_value_of_each_key_is_refused_in_one_line_or_survives_its_file(tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from khanhllm import units
 from khanhllm.errors import UserError
@@ -129,10 +129,16 @@ def knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Confi
         group = parser.add_argument_group(f"[{section}]")
         kind: Any = Config.model_fields[section].annotation
         for key, field in kind.model_fields.items():
-            choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-            metavar = "|".join(choices) if choices else "VALUE"
             text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
+            metavar = placeholder(field.annotation)
             group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)
+
+
+def placeholder(kind: Any) -> str:
+    """What may be typed for a value of this type: fp32|bf16, true|false|normed, VALUE|auto."""
+    if get_origin(kind) in (Literal, Union):
+        return "|".join(map(placeholder, get_args(kind)))
+    return kind if isinstance(kind, str) else "true|false" if kind is bool else "VALUE"
 
 
 def given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
