@@ -159,7 +159,7 @@ def test_a_run_says_if_it_is_to_tie_experts_that_have_parted(corpus, tmp_path, c
         return "changes nothing: experts that have learned apart" in capsys.readouterr().out
 
     lengths = iter((2, 4, 6, 8, 10))
-    assert not said(tied_experts=0.5) and not said(tied_experts=0.9)  # still tied
+    assert not said(tied_experts=1) and not said(tied_experts=0.9)  # still tied
     assert not said(tied_experts=0)
     assert said(tied_experts=0.9) and not said(tied_experts=0.9)
 
