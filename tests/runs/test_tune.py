@@ -138,7 +138,7 @@ def test_it_learns_to_end_its_answers(base, tmp_path):
     [
         ({"epochs": 0}, "--epochs and --rate must be above 0"),
         ({"epochs": 1e308}, "--epochs at most 1,000,000, got 1e\\+308"),
-        ({"settings": {"data": {"replay": 0.002}}}, "--data.replay: here it is --replay"),
+        ({"settings": {"data": {"replay": 0.002}}}, "--replay must be 0, or from 0.1 to 0.9, got 0.002"),
         ({"replay": 1.0}, "--replay must be 0, or from 0.1 to 0.9"),
         ({"rate": -1.0}, "--epochs and --rate must be above 0"),
         ({"settings": {"model": {"context": 32}}}, "leave out --model options"),

@@ -64,10 +64,7 @@ def tune(
     if not (0 < epochs <= MOST_EPOCHS and 0 < rate < math.inf):
         most = f"--epochs and --rate must be above 0, --epochs at most {MOST_EPOCHS:,}"
         raise UserError(f"{most}, got {epochs:g} and {rate:g}")
-    if "replay" in settings.get("data", {}):
-        raise UserError("--data.replay: here it is --replay, of which a step takes a whole number of rows")
-    if replay and not LEAST_REPLAY <= replay <= 1 - LEAST_REPLAY:
-        raise UserError(f"--replay must be 0, or from {LEAST_REPLAY} to {1 - LEAST_REPLAY}, got {replay:g}")
+    _check_replay(replay)
     base = open_run(run)
     Marks.of(base.tokenizer)
     peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
@@ -79,6 +76,7 @@ def tune(
         "schedule": {"kind": "wsd", "warmup": 10, "decay": 1.0, "floor": 0.0, "tied_experts": 0},
     }
     config = resolve(base.config.model_dump(), own, settings, where="tune")
+    _check_replay(config.data.replay)
     if config.data.tokenizer != data["tokenizer"]:
         raise UserError(f"the tokenizer is that of {run}; leave out --data.tokenizer")
     open_machine(config.machine)  # refuses a device that is not there before anything is written
@@ -92,6 +90,11 @@ def tune(
     shared_out(config, *_hands(config))  # refuses a step of too few rows for all processes
     write_start(out, config, _copy(base, config), base.tokenizer, data="", folder=str(folder.absolute()))
     return config
+
+
+def _check_replay(share: float) -> None:
+    if share and not LEAST_REPLAY <= share <= 1 - LEAST_REPLAY:
+        raise UserError(f"--replay must be 0, or from {LEAST_REPLAY} to {1 - LEAST_REPLAY}, got {share:g}")
 
 
 def go_on(run: Path, out: Path, config: Config) -> Config:

@@ -182,20 +182,9 @@ def last_checkpoint(config: Config, folder: Path, paper: Transformer) -> str:
         check_same(config, folder)
     if last := checkpoint.newest(folder, paper=paper):
         check_longer(config, folder, checkpoint.read_state(last))
-    else:
-        _check_unsaved(config, folder)
+    elif config.data.base or last_step(folder, config):
+        checkpoint.to_stderr(f"{folder} has no checkpoint, so it begins anew, with random weights")
     return str(last or "")
-
-
-def _check_unsaved(config: Config, folder: Path) -> None:
-    """Say that a run without a checkpoint begins anew. Raises UserError if its log shows that it had saved some: the
-    log, which would be begun anew too, may be all that is left of it."""
-    steps, every = last_step(folder, config), config.train.save_every
-    if steps > 2 * every > 0:
-        gone = f"{folder} has a log of {steps:,} steps, but its checkpoints are gone"
-        raise UserError(f"{gone}; put them back into {folder / 'checkpoints'}, or begin another run (--run)")
-    if steps or config.data.base:
-        checkpoint.to_stderr(f"{folder} has no checkpoint yet, so it begins anew, with random weights")
 
 
 def time_used(config: Config, folder: Path, saved: dict[str, Any]) -> float:
