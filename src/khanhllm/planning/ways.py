@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -251,9 +250,11 @@ def divisions(config: Config, cards: int) -> list[Division]:
 def _is_accepted(config: Config, machine: dict[str, Any]) -> bool:
     """Whether the run can be divided so, instead of as it says."""
     undivided = {"split": "optimizer", "expert_processes": 1}
-    with suppress(UserError):
-        return bool(resolve(config.model_dump(), {"machine": undivided | machine}))
-    return False
+    try:
+        resolve(config.model_dump(), {"machine": undivided | machine})
+    except UserError:
+        return False
+    return True
 
 
 def _sent(precision: str) -> int:
