@@ -71,13 +71,14 @@ class ModelConfig(Section):
     experts_per_token: Annotated[int, Field(ge=1, le=512)] = 2
     """experts that each token is sent to (top k); with 1, the router's probability weighs the answer (Switch)"""
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
-    """inside of dense layers and experts (modern only). relu2 is the square of ReLU between two matrices instead of
-    three: cheaper; `khanhllm export` writes it as swiglu"""
+    """inside of dense layers and experts (modern only). relu2, ReLU squared, has two matrices instead of three"""
     value_embedding: bool | Literal["normed"] = False
     """every other layer adds a learned vector of the token itself to attention's values (modern only), for vocab_size x
     dim x kv_heads / heads parameters and no arithmetic; normed, `khanhllm export` has a form for it"""
     token_norm: bool = False
     """each token's vector is divided by its root mean square, so it cannot outgrow what layers add (modern only)"""
+    stream_scale: bool = False
+    """a learned number multiplies the residual stream before each layer (modern only); embedding_skip has it too"""
     embedding_skip: bool = False
     """the input of each layer is a learned mixture of the previous layer's output and the embedding (modern only)"""
     pair_embedding: Annotated[int, Field(ge=0, le=2**30)] = 0
@@ -105,7 +106,7 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        modern = ("value_embedding", "token_norm", "pair_embedding", "embedding_skip", "induction_head")
+        modern = ["value_embedding", "token_norm", "pair_embedding", "stream_scale", "embedding_skip", "induction_head"]
         if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
             raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
         if self.induction_head and (self.zero_out or self.heads < 2 or len(self.pattern) < 2):
@@ -305,8 +306,7 @@ class MachineConfig(Section):
     gradients: Literal["fp32", "bf16"] = "fp32"
     """type of the gradients summed over the micro-batches of a step; bf16 takes half the memory (bf16 weights only)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for each block; auto means on for CUDA, off elsewhere. Where it fails, as without a C++ compiler,
-    the run says so and continues uncompiled"""
+    """torch.compile for each block; auto means on for CUDA, off elsewhere. Where it fails, the run goes on without"""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """activations recomputed in the backward pass: none, selective (all but matrix products), full (sub-layers)"""
     experts: Literal["auto", "loop", "grouped", "triton"] = "auto"

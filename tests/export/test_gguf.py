@@ -34,6 +34,7 @@ SHAPES = {
     "uneven": {"pattern": "DM", "hidden": 72, "expert_hidden": 24, "vocab_size": 333, "norm_eps": 1e-3},
     "dense": {"pattern": "DDD", "kv_heads": 2},
     "own values": {"pattern": "MDM", "kv_heads": 2, "value_embedding": "normed", "token_norm": True},
+    "scaled stream": {"value_embedding": "normed", "token_norm": True, "stream_scale": True, "norm_eps": 1e-8},
 }
 NO_EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_hidden": 0}
 """what the keys of experts read as where there are none"""
@@ -56,6 +57,8 @@ def example(shape, seed=2):
         for name, parameter in model.named_parameters():
             if "tables" in name:
                 parameter.normal_(generator=draw)
+            elif name.endswith("stream_L"):
+                parameter.uniform_(-0.8, 0.8, generator=draw)
             elif name.endswith("norm.weight"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
             elif name.startswith("blocks"):
@@ -79,7 +82,8 @@ def architecture(config):
 
 def export(path, model, tokenizer, dtype="f32"):
     """The file, and its model in our code."""
-    config, weights = encode.as_swiglu(*encode.as_wider(*encode.as_divided(model.config, model.state_dict())))
+    plain = encode.as_unscaled(*encode.as_divided(model.config, model.state_dict()))
+    config, weights = encode.as_swiglu(*encode.as_wider(*plain))
     gguf.write(path, config, weights, tokenizer, dtype, architecture(config), "example")
     return config, weights
 

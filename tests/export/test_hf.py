@@ -52,6 +52,8 @@ def a_run(folder, tokenizer, scale=4.0, **model):
                 parameter.mul_(scale)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+            elif name.endswith("stream_L"):
+                parameter.uniform_(-0.8, 0.8, generator=torch.Generator().manual_seed(1))
         for name, buffer in ours.named_buffers():
             if name.endswith("bias_E"):
                 buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
@@ -96,10 +98,12 @@ SHAPES = {
     "relu2": {"pattern": "DM", "feedforward": "relu2"},
     "own_values": {"pattern": "MDDM", "value_embedding": "normed"},
     "normed_tokens": {"pattern": "DM", "token_norm": True},
+    "scaled_stream": {"pattern": "MDDM", "stream_scale": True, "norm_eps": 1e-8},  # export keeps all but it
+    "own_values_in_a_scaled_stream": {"value_embedding": "normed", "stream_scale": True, "norm_eps": 1e-8},
     "own_values_of_shared_heads": {"pattern": "DMM", "value_embedding": "normed", "kv_heads": 2, "norm_eps": 0.01},
     "rope_and_eps": {"pattern": "DM", "rope_theta": 500.0, "norm_eps": 0.01},
 }
-ENCODED = {"relu2", "normed_tokens", "own_values", "own_values_of_shared_heads"}
+ENCODED = {name for name in SHAPES if name.startswith(("relu2", "normed", "scaled", "own_values"))}
 """what comes back in another form"""
 
 
@@ -246,6 +250,18 @@ def test_a_model_that_ours_cannot_be_is_refused_by_its_key(tmp_path, tokenizer, 
     with pytest.raises(UserError, match=told):
         import_model(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_stream_that_a_layer_turns_round_is_refused(tmp_path, tokenizer):
+    run = a_run(tmp_path / "run", tokenizer, stream_scale=True)
+    with torch.no_grad():
+        run.model.embedding_skip.stream_L[1] = -1.5
+    save(
+        tmp_path / "run", 4, run.model, torch.optim.SGD(run.model.parameters()), {"cursor": 0, "folder": "", "data": ""}
+    )
+    with pytest.raises(UserError, match=r"stream_scale: layer 1 multiplies the stream by -0.5"):
+        exported(open_run(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

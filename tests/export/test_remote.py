@@ -11,6 +11,7 @@ from conftest import build, plain_machine, tiny
 from khanhllm.cli import main
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.export import remote
+from khanhllm.export.encode import as_unscaled
 from khanhllm.export.remote import FILES, UNKNOWN
 from khanhllm.inference.generate import continuation
 from khanhllm.schema import ModelConfig, Sampling
@@ -251,6 +252,18 @@ def test_the_code_stands_alone():
         assert not any(
             line.lstrip().startswith(("import khanhllm", "from khanhllm", "from ..")) for line in path.open()
         )
+
+
+@pytest.mark.parametrize("values", [True, "normed"])
+def test_a_scaled_stream_leaves_as_one_that_is_not_scaled(values):
+    model = ours(
+        {"pattern": "MDMD", "pair_embedding": 97, "value_embedding": values, "stream_scale": True, "norm_eps": 1e-8}
+    )
+    shape, weights = as_unscaled(model.config, model.state_dict())
+    plain = build(tiny().model_copy(update={"model": shape}))
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        assert close(plain.logits(some_ids()), model.logits(some_ids()))
 
 
 @pytest.mark.slow

@@ -293,6 +293,16 @@ def test_a_skip_begins_as_nothing_and_brings_the_embedding_to_each_layer():
     assert torch.allclose(with_skip.trunk(ids)[0], last, atol=1e-6)
 
 
+def test_a_scaled_stream_begins_as_it_was_and_is_scaled_before_each_layer():
+    scaled, plain = build(tiny(stream_scale=True)), build(tiny())
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(scaled(ids, ids)[0], plain(ids, ids)[0])
+    with torch.no_grad():
+        scaled.embedding_skip.stream_L.copy_(torch.tensor([1.0, -0.5]))
+    first = scaled.blocks[0](2 * scaled.embedding(ids))[0]
+    assert torch.allclose(scaled.trunk(ids)[0], scaled.blocks[1](0.5 * first)[0], atol=1e-6)
+
+
 def test_with_zero_out_every_layer_begins_as_nothing():
     model = build(tiny(zero_out=True))
     ids = torch.arange(20).view(2, 10)

@@ -4,6 +4,7 @@ Each takes and returns a shape and its weights by name, in our own terms, so tha
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from khanhllm.errors import UserError
 from khanhllm.model.counts import on_paper
+from khanhllm.model.roles import Role, role
 from khanhllm.schema import ModelConfig
 
 Weights = dict[str, Tensor]
@@ -27,6 +29,29 @@ def as_divided(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weigh
     token_VD = weights["embedding.token.weight"].float()
     divided_VD = F.rms_norm(token_VD, token_VD.shape[-1:], eps=model.norm_eps)
     return model.model_copy(update={"token_norm": False}), weights | {"embedding.token.weight": divided_VD}
+
+
+def as_unscaled(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """The residual stream without `stream_scale`: x / c for x, where c is the product of the numbers so far.
+
+    Norms do not see it, but for `norm_eps`. So what is written into the stream is divided by c, and so are normed value
+    embeddings, which the model divides by the root mean square of x. The largest c then multiplies all of them, so that
+    no x becomes smaller and `norm_eps` counts for less. UserError unless all numbers are positive.
+    """
+    if not model.stream_scale or model.embedding_skip:
+        return model, weights
+    encoded = dict(weights)
+    scale_L = 1 + encoded.pop("embedding_skip.stream_L").float()
+    if scale_L.min() <= 0:
+        what = f"layer {int(scale_L.argmin())} multiplies the stream by {float(scale_L.min()):.3g}"
+        raise UserError(f"model.stream_scale: {what}, and only numbers above 0 can be exported")
+    product_L = scale_L.cumprod(0)
+    for name, weight in encoded.items():
+        added = role(name) is Role.ADDED and (name.startswith("embedding.") or model.value_embedding == "normed")
+        if added or role(name) in (Role.TOKEN, Role.OUTPUT):
+            layer = re.search(r"\d+", name)
+            encoded[name] = weight.float() * product_L.max() / (product_L[int(layer[0])] if layer else 1)
+    return model.model_copy(update={"stream_scale": False}), encoded
 
 
 def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

@@ -106,7 +106,7 @@ def _encoded(
     to: str, model: ModelConfig, weights: Weights, compatible: bool, remote_code: bool
 ) -> tuple[ModelConfig, Weights]:
     """The model in terms that the other side has."""
-    model, weights = encode.as_divided(model, weights)
+    model, weights = encode.as_unscaled(*encode.as_divided(model, weights))
     if remote_code:
         return model, weights
     check_stock(model, "transformers" if to == "hf" else "llama.cpp", REMEDY, router_bias=to == "gguf")

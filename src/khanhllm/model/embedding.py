@@ -72,17 +72,28 @@ class ValueEmbedding(nn.Module):
         return own_BTS * scale_BT1.to(own_BTS.dtype)
 
 
-class EmbeddingSkip(nn.Module):
-    """The input of a layer: (1 + a) x + b embedding, with two learned numbers per layer that start at zero
-    (https://github.com/KellerJordan/modded-nanogpt)."""
+class StreamScale(nn.Module):
+    """The input of a layer: (1 + a) x, with a learned number per layer that starts at zero. The norms behind it do not
+    see it; it decides how much what layers write counts beside what was in the stream before them."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.stream_L = nn.Parameter(torch.empty(layers))
+
+    def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, layer: int) -> Tensor:
+        return (1 + self.stream_L[layer]) * x_BTD
+
+
+class EmbeddingSkip(StreamScale):
+    """The input of a layer: (1 + a) x + b embedding, with two learned numbers per layer that start at zero
+    (https://github.com/KellerJordan/modded-nanogpt)."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
         self.embedding_L = nn.Parameter(torch.empty(layers))
 
     def forward(self, x_BTD: Tensor, embedding_BTD: Tensor, layer: int) -> Tensor:
-        return (1 + self.stream_L[layer]) * x_BTD + self.embedding_L[layer] * embedding_BTD
+        return super().forward(x_BTD, embedding_BTD, layer) + self.embedding_L[layer] * embedding_BTD
 
 
 class NoSkip(nn.Module):

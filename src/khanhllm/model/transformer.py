@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from khanhllm.model.attention import Attention, same_document
 from khanhllm.model.block import Block
 from khanhllm.model.cache import KVCache, LayerCache, TextCache, new_layers
-from khanhllm.model.embedding import EmbeddingSkip, NoSkip, TokenEmbedding, TokenPositionEmbedding, ValueEmbedding
+from khanhllm.model.embedding import (
+    EmbeddingSkip,
+    NoSkip,
+    StreamScale,
+    TokenEmbedding,
+    TokenPositionEmbedding,
+    ValueEmbedding,
+)
 from khanhllm.model.experts import GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLUFeedForward
 from khanhllm.model.head import Head
@@ -40,7 +47,7 @@ class Transformer(nn.Module):
         tables = len(config.pattern) if config.value_embedding else 0
         size, normed = config.key_value_heads * config.head_dim, config.value_embedding == "normed"
         self.value_embedding = ValueEmbedding(tables, config.vocab_size, size, normed, config.norm_eps)
-        self.embedding_skip = EmbeddingSkip(len(config.pattern)) if config.embedding_skip else NoSkip()
+        self.embedding_skip = _skip(config)
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 
     @overload
@@ -154,6 +161,12 @@ class Transformer(nn.Module):
             first, second = (block.attention for block in self.blocks[:2])
             tokens_VD = self.get_parameter("embedding.token.weight")
             start_with_induction(tokens_VD, self.head.weight, first, second, generator)
+
+
+def _skip(config: ModelConfig) -> nn.Module:
+    if config.embedding_skip:
+        return EmbeddingSkip(len(config.pattern))
+    return StreamScale(len(config.pattern)) if config.stream_scale else NoSkip()
 
 
 def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:

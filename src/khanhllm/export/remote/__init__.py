@@ -16,8 +16,8 @@ from khanhllm.schema import ModelConfig
 from khanhllm.settings import checked
 
 FILES = tuple(Path(__file__).with_name(f"{name}_khanhllm.py") for name in ("configuration", "modeling"))
-UNKNOWN = {"zero_out", "induction_head", "token_norm"}
-"""keys of [model] that the copied code does not know: how training began, and what `as_divided` does once for all"""
+UNKNOWN = {"zero_out", "induction_head", "token_norm", "stream_scale"}
+"""keys of [model] that the copied code does not know: how training began, and what export does once for all"""
 
 
 def remote_config(model: ModelConfig) -> dict[str, Any]:
