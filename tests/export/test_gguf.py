@@ -35,6 +35,7 @@ SHAPES = {
     "dense": {"pattern": "DDD", "kv_heads": 2},
     "own values": {"pattern": "MDM", "kv_heads": 2, "value_embedding": "normed", "token_norm": True},
     "scaled stream": {"value_embedding": "normed", "token_norm": True, "stream_scale": True, "norm_eps": 1e-8},
+    "scaled bias": {"stream_scale": True, "router_bias": True, "norm_eps": 1e-8},
 }
 NO_EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_hidden": 0}
 """what the keys of experts read as where there are none"""

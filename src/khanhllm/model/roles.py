@@ -38,10 +38,11 @@ OWNERS = {
 
 
 def role(name: str) -> Role:
-    """The role of a parameter, from its name in `named_parameters`. Raises ValueError for one that is not known."""
+    """The role of a parameter, from its name in `named_parameters`, or of a router's bias, which is a buffer. Raises
+    ValueError for one that is not known."""
     path, _, leaf = name.rpartition(".")
     owner = path.rpartition(".")[2] if leaf == "weight" else leaf
-    if leaf == "bias" or leaf.endswith("_bias"):
+    if leaf in ("bias", "bias_E") or leaf.endswith("_bias"):
         return Role.BIAS
     if owner == "norm" or owner.endswith("_norm"):
         return Role.NORM
