@@ -61,7 +61,7 @@ def a_run(folder, tokenizer, scale=4.0, **model):
     tokenizer.save(folder / "tokenizer.json")
     write_config(config, folder)
     optimizer = torch.optim.SGD(ours.parameters())
-    save(folder, 3, ours, optimizer, {"cursor": 0, "folder": "", "data": ""})
+    save(folder, 3, ours, optimizer, {"cursor": 9, "folder": "", "data": ""})
     return open_run(folder)
 
 
@@ -396,6 +396,7 @@ def test_files_have_the_usual_modes_and_the_card_the_figures(tmp_path, tokenizer
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
     card = (folder / "README.md").read_text()
     assert "logits differ by at most" in card and "from scratch" not in card
+    assert "3 optimizer steps, 288 tokens in all" in card  # 9 rows of 32
     assert 'from_pretrained("out"' in card
 
 

@@ -26,9 +26,18 @@ TALKS = (
 
 
 def card(
-    run: Path, config: Config, exported: ModelConfig, step: int, dtype: str, checked: str, folder: str, remote: bool
+    run: Path,
+    config: Config,
+    exported: ModelConfig,
+    step: int,
+    tokens: int,
+    dtype: str,
+    checked: str,
+    folder: str,
+    remote: bool,
 ) -> str:
-    """Markdown: what the model is, what it learned from, how good it is, what it cannot do, how to use it."""
+    """Markdown: what the model is, what it learned from, how good it is, what it cannot do, how to use it. tokens: as
+    many as it had read by that step."""
     paper = on_paper(exported)
     model = config.model
     kinds = f"{model.pattern.count('D')} dense and {model.pattern.count('M')} mixture layers"
@@ -48,7 +57,7 @@ def card(
         f"context {model.context:,} tokens, vocabulary {model.vocab_size:,}. Weights in {dtype}.",
         "",
         "## Training",
-        _training(run, config, step),
+        _training(run, config, step, tokens),
         "",
         "## Is it the same model?",
         checked,
@@ -66,13 +75,13 @@ def card(
     return "\n".join(lines)
 
 
-def _training(run: Path, config: Config, step: int) -> str:
+def _training(run: Path, config: Config, step: int, tokens: int) -> str:
     if not step:
         return "Not trained here: these are the weights that the run began with."
     cleaned = f", cleaned by {config.data.clean}" if config.data.clean else ""
     return (
-        f"Text: `{config.data.source}`{cleaned}. {step:,} optimizer steps of {config.tokens_per_step:,} tokens, "
-        f"{step * config.tokens_per_step:,} tokens in all. {_figures(run, step)}"
+        f"Text: `{config.data.source}`{cleaned}. {step:,} optimizer steps, {tokens:,} tokens in all. "
+        f"{_figures(run, step)}"
     )
 
 

@@ -68,7 +68,8 @@ def export(
             ids_NT = check.windows(Path(checkpoint.read_state(path)["folder"]), tokenizer, config.model.context)
             report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, ids_NT, dtype)
         if to == "hf":
-            text = card(run, config, shape, checkpoint.step_of(path), dtype, report, out.name, remote_code)
+            step, tokens = checkpoint.step_of(path), checkpoint.read_state(path)["cursor"] * config.model.context
+            text = card(run, config, shape, step, tokens, dtype, report, out.name, remote_code)
             (aside / "README.md").write_text(text, encoding="utf-8")
         _check_free(out)  # once more: another export may have been faster
         aside.replace(out)
