@@ -16,6 +16,7 @@ from khanhllm.schema import Config
 from khanhllm.settings import (
     folder_for,
     nested,
+    nothing_to_resume,
     other_shape,
     preset_names,
     read_toml,
@@ -122,7 +123,7 @@ def train(
     folder = folder_for(str(_place("preset", preset))) if run is None else _place("run", run)
     kept = folder / "config.toml"
     if resume and not kept.exists():
-        raise UserError(f"{folder} holds no run to resume; leave resume out to begin one")
+        raise nothing_to_resume(folder, "leave resume out to begin one")
     base = read_toml(kept) if resume else _settings(preset)
     if resume and preset in preset_names() and (other := other_shape(str(preset), folder)):
         warnings.warn(other, stacklevel=3)

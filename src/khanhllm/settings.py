@@ -222,7 +222,16 @@ def beside(run: str | Path, ending: str) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    return (folder / "config.toml").exists() or any(folder.glob("checkpoints/step-*"))
+    """Whether there is something to lose: a config, or a checkpoint that was written to its end."""
+    checkpoints = folder.glob("checkpoints/step-*")
+    return (folder / "config.toml").exists() or any(path.suffix != ".tmp" for path in checkpoints)
+
+
+def nothing_to_resume(folder: Path, way: str) -> UserError:
+    """What to say of a folder without a config. way: how a new run is begun."""
+    if holds_run(folder):
+        way = "it has checkpoints, but no config.toml; bring that back, or remove the folder"
+    return UserError(f"{folder} holds no run to resume; {way}")
 
 
 def refuse_to_overwrite(folder: Path, resume: bool) -> None:

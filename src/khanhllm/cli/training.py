@@ -10,6 +10,7 @@ from khanhllm.schema import Config
 from khanhllm.settings import (
     beside,
     folder_for,
+    nothing_to_resume,
     other_shape,
     preset,
     preset_names,
@@ -75,7 +76,7 @@ def _layers(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[st
     kept = folder / "config.toml"
     options.resume |= options.resume_or_new and kept.exists()
     if options.resume and not kept.exists():
-        raise UserError(f"{folder} holds no run to resume; leave --resume out to begin one")
+        raise nothing_to_resume(folder, "leave --resume out to begin one")
     if options.resume:
         if options.preset and (other := other_shape(options.preset, folder)):
             print(UserError(other), file=sys.stderr)

@@ -27,9 +27,9 @@ def write_start(out: Path, config: Config, model: Transformer, tokenizer: Tokeni
     try:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write(out, checkpoint.snapshot(0, model, optimizer, noted))
+        tokenizer.save(out / "tokenizer.json")
+        write_config(config, out)
     except OSError as error:
         if made:
             shutil.rmtree(out, ignore_errors=True)
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
-    tokenizer.save(out / "tokenizer.json")
-    write_config(config, out)
