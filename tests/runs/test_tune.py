@@ -112,7 +112,7 @@ def test_without_the_text_of_the_base_nothing_is_replayed(base, tmp_path):
     shutil.rmtree(path)
     model = open_run(base).model
     save(moved, 3, model, torch.optim.SGD(model.parameters()), state)
-    with pytest.raises(UserError, match=r"nowhere, are gone, so none of its text can be replayed; tune without \("):
+    with pytest.raises(UserError, match=r"nowhere, are gone, so none of its text can be replayed; go on without \("):
         tune(moved, tmp_path / "out", source, settings=QUIET)
     assert tune(moved, tmp_path / "out", source, settings=QUIET, replay=0).data.base == ""
 
@@ -331,6 +331,12 @@ def test_weights_that_have_read_no_text_have_none_to_replay_or_score(base, tmp_p
     monkeypatch.chdir(opened.data)
     assert cli.main(["evaluate", str(new)]) == 2
     assert "this run has read no text yet; name one (--data)" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"new has read no text yet, so none can be replayed; tune without \(--replay"):
+    with pytest.raises(UserError, match=r"new has read no text yet, so none can be replayed; go on without \(--replay"):
         tune(new, tmp_path / "out", chats(tmp_path / "chats.jsonl"), settings=QUIET)
     assert tune(new, tmp_path / "out", str(tmp_path / "chats.jsonl"), settings=QUIET, replay=0).data.base == ""
+
+
+def test_what_an_interrupted_tune_left_is_no_run(base, tmp_path):
+    (tmp_path / "talks/checkpoints/step-0000000.tmp").mkdir(parents=True)
+    tune(base, tmp_path / "talks", chats(tmp_path / "chats.jsonl"), settings=QUIET)
+    assert [path.name for path in (tmp_path / "talks/checkpoints").iterdir()] == ["step-0000000"]

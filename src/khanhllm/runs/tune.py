@@ -20,7 +20,7 @@ from khanhllm.machine.group import environment
 from khanhllm.model import Transformer
 from khanhllm.planning.budget import shared_out
 from khanhllm.runs.run import Run, open_run
-from khanhllm.schema import Config
+from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import holds_run, refuse_to_overwrite, resolve
 from khanhllm.training.parts import laid_for
 from khanhllm.training.start import write_start
@@ -65,7 +65,7 @@ def tune(
         most = f"--epochs and --rate must be above 0, --epochs at most {MOST_EPOCHS:,}"
         raise UserError(f"{most}, got {epochs:g} and {rate:g}")
     _check_replay(replay)
-    base = open_run(run)
+    base = open_run(run, MachineConfig(device="cpu"))  # only its weights are taken
     Marks.of(base.tokenizer)
     peaks = {key: getattr(base.config.optim, key) * rate for key in PEAKS}
     data = {"source": source, "tokenizer": str((run / "tokenizer.json").absolute()), "clean": "", "tokens": 0}
@@ -105,10 +105,10 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
     """
     _check_alone(out)
     refuse_to_overwrite(out, resume=False)
-    base = open_run(run)
+    base = open_run(run, MachineConfig(device="cpu"))  # only its weights are taken
     model = _copy(base, config)
     open_machine(config.machine)
-    earlier = config.data.base or _base(base, config.data.replay)
+    earlier = config.data.base or _base(base, config.data.replay, "--data.replay")
     own = {"tokenizer": str((run / "tokenizer.json").absolute()), "base": earlier}
     config = resolve(config.model_dump(), {"data": own}, where="train")
     shared_out(config, *_hands(config))
@@ -125,17 +125,17 @@ def _check_alone(out: Path) -> None:
         )
 
 
-def _base(base: Run, replay: float) -> str:
+def _base(base: Run, replay: float, option: str = "--replay") -> str:
     """The shards of a run, whose rows are replayed, and whose held-out text shows what is forgotten; "" if gone."""
     run, folder = base.checkpoint.parents[1], base.data.absolute()
     if base.state["folder"] and there(folder / MANIFEST):
         return str(folder)
     if replay and not base.state["folder"]:
-        raise UserError(f"{run} has read no text yet, so none can be replayed; tune without (--replay 0)")
+        raise UserError(f"{run} has read no text yet, so none can be replayed; go on without ({option} 0)")
     if replay:
         raise UserError(
             f"the shards of {run}, {folder}, are gone, so none of its text can be replayed; "
-            "tune without (--replay 0), or train it on with --resume, which makes them again"
+            f"go on without ({option} 0), or train it on with --resume, which makes them again"
         )
     return ""
 

@@ -15,7 +15,7 @@ from khanhllm.errors import UserError
 from khanhllm.files import check_new
 from khanhllm.model import Transformer
 from khanhllm.runs.run import open_run
-from khanhllm.schema import Config, ModelConfig
+from khanhllm.schema import Config, MachineConfig, ModelConfig
 from khanhllm.settings import resolve
 from khanhllm.training.start import write_start
 
@@ -27,7 +27,7 @@ def upcycle(run: Path, out: Path, pattern: str, experts: int, experts_per_token:
     again. Raises UserError if the run is no dense one, or the mixture could not begin as the dense model.
     """
     check_new(out)
-    dense = open_run(run)
+    dense = open_run(run, MachineConfig(device="cpu"))  # only its weights are taken
     if dense.config.model.moe_layers:
         raise UserError(f"{run} has mixture layers already; upcycling begins with a dense run (--twin trains one)")
     layers = len(dense.config.model.pattern)
