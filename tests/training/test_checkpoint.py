@@ -144,6 +144,21 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000010", "step-0000011"]
 
 
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """A training removes the old one as soon as there is a new one."""
+    model, optimizer = one_step(build(tiny()))
+    old, honest, told = save(tmp_path, 1, model, optimizer, {}), checkpoint.verify, []
+
+    def slow(path, paper=None):
+        if path == old:
+            save(tmp_path, 2, model, optimizer, {})
+            checkpoint.prune(tmp_path, 1)
+        return honest(path, paper)
+
+    monkeypatch.setattr(checkpoint, "verify", slow)
+    assert checkpoint.newest(tmp_path, told.append).name == "step-0000002" and not told
+
+
 def test_a_disk_that_fills_up_at_any_moment_leaves_the_last_one_whole(tmp_path, monkeypatch):
     model, optimizer = one_step(build(tiny()))
     good = save(tmp_path, 1, model, optimizer, {})

@@ -218,6 +218,8 @@ def newest(
     whole, faults = 0, []
     for path in found:
         fault = verify(path, paper)
+        if fault and not path.exists():  # a training has removed it by now, for it has a newer one
+            return newest(run, say, paper, suits)
         if fault:
             say(f"checkpoint {path.name} rejected: {fault}")
             faults.append(fault)
