@@ -24,10 +24,12 @@ def test_the_story_is_told_to_its_end_twice(corpus, tmp_path, capsys):
 def test_it_learns_to_talk(corpus, tmp_path, capsys, monkeypatch):
     """`--chat` takes the run that is there, tunes it, says how many answers end, and opens no talk on a pipe."""
     own = {"data": {"source": str(corpus), "cache": str(tmp_path / "shards"), "workers": 1}, "train": {"steps": 3}}
-    train(resolve(tiny(context=128, pattern="DM").model_dump(), own), tmp_path / "demo")
+    train(resolve(tiny(context=128, pattern="DM").model_dump(), own), tmp_path / "demo.v1")
+    (tmp_path / "demo.jsonl").write_text("of the user")
     monkeypatch.setattr(demo, "MADE", 200)
     monkeypatch.setattr(demo, "ASKED", 8)
-    assert demo.talk(tmp_path / "demo", {"machine": {"threads": "1"}}) == ""
+    assert demo.talk(tmp_path / "demo.v1", {"machine": {"threads": "1"}}) == ""
     told = capsys.readouterr().out
-    assert "of 8 answers end" in told and f"khanhllm chat {tmp_path / 'demo-chat'}" in told and "names" in told
-    assert (tmp_path / "demo-chat" / "training_log.csv").exists()
+    assert "of 8 answers end" in told and f"khanhllm chat {tmp_path / 'demo.v1-chat'}" in told and "names" in told
+    assert (tmp_path / "demo.v1-chat" / "training_log.csv").exists()
+    assert (tmp_path / "demo.jsonl").read_text() == "of the user"

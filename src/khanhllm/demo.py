@@ -27,7 +27,7 @@ from khanhllm.runs.run import Run, open_run
 from khanhllm.runs.talk import Talk
 from khanhllm.runs.tune import tune
 from khanhllm.schema import Config, Sampling
-from khanhllm.settings import preset, resolve
+from khanhllm.settings import beside, preset, resolve
 from khanhllm.training.run import train
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
@@ -69,11 +69,11 @@ def talk(folder: Path, settings: Mapping[str, Any]) -> str:
     there is none yet, train it first. Returns the name of the signal that stopped it; empty if none did."""
     if not (folder / "config.toml").exists() and (stopped := tell(folder, settings)):
         return stopped
-    out = _free(folder.with_name(f"{folder.name}-chat"))
+    out = _free(beside(folder, "-chat"))
     console = Console(highlight=False)
     started = time.perf_counter()
     console.rule("[bold]It learns to talk")
-    chats = out.with_suffix(".jsonl")
+    chats = beside(out, ".jsonl")
     write_made(chats, MADE)
     own = {key: value for key, value in settings.items() if key in ("machine", "log")}
     config = tune(folder, out, str(chats), settings=own)
@@ -113,7 +113,7 @@ def _score_answers(console: Console, opened: Run) -> None:
 
 def _free(folder: Path) -> Path:
     """The folder, or the first of folder-2, folder-3, ... that holds no run yet."""
-    names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1))
+    names = (folder if n == 1 else beside(folder, f"-{n}") for n in count(1))
     return next(name for name in names if not (name / "config.toml").exists())
 
 
