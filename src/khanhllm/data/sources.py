@@ -203,7 +203,8 @@ def _on_disk(source: str, column: str) -> Source:
         if (path / "config.toml").exists() and (path / "training_log.csv").exists():
             raise UserError(f"{path} is a run, which holds no text; name its source (data.source in its config.toml)")
         if (path / "manifest.json").exists():
-            raise UserError(f"{path} holds prepared shards, not text; give the text they were made from")
+            what = f"{path} has a manifest.json, as prepared shards have; give the text they were made from"
+            raise UserError(f"{what}, or if it holds texts itself, a pattern: '{path}/**'")
         files = readable(walk(path, left_out), column, left_out)
         if not files:
             what = f"; it holds {in_words(left_out.items())}" if left_out else ""
