@@ -125,6 +125,15 @@ def test_generate_streams_text(trained, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_seeds_go_round(trained, capsys):
+    largest = 2**63 - 1
+    words = ["generate", str(trained / "run"), "--tokens", "3", "--json"]
+    assert cli.main([*words, "--seed", str(largest), "--samples", "2"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["seed"] for line in told] == [largest, 0]
+    assert khanhllm.load(trained / "run").generate(tokens=3, seed=largest, n=2) == [line["text"] for line in told]
+
+
 def test_a_prompt_from_a_file_or_the_standard_input(trained, tmp_path, monkeypatch, capsys):
     file = tmp_path / "prompt.txt"
     file.write_bytes(b"import\nos\n")
@@ -285,6 +294,8 @@ def test_resuming_nothing_is_a_mistake(capsys, tmp_path):
     for words in ([], ["nano"], ["--config", tmp_path / "my.toml"]):
         said = refused(capsys, "train", *words, "--resume", "--run", tmp_path / "none")
         assert "holds no run to resume; leave --resume out to begin one" in said
+    (tmp_path / "none/checkpoints/step-0000001").mkdir(parents=True)
+    assert "it has checkpoints, but no config.toml" in refused(capsys, "train", "--resume", "--run", tmp_path / "none")
     assert "name a preset" in refused(capsys, "train", "--run", tmp_path / "none")
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from khanhllm import units
 from khanhllm.errors import UserError
 from khanhllm.explain import did_you_mean
-from khanhllm.schema import Config
-from khanhllm.settings import nested
+from khanhllm.schema import Config, Sampling
+from khanhllm.settings import checked, nested
 
 ELSEWHERE = {
     "batch_size": "micro_batch",
@@ -132,6 +132,19 @@ def knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Confi
             text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
             metavar = placeholder(field.annotation)
             group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)
+
+
+def sampling_knobs(parser: argparse.ArgumentParser) -> None:
+    """One option for each key of `Sampling`."""
+    for key, field in Sampling.model_fields.items():
+        text = f"{field.description} (default {field.default})"
+        parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
+
+
+def sampling_of(options: argparse.Namespace, verb: str) -> Sampling:
+    """What was typed for `sampling_knobs`. UserError if it cannot be."""
+    names = {key: f"--{key.replace('_', '-')}" for key in Sampling.model_fields}
+    return checked(Sampling, {key: getattr(options, key) for key in names}, verb, names)
 
 
 def placeholder(kind: Any) -> str:

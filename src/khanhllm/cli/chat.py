@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, number, stop, which
-from khanhllm.schema import Config, Sampling
-from khanhllm.settings import beside, checked, read_config, resolve
+from khanhllm.cli.arguments import WHICH, given, knobs, name, number, sampling_knobs, sampling_of, stop, which
+from khanhllm.schema import Config
+from khanhllm.settings import beside, read_config, resolve
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -65,8 +65,7 @@ def chat(options: argparse.Namespace) -> int:
     /help lists what else can be typed. Ctrl-C ends an answer, Ctrl-D the conversation. On a pipe, each line is a
     question.
     """
-    names = {key: f"--{key.replace('_', '-')}" for key in Sampling.model_fields}
-    sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "chat", names)
+    sampling = sampling_of(options, "chat")
     machine = resolve(given(options), where="chat").machine
     read_config(Path(options.run))
     from khanhllm.runs.run import open_run
@@ -91,7 +90,5 @@ def chat_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="end answers before this text; repeatable",
     )
-    for key, field in Sampling.model_fields.items():
-        text = f"{field.description} (default {field.default})"
-        parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
+    sampling_knobs(parser)
     knobs(parser, ["machine"])

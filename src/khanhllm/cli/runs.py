@@ -6,11 +6,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, some, stop, which, whole
+from khanhllm.cli.arguments import WHICH, given, knobs, name, sampling_knobs, sampling_of, some, stop, which, whole
 from khanhllm.errors import UserError
 from khanhllm.files import read
-from khanhllm.schema import Sampling
-from khanhllm.settings import checked, read_config, resolve
+from khanhllm.settings import read_config, resolve
 
 SETS = "eval-data"
 """the folder of the suite's sets"""
@@ -25,8 +24,7 @@ def generate(options: argparse.Namespace) -> None:
     the standard input (--prompt -) may hold any text, line breaks included, and is taken to the last byte. Several
     samples (--samples N) have the seeds S, S + 1, ... of --seed S.
     """
-    names = {key: f"--{key.replace('_', '-')}" for key in Sampling.model_fields}
-    sampling = checked(Sampling, {key: getattr(options, key) for key in Sampling.model_fields}, "generate", names)
+    sampling = sampling_of(options, "generate")
     machine = resolve(given(options), where="generate").machine
     read_config(Path(options.run))  # what is no run is refused before torch is loaded
     prompt = _prompt(options)
@@ -39,7 +37,7 @@ def generate(options: argparse.Namespace) -> None:
         print(f"khanhllm: {lost}", file=sys.stderr)
     warnings.simplefilter("ignore", Forgotten)
     shown = visible if sys.stdout.isatty() else str
-    for seed in range(sampling.seed, sampling.seed + options.samples):
+    for seed in ((sampling.seed + nth) % 2**63 for nth in range(options.samples)):
         pieces = opened.stream(prompt, options.stop, **sampling.model_dump() | {"seed": seed})
         if options.json:
             print(json.dumps({"seed": seed, "text": "".join(pieces)}), flush=True)
@@ -81,9 +79,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         "--stop", metavar="TEXT", type=stop, action="append", default=[], help="end before this text; may be repeated"
     )
     parser.add_argument("--json", action="store_true", help="a JSON object for each sample, on a line: seed, text")
-    for key, field in Sampling.model_fields.items():
-        text = f"{field.description} (default {field.default})"
-        parser.add_argument(f"--{key.replace('_', '-')}", metavar="N", default=field.default, help=text)
+    sampling_knobs(parser)
     knobs(parser, ["machine"])
 
 

@@ -90,7 +90,7 @@ class Run:
         _whole("n", n)
         seed = checked(Sampling, sampling, "generate").seed
         sampling.pop("seed", None)
-        return ["".join(self.stream(prompt, stop, seed=seed + nth, **sampling)) for nth in range(n)]
+        return ["".join(self.stream(prompt, stop, seed=(seed + nth) % 2**63, **sampling)) for nth in range(n)]
 
     @property
     def talks(self) -> bool:
