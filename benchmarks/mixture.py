@@ -87,9 +87,9 @@ WITH = {
     "pairs, ": {"pair_embedding": 2**14},
 }
 """keys of [model], by the word for them in a recipe's name"""
-UNSCALED = {"stream_scale": False}
+UNSCALED = ALL | {"stream_scale": False}
 BEFORE = {"model": UNSCALED | {"token_norm": False}, "optim": {"head_lr": 0}}
-"""hour before its stream was scaled, its tokens were normed and its head had a rate of its own"""
+"""hour before it lost layers, its stream was scaled, its tokens were normed and its head had a rate of its own"""
 WIDER = BEFORE["model"] | {"hidden": 1024, "expert_hidden": 512}
 """of the former hour"""
 TIED = {"tied_experts": 0.2}
@@ -98,6 +98,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one rate": {},
     "one rate, induction": {"model": COPY},
     "the preset's": {},
+    "the preset's, two layers": {"model": {"pattern": "MM"}},
     "the preset's, stream not scaled": {"model": UNSCALED},
     "the preset's, tokens not normed, head at lr": BEFORE,
     "the preset's, wide, tables": BEFORE | {"model": WIDER | TABLES},
