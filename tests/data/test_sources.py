@@ -38,7 +38,7 @@ def test_shards_inside_a_folder_of_texts_are_no_text(folder):
     for name in ("manifest.json", "tokenizer.json", "vocab.txt"):
         (folder / "deep" / name).write_text("{}", encoding="utf-8")
     assert locate(str(folder)).files == ("a.txt",)
-    with pytest.raises(UserError, match="has a manifest.json, as prepared shards have"):
+    with pytest.raises(UserError, match=r"has a manifest\.json, as prepared shards have"):
         locate(str(folder / "deep"))
 
 

@@ -148,8 +148,8 @@ class Manifest(BaseModel):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(
-                f"{path} is damaged or not a shard manifest ({key}: {first['msg']}); prepare again, or if {folder} holds "
-                f"texts, name them by a pattern: '{folder}/**'"
+                f"{path} is damaged or not a shard manifest ({key}: {first['msg']}); prepare again, "
+                f"or if {folder} holds texts, name them by a pattern: '{folder}/**'"
             ) from None
         if manifest.version != VERSION:
             raise UserError(f"{path} has version {manifest.version}, this program reads {VERSION}; prepare again")
