@@ -570,12 +570,3 @@ def test_a_longer_run_finds_its_shards_in_a_cache_that_has_moved(corpus, tmp_pat
     train(config(corpus, tmp_path / "moved", train={"steps": 4}), tmp_path / "run", resume=True)
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     assert len([path for path in (tmp_path / "moved").iterdir() if path.is_dir()]) == 1
-
-
-def test_a_longer_run_whose_shards_are_gone_makes_them_again_with_its_own_tokenizer(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "WHOLE", 1)  # a belt, whose tokenizer learns from no more text than the run reads
-    monkeypatch.setattr(prepare, "LEAST_SAMPLE", 1)
-    for steps in (1, 4):
-        train(config(corpus, tmp_path / "shards", train={"steps": steps}), tmp_path / "run", resume=steps > 1)
-        shutil.rmtree(tmp_path / "shards")
-    assert checkpoint.newest(tmp_path / "run").name == "step-0000004"

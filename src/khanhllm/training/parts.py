@@ -124,15 +124,14 @@ def _prepared(config: Config, folder: Path, saved: dict[str, Any]) -> Path:
 
 def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
     """What gives the run its shards. A resumed run takes those it has, wherever it is called from. Text that lies
-    elsewhere by now, or whose shards are gone, is read with the run's own tokenizer; `restore` compares what becomes of
-    it."""
+    elsewhere by now is read with the run's own tokenizer; `restore` compares what becomes of it."""
     data, had = config.data, saved.get("folder")
     moved = bool(saved) and _anchored(data).source != _anchored(read_config(folder).data).source
     places = [Path(had), with_home(data.cache) / Path(had).name] if had and not moved else []  # a cache may move
     for place in places:
         if there(place / MANIFEST):
             return data.model_copy(update={"source": str(place), "tokenizer": ""})
-    if saved:  # a longer run would train another one, on a larger sample
+    if saved and (moved or data.tokenizer or not saved["data"]):
         return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
     return data
 
