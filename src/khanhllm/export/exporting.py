@@ -62,13 +62,13 @@ def export(
             (remote if remote_code else hf).write(aside, shape, encoded, tokenizer, dtype)
             if talks:
                 hf.add_template(aside, tokenizer)
-        report = UNCHECKED
+        report, state = UNCHECKED, checkpoint.read_state(path)
         if compared:
             reader = gguf if to == "gguf" else remote if remote_code else hf
-            ids_NT = check.windows(Path(checkpoint.read_state(path)["folder"]), tokenizer, config.model.context)
+            ids_NT = check.windows(Path(state["folder"]), tokenizer, config.model.context)
             report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, ids_NT, dtype)
         if to == "hf":
-            step, tokens = checkpoint.step_of(path), checkpoint.read_state(path)["cursor"] * config.model.context
+            step, tokens = checkpoint.step_of(path), state["cursor"] * config.model.context
             text = card(run, config, shape, step, tokens, dtype, report, out.name, remote_code)
             (aside / "README.md").write_text(text, encoding="utf-8")
         _check_free(out)  # once more: another export may have been faster
