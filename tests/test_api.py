@@ -15,6 +15,7 @@ from khanhllm.cli.arguments import given
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
 from khanhllm.runs.evaluate import score_opened, score_run
+from khanhllm.runs.listing import runs_in
 
 KNOBS = {
     "model.dim": 32,
@@ -61,6 +62,9 @@ def _data(run):
 
 def test_saved_and_loaded_it_is_the_same_model(trained, tmp_path):
     run, _ = trained
+    run.save(tmp_path / "copies" / "copy")
+    (row,) = runs_in(tmp_path / "copies")
+    assert row["step"] == 4, "it has no log"
     again = khanhllm.load(run.save(tmp_path / "copy"), device="cpu", precision="fp32")
     ids = torch.arange(10).unsqueeze(0)
     assert torch.equal(again.model(ids), run.model(ids))

@@ -2,6 +2,7 @@ import pytest
 
 from conftest import tiny
 from khanhllm import cli, demo
+from khanhllm.errors import UserError
 from khanhllm.settings import resolve
 from khanhllm.training.run import train
 
@@ -33,3 +34,5 @@ def test_it_learns_to_talk(corpus, tmp_path, capsys, monkeypatch):
     assert "of 8 answers end" in told and f"khanhllm chat {tmp_path / 'demo.v1-chat'}" in told and "names" in told
     assert (tmp_path / "demo.v1-chat" / "training_log.csv").exists()
     assert (tmp_path / "demo.jsonl").read_text() == "of the user"
+    with pytest.raises(UserError, match=r"demo\.v1 is trained already: --train\.steps would change nothing"):
+        demo.talk(tmp_path / "demo.v1", {"train": {"steps": "9"}})

@@ -18,7 +18,7 @@ from khanhllm import draw
 from khanhllm.data.made import KINDS, write_made
 from khanhllm.data.made import held_out as held_out_of
 from khanhllm.data.render import render
-from khanhllm.errors import missing_extra
+from khanhllm.errors import UserError, missing_extra
 from khanhllm.inference.score import expert_load
 from khanhllm.lab.talks import likeliest
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
@@ -29,6 +29,7 @@ from khanhllm.runs.tune import tune
 from khanhllm.schema import Config, Sampling
 from khanhllm.settings import beside, preset, resolve
 from khanhllm.training.run import train
+from khanhllm.units import duration
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
 
@@ -50,6 +51,7 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> str:
     if stopped := train(config, folder):
         return stopped
     opened = open_run(folder, config.machine)
+    opened.machine.take_process()
     console.rule("[bold]What it learned")
     _curve(console, folder)
     windows = list(held_out(opened).windows())
@@ -67,7 +69,11 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> str:
 def talk(folder: Path, settings: Mapping[str, Any]) -> str:
     """Teach the run in `folder` to talk, from conversations made by rule, and let a person at the terminal try; if
     there is none yet, train it first. Returns the name of the signal that stopped it; empty if none did."""
-    if not (folder / "config.toml").exists() and (stopped := tell(folder, settings)):
+    own = {key: value for key, value in settings.items() if key in ("machine", "log")}
+    if (folder / "config.toml").exists():
+        if idle := ", ".join(f"--{part}.{key}" for part in settings if part not in own for key in settings[part]):
+            raise UserError(f"{folder} is trained already: {idle} would change nothing; take another --run")
+    elif stopped := tell(folder, settings):
         return stopped
     out = _free(beside(folder, "-chat"))
     console = Console(highlight=False)
@@ -75,11 +81,11 @@ def talk(folder: Path, settings: Mapping[str, Any]) -> str:
     console.rule("[bold]It learns to talk")
     chats = beside(out, ".jsonl")
     write_made(chats, MADE)
-    own = {key: value for key, value in settings.items() if key in ("machine", "log")}
     config = tune(folder, out, str(chats), settings=own)
     if stopped := train(config, out, resume=True):
         return stopped
     opened = open_run(out, config.machine)
+    opened.machine.take_process()
     console.rule("[bold]What it answers")
     _score_answers(console, opened)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
@@ -120,15 +126,17 @@ def _free(folder: Path) -> Path:
 def _plan(config: Config) -> str:
     model, train = config.model, config.train
     chance = f"{math.log(model.vocab_size):.1f}"
+    stdlib = config.data.source == "stdlib"
+    text = "the source code of\nthe Python that runs it" if stdlib else config.data.source
+    length = f"{duration(train.seconds)}, in steps" if train.seconds else f"{train.steps:,} steps"
     return f"""\
 A language model learns to guess the next piece of text. This one has
 {len(model.pattern)} layers: dense ones, and mixtures of {model.experts} experts where a router sends each
-piece to the best {model.experts_per_token}. It starts from nothing and reads the source code of
-the Python that runs it.
+piece to the best {model.experts_per_token}. It starts from nothing and reads {text}.
 
   1. a tokenizer learns {model.vocab_size:,} common pieces of text
   2. the text becomes shards of numbers; {config.data.validation:.0%} of the files are set aside
-  3. the model learns for {train.steps:,} steps of {config.tokens_per_step:,} tokens (a loss of {chance} is chance)
+  3. the model learns for {length} of {config.tokens_per_step:,} tokens (a loss of {chance} is chance)
   4. it writes
 """
 

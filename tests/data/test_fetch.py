@@ -1,7 +1,9 @@
 """Laws of downloads: whatever the network does, the file arrives whole and right, or one line says why not."""
 
 import gzip
+import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +81,13 @@ def test_the_published_hash_is_held_against_the_bytes(server, tmp_path):
     with pytest.raises(UserError, match=r"sha256 is not the published one\), 5 times in a row"):
         fetch(f"{server.url}/a.bin.gz", tmp_path / "got.gz", sha256="0" * 64)
     assert not list(tmp_path.glob("got*"))
+
+
+def test_wrong_bytes_that_arrive_slowly_are_no_lack_of_network(server, tmp_path, monkeypatch):
+    hours = itertools.count(step=3600)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(hours), sleep=lambda _: None))
+    with pytest.raises(UserError, match=r"sha256 is not the published one\), 5 times in a row"):
+        fetch(f"{server.url}/a.bin.gz", tmp_path / "got.gz", sha256="0" * 64, patience=10_000)
 
 
 def test_what_cannot_be_had_is_one_line(server, tmp_path):

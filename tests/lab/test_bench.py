@@ -80,3 +80,12 @@ def test_a_place_that_goes_meanwhile_costs_no_figures(monkeypatch, capsys, tmp_p
     words = ["bench", "--json", "--out", str(tmp_path / "gone" / "bench.json"), "--machine.device", "cpu"]
     assert cli.main(words) == 2
     assert json.loads(capsys.readouterr().out)["written"] == 0
+
+
+def test_a_part_that_fails_costs_no_figures_of_those_before_it(monkeypatch, capsys, tmp_path):
+    def missing(*_):
+        raise UserError("no such extra")
+
+    monkeypatch.setattr(bench, "PARTS", {"step": lambda *_: {"step": 1}, "data": missing})
+    assert cli.main(["bench", "--out", str(tmp_path / "bench.json"), "--machine.device", "cpu"]) == 2
+    assert json.loads((tmp_path / "bench.json").read_text())["step"] == 1

@@ -83,10 +83,12 @@ def test_the_memory_is_that_of_the_device_asked_for(monkeypatch):
 
 
 def test_eight_bits_are_tried_on_the_machine_s_device():
-    assert doctor._eight_bit(plain_machine()).measured == "takes a step on cpu"
+    assert doctor._eight_bit(plain_machine(), needed=True).measured == "takes a step on cpu"
     if not torch.cuda.is_available():
-        finding = doctor._eight_bit(CUDA)
+        finding = doctor._eight_bit(CUDA, needed=True)
         assert not finding.kept and finding.advice == "use --optim.name adamw"
+        finding = doctor._eight_bit(CUDA, needed=False)  # the preset or run does without it
+        assert finding.kept and finding.warning
 
 
 @pytest.mark.parametrize(

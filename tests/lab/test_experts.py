@@ -22,6 +22,7 @@ from khanhllm.lab.sample import Sample, take
 from khanhllm.runs.run import open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.settings import resolve
+from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
 IDS = np.random.default_rng(0).integers(0, 300, (6, 33))
@@ -240,6 +241,26 @@ def test_parts_and_checkpoints_are_told(found, corpus):
             layer["saturation"]["8"]["value"] >= layer["saturation"]["4"]["value"] > layer["saturation"]["4"]["chance"]
         )
         assert "part" in layer["measures"]
+
+
+def test_checkpoints_that_a_training_removes_meanwhile_cost_nothing(run, corpus, tmp_path, monkeypatch):
+    trains = tmp_path / "trains"
+    shutil.copytree(run, trains)
+    opened = open_run(trains, MachineConfig(threads=1))
+    sample = take(opened, str(corpus), 500)
+    measured = experts.record
+
+    def meanwhile(*given):
+        shutil.rmtree(trains / "checkpoints" / "step-0000012", ignore_errors=True)
+        if (eighth := trains / "checkpoints" / "step-0000008").exists():
+            found = list(checkpoint.steps(trains))
+            monkeypatch.setattr(checkpoint, "steps", lambda _: found)
+            shutil.rmtree(eighth)
+        return measured(*given)
+
+    monkeypatch.setattr(experts, "record", meanwhile)
+    found = experts.examine(opened, sample, "none", earlier=True)
+    assert found["step"] == 12 and list(found["layers"][0]["saturation"]) == ["4"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])

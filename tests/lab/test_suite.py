@@ -21,6 +21,8 @@ from khanhllm.inference.likelihood import Likelihood
 from khanhllm.lab import answers, scores, sets, suite, synthetic
 from khanhllm.lab.answers import Question
 from khanhllm.lab.sample import take
+from khanhllm.runs.run import open_run
+from khanhllm.schema import MachineConfig
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,14 @@ def test_evaluation_json_has_every_measure_and_what_is_missing(found, files):
 
 def test_the_same_run_gets_the_same_scores(run, files, found):
     assert suite.examine(run, files, 10) == found
+
+
+def test_a_checkpoint_that_a_training_removes_meanwhile_costs_nothing(run, files, found, tmp_path):
+    trains = tmp_path / "mine"
+    shutil.copytree(run.checkpoint.parents[1], trains)
+    opened = open_run(trains, MachineConfig(threads=1))
+    again = suite.examine(opened, files, 10, say=lambda _: shutil.rmtree(trains / "checkpoints", ignore_errors=True))
+    assert again["checkpoint"] == found["checkpoint"]
 
 
 def test_items_cut_for_length_are_counted(tmp_path, files):

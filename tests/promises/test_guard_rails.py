@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_resume import config, outcome
 
-from conftest import tiny
+from conftest import save, tiny
 from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
 from khanhllm.data.belt import Starved
@@ -125,10 +125,11 @@ def test_bad_from_the_first_step_it_stops_and_says_so(corpus, cache, tmp_path, m
     assert caught.value.exit_code == 76
 
 
-def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(corpus, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("patience", [3, 6], ids=["", "a-state-was-saved-amid-rejections"])
+def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(patience, corpus, cache, tmp_path, monkeypatch):
     poisoned(monkeypatch, lambda cursor: cursor > 30)
     with pytest.raises(Diverged, match=r"the last good state is that of step 5.*--resume"):
-        train(config(corpus, cache), tmp_path / "run")
+        train(config(corpus, cache, guard={"patience": patience}), tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run").name == "step-0000005"
     monkeypatch.undo()
     train(config(corpus, cache), tmp_path / "run", resume=True)
@@ -233,6 +234,17 @@ def test_back_at_the_beginning_everything_is_as_it_was_then(weights, corpus, cac
     assert steps == [(0, 0), (1, 4), (2, 8), (3, 12), (0, 16), *((step, 16 + 4 * step) for step in range(5))]
     _, rows = outcome(tmp_path / "run")
     assert [int(row["tokens"]) // 32 for row in rows] == [20, 24, 28, 32, 36]
+
+
+def test_back_at_given_weights_there_are_no_moments_yet(tmp_path):
+    """A run that goes on from another's weights saves them as step 0."""
+    learner = Learner.new(tiny(), open_machine(tiny().machine))
+    path = save(tmp_path, 0, learner.model, learner.optimizer, {})
+    train_step(learner, learner.start(), random_batches(learner.config, learner.machine.device))
+    assert learner.optimizer.state
+    numbers = checkpoint.read_state(path)["optimizer"]
+    checkpoint.load_optimizer(path, learner.model, learner.optimizer, numbers)
+    assert not learner.optimizer.state
 
 
 def test_the_load_of_a_rejected_step_is_forgotten():

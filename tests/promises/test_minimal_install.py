@@ -46,6 +46,8 @@ def test_a_run_is_resumed_scored_and_writes(khanhllm):
         ("evaluate", "modern"),
         ("evaluate", "modern", "--suite", "--items", "10"),
         ("generate", "modern", "--tokens", "3"),
+        ("plan", "nano"),
+        ("doctor", "nano"),
         ("experts", "modern", "--tokens", "100"),
     ):
         code, said = khanhllm(*words)

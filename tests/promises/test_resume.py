@@ -8,7 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,6 +282,19 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_last_checkpoint(corpus, c
     assert checkpoint.newest(tmp_path / "run").name == "step-0000004"
     with (tmp_path / "run" / "training_log.csv").open() as file:
         assert len(file.readlines()) - 1 < 20
+
+
+def test_rows_that_cannot_be_read_cost_no_step(corpus, cache, tmp_path, monkeypatch):
+    honest = Shards.rows_from
+
+    def rows_from(*given):
+        yield from islice(honest(*given), 14 * 4)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Shards, "rows_from", rows_from)
+    with pytest.raises(UserError, match=r"Input/output error \(at step [0-9]+; to continue: --resume"):
+        train(config(corpus, cache, train={"save_every": 0}), tmp_path / "run")
+    assert len(checkpoint.steps(tmp_path / "run")) == 1
 
 
 def test_a_belt_that_starves_right_after_a_save_ends_the_run_as_at_any_other_step(corpus, cache, tmp_path, monkeypatch):

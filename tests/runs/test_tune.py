@@ -155,6 +155,21 @@ def test_what_cannot_be_tuned_writes_nothing(base, tmp_path, options, why):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_conversations_of_the_base_are_scored_as_it_scored_them(base, tmp_path):
+    """Where nothing is learned, nothing is forgotten."""
+    tuned(base, tmp_path / "first", chats(tmp_path / "chats.jsonl"))
+    still = QUIET | {"train": {"steps": 1, "sample_tokens": 0}, "optim": {"lr": 1e-12}}
+    tuned(tmp_path / "first", tmp_path / "second", chats(tmp_path / "more.jsonl", 150), settings=still)
+    forgets, knew = logged(tmp_path / "second")[-1], logged(tmp_path / "first")[-1]
+    assert float(forgets["base_bpb"]) == pytest.approx(float(knew["val_bpb"]), rel=1e-4)
+
+
+def test_a_replay_of_nothing_is_refused(base, corpus, tmp_path, capsys):
+    words = ["train", "nano", "--data", str(corpus), "--run", str(tmp_path / "run"), "--data.replay", "0.5"]
+    assert cli.main([*words, "--data.cache", str(tmp_path / "shards"), "--machine.threads", "1"]) == 2
+    assert "data.replay = 0.5 needs data.base" in capsys.readouterr().err
+
+
 def test_checkpoints_that_lie_where_it_is_to_write_are_not_taken_for_its_own(base, tmp_path):
     """It would have gone on from them, instead of from the run that is named."""
     out = tmp_path / "out"

@@ -262,7 +262,7 @@ def test_findings_of_the_laboratory(visit, run):
         assert client.get("/api/experts").json()["current"] is True
         (layer, *_) = found["findings"]["layers"]
         assert layer["off"]["share"] is not None and layer["experts"][0]["closed"]["error"] >= 0
-        changed = json.loads((run / "experts.json").read_text()) | {"checkpoint": "another"}
+        changed = json.loads((run / "experts.json").read_text()) | {"checkpoint": "another", "data": "hf://a/b, " * 99}
         (run / "experts.json").write_text(json.dumps(changed))
         assert client.get("/api/experts").json()["current"] is False
 

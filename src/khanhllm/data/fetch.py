@@ -89,6 +89,8 @@ def fetch(
             return path
         except (requests.RequestException, HTTPError, _Later, _Refused, _Damaged) as error:
             why = _why(error)
+            if isinstance(error, _Damaged):  # all of it had arrived, and is thrown away
+                farthest, progress = 0, time.monotonic()
             pause = max(pause, error.wait) if isinstance(error, _Later) else pause
             for kind, most in ((_Refused, REFUSALS), (_Damaged, DAMAGES)):
                 counts[kind] = counts[kind] + 1 if isinstance(error, kind) else 0

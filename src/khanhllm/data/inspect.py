@@ -130,7 +130,7 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
         console.print(f"skipped, from where they could not be read: {in_words(skipped.items())}")
     if manifest.cleaning:
         console.print(table(_cleaning_so_far(folder, manifest) or manifest.cleaning))
-    parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
+    parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train") or _of_belt(folder))
     seen = _print_sample(console, parts, documents, sample)
     _print_rejected(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
 
@@ -284,6 +284,12 @@ def _cleaning_so_far(folder: Path, manifest: Manifest) -> Cleaning | None:
 def _skipped_so_far(folder: Path) -> Counter[str]:
     """Files that a belt could not read to their end, by ending."""
     return sum((Counter(dict(place.skipped)) for place in _places(folder)), Counter())
+
+
+def _of_belt(folder: Path) -> list[Shard]:
+    """The training shards of a belt that lie there now; its manifest names none."""
+    made = [Made.read(path).shard for path in sorted(folder.glob("train-?????.json"))]
+    return [shard for shard in made if (folder / shard.file).exists()]
 
 
 def _places(folder: Path) -> tuple[Position, ...]:

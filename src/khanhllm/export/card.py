@@ -82,7 +82,7 @@ def _training(run: Path, config: Config, step: int, tokens: int) -> str:
     return (
         f"Text: `{config.data.source}`{cleaned}. {step:,} optimizer steps, {tokens:,} tokens in all. "
         f"{_figures(run, step)}"
-    )
+    ).rstrip()
 
 
 def _figures(run: Path, step: int) -> str:
@@ -93,5 +93,5 @@ def _figures(run: Path, step: int) -> str:
         if at <= step and math.isfinite(bits)
     ]
     if not known:
-        return "It was not validated."
+        return "It was not validated." if len(log["step"]) else ""  # saved without its log, it may have been
     return f"On text held out of it: {known[-1][0]:.3f} bits per byte ({known[-1][1]:.3f} nats per token)."

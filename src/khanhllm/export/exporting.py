@@ -48,7 +48,7 @@ def export(
     _check_request(to, out, dtype, compatible, remote_code)
     run = path.parents[1]
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
-    weights = tensor_files.load(path, "model")
+    weights, state = tensor_files.load(path, "model"), checkpoint.read_state(path)
     talks = config.train.targets == "answers"
     shape, encoded = _encoded(to, config.model, weights, compatible, remote_code)
     aside = out.with_name(f".export.{os.getpid()}")
@@ -62,7 +62,7 @@ def export(
             (remote if remote_code else hf).write(aside, shape, encoded, tokenizer, dtype)
             if talks:
                 hf.add_template(aside, tokenizer)
-        report, state = UNCHECKED, checkpoint.read_state(path)
+        report = UNCHECKED
         if compared:
             reader = gguf if to == "gguf" else remote if remote_code else hf
             ids_NT = check.windows(Path(state["folder"]), tokenizer, config.model.context)

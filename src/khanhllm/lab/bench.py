@@ -59,10 +59,17 @@ def run(parts: list[str], machine: MachineConfig, steps: int, out: Path | None, 
     opened.take_process()
     path = out or Path("bench") / f"{time.strftime('%Y%m%d-%H%M%S')}-{opened.device.type}.json"
     check_writable(path)
-    report: Report = {"machine": _describe(opened), "versions": _versions()}
-    for part in parts or PARTS:
-        console.rule(f"[bold]{part}")
-        report |= PARTS[part](opened, machine, steps, console)
+    measured: Report = {}
+    try:
+        for part in parts or PARTS:
+            console.rule(f"[bold]{part}")
+            measured |= PARTS[part](opened, machine, steps, console)
+    finally:
+        if measured:  # also when a later part has failed
+            _report({"machine": _describe(opened), "versions": _versions()} | measured, path, console, as_json)
+
+
+def _report(report: Report, path: Path, console: Console, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report), flush=True)  # first, so that a disk that has become full costs no figures
     try:

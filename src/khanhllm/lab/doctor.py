@@ -35,7 +35,7 @@ from khanhllm.model.moe import MoE
 from khanhllm.planning import budget
 from khanhllm.runs.run import Run, open_run
 from khanhllm.schema import Config, LossConfig, MachineConfig, OptimConfig
-from khanhllm.settings import preset, preset_names, resolve
+from khanhllm.settings import preset, preset_names, read_config, resolve
 
 SAMPLE = 2**13
 """tokens on which the mixtures of a run are judged"""
@@ -259,10 +259,15 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
     exact = {"precision": "fp32", "weights": "fp32", "gradients": "fp32", "compile": "off", "experts": "loop"}
     machine_config = wanted.model_copy(update=exact)
     if patient in preset_names():
-        yield from _surroundings(open_machine(wanted))
-        machine = open_machine(machine_config)
-        machine.take_process()
         config = resolve(preset(patient))
+    elif (Path(patient) / "config.toml").exists():
+        config = read_config(Path(patient))
+    else:
+        raise UserError(f"{patient} is neither a run folder nor a preset; presets: {', '.join(preset_names())}")
+    machine = open_machine(machine_config)
+    machine.take_process()
+    yield from _surroundings(open_machine(wanted), config.optim.name)
+    if patient in preset_names():
         size = total_parameters(on_paper(config.model))
         yield _memory(config, wanted, machine)
         if size > LARGEST:
@@ -272,23 +277,20 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
         model.initialise(torch.Generator().manual_seed(0))
         model = adapt(model, machine)
         yield first_loss_is_chance(model)
-    elif (Path(patient) / "config.toml").exists():
-        yield from _surroundings(open_machine(wanted))
+    else:
         opened = open_run(Path(patient), machine_config)
         model = opened.model
         if model.config.moe_layers:
             yield mixtures_earn_their_keep(opened)
-    else:
-        raise UserError(f"{patient} is neither a run folder nor a preset; presets: {', '.join(preset_names())}")
     for law in LAWS + (MIXTURE_LAWS if model.config.moe_layers else []):
         yield law(model)
 
 
-def _surroundings(machine: Machine) -> Iterator[Finding]:
+def _surroundings(machine: Machine, optimizer: str) -> Iterator[Finding]:
     yield Finding("device", True, machine.describe())
     names = ("torch", "tokenizers", "tiktoken", "datatrove", "bitsandbytes", "safetensors")
     yield Finding("libraries", True, ", ".join(f"{name} {_version(name)}" for name in names))
-    yield _eight_bit(machine)
+    yield _eight_bit(machine, needed=optimizer.endswith("8bit"))
     yield _compiler(machine)
     free = shutil.disk_usage(".").free / 1e9
     yield Finding("disk", free > 1, f"{free:.1f} GB free here", "checkpoints need room: use --run on another disk")
@@ -305,8 +307,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _eight_bit(machine: Machine) -> Finding:
-    """Whether 8-bit AdamW works on the machine's device: only taking a step there shows it."""
+def _eight_bit(machine: Machine, needed: bool) -> Finding:
+    """Whether 8-bit AdamW works on the machine's device: only a step there shows it. A fault only if `needed`."""
+    law, advice = "8-bit AdamW", "use --optim.name adamw" if needed else "do without --optim.name adamw8bit or muon8bit"
     try:
         up = torch.nn.Linear(128, 128)
         layer = torch.nn.ModuleDict({"up": up}).to(machine.device)
@@ -316,8 +319,9 @@ def _eight_bit(machine: Machine) -> Finding:
         optimizer.step()
         moved = not torch.equal(up.weight, before)  # waits for the device, which may only now say what failed
     except Exception as error:
-        return Finding("8-bit AdamW", False, _first_line(error), "use --optim.name adamw")
-    return Finding("8-bit AdamW", moved, f"takes a step on {machine.device}", "use --optim.name adamw")
+        return Finding(law, not needed, _first_line(error), advice, warning=not needed)
+    measured = f"{'takes a step' if moved else 'moves nothing'} on {machine.device}"
+    return Finding(law, moved or not needed, measured, advice, warning=not (moved or needed))
 
 
 def _compiler(machine: Machine) -> Finding:

@@ -103,6 +103,7 @@ def examine(
 ) -> dict[str, Any]:
     """Everything that the laboratory knows of a run, as it goes to experts.json. Raises UserError for a dense run."""
     shape = opened.config.model
+    weights = tensor_files.identity(opened.checkpoint)  # asked now: a training removes old checkpoints
     close = wanted(ablate, shape.moe_layers, shape.experts)
     found = record(opened.model, sample, opened.machine)
     layers = [_layer(opened, sample, found, nth) for nth in range(len(shape.moe_layers))]
@@ -114,7 +115,7 @@ def examine(
     return {
         "version": VERSION,
         "step": opened.step,
-        "checkpoint": tensor_files.identity(opened.checkpoint),
+        "checkpoint": weights,
         "data": sample.source,
         "parts": sample.parts,
         "tokens": int(sample.text_WT.sum()),
@@ -240,7 +241,12 @@ def _add_checkpoints(opened: Run, sample: Sample, last: Record, layers: list[dic
         step = checkpoint.step_of(path)
         if step >= opened.step:
             continue
-        checkpoint.load_model(find_checkpoint(run, opened.config, step), model)
+        try:
+            checkpoint.load_model(find_checkpoint(run, opened.config, step), model)
+        except (OSError, UserError):
+            if path.exists():
+                raise
+            continue  # a training has removed it since
         then = record(model, sample, opened.machine).expert_LWTK
         for nth, layer in enumerate(layers):
             one_NK, other_NK = (who[nth][sample.text_WT] for who in (then, last.expert_LWTK))

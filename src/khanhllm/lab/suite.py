@@ -145,6 +145,7 @@ def examine(
     UserError."""
     if with_core:
         core.check(opened)
+    weights = tensor_files.identity(opened.checkpoint)  # asked now: a training removes old checkpoints
     have, names = sets.found(folder), list(dict.fromkeys(wanted(with_core)))
     loaded = {name: sets.load(have[name]) for name in names if name in have}
     measures: dict[str, Measure] = {}
@@ -165,7 +166,7 @@ def examine(
     return {
         "version": VERSION,
         "step": opened.step,
-        "checkpoint": tensor_files.identity(opened.checkpoint),
+        "checkpoint": weights,
         "most": most,
         "measures": measures,
         "core": core.measure(opened, loaded, most) if with_core else None,

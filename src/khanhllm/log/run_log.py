@@ -255,10 +255,9 @@ class Csv:
     def cut(self, step: int, earlier: list[Row]) -> None:
         """Drop the rows beyond `step` in place, which takes no room on a full disk; adds those before to `earlier`."""
         path = Path(self.file.name)
-        try:
+        with suppress(OSError):  # what a full disk refused is lost now
             self.file.close()
-        finally:  # what a full disk refused is lost now
-            self.file = path.open("ab", buffering=1 << 20)
+        self.file = path.open("ab", buffering=1 << 20)
         kept = list(_rows_up_to(path, self.columns, step))
         last = f"{kept[-1][0] if kept else ','.join(self.columns)}\n".encode()
         os.truncate(path, (b"\n" + read(path, LARGEST)).rfind(b"\n" + last) + len(last))

@@ -23,15 +23,11 @@ from torch import Tensor, nn
 from khanhllm.model.router import Routing, stack
 from khanhllm.schema import LossConfig
 
-IGNORE = -100
-"""a target that counts for nothing, as in torch's cross_entropy"""
-
 
 def token_nll(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
     """-log p(target) of each token (nats, fp32), from hidden states and the output matrix.
 
     At most `chunk` rows of logits exist at one time, and each is made once: its gradient is taken while it is there.
-    A target of IGNORE has no loss and no gradient.
     """
     device = x_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
@@ -77,35 +73,31 @@ def _with_gradients(
     x_grad_TD = torch.empty_like(x_TD)
     weight_grad_VD = torch.zeros_like(weight_VD, dtype=_exact(dtype))
     weight = weight_VD.to(dtype)
-    counts_T1 = (targets_T != IGNORE).to(dtype)[:, None]
-    classes_T1 = targets_T.clamp(min=0)[:, None]
     for start in range(0, len(x_TD), chunk):
         rows = slice(start, start + chunk)
         x_CD = x_TD[rows].to(dtype)
         nll_T[rows], slope_CV = _nll(x_CD, weight, targets_T[rows])
-        slope_CV.scatter_add_(1, classes_T1[rows], slope_CV.new_full((1, 1), -1.0).expand(len(x_CD), 1))
+        slope_CV.scatter_add_(1, targets_T[rows, None], slope_CV.new_full((1, 1), -1.0).expand(len(x_CD), 1))
         if grad_T is not None:
             slope_CV.mul_(grad_T[rows, None])
         slope_CV = slope_CV.to(dtype)
         x_grad_TD[rows] = slope_CV @ weight
-        x_CD = x_CD * counts_T1[rows]  # far fewer numbers than the slope has
         if weight_grad_VD.dtype == dtype:
             weight_grad_VD.addmm_(slope_CV.T, x_CD)
         else:
             weight_grad_VD.add_(slope_CV.T @ x_CD)
         del slope_CV  # else two chunks of logits would exist at once
-    return nll_T, x_grad_TD.mul_(counts_T1), weight_grad_VD
+    return nll_T, x_grad_TD, weight_grad_VD
 
 
 def _nll(x_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(target), (C,), and all probabilities, (C, V), which overwrite the logits."""
     logits_CV = (x_CD @ weight_VD.T).to(_exact(x_CD.dtype))
-    target = logits_CV.gather(1, targets_C[:, None].clamp(min=0))
-    top, best = logits_CV.max(dim=-1, keepdim=True)
+    target = logits_CV.gather(1, targets_C[:, None])
+    top = logits_CV.amax(dim=-1, keepdim=True)
     prob_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
     # log of the partition from the likeliest token, whose probability is never too small for a logarithm
-    nll_C = (top - prob_CV.gather(1, best).log() - target).squeeze(1)
-    return nll_C.masked_fill(targets_C == IGNORE, 0), prob_CV
+    return (top - prob_CV.amax(dim=-1, keepdim=True).log() - target).squeeze(1), prob_CV
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -187,10 +187,10 @@ def savings(config: Config, hardware: Hardware) -> dict[str, tuple[int, float]]:
     for switch, settings in switches.items():
         try:
             other = resolve(config.model_dump(), settings)
-        except UserError:  # it does not go with what is on already
+            switched = hardware.takes(other, update=False) if other != config else None
+        except UserError:  # it does not go with what is on already, or a library that it needs is missing
             continue
-        if other != config:
-            switched = hardware.takes(other, update=False)
+        if switched:
             saved[switch] = (plain.peak - switched.peak, switched.flops / plain.flops - 1)
     return saved
 

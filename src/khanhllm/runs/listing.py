@@ -42,12 +42,15 @@ def _row(run: Path) -> Row:
     try:
         config = read_config(run)
         log = read_log(run / "training_log.csv", ("step", "loss", "val_bpb"))
-        _check_sizes(max(run.glob("checkpoints/step-*[0-9]"), default=None))
+        newest = max(run.glob("checkpoints/step-*[0-9]"), default=None)
+        _check_sizes(newest)
     except (UserError, OSError) as error:
         return row | {"fault": str(error)}
     model, bits = config.model, log["val_bpb"][np.isfinite(log["val_bpb"])]
     asked = {"asked_seconds": config.train.seconds} if config.train.seconds else {"asked_steps": config.train.steps}
-    known = {"step": int(log["step"][-1]), "loss": float(log["loss"][-1])} if len(log["loss"]) else {"step": 0}
+    known: Row = {"step": int(newest.name[5:]) if newest else 0}  # of a run that was saved without its log
+    if len(log["loss"]):
+        known = {"step": int(log["step"][-1]), "loss": float(log["loss"][-1])}
     best = {"best_bpb": float(bits.min())} if len(bits) else {}
     return row | {"shape": f"{model.pattern}, width {model.dim}"} | asked | known | best
 

@@ -15,7 +15,8 @@ FILE = "experts.json"
 LARGEST = 2**24
 """bytes"""
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=300)]
+Name = Annotated[str, Field(max_length=5000)]
+"""a source of text is one too, and a mixture of sources is long"""
 Lifts = Annotated[list[tuple[Name, Number]], Field(max_length=10)]
 
 

@@ -9,6 +9,7 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import uvicorn
@@ -153,7 +154,8 @@ def serve(
     if made:
         print(f"key, to be sent as Authorization: Bearer KEY:  {made}", flush=True)
     if browse:
-        webbrowser.open(address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]"))
+        page = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+        Thread(target=webbrowser.open, args=[page], daemon=True).start()  # a browser in the terminal waits for the page
     with nobody_else():
         asyncio.run(listening.serve([bound]))
     if fault := server.fault:

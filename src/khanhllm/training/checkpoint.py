@@ -329,6 +329,7 @@ def load_optimizer(
         raise UserError(f"{path} was written by {numbers['class']}, but optim.name now asks for {kind}")
     tensors = tensor_files.load(path, "optimizer")
     if not tensors:  # saved before the first update
+        optimizer.state.clear()
         return
     wanted, own = optim.state_shapes(optimizer, part.counts(model)), optim.state_shapes(optimizer)
     for name, parameter in named or model.named_parameters():

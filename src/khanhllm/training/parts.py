@@ -103,6 +103,8 @@ def _of_base(config: Config, tokenizer: Tokenizer, resumed: bool) -> Shards | No
     """What the run that this one goes on from held out. None if there is no such run, or if its shards are gone and the
     run is a resumed one that replays none of them."""
     folder, share = Path(config.data.base), config.data.replay
+    if share and not config.data.base:
+        raise UserError(f"data.replay = {share:g} needs data.base: the shards of the run whose text is to be replayed")
     if not config.data.base or (resumed and not share and not there(folder / MANIFEST)):
         return None
     if not there(folder / MANIFEST):

@@ -70,6 +70,8 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
     if guard.returns >= learner.config.guard.returns:
         again = "--resume goes on from there" if good else "nothing was saved yet"
+        if good:  # a later one was saved amid rejections
+            checkpoint.reject_after(parts.run, checkpoint.step_of(Path(good)))
         raise Diverged(
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike"

@@ -23,7 +23,7 @@ from filelock import Timeout
 
 from khanhllm import optim
 from khanhllm.data.belt import Starved
-from khanhllm.data.counting import Reading
+from khanhllm.data.counting import Marks, Reading
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.files import foreign, locked, there
@@ -84,7 +84,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                     _save(parts, state, log, saver, must=True)
                 stop.agreed(group)
                 if isinstance(error, Starved):
-                    raise Starved(f"{error} (at step {state.step}; to continue: --resume --run {folder})") from None
+                    where = f"(at step {state.step}; to continue: --resume --run {folder})"
+                    raise Starved(f"{error} {where}", error.exit_code) from None
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 parts = adapted(parts, state, error, log)
@@ -237,8 +238,9 @@ def _validate(parts: Parts, tokens: int, stop: Stop) -> dict[str, Any] | None:
         own = scored(parts.validation, parts.reading)
         if not parts.base:
             return {**own}
-        # as the base itself was scored: without a mask
-        reading = parts.reading and parts.reading._replace(document_mask=False)
+        # as the base itself was scored: a text without a mask, conversations by their answers
+        talks, tokenizer = parts.base.manifest.laid, parts.tokenizer
+        reading = Reading(tokenizer.end_of_text, Marks.of(tokenizer), document_mask=True) if talks else None
         return own | {"base_bpb": scored(parts.base, reading)["val_bpb"]}
     except _Stopped:
         return None
@@ -306,8 +308,10 @@ def _save(parts: Parts, state: State, log: Log, saver: Saver, must: bool, ended:
     moments = learner.owners.gathered(optimizer.state, shapes, whole, takers)
     part = checkpoint.snapshot(state.step, model, optimizer, extra, moments, learner.owners.weights(model, takers))
     del moments  # the saver gives up what was gathered, once it has a copy
-    if saver.shared or learner.machine.group.leads:
+    if saver.shared:
         saver.save(part, must)
+    else:  # the others hear that the first process is alive, however long it waits for a disk
+        learner.machine.group.told(lambda: saver.save(part, must))
 
 
 def _introduction(parts: Parts, state: State) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from khanhllm import optim
 from khanhllm.data.batches import Batch
+from khanhllm.data.belt import Starved
 from khanhllm.errors import UserError
 from khanhllm.machine.adapt import adapt, is_small
 from khanhllm.machine.devices import Machine, keep_freed_memory, out_of_memory
@@ -168,8 +169,8 @@ def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], floa
     share, found = sum(group.turns(learner.config.train.accumulation)), []
     try:
         found = list(islice(batches, share))
-    except UserError as error:
-        fault = error
+    except (UserError, OSError) as error:  # whatever it is, the run saves what it has
+        fault = error if isinstance(error, Starved) else Starved(str(error), getattr(error, "exit_code", 2))
     waited, lacks = time.perf_counter() - started, len(found) < share
     if lacks:
         group.call_off()
