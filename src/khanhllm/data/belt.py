@@ -33,6 +33,10 @@ class Starved(UserError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
+    def at(self, step: int, run: Path) -> "Starved":
+        """The same, with what is saved and how to go on from there."""
+        return Starved(f"{self} (at step {step}; to continue: --resume --run {run})", self.exit_code)
+
 
 class Belt:
     """The training rows of a belt. Iterating over `rows_from` runs the child that makes them."""

@@ -84,8 +84,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                     _save(parts, state, log, saver, must=True)
                 stop.agreed(group)
                 if isinstance(error, Starved):
-                    where = f"(at step {state.step}; to continue: --resume --run {folder})"
-                    raise Starved(f"{error} {where}", error.exit_code) from None
+                    raise error.at(state.step, folder) from None
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 parts = adapted(parts, state, error, log)
