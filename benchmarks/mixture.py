@@ -87,9 +87,10 @@ WITH = {
     "pairs, ": {"pair_embedding": 2**14},
 }
 """keys of [model], by the word for them in a recipe's name"""
-UNSCALED = ALL | {"stream_scale": False}
+FOUR = {"heads": 4}
+UNSCALED = ALL | FOUR | {"stream_scale": False}
 BEFORE = {"model": UNSCALED | {"token_norm": False}, "optim": {"head_lr": 0}}
-"""hour before it lost layers, its stream was scaled, its tokens were normed and its head had a rate of its own"""
+"""hour before it lost heads and layers, its stream was scaled, its tokens were normed and its head had its own rate"""
 WIDER = BEFORE["model"] | {"hidden": 1024, "expert_hidden": 512}
 """of the former hour"""
 TIED = {"tied_experts": 0.2}
@@ -99,6 +100,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one rate, induction": {"model": COPY},
     "the preset's": {},
     "the preset's, two layers": {"model": {"pattern": "MM"}},
+    "the preset's, four heads": {"model": FOUR},
+    "the preset's, two layers, four heads": {"model": FOUR | {"pattern": "MM"}},
     "the preset's, stream not scaled": {"model": UNSCALED},
     "the preset's, tokens not normed, head at lr": BEFORE,
     "the preset's, wide, tables": BEFORE | {"model": WIDER | TABLES},

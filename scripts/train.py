@@ -15,5 +15,7 @@ if __name__ == "__main__":  # the processes that prepare data import this file a
     given = sys.argv[1:]
     begin = ["train"]
     if not set(given[:1]) & set(preset_names()):
-        begin += ["khanh-692m", *(["--data.tokenizer", str(TOKENIZER)] if TOKENIZER.exists() else [])]
+        begin += ["khanh-692m"]
+        if TOKENIZER.exists() and not any(word.startswith("--from") for word in given):  # that brings its own
+            begin += ["--data.tokenizer", str(TOKENIZER)]
     sys.exit(main([*begin, *given]))

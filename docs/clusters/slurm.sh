@@ -15,7 +15,7 @@ host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export host TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # --signals-to-handle and --shutdown-timeout: torchrun passes the signal on, and lets the run save
-srun --kill-on-bad-exit=0 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$host:29500" \
     --rdzv-conf "is_host=$((SLURM_NODEID == 0))" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout 600 --max-restarts 3 \

@@ -118,11 +118,22 @@ def test_signals_are_passed_on(run, tmp_path, name):
         assert run(f"signal.signal(signal.{name}, lambda *_: sys.exit(128 + signal.{name}))\n{READY}") == name
 
 
-def test_a_second_signal_ends_those_that_hear_none(run, tmp_path, monkeypatch):
+def test_the_same_signal_again_ends_those_that_hear_none(run, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "AT_ONCE", 0.1)
-    with sent(tmp_path, "SIGINT", "SIGTERM"):
-        deaf = "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)"
+    monkeypatch.setattr(launch, "ECHO", -1)
+    with sent(tmp_path, "SIGINT", "SIGINT"):
+        deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
         assert run(f"{deaf}\n{READY.replace('60', '20')}") == "SIGINT"
+
+
+def test_other_signals_and_an_echo_leave_the_time_to_save(run, tmp_path, monkeypatch):
+    """As where a machine is shut down: systemd sends TERM and HUP."""
+    monkeypatch.setattr(launch, "AT_ONCE", 0)
+    saving = f"time.sleep(1), open({str(tmp_path)!r} + f'/saved-{{rank}}', 'w'), sys.exit(128 + signal.SIGTERM)"
+    hears = f"signal.signal(signal.SIGTERM, lambda *_: ({saving}))\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    with sent(tmp_path, "SIGTERM", "SIGHUP", "SIGTERM"):
+        assert run(f"{hears}\n{READY}") == "SIGTERM"
+    assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
 def test_a_signal_that_is_ignored_is_not_passed_on(run):

@@ -13,6 +13,7 @@ from conftest import plain_machine, tiny
 from khanhllm import cli
 from khanhllm.data.batches import random_batches
 from khanhllm.errors import UserError
+from khanhllm.lab import measure
 from khanhllm.machine import owners
 from khanhllm.machine.group import Group
 from khanhllm.model.counts import on_paper
@@ -408,6 +409,17 @@ def test_each_way_that_is_planned_is_one_that_a_training_takes(settings, others)
     for other in others:
         key, value = other.split()
         resolve(config.model_dump(), {"machine": {"expert_processes": 1}}, nested({key: value}))
+
+
+def test_a_division_that_leaves_some_without_work_is_not_offered():
+    """8 rows over 6 cards: owners take what there is, the others need equally many micro-batches."""
+    faults = {way["way"]: way.get("fault", "") for way in plan(config_of(), 6, "1 GB/s")["ways"]}
+    assert not faults["owners (the default)"]
+    assert "cannot give 6 processes equally many" in faults["machine.split all"]
+
+
+def test_a_run_whose_experts_are_apart_can_be_measured():
+    measure._warm_up(resolve(config_of().model_dump(), {"machine": {"expert_processes": 4}}), plain_machine())
 
 
 def test_a_machine_of_unknown_speed_needs_a_card():

@@ -129,6 +129,17 @@ def test_the_plan_as_json(capsys):
     assert plan["flops_per_token_causal"] < plan["flops_per_token"]
 
 
+def test_a_card_is_planned_in_the_precision_that_is_asked_for(capsys):
+    peak = {}
+    for precision in ("auto", "bf16", "fp32"):
+        words = ["plan", "nano", "--card", "RTX 4060", "--json", "--machine.precision", precision]
+        assert cli.main(words) == 0
+        report = json.loads(capsys.readouterr().out)
+        peak[precision] = sum(report["at_peak"].values()) / report["micro_batch"]
+        assert bool(report["tokens_per_s"]) == (precision != "fp32"), "the rate of cards is known in bf16"
+    assert peak["auto"] == peak["bf16"] < peak["fp32"]
+
+
 def test_a_run_and_a_toml_file_are_planned_too(tmp_path, monkeypatch, capsys):
     """A preset's name stays the preset's, also where a folder has it."""
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 from itertools import islice
 from math import inf, nan
 
@@ -16,6 +17,7 @@ from khanhllm.chaos.numbers import everything, spoiled
 from khanhllm.data.batches import random_batches
 from khanhllm.data.belt import Starved
 from khanhllm.data.shards import Shards
+from khanhllm.errors import UserError
 from khanhllm.machine.devices import open_machine
 from khanhllm.model import Transformer, losses
 from khanhllm.settings import resolve
@@ -245,6 +247,14 @@ def test_back_at_given_weights_there_are_no_moments_yet(tmp_path):
     numbers = checkpoint.read_state(path)["optimizer"]
     checkpoint.load_optimizer(path, learner.model, learner.optimizer, numbers)
     assert not learner.optimizer.state
+
+
+def test_a_library_that_is_missing_is_told_before_the_text_is_prepared(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "khanhllm.optim.eight_bit", raising=False)
+    with pytest.raises(UserError, match="8bit"):
+        train(config(corpus, tmp_path / "none", optim={"name": "muon8bit"}), tmp_path / "run")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_load_of_a_rejected_step_is_forgotten():

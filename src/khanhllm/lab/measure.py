@@ -88,7 +88,8 @@ def _warm_up(config: Config, machine: Machine) -> None:
     """Take one step of a tiny model of the same kind: the libraries that it loads count to the process."""
     small = {"pattern": "DM", "dim": 64, "heads": 2, "kv_heads": 0, "hidden": 64, "expert_hidden": 64, "context": 64}
     shape = {**small, "vocab_size": 512, "experts": 2, "experts_per_token": 1}
-    tiny = resolve(config.model_dump(), {"model": shape, "train": {"micro_batch": 1, "accumulation": 1}})
+    whole = {"train": {"micro_batch": 1, "accumulation": 1}, "machine": {"expert_processes": 1}}
+    tiny = resolve(config.model_dump(), {"model": shape}, whole)
     list(_steps(Learner.new(tiny, machine), 1))
 
 

@@ -356,7 +356,8 @@ def opened(config: MachineConfig) -> Iterator[Group]:
         torch.cuda.set_device(local_rank)
     direct = cards > 0 and dist.is_nccl_available()  # it is not on Windows
     if local_rank:  # two processes that compile into one folder read each other's half-written files
-        mine = f"torchinductor_{getpass.getuser()}_{local_rank}"
+        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container it may have no name
+        mine = f"torchinductor_{user}_{local_rank}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / mine))
     timeout = timedelta(seconds=config.patience)
     try:

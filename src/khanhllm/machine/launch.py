@@ -20,7 +20,7 @@ from types import FrameType
 
 from khanhllm.errors import UserError, in_a_line
 from khanhllm.machine.group import STORE, environment
-from khanhllm.machine.signals import SIGNALS, handled
+from khanhllm.machine.signals import ECHO, SIGNALS, handled
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import to_toml
 
@@ -66,8 +66,10 @@ class Hands:
     place: Path
     """for their store, their last words, and what all but the first say"""
     children: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
-    """the signals passed on"""
+    asked: dict[int, float] = field(default_factory=dict)
+    """when each signal came that was passed on (seconds)"""
+    again: bool = False
+    """whether one came a second time"""
 
     def run(self) -> str:
         with handled(self._pass_on):
@@ -115,7 +117,7 @@ class Hands:
             ended = {rank: code for rank, code in enumerate(codes) if code is not None}
             if deadline is None and any(rank == 0 or not self._in_order(code) for rank, code in ended.items()):
                 deadline = time.monotonic() + GRACE
-            if len(self.asked) > 1:
+            if self.again:
                 deadline = min(deadline or math.inf, time.monotonic() + AT_ONCE)
             if deadline is not None and time.monotonic() > deadline:
                 return {rank for rank, code in enumerate(codes) if code is None}
@@ -133,8 +135,9 @@ class Hands:
         if 0 in codes and self._in_order(codes[0]):
             return signal.Signals(codes[0] - 128).name if codes[0] else ""
         failed = {rank: code for rank, code in codes.items() if not self._in_order(code)}
-        if self.asked and (killed or any(code == -self.asked[0] for code in failed.values())):  # nothing was saved
-            return signal.Signals(self.asked[0]).name
+        asked = next(iter(self.asked), 0)
+        if asked and (killed or any(code == -asked for code in failed.values())):  # nothing was saved
+            return signal.Signals(asked).name
         for rank, code in failed.items():
             if code < 0:
                 raise self._lost(f"process {rank} of {self.size} was ended by {signal.Signals(-code).name}")
@@ -155,10 +158,14 @@ class Hands:
         return Failed(line or f"process {rank} of {self.size} ended with exit code {code}", code)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """A signal that asks a training to stop goes to all processes."""
-        self.asked.append(number)
+        """A signal that asks a training to stop goes to all processes. Which ones count as a second: see `Stop`."""
+        now = time.monotonic()
+        if number in self.asked and now <= self.asked[number] + ECHO:
+            return
+        self.again = self.again or number in self.asked
+        self.asked.setdefault(number, now)
         for child in self.children:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, ValueError):  # it has ended; the console of Windows told it already
                 child.send_signal(number)
 
 
@@ -191,6 +198,9 @@ def end_with_launcher() -> None:
 
         def watch() -> None:
             os.read(stdin.fileno(), 1)
-            os.kill(os.getpid(), signal.SIGTERM)
+            if os.name == "nt":
+                signal.raise_signal(signal.SIGTERM)  # os.kill would end the process at once
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         Thread(target=watch, daemon=True, name="launcher").start()

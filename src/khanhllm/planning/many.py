@@ -18,7 +18,7 @@ from khanhllm.planning.assumed import HIDDEN, MIXTURE, Link
 from khanhllm.planning.budget import MORE_ROWS, Hardware, fit_micro_batch, shared_out, with_micro_batch
 from khanhllm.planning.plan import ASSUMED
 from khanhllm.planning.simulation import SimulatedStep
-from khanhllm.planning.ways import Division, Traffic, alone, divisions
+from khanhllm.planning.ways import Division, Traffic, alone, by_experts, by_shards, divisions
 from khanhllm.schema import Config
 from khanhllm.units import as_size
 
@@ -106,7 +106,8 @@ def row(config: Config, hardware: Hardware, division: Division, cards: int, link
     one = OneOf(**vars(hardware), division=division, cards=cards)
     config = fit_micro_batch(config, one)
     few = config.train.rows_per_step < cards
-    config = with_micro_batch(config, 1) if few else shared_out(config, cards)
+    evenly = division in (by_shards, by_experts)
+    config = with_micro_batch(config, 1) if few else shared_out(config, cards, evenly)
     step = one.takes(config)
     way = division(config, hardware.precision, cards)
     return Row(
@@ -149,7 +150,8 @@ def plan(config: Config, hardware: Hardware, cards: int, link: Link, tokens_per_
     Raises UserError if no way fits, or if nobody knows how fast the hardware is.
     """
     if not hardware.peak_flops:
-        raise UserError(f"nobody knows how fast {hardware.name} is; name a card: --card 'RTX 4090'")
+        unknown = f"nobody knows how fast {hardware.name} is in {hardware.precision}"
+        raise UserError(f"{unknown}; for bf16 name a card: --card 'RTX 4090'")
     one = attempt(config, hardware, alone, 1, link)
     ways = attempts(config, hardware, cards, link)
     shares = _shares(config, hardware)

@@ -26,6 +26,9 @@ Report = dict[str, Any]
 def hardware_for(config: Config, memory: str | None = None, card_name: str | None = None) -> Hardware:
     """This machine, or a card known by name. memory: size to fill instead of its own ("8GB")."""
     hardware = budget.on(*card(card_name)) if card_name else budget.here(open_machine(config.machine))
+    precision = config.machine.precision
+    if card_name and precision not in ("auto", hardware.precision):  # whose rates are not in the table
+        hardware = dataclasses.replace(hardware, precision=precision, peak_flops=None)
     return dataclasses.replace(hardware, memory=budget.read_size(memory)) if memory else hardware
 
 

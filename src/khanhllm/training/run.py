@@ -134,6 +134,7 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
         hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
         config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
+        optim.build(paper, config.optim)  # a library that it needs is missed before the text is prepared
         last = group.told(lambda: last_checkpoint(config, folder, paper) if resume else "")
         saved = checkpoint.read_state(Path(last)) if last else {}
         parts = assemble(config, own, saved, machine)
