@@ -92,13 +92,16 @@ def test_what_others_do_once_the_first_has_saved_does_not_count(run, tmp_path, o
 
 
 @contextmanager
-def sent(place, *names):
-    """Send these signals to this process once two others are ready."""
+def sent(place, *names, heard=None):
+    """Send these signals to this process once two others are ready. heard: grows as signals are handled; each is sent
+    after the one before it, as of two that wait only one may arrive."""
 
     def send():
         while len(list(place.glob("ready-*"))) < 2:
             time.sleep(0.01)
-        for name in names:
+        for nth, name in enumerate(names):
+            while heard is not None and len(heard) < nth:
+                time.sleep(0.01)
             os.kill(os.getpid(), getattr(signal, name))
 
     before = [signal.getsignal(getattr(signal, name)) for name in names]
@@ -121,7 +124,9 @@ def test_signals_are_passed_on(run, tmp_path, name):
 def test_the_same_signal_again_ends_those_that_hear_none(run, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "AT_ONCE", 0.1)
     monkeypatch.setattr(launch, "ECHO", -1)
-    with sent(tmp_path, "SIGINT", "SIGINT"):
+    heard, pass_on = [], Hands._pass_on
+    monkeypatch.setattr(Hands, "_pass_on", lambda *given: (pass_on(*given), heard.append(given)))
+    with sent(tmp_path, "SIGINT", "SIGINT", heard=heard):
         deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
         assert run(f"{deaf}\n{READY.replace('60', '20')}") == "SIGINT"
 
