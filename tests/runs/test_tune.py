@@ -168,6 +168,7 @@ def test_a_replay_of_nothing_is_refused(base, corpus, tmp_path, capsys):
     words = ["train", "nano", "--data", str(corpus), "--run", str(tmp_path / "run"), "--data.replay", "0.5"]
     assert cli.main([*words, "--data.cache", str(tmp_path / "shards"), "--machine.threads", "1"]) == 2
     assert "data.replay = 0.5 needs data.base" in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists(), "before any text is prepared"
 
 
 def test_checkpoints_that_lie_where_it_is_to_write_are_not_taken_for_its_own(base, tmp_path):

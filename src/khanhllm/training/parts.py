@@ -75,14 +75,16 @@ def rows_of(parts: Parts, state: State, stop: Stop, every: bool = False) -> Gene
 
 def assemble(config: Config, folder: Path, saved: dict[str, Any], machine: Machine) -> Parts:
     """Open everything that the run needs. Its config then names the text by absolute paths, for a resume elsewhere."""
-    context = config.model.context
+    context, share = config.model.context, config.data.replay
+    if share and not config.data.base:
+        raise UserError(f"data.replay = {share:g} needs data.base: the shards of the run whose text is to be replayed")
     data = Path(machine.group.told(lambda: str(_prepared(config, folder, saved))))
     config = config.model_copy(update={"data": _anchored(config.data)})
     tokenizer = Tokenizer.load(data / "tokenizer.json")
     Reading.of(config.train, tokenizer)  # refuses one without what conversations need, before the model is made
     rank = machine.group.rank
     own, validation = _rows_in(data, config, rank), Shards.open(data, "validation", context)
-    base, share = _of_base(config, tokenizer, resumed=bool(saved)), config.data.replay
+    base = _of_base(config, tokenizer, resumed=bool(saved))
     train = Replay(own, _rows_in(base.folder, config, rank), share) if base and share else own
     return Parts(folder, Learner.new(config, machine), tokenizer, train, validation, base)
 
@@ -103,8 +105,6 @@ def _of_base(config: Config, tokenizer: Tokenizer, resumed: bool) -> Shards | No
     """What the run that this one goes on from held out. None if there is no such run, or if its shards are gone and the
     run is a resumed one that replays none of them."""
     folder, share = Path(config.data.base), config.data.replay
-    if share and not config.data.base:
-        raise UserError(f"data.replay = {share:g} needs data.base: the shards of the run whose text is to be replayed")
     if not config.data.base or (resumed and not share and not there(folder / MANIFEST)):
         return None
     if not there(folder / MANIFEST):
