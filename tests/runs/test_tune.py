@@ -20,6 +20,7 @@ from khanhllm.runs.run import open_run
 from khanhllm.runs.tune import tune
 from khanhllm.settings import beside, read_config, resolve, to_toml, write_config
 from khanhllm.training import checkpoint
+from khanhllm.training import run as training_run
 from khanhllm.training.run import train
 from khanhllm.training.start import write_start
 
@@ -162,6 +163,13 @@ def test_the_conversations_of_the_base_are_scored_as_it_scored_them(base, tmp_pa
     tuned(tmp_path / "first", tmp_path / "second", chats(tmp_path / "more.jsonl", 150), settings=still)
     forgets, knew = logged(tmp_path / "second")[-1], logged(tmp_path / "first")[-1]
     assert float(forgets["base_bpb"]) == pytest.approx(float(knew["val_bpb"]), rel=1e-4)
+
+
+def test_the_text_of_the_base_is_scored_without_a_mask_as_it_scored_it(base, tmp_path, monkeypatch):
+    readings, honest = [], training_run.score
+    monkeypatch.setattr(training_run, "score", lambda *given: readings.append(given[-1]) or honest(*given))
+    tuned(base, tmp_path / "talks", chats(tmp_path / "chats.jsonl"))
+    assert [bool(reading) for reading in readings[-2:]] == [True, False]
 
 
 def test_a_replay_of_nothing_is_refused(base, corpus, tmp_path, capsys):
