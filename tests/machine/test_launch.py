@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from khanhllm.machine import launch
+from khanhllm.machine import launch, signals
 from khanhllm.machine.launch import Failed, Hands
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has other signals")
@@ -123,7 +123,7 @@ def test_signals_are_passed_on(run, tmp_path, name):
 
 def test_the_same_signal_again_ends_those_that_hear_none(run, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "AT_ONCE", 0.1)
-    monkeypatch.setattr(launch, "ECHO", -1)
+    monkeypatch.setattr(signals, "ECHO", -1)
     heard, pass_on = [], Hands._pass_on
     monkeypatch.setattr(Hands, "_pass_on", lambda *given: (pass_on(*given), heard.append(given)))
     with sent(tmp_path, "SIGINT", "SIGINT", heard=heard):

@@ -288,14 +288,19 @@ def _skipped_so_far(folder: Path) -> Counter[str]:
 
 def _of_belt(folder: Path) -> list[Shard]:
     """The training shards of a belt that lie there now; its manifest names none."""
-    made = [Made.read(path).shard for path in sorted(folder.glob("train-?????.json"))]
+    made = (Made.read(path).shard for path in _notes(folder))
     return [shard for shard in made if (folder / shard.file).exists()]
+
+
+def _notes(folder: Path) -> list[Path]:
+    """The notes beside the shards of a belt, in their order."""
+    return sorted(folder.glob("train-?????.json"))
 
 
 def _places(folder: Path) -> tuple[Position, ...]:
     """Where the newest shard of a belt ends, in each of its sources."""
-    newest = max(folder.glob("train-?????.json"), default=None)
-    following: ShardStart | None = Made.read(newest).following if newest else None
+    notes = _notes(folder)
+    following: ShardStart | None = Made.read(notes[-1]).following if notes else None
     return following.positions if following else ()
 
 

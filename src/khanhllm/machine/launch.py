@@ -20,7 +20,7 @@ from types import FrameType
 
 from khanhllm.errors import UserError, in_a_line
 from khanhllm.machine.group import STORE, environment
-from khanhllm.machine.signals import ECHO, SIGNALS, handled
+from khanhllm.machine.signals import SIGNALS, handled, heard
 from khanhllm.schema import Config, MachineConfig
 from khanhllm.settings import to_toml
 
@@ -158,13 +158,10 @@ class Hands:
         return Failed(line or f"process {rank} of {self.size} ended with exit code {code}", code)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """A signal that asks a training to stop goes to all processes. Which ones count as a second: see `Stop`."""
-        now = time.monotonic()
-        if number in self.asked and now <= self.asked[number] + ECHO:
-            return
-        self.again = self.again or number in self.asked
-        self.asked.setdefault(number, now)
-        for child in self.children:
+        """A signal that asks a training to stop goes to all processes."""
+        nth = heard(self.asked, number)
+        self.again = self.again or nth == 2
+        for child in self.children if nth else ():
             with suppress(ProcessLookupError, ValueError):  # it has ended; the console of Windows told it already
                 child.send_signal(number)
 

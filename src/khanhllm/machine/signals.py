@@ -18,6 +18,16 @@ ECHO = 1.0
 and a launcher among them passes it on"""
 
 
+def heard(came: dict[int, float], number: int) -> int:
+    """Which time a signal came: 1 for the first, 2 for any after that, 0 for an echo. came: when each came first, which
+    is noted here (seconds)."""
+    now = time.monotonic()
+    if number in came:
+        return 2 if now > came[number] + ECHO else 0
+    came[number] = now
+    return 1
+
+
 class Stop:
     """The handler of signals; the loop checks `asked` after each step. A second signal of the same kind ends the
     process as usual."""
@@ -40,12 +50,12 @@ class Stop:
         return bool(came)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if number in self.came:
-            if time.monotonic() > self.came[number] + ECHO:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-                signal.raise_signal(number)
+        nth = heard(self.came, number)
+        if nth == 2:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
+        if nth != 1:
             return
-        self.came[number] = time.monotonic()
         name = signal.Signals(number).name
         self.asked = self.asked or name
         text = f"{name}: stopping after this step; again to end at once, without saving"
