@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data import plain, readers, sources, walk
+from khanhllm.data import plain, readers, sources, unpacked, walk
 from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
@@ -323,10 +323,38 @@ def test_a_bad_item_of_a_json_file_is_named_with_its_number(tmp_path):
         f"[{good}, 7]": ", item 2 is not a JSON object",
         f"{good}\n{good} x": ", item 3 is not valid JSON",
         f'{good}\n{{"text": {"[" * 100_000}': ", item 2 is not valid JSON",
+        f"[{good}] garbage": ", item 2 is not valid JSON",
+        f"[{good}]]": ", item 2 is not valid JSON",
+        f"[{good}]\n[{good}": "the array has no end",
     }.items():
         assert expected in complaint(write(path, content.encode()))
     assert read(write(path, f"[ {good} ,\n{good}]\n".encode())) == ["fine", "fine"]
     assert read(write(path, f"{good}{good}".encode())) == ["fine", "fine"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**20])
+def test_arrays_that_follow_one_another_are_read_to_the_last(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(plain, "BLOCK", block)
+    monkeypatch.setattr(unpacked, "BLOCK", block)
+    texts = iter(TEXTS)
+    arrays = [[{"text": next(texts)} for _ in range(number)] for number in (1, 0, 3, 2)]
+    for between in ("", " ", "\n\n"):
+        path = write(tmp_path / "a.json", between.join(map(json.dumps, arrays)).encode())
+        assert read(path) == TEXTS[:6]
+    assert read(write(path, (json.dumps(arrays[0]) + '{"text": "behind"}').encode())) == [TEXTS[0], "behind"]
+
+
+def test_a_json_value_costs_no_copy_of_what_follows_it(tmp_path, monkeypatch):
+    seen = []
+
+    class Decoder(json.JSONDecoder):
+        def raw_decode(self, text, *at):
+            seen.append(text)
+            return super().raw_decode(text, *at)
+
+    monkeypatch.setattr(json, "JSONDecoder", Decoder)
+    assert read(write(tmp_path / "a.json", json.dumps([{"text": text} for text in TEXTS]).encode())) == TEXTS
+    assert len(seen) == len(TEXTS) and len({id(text) for text in seen}) == 1
 
 
 def test_text_of_other_endings_is_read(tmp_path):

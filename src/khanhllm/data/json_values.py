@@ -11,45 +11,51 @@ LONGEST = 2**27
 
 
 def values(texts: Iterator[str], where: str) -> Iterator[Any]:
-    """The values of a JSON text, with or without brackets around all of them; memory holds one of them."""
+    """The values of a JSON text, with or without brackets around many of them; memory holds one of them."""
     decoder = json.JSONDecoder()
-    pending, more, number, array = "", True, 1, False
+    pending, at, more, number, array = "", 0, True, 1, False
 
     def fill(least: int) -> None:
-        nonlocal pending, more
-        parts, size = [pending], 0
+        nonlocal pending, at, more
+        parts, size = [pending[at:]], 0
         while more and size < least:
             block = next(texts, None)
             more = block is not None
             parts.append(block or "")
             size += len(parts[-1])
-        pending = "".join(parts).lstrip()
+        pending, at = "".join(parts), 0
 
-    fill(1)
-    if pending.startswith("["):
-        array, pending = True, pending[1:].lstrip()
-    while True:
-        while not pending and more:
-            fill(1)
-        if not pending or (array and pending.startswith("]")):
-            break
+    def mark() -> str:
+        """The next character that is not blank, which stays to be read; "" at the end."""
+        nonlocal at
+        while more or at < len(pending):
+            if at == len(pending):
+                fill(1)
+            elif pending[at].isspace():
+                at += 1
+            else:
+                return pending[at]
+        return ""
+
+    while following := mark():
+        if following == ("]" if array else "["):  # one array may follow another, as `cat` leaves them
+            array, at = not array, at + 1
+            continue
         try:
-            value, end = decoder.raw_decode(pending)
+            value, end = decoder.raw_decode(pending, at)
         except RecursionError:
             raise UserError(f"{where}, item {number} is not valid JSON (too deep)") from None
         except ValueError as error:
-            if not more or len(pending) > LONGEST:
+            if not more or len(pending) - at > LONGEST:
                 why = getattr(error, "msg", error)
                 raise UserError(
                     f"{where}, item {number} is not valid JSON ({why}); is the file cut in the middle?"
                 ) from None
-            fill(len(pending))
+            fill(len(pending) - at)
             continue
         yield value
-        number += 1
-        pending = pending[end:].lstrip()
-        while not pending and more:
-            fill(1)
-        pending = pending.removeprefix(",").lstrip() if array else pending
-    if array and not pending.startswith("]"):
+        at, number = end, number + 1
+        if array and mark() == ",":
+            at += 1
+    if array:
         raise UserError(f"{where} is cut short: the array has no end; copy or download it again")
