@@ -208,6 +208,17 @@ def test_a_copy_is_nothing_but_spans_that_come_again_and_two_sentences_are_none(
     assert sorted(left) == sorted(pages) and said(manifest) == {"spans": 4, "minhash": 0}
 
 
+@pytest.mark.parametrize("step", ["spans", "minhash"])
+def test_the_name_of_a_folder_is_no_pattern(tmp_path, step):
+    pages = [page(number) for number in range(20)]
+    (tmp_path / "a.jsonl").write_text(lines([*pages, *pages[:4]]), "utf-8")
+    made = [
+        prepare(str(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / name / "out", validation=0.2, clean=step)
+        for name in ("plain", "[v2]")
+    ]
+    assert made[0] == made[1] and said(made[1]) == {step: 4}
+
+
 def test_spans_of_a_very_long_document_are_found_as_far_as_their_numbers_reach(tmp_path):
     book = " ".join(f"Sentence {'abcdefghij'[n % 10]} {n:b} is one of many." for n in range(70_000))
     book = book.replace("0", "o").replace("1", "i")  # numbers are all alike to datatrove

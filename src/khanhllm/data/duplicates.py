@@ -13,11 +13,13 @@ import io
 import signal
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datatrove.data import Document
+from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
@@ -26,6 +28,7 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupSignature,
 )
 from datatrove.pipeline.dedup.sentence_dedup import SentenceDedupSignature, SentenceFindDedups
+from fsspec.implementations.local import LocalFileSystem
 
 from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Removals, steps_of
 from khanhllm.data.readers import Reader
@@ -83,6 +86,16 @@ class Signatures(PipelineStep):  # type: ignore[misc]
         signer.save_hashes(group, np.concatenate(parts or [np.empty(0, kind)]))
 
 
+class _Folder(DataFolder):  # type: ignore[misc]
+    """datatrove's folder, whose own name is no pattern: with a `[` in it, datatrove finds nothing there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), fs=LocalFileSystem())
+
+    def glob(self, path: str, **_: Any) -> dict[str, Any]:
+        return {name: info for name, info in self.find("", detail=True).items() if fnmatch(name, path)}
+
+
 def reports_of(aside: Path, step: str) -> Path:
     """The folder of a step's reports."""
     return aside / step / "reports"
@@ -97,11 +110,11 @@ def merge(aside: Path, step: str) -> None:
     new.mkdir(exist_ok=True)
     with redirect_stderr(io.StringIO()):  # progress bars
         if step == "spans":
-            SentenceFindDedups(str(signatures), str(new), config=SPANS).run()
+            SentenceFindDedups(_Folder(signatures), str(new), config=SPANS).run()
         else:
             for bucket in range(MINHASH.num_buckets):
                 MinhashDedupBuckets(str(signatures), str(pairs), config=MINHASH).run(None, bucket, MINHASH.num_buckets)
-            MinhashDedupCluster(str(pairs), str(new), MINHASH).run()
+            MinhashDedupCluster(_Folder(pairs), str(new), MINHASH).run()
     new.rename(folder / "remove")
 
 
