@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
@@ -239,3 +240,24 @@ def test_conversations_show_what_counts(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"role": "x"}]}) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"no document that can be read: .*line 1, message 1 is by 'x'"):
         inspect.show(str(tmp_path / "bad.jsonl"), None, 3, 100)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ({"body": "One text."}, "#body"),
+        ({"doc": {"text": "One text."}}, "#doc.text"),
+        ({"text": "One text.", "label": False}, ""),
+        ({"text": "One text.", "messages": 7}, ""),
+    ],
+)
+def test_texts_are_told_from_conversations(tmp_path, capsys, record, column, form):
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    else:
+        path.write_text(json.dumps(record), encoding="utf-8")
+    inspect.show(f"{path}{column}", None, 3, 100)
+    out = capsys.readouterr().out
+    assert "One text." in out and "conversations" not in out

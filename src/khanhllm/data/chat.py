@@ -61,9 +61,9 @@ def conversation(record: Any, where: str, column: str = "") -> list[Message]:
         raise NoConversation(f"{where} is no object with a conversation in it")
     if "chosen" in record and "rejected" in record:
         raise WrongConversation(f"{where} holds answers to choose from; khanhllm tune learns from answers alone")
-    if record.get("label") is False:
-        raise WrongConversation(f"{where} is marked as a bad answer (label: false), and khanhllm tune would learn it")
     messages = list(_found(record, where, column))
+    if record.get("label") is False:  # of a record without a conversation it says something else
+        raise WrongConversation(f"{where} is marked as a bad answer (label: false), and khanhllm tune would learn it")
     if system := _text(record.get("system"), f"{where}, system"):
         messages.insert(0, Message("system", system))
     check_turns(messages, where)
@@ -75,7 +75,7 @@ def _found(record: Mapping[str, Any], where: str, column: str) -> Iterator[Messa
     if name:
         yield from messages_of(record[name], where)
     elif column:
-        raise WrongConversation(f"{where} has no {column!r}; it has: {_named(record)}")
+        raise NoConversation(f"{where} has no {column!r}; it has: {_named(record)}")
     elif "instruction" in record and "output" in record:
         history = record.get("history") or []
         for turn in history if isinstance(history, list | tuple) else [history]:
@@ -107,7 +107,7 @@ def _pair(asked: Any, answer: Any, where: str) -> Iterator[Message]:
 def messages_of(turns: Any, where: str) -> Iterator[Message]:
     """The messages of a list of {"role", "content"} or {"from", "value"}. Raises UserError that names the message."""
     if not isinstance(turns, list | tuple):
-        raise WrongConversation(f"{where}: the messages must be a list, not {type(turns).__name__}")
+        raise NoConversation(f"{where}: the messages must be a list, not {type(turns).__name__}")
     for number, turn in enumerate(turns, 1):
         place = f"{where}, message {number}"
         if not isinstance(turn, Mapping):
