@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from khanhllm.data.chat import Message, conversation, from_json, to_json
-from khanhllm.data.readers import Reader
+from khanhllm.data.readers import Reader, holds_conversations
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
 
@@ -107,3 +107,11 @@ def test_a_bad_conversation_ends_it_or_is_skipped_alone(tmp_path):
     with pytest.raises(UserError, match=r"chats\.jsonl, line 2, message 1 is by assistant"):
         read(chats)
     assert read(chats, bad="skip") == ([[ASKED, SAID]] * 2, {"conversation": 1})
+
+
+def test_an_empty_file_decides_nothing(tmp_path):
+    write_lines(tmp_path / "chats.jsonl", {"messages": TURNS})
+    for number in range(9):  # whichever comes first
+        write_lines(tmp_path / f"{number}.jsonl")
+    assert holds_conversations(locate(str(tmp_path)))
+    assert not holds_conversations(locate(f"{tmp_path}/[0-9].jsonl"))

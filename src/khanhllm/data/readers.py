@@ -168,12 +168,13 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 
 
 def holds_conversations(source: Source) -> bool:
-    """Whether the first file that can be read begins with a conversation, right or wrong."""
+    """Whether the first file that can be read and is not empty begins with a conversation, right or wrong."""
     for name in source.files:
         if not holds_records(name):
             break
         try:
-            return next(Reader(replace(source, laid_for=1), []).read_file(name), None) is not None
+            for _ in Reader(replace(source, laid_for=1), []).read_file(name):
+                return True
         except NoConversation:
             break
         except WrongConversation:
