@@ -42,6 +42,16 @@ def test_shards_inside_a_folder_of_texts_are_no_text(folder):
         locate(str(folder / "deep"))
 
 
+def test_a_run_inside_a_folder_of_texts_is_no_text(folder):
+    before = locate(str(folder))
+    for name in ("config.toml", "training_log.csv", "samples.txt", "checkpoints/notes.txt"):
+        (folder / "runs/nano" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "runs/nano" / name).write_text("x", encoding="utf-8")
+    found = locate(str(folder))
+    assert (found.files, found.fingerprint) == (before.files, before.fingerprint)
+    assert dict(found.left_out) == {**dict(before.left_out), "run": 1}
+
+
 def test_what_is_left_out_is_counted_by_kind(folder):
     for name in ("b.png", "deep/c.PNG", "x.tar.gz", "Makefile", ".secret", "package.json", "shards/manifest.json"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -20,6 +20,8 @@ WEB = (".warc", ".warc.gz", ".wet", ".wet.gz")
 PAGES = (".html", ".htm")
 # readers.py reads each kind.
 KINDS = {"text": TEXT, "lines": LINES, "json": JSON, "table": TABLES, "sheet": SHEETS, "page": PAGES, "warc": WEB}
+OWN = {"folder of shards": {"manifest.json", "tokenizer.json"}, "run": {"config.toml", "training_log.csv"}}
+"""folders that KhanhLLM makes, which may lie inside a folder of texts, and what shows them; their files are no texts"""
 BEGINNING = 2**16
 """bytes of a .json file that show whether it holds documents"""
 
@@ -37,10 +39,9 @@ def walk(root: Path, left_out: Counter[str], links: bool = True) -> Iterator[Pat
     for start in waiting:
         for folder, folders, names in os.walk(start):
             real = os.path.realpath(folder)
-            # a folder of shards may lie inside the folder of texts; its vocab.txt is not text to train on
-            if shards := "manifest.json" in names and "tokenizer.json" in names:
-                left_out["folder of shards"] += 1
-            if shards or real in seen:
+            own = [what for what, marks in OWN.items() if marks <= set(names)]
+            left_out.update(own)
+            if own or real in seen:
                 folders.clear()
                 continue
             seen.add(real)
