@@ -6,9 +6,11 @@ import re
 import subprocess
 
 import pytest
+from datatrove.executor import LocalPipelineExecutor
 from words import TOKENIZER, lines, text
 
 from khanhllm.cli import main
+from khanhllm.data import executors
 from khanhllm.data.executors import Execution
 from khanhllm.data.prepare import prepare
 from khanhllm.data.readers import Reader
@@ -45,6 +47,17 @@ def test_the_number_of_tasks_does_not_show(corpus, tmp_path, expected, tasks, wo
     assert prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, execution=place) == expected
     Shards.open(tmp_path / "out", "train", 8).verify()
     assert {path.name for path in (tmp_path / "out").glob("*.bin*")} == {shard.file for shard in expected.shards}
+
+
+def test_a_system_without_a_fork_server_makes_the_same_shards(corpus, tmp_path, expected, monkeypatch):
+    """As Windows is one."""
+    made = []
+    monkeypatch.setattr(executors, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(
+        executors, "LocalPipelineExecutor", lambda **given: made.append(LocalPipelineExecutor(**given)) or made[-1]
+    )
+    assert prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=2) == expected
+    assert made[-1].start_method == "spawn"
 
 
 @pytest.mark.parametrize("tokens", [0, 9000])

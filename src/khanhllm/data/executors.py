@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -203,6 +204,7 @@ class Job:
             workers=workers,
             logging_dir=str(log),
             skip_completed=False,
+            start_method="forkserver" if "forkserver" in get_all_start_methods() else "spawn",  # as on Windows
             local_tasks=wave,
             local_rank_offset=first,
         )
