@@ -1,6 +1,8 @@
 """Laws of looking up a source: the order is fair and fixed, what is wrong is said in one line and within seconds."""
 
+import errno
 import http.server
+import os
 import socket
 import threading
 import time
@@ -106,6 +108,23 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert set(found.files) == {"own/a.txt", "wiki/deep/a.txt"}
     assert dict(found.left_out) == {"link to a folder above": 2}
     assert len(locate(f"{folder}/**/*.txt").files) == len(locate(f"{folder}/*/**/*.txt").files) == 2
+
+
+@pytest.mark.parametrize(("closed", "source"), [("deep", ""), ("deep/er", "**/*.md"), (".", ""), ("link", "")])
+def test_a_folder_that_cannot_be_opened_is_named(folder, tmp_path_factory, monkeypatch, closed, source):
+    disk = tmp_path_factory.mktemp("disk")
+    (folder / "link").symlink_to(disk)
+    scan = os.scandir
+
+    def scandir(path):
+        if Path(path) == folder / closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"^cannot read .*: Permission denied; make it readable") as refused:
+        locate(str(folder / source))
+    assert f"cannot read {folder / closed}: " in str(refused.value)
 
 
 def test_the_order_depends_on_names_alone_and_is_not_alphabetical(tmp_path):

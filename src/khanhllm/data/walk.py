@@ -10,6 +10,7 @@ from pathlib import Path
 
 from khanhllm.data.source_syntax import COLUMNS
 from khanhllm.data.warc import can_read_pages
+from khanhllm.errors import UserError
 
 TEXT = (".txt", ".text", ".md", ".rst", ".py", ".txt.gz")
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl.zst", ".ndjson.zst", ".json.zst")
@@ -22,6 +23,8 @@ PAGES = (".html", ".htm")
 KINDS = {"text": TEXT, "lines": LINES, "json": JSON, "table": TABLES, "sheet": SHEETS, "page": PAGES, "warc": WEB}
 OWN = {"folder of shards": {"manifest.json", "tokenizer.json"}, "run": {"config.toml", "training_log.csv"}}
 """folders that KhanhLLM makes, which may lie inside a folder of texts, and what shows them; their files are no texts"""
+SKIPPED = ("__pycache__", "site-packages", "dist-packages", "lost+found", "System Volume Information")
+"""folders left out like hidden ones; the last two hold the system's own files, and only it may open them"""
 BEGINNING = 2**16
 """bytes of a .json file that show whether it holds documents"""
 
@@ -33,11 +36,14 @@ def kind(name: str) -> str:
 
 
 def walk(root: Path, left_out: Counter[str], links: bool = True) -> Iterator[Path]:
-    """The files of a folder; behind its own those of linked folders. Each folder is read once, wherever links lead."""
+    """The files of a folder; behind its own those of linked folders. Each folder is read once, wherever links lead.
+
+    Raises UserError for one that cannot be opened, unless `links` are left alone: those are of Python's own library.
+    """
     seen: set[str] = set()
     waiting = [root]
     for start in waiting:
-        for folder, folders, names in os.walk(start):
+        for folder, folders, names in os.walk(start, onerror=_refuse if links else None):
             real = os.path.realpath(folder)
             own = [what for what, marks in OWN.items() if marks <= set(names)]
             left_out.update(own)
@@ -55,8 +61,15 @@ def walk(root: Path, left_out: Counter[str], links: bool = True) -> Iterator[Pat
             yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
+def _refuse(error: OSError) -> None:
+    """Nobody would notice that the text of this folder is missing. But a pattern may name a folder that is not there."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        why = f"{error.strerror}; make it readable, or name the others by a pattern"
+        raise UserError(f"cannot read {error.filename}: {why}")
+
+
 def _is_skipped(folder: str) -> bool:
-    return folder in ("__pycache__", "site-packages", "dist-packages") or folder.startswith(".")
+    return folder in SKIPPED or folder.startswith(".")
 
 
 def matching(pattern: Path) -> Iterator[Path]:
