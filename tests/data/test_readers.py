@@ -6,6 +6,7 @@ import gzip
 import http.server
 import io
 import json
+import os
 import threading
 
 import pyarrow
@@ -15,7 +16,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khanhllm.data import plain, readers, sources, unpacked, walk
+from khanhllm.data import inspect, plain, readers, sources, unpacked, walk
 from khanhllm.data.readers import Reader
 from khanhllm.data.sources import locate
 from khanhllm.errors import UserError
@@ -85,6 +86,18 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 700)
     for path in packed(tmp_path):
         assert read(path) == (LINES if ".tsv" in path.name else TEXTS), path.name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file of Windows has a ? in its name")
+def test_a_question_mark_in_the_name_of_a_file_is_a_letter(tmp_path, capsys):
+    for path in packed(tmp_path):
+        path = path.rename(tmp_path / f"is this a.txt? {path.name}")
+        assert read(path) == (LINES if ".tsv" in path.name else TEXTS), path.name
+        assert read(f"{path}#text") == read(path)
+    found = locate(str(tmp_path))
+    assert len(found.files) == 13 and not found.left_out
+    inspect.show(str(tmp_path), None, 0, 1)
+    assert "13 files" in capsys.readouterr().out
 
 
 def test_a_file_cut_in_the_middle_is_named(tmp_path):

@@ -26,7 +26,7 @@ from khanhllm.data.counting import counted as counted_in
 from khanhllm.data.readers import Reader, holds_conversations
 from khanhllm.data.render import render
 from khanhllm.data.shards import MANIFEST, Cleaning, Manifest, Shard, damage, mapped
-from khanhllm.data.source_syntax import with_home
+from khanhllm.data.source_syntax import with_home, without_query
 from khanhllm.data.sources import Source, in_words, locate
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.walk import KINDS
@@ -252,7 +252,7 @@ def _shares(console: Console, source: Source) -> None:
     for name, weight in zip(source.files, weights, strict=True):
         top, slash, _ = name.partition("/")
         tops[top + slash] += weight
-        bare = name.lower().partition("?")[0]
+        bare = without_query(name, source.root).lower()
         kinds[next(ending for endings in KINDS.values() for ending in endings if bare.endswith(ending))] += weight
     for title, parts in (("kinds of files", kinds), ("folders and files", tops)):
         rows = parts.most_common(TOP)

@@ -35,7 +35,7 @@ from khanhllm.data.counting import Marks
 from khanhllm.data.fetch import Denied, fetch
 from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
 from khanhllm.data.records import holds_records, records
-from khanhllm.data.source_syntax import filled, text_columns
+from khanhllm.data.source_syntax import filled, text_columns, without_query
 from khanhllm.data.sources import LOGIN, Source, as_user_error, is_remote
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.unpacked import lines, unpacked
@@ -111,9 +111,8 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             return
         with nullcontext(self.spool) if self.spool else TemporaryDirectory(prefix="khanhllm-") as spool:
             # read only complete, checked files: damage found later would already be in the model
-            path = Path(
-                spool, blake2b(where.encode(), digest_size=8).hexdigest(), Path(filepath.partition("?")[0]).name
-            )
+            bare = Path(without_query(filepath, self.source.root)).name
+            path = Path(spool, blake2b(where.encode(), digest_size=8).hexdigest(), bare)
             path.parent.mkdir(parents=True, exist_ok=True)
             _download(where, path, self.patience)
             yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where)
@@ -127,7 +126,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         except UserError:
             if self.source.bad == "refuse":
                 raise
-            self.skipped[ending(Path(filepath.partition("?")[0]).name)] += 1
+            self.skipped[ending(Path(without_query(filepath, self.source.root)).name)] += 1
 
     def _read(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
@@ -153,7 +152,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         if self.source.laid_for:
             return self._conversations(raw, where, form)
         if form == "warc":
-            name = where.partition("?")[0].lower()
+            name = without_query(where).lower()
             return pages(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, where)
         if form == "page":
             return iter([page(raw.read())])
@@ -170,7 +169,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
 def holds_conversations(source: Source) -> bool:
     """Whether the first file that can be read and is not empty begins with a conversation, right or wrong."""
     for name in source.files:
-        if not holds_records(name):
+        if not holds_records(name, source.root):
             break
         try:
             for _ in Reader(replace(source, laid_for=1), []).read_file(name):
@@ -189,11 +188,12 @@ def for_conversations(source: Source, context: int, tokenizer: Tokenizer, clean:
     Marks.of(tokenizer)
     if clean:
         raise UserError(f"data.clean = {clean} cleans texts, and {source.name} holds conversations; leave it out")
-    kept = [(name, size) for name, size in zip(source.files, source.text_bytes, strict=True) if holds_records(name)]
+    sizes_of = zip(source.files, source.text_bytes, strict=True)
+    kept = [(name, size) for name, size in sizes_of if holds_records(name, source.root)]
     if not kept:
         where = f"those lie in JSON lines, .json or parquet ({SHAPES}); plain text needs --train.targets all"
         raise UserError(f"{source.name} holds no conversations: {where}")
-    lost = Counter(ending(Path(name).name) for name in source.files if not holds_records(name))
+    lost = Counter(ending(Path(name).name) for name in source.files if not holds_records(name, source.root))
     left_out = tuple((Counter(dict(source.left_out)) + lost).items())
     files, sizes = zip(*kept, strict=True)
     return replace(source, files=files, text_bytes=sizes, laid_for=context, left_out=left_out)
@@ -203,14 +203,13 @@ def _check_beginning(raw: Any, where: str, name: str) -> None:
     """Raise UserError if the first bytes show that a file is something other than its name says."""
     head = raw.read(HEAD)
     raw.seek(0)
-    bare = name.partition("?")[0]
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise UserError(f"{where} is only a Git LFS pointer to the file; type `git lfs pull` in its repository")
     if kind(name) not in ("page", "warc") and PAGE.match(head):
         raise UserError(f"{where} is a web page, not a file of text; give the address or the file of the text itself")
     for magic, packer, suffix in PACKERS:
-        if head.startswith(magic) and not bare.lower().endswith(suffix):
-            way = f"rename it to {Path(bare).name}{suffix}" if kind(bare + suffix) else "unpack it first"
+        if head.startswith(magic) and not name.lower().endswith(suffix):
+            way = f"rename it to {Path(name).name}{suffix}" if kind(name + suffix) else "unpack it first"
             raise UserError(f"{where} is packed by {packer}, though its name does not say so; {way}")
 
 
@@ -328,7 +327,7 @@ def _cells(raw: Any, where: str, wanted: str) -> Iterator[str]:
                 raise UserError(f"{where}, row {row} {fault}; convert it to UTF-8") from None
 
     csv.field_size_limit(FIELD)
-    tabs = where.partition("?")[0].lower().endswith((".tsv", ".tsv.gz"))
+    tabs = without_query(where).lower().endswith((".tsv", ".tsv.gz"))
     quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     rows = csv.reader(decoded_lines(), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
     try:

@@ -33,6 +33,6 @@ def records(raw: Any, where: str, form: str) -> Iterator[tuple[Any, str]]:
                 yield row, f"{where}, row {number}"
 
 
-def holds_records(name: str) -> bool:
-    """Whether a file of this name can hold conversations."""
-    return kind(name) in FORMS
+def holds_records(name: str, root: str) -> bool:
+    """Whether a file of this name, which lies under `root`, can hold conversations."""
+    return kind(name, root) in FORMS

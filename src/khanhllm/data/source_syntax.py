@@ -37,6 +37,12 @@ def _exists(source: str) -> bool:
     return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))  # noqa: PTH207, absolute patterns
 
 
+def without_query(name: str, root: str = "") -> str:
+    """The name without what follows a '?', if it is a URL or lies under `root`, which is one; on a disk and on the hub
+    a '?' is a character as any other."""
+    return name.partition("?")[0] if (root or name).startswith(("http://", "https://")) else name
+
+
 def text_columns(names: list[str], wanted: str, where: str) -> list[str]:
     """The columns that may hold the text, in order. Raises UserError that lists the existing ones if there is none."""
     columns = [name for name in ([wanted] if wanted else COLUMNS) if name in names]
@@ -83,7 +89,7 @@ def _choices(inside: str, url: str) -> list[str]:
 
 def common_folder(names: list[str]) -> tuple[str, list[str]]:
     """The folder that all names lie under, and the names relative to it. What follows a '?' is not part of a path."""
-    folders = [name.partition("?")[0].split("/")[:-1] for name in names]
+    folders = [without_query(name).split("/")[:-1] for name in names]
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
     root = "/".join(level[0] for level in levels)
     return root, [name[len(root) + 1 :] for name in names]

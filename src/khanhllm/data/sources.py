@@ -161,7 +161,7 @@ def locate(source: str, bad: Literal["refuse", "skip"] = "refuse") -> Source:
     located = replace(_without_column(place, column), bad=bad)
     if not column:
         return located
-    if all(kind(name) in ("text", "page") for name in located.files):
+    if all(kind(name, located.root) in ("text", "page") for name in located.files):
         raise UserError(f"{place} is plain text, which has no column '{column}'; leave out #{column}")
     return replace(located, name=source, column=column, fingerprint=f"{located.fingerprint}#{column}")
 
@@ -230,7 +230,7 @@ def _on_disk(source: str, column: str) -> Source:
 
 
 def _known(name: str, source: str) -> str:
-    if not kind(name):
+    if not kind(name, source):
         raise UserError(f"{source} is of unknown kind; {ALLOWED}")
     return name
 

@@ -9,6 +9,7 @@ import orjson
 import zstandard
 
 from khanhllm.data.plain import BLOCK
+from khanhllm.data.source_syntax import without_query
 from khanhllm.errors import UserError
 
 ZST_BLOCK = 2**9
@@ -16,7 +17,7 @@ ZST_BLOCK = 2**9
 
 
 def unpacked(raw: Any, where: str) -> Iterator[bytes]:
-    name = where.partition("?")[0].lower()
+    name = without_query(where).lower()
     if name.endswith(".zst"):
         return _unzstd(raw, where)
     file = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from khanhllm.data.source_syntax import COLUMNS
+from khanhllm.data.source_syntax import COLUMNS, without_query
 from khanhllm.data.warc import can_read_pages
 from khanhllm.errors import UserError
 
@@ -29,9 +29,9 @@ BEGINNING = 2**16
 """bytes of a .json file that show whether it holds documents"""
 
 
-def kind(name: str) -> str:
-    """The kind of a file, a key of KINDS, by its ending; "" if it is unknown."""
-    name = name.partition("?")[0].lower()
+def kind(name: str, root: str = "") -> str:
+    """The kind of a file, a key of KINDS, by its ending; "" if it is unknown. root: where it lies, if that is a URL."""
+    name = without_query(name, root).lower()
     return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), "")
 
 
@@ -62,7 +62,7 @@ def walk(root: Path, left_out: Counter[str], links: bool = True) -> Iterator[Pat
 
 
 def _refuse(error: OSError) -> None:
-    """Nobody would notice that the text of this folder is missing. But a pattern may name a folder that is not there."""
+    """Nobody would notice that the text of this folder is missing. But a pattern may name one that is not there."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         why = f"{error.strerror}; make it readable, or name the others by a pattern"
         raise UserError(f"cannot read {error.filename}: {why}")
