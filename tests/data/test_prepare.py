@@ -1,5 +1,6 @@
 """Laws of preparation: the source alone decides the shards, nothing is lost, both splits live, all or nothing."""
 
+import errno
 import gzip
 import json
 import shutil
@@ -185,6 +186,29 @@ def test_an_existing_folder_is_never_touched(corpus, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1)
     assert (tmp_path / "out" / "mine.txt").read_text(encoding="utf-8") == "precious"
+
+
+def test_an_empty_folder_is_filled_also_where_a_rename_replaces_none(corpus, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def as_on_windows(path, target):
+        if Path(target).exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", as_on_windows)
+    (tmp_path / "out").mkdir()
+    made = prepare(str(corpus), TOKENIZER, tmp_path / "out", validation=0.1, workers=1)
+    assert Manifest.read(tmp_path / "out") == made
+
+
+def test_the_folder_one_is_in_is_refused_before_any_work(corpus, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="is no new folder; name one in it"):
+        prepare(str(corpus), TOKENIZER, Path(), validation=0.1)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_prepared_again_there_is_nothing_to_do_unless_something_changed(corpus, tmp_path, capsys):

@@ -77,6 +77,8 @@ def prepare(
     """
     execution = execution or Execution(workers=workers)
     execution.check(tokens)
+    if not out.name:  # `.`, which nothing can be renamed to
+        raise UserError(f"{out} is no new folder; name one in it, as in --out shards")
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken and not (out / MADE_FROM).exists():
         raise UserError(f"{out} exists already; remove it or choose another folder")
@@ -107,6 +109,8 @@ def prepare(
             return None
         (job.shards / MADE_FROM).write_text(json.dumps(recipe), encoding="utf-8")
         (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
+        if out.exists():  # and is empty; Windows would not replace it
+            out.rmdir()
         job.shards.rename(out)
     shutil.rmtree(partial, ignore_errors=True)
     _report(manifest, out, time.monotonic() - started)
