@@ -277,10 +277,13 @@ def test_ensure_takes_prepared_shards_as_they_are_and_checks_the_tokenizer(corpu
         ensure(settings(out, tmp_path), 300, 1)
 
 
-def test_ensure_knows_the_home_of_shards_and_cache(corpus, tmp_path, monkeypatch):
+def test_ensure_knows_the_home_of_shards_cache_and_tokenizer(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     made = ensure(settings(corpus, Path("~")), 300, 1000)
     assert made.parent == tmp_path / "cache"
+    TOKENIZER.save(tmp_path / "given.json")
+    given = ensure(settings(corpus, tmp_path, tokenizer="~/given.json"), 4000, 1)
+    assert Manifest.read(given).tokenizer == TOKENIZER.sha256
     assert ensure(settings(f"~/cache/{made.name}", tmp_path), 300, 1000) == made
 
 

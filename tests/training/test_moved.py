@@ -55,6 +55,17 @@ def test_other_text_is_refused_in_one_line(moved, capsys):
     assert (moved / "run" / "config.toml").read_bytes() == before
 
 
+def test_the_home_of_a_tokenizer_and_of_other_shards_is_known(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(config(corpus, tmp_path / "cache"), tmp_path / "run")
+    (shards,) = (path.parent for path in (tmp_path / "cache").glob("*/manifest.json"))
+    named = {"tokenizer": "~/run/tokenizer.json", "base": f"~/cache/{shards.name}"}
+    other = resolve(config(corpus, tmp_path / "cache").model_dump(), {"data": named})
+    train(other, tmp_path / "other")
+    kept = read_config(tmp_path / "other").data
+    assert (kept.tokenizer, kept.base) == (str(tmp_path / "run/tokenizer.json"), str(shards))
+
+
 def test_a_relative_source_is_found_from_another_folder(corpus, tmp_path, monkeypatch):
     shutil.copytree(corpus, tmp_path / "texts")
     monkeypatch.chdir(tmp_path)

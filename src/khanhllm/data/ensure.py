@@ -43,7 +43,7 @@ def ensure(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int 
         needs = f"rows of {laid_for:,} (model.context)" if laid_for else "train.targets = answers"
         raise UserError(f"{folder} holds {manifest.laid.describe()}; this run needs {needs}")
     check_fits(manifest.vocab_size, vocab_size, str(folder))
-    for path in (folder / "tokenizer.json", *([Path(data.tokenizer)] if data.tokenizer else [])):
+    for path in (folder / "tokenizer.json", *([with_home(data.tokenizer)] if data.tokenizer else [])):
         tokenizer = Tokenizer.load(path)
         if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
             raise UserError(f"the tokenizer {path} does not match the shards in {folder}; prepare them again with it")

@@ -265,7 +265,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
     fingerprints = [part if isinstance(part, str) else part.fingerprint for part, _ in parts]
     (first, _), *others = parts
     whole = not others and isinstance(first, Source) and first.size <= WHOLE
-    given = Tokenizer.load(Path(data.tokenizer)) if data.tokenizer else None
+    given = Tokenizer.load(with_home(data.tokenizer)) if data.tokenizer else None
     recipe: list[Any] = [VERSION, fingerprints[0] if whole else fingerprints, data.validation, data.tokens]
     sample = data.tokenizer_sample if whole else _sample_for(data, tokens_needed)
     recipe += [given.sha256] if given else [vocab_size, data.tokenizer_sample]
@@ -298,7 +298,7 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
         raise UserError(
             f"{data.source} is a mixture; conversations come from one source: a file, a folder or a pattern"
         )
-    tokenizer, located = Tokenizer.load(Path(data.tokenizer)), locate(data.source, data.bad)
+    tokenizer, located = Tokenizer.load(with_home(data.tokenizer)), locate(data.source, data.bad)
     check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
     recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already

@@ -13,6 +13,7 @@ from typing import Any
 from khanhllm.data.counting import Marks
 from khanhllm.data.ensure import ensure
 from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.source_syntax import with_home
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.machine.devices import open_machine
@@ -142,7 +143,7 @@ def _base(base: Run, replay: float, option: str = "--replay") -> str:
 
 def _shards(config: Config) -> Path:
     if config.data.base:  # what is wrong with it is said before anything is written
-        Shards.open(Path(config.data.base), "validation", config.model.context)
+        Shards.open(with_home(config.data.base), "validation", config.model.context)
     needed = config.train.steps * config.tokens_per_step
     return ensure(config.data, config.model.vocab_size, needed, laid_for(config))
 

@@ -141,9 +141,8 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
 def _anchored(data: DataConfig) -> DataConfig:
     from khanhllm.data.sources import anchored
 
-    files = {
-        key: path and str(Path(path).absolute()) for key, path in (("tokenizer", data.tokenizer), ("base", data.base))
-    }
+    named = (("tokenizer", data.tokenizer), ("base", data.base))
+    files = {key: path and str(with_home(path).absolute()) for key, path in named}
     return data.model_copy(update={"source": anchored(data.source), **files})
 
 
