@@ -206,8 +206,9 @@ def test_the_folder_one_is_in_is_refused_before_any_work(corpus, tmp_path, monke
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="is no new folder; name one in it"):
-        prepare(str(corpus), TOKENIZER, Path(), validation=0.1)
+    for out in (Path(), tmp_path / "here"):
+        with pytest.raises(UserError, match="is the folder that this command runs in; name a new one in it"):
+            prepare(str(corpus), TOKENIZER, out, validation=0.1)
     assert sorted(tmp_path.rglob("*")) == before
 
 

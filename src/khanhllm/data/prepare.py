@@ -77,8 +77,6 @@ def prepare(
     """
     execution = execution or Execution(workers=workers)
     execution.check(tokens)
-    if not out.name:  # `.`, which nothing can be renamed to
-        raise UserError(f"{out} is no new folder; name one in it, as in --out shards")
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken and not (out / MADE_FROM).exists():
         raise UserError(f"{out} exists already; remove it or choose another folder")
@@ -109,8 +107,6 @@ def prepare(
             return None
         (job.shards / MADE_FROM).write_text(json.dumps(recipe), encoding="utf-8")
         (job.shards / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
-        if out.exists():  # and is empty; Windows would not replace it
-            out.rmdir()
         job.shards.rename(out)
     shutil.rmtree(partial, ignore_errors=True)
     _report(manifest, out, time.monotonic() - started)
@@ -140,8 +136,12 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
     partial = out.absolute().parent / f".{out.name}.partial"
     written = partial / "recipe.json"
     try:
+        if out.absolute() == Path.cwd():
+            raise UserError(f"{out} is the folder that this command runs in; name a new one in it, as in --out shards")
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / "lock"):
+            if out.exists():  # and is empty; Windows would not replace it in the end
+                out.rmdir()
             if not written.exists() or written.read_text(encoding="utf-8") != recipe:
                 for old in partial.iterdir():
                     if old.is_dir():
