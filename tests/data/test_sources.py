@@ -110,6 +110,15 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert len(locate(f"{folder}/**/*.txt").files) == len(locate(f"{folder}/*/**/*.txt").files) == 2
 
 
+def test_a_column_behind_a_pattern_sends_nobody_round_a_loop(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"body": "text"}\n', encoding="utf-8")
+    for number in range(3):
+        (tmp_path / f"loop{number}").symlink_to(tmp_path)
+    left, scan = iter(range(100)), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (next(left), scan(path))[1])
+    assert locate(f"{tmp_path}/**/*.jsonl#body").files == ("a.jsonl",)
+
+
 @pytest.mark.parametrize(("closed", "source"), [("deep", ""), ("deep/er", "**/*.md"), (".", ""), ("link", "")])
 def test_a_folder_that_cannot_be_opened_is_named(folder, tmp_path_factory, monkeypatch, closed, source):
     disk = tmp_path_factory.mktemp("disk")

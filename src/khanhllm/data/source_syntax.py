@@ -1,6 +1,5 @@
-"""The syntax of a source string: `#column`, `{a,b}` and `{0..9}`, `:split`."""
+"""The syntax of a source string: `{a,b}` and `{0..9}`, `:split`, and the columns that hold its text."""
 
-import glob
 import itertools
 import math
 import re
@@ -14,27 +13,12 @@ COLUMNS = ("text", "content", "document", "body", "article")
 """columns tried in this order, row by row, when the source names none"""
 
 
-def with_column(source: str) -> tuple[str, str]:
-    """Split `source#column` in two; the column is "" if there is none, or if a path of that whole name exists."""
-    place, mark, column = source.rpartition("#")
-    if not mark or "/" in column or _exists(source):
-        return source, ""
-    if not place or not column:
-        raise UserError(f"{source} names no column; write it behind the '#', as in my.csv#body")
-    return place, column
-
-
 def with_home(source: str) -> Path:
     """The path with `~` expanded, if that user exists."""
     try:
         return Path(source).expanduser()
     except RuntimeError:
         return Path(source)
-
-
-def _exists(source: str) -> bool:
-    path = with_home(source)
-    return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))  # noqa: PTH207, absolute patterns
 
 
 def without_query(name: str, root: str = "") -> str:

@@ -25,7 +25,7 @@ from threading import Thread
 from typing import Literal
 from urllib.parse import urlsplit
 
-from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_column, with_home, with_split
+from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_home, with_split
 from khanhllm.data.walk import KINDS, ending, kind, matching, once, readable, walk
 from khanhllm.data.warc import can_read_pages
 from khanhllm.errors import UserError
@@ -121,6 +121,21 @@ def components(source: str) -> list[tuple[str, float]]:
     largest = max(share for _, share in weighted)
     total = math.fsum(share / largest for _, share in weighted)
     return [(name, share / largest / total) for name, share in weighted]
+
+
+def with_column(source: str) -> tuple[str, str]:
+    """Split `source#column` in two; the column is "" if there is none, or if a path of that whole name exists."""
+    place, mark, column = source.rpartition("#")
+    if not mark or "/" in column or _exists(source):
+        return source, ""
+    if not place or not column:
+        raise UserError(f"{source} names no column; write it behind the '#', as in my.csv#body")
+    return place, column
+
+
+def _exists(source: str) -> bool:
+    path = with_home(source)
+    return path.exists() or any(True for _ in matching(path))
 
 
 def anchored(source: str) -> str:
