@@ -189,6 +189,8 @@ def test_the_standard_library_is_there():
     [
         ("missing/place", "no file, folder or source named missing/place"),
         ("stdlob", "did you mean stdlib?"),
+        ("http://127.0.0.1:1/my text.txt", "http://127.0.0.1:1/my text.txt is not an address: "),
+        ("http://127.0.0.1:port/a.txt", "is not an address: nonnumeric port"),
         ("{}/picture.png", "of unknown kind; known endings: .txt"),
         ("{}/*.png", "only files of unknown kind; known endings"),
         ("{}/*.nothing", "matches nothing"),
@@ -369,6 +371,11 @@ def test_a_mixture_has_components_with_shares(tmp_path):
     assert components("hf://datasets/a/b:train : .5,x.csv#body:5e-1") == [
         ("hf://datasets/a/b:train", 0.5),
         ("x.csv#body", 0.5),
+    ]
+    assert components("http://h/{a,b}.txt:1, ./x:1,http://h/{c,d}/{e,f}:2") == [
+        ("http://h/{a,b}.txt", 0.25),
+        ("./x", 0.25),
+        ("http://h/{c,d}/{e,f}", 0.5),
     ]
     for single in ("c4", "http://localhost:8000", "http://x/{a,b}.txt", "a:1,b", "a,b:1"):
         assert components(single) == [(single, 1.0)]

@@ -109,6 +109,7 @@ def test_which_sources_become_absolute(tmp_path, monkeypatch):
     assert anchored("texts") == f"{odd}/texts"
     assert anchored("t.csv#body") == f"{odd}/t.csv#body"
     assert anchored("texts:0.7, c4:3") == f"{odd}/texts:0.7, c4:3"
+    assert anchored("https://h/{a,b}.txt:1, texts:3") == f"https://h/{{a,b}}.txt:1, {odd}/texts:3"
     from khanhllm.data.sources import locate
 
     assert locate(anchored("te*/*.txt")).files == ("b.txt",)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from http.client import InvalidURL
 from itertools import chain
 from pathlib import Path
 from threading import Thread
@@ -39,6 +40,8 @@ LOGIN = "if the dataset is private or gated, type `hf auth login` or set HF_TOKE
 
 C4 = "hf://datasets/allenai/c4/en"
 C4_FILES = (("train", 1024), ("validation", 8))
+COMMA = re.compile(r",(?![^{}]*\})")
+"""between the parts of a mixture; a comma inside braces is part of an address"""
 MOST_KINDS = 10
 """of what is left out that are named"""
 PATIENCE = 5.0
@@ -108,7 +111,7 @@ def components(source: str) -> list[tuple[str, float]]:
     A string is a mixture if it has two or more parts and each ends in a weight, unless a path of that name exists.
     """
     weight = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-    parts = [re.fullmatch(rf"(.*\S)\s*:\s*({weight})", part.strip(), re.DOTALL) for part in source.split(",")]
+    parts = [re.fullmatch(rf"(.*\S)\s*:\s*({weight})", part.strip(), re.DOTALL) for part in COMMA.split(source)]
     weighted = [(part[1], float(part[2])) for part in parts if part]
     if len(parts) == 1 or len(weighted) < len(parts) or there(with_home(source)):
         return [(source, 1.0)]
@@ -141,7 +144,7 @@ def _exists(source: str) -> bool:
 def anchored(source: str) -> str:
     """The source with absolute paths, so that it means the same wherever it is read."""
     if len(components(source)) > 1:
-        parts = [part.strip().rpartition(":") for part in source.split(",")]
+        parts = [part.strip().rpartition(":") for part in COMMA.split(source)]
         return ", ".join(f"{anchored(name.strip())}:{weight}" for name, _, weight in parts)
     place, column = with_column(source)
     if place in ("stdlib", "c4", "") or "://" in place:
@@ -365,6 +368,8 @@ def _ask(url: str, source: str, must_exist: bool = False) -> int:
         if must_exist:
             raise UserError(f"{host} answers {reply.code} {reply.reason} to {url}")
         return 0
+    if isinstance(reply, InvalidURL):
+        raise UserError(f"{url} is not an address: {reply}")
     if isinstance(reply, Exception):
         why = getattr(reply, "reason", reply)
         raise UserError(f"no network for {source}: {host} does not answer ({why}); {LOCAL_HELP}")
