@@ -1,6 +1,7 @@
 """What Python programs call: lazily imported, and leaving the process as it was."""
 
 import gc
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import khanhllm
-from khanhllm import UserError
+from khanhllm import UserError, cli
 from khanhllm.cli.arguments import given
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
@@ -136,12 +137,23 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
             wrong()
 
 
-def test_a_foreign_tokenizer_in_the_folder_is_noticed(trained, tmp_path):
+def test_a_foreign_tokenizer_in_the_folder_is_noticed(trained, tmp_path, capsys):
     run, _ = trained
     copy = run.save(tmp_path / "copy")
     train_tokenizer(["quick brown foxes"] * 9, 270).save(copy / "tokenizer.json")
-    with pytest.raises(UserError, match="not the tokenizer that the model learned with"):
+    said = "not the tokenizer that the model learned with"
+    with pytest.raises(UserError, match=said):
         khanhllm.load(copy)
+    assert cli.main(["export", str(copy), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_a_training_removed_cannot_be_saved_and_that_is_one_line(trained, tmp_path):
+    opened = khanhllm.load(trained[0].save(tmp_path / "copy"))
+    shutil.rmtree(opened.checkpoint)
+    with pytest.raises(UserError, match=r"cannot read .*step-.*: No such file"):
+        opened.save(tmp_path / "again")
+    assert not (tmp_path / "again").exists() and opened.identity == trained[0].identity
 
 
 def test_a_prompt_too_long_warns(trained):

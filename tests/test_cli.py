@@ -117,6 +117,12 @@ def test_from_the_command_line_to_backward_are_four_calls(corpus, tmp_path, monk
     assert set(seen) == {4}  # main, the verb, the loop, the step
 
 
+def test_generate_without_a_standard_output_is_no_fault(trained, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(["generate", str(trained / "run"), "--tokens", "1"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_generate_streams_text(trained, capsys):
     assert cli.main(["generate", str(trained / "run"), "--prompt", "import [red]é", "--tokens", "5"]) == 0
     first = capsys.readouterr().out

@@ -114,6 +114,10 @@ def test_expert_table():
 
 def test_visible():
     assert visible("a\tb\nc\x1b[0m é 漢 \u2028\u202e") == "a\tb\nc\\x1b[0m é 漢 \\u2028\\u202e"
+    for word in ("می\u200cخواهم", "क्\u200dष", "👩\u200d💻", "Zu\u00adcker"):
+        assert visible(word) == word
+    for bidi in ("\u200e", "\u200f", "\u202b", "\u2066", "\u2069"):
+        assert visible(f"a{bidi}b") == f"a{ascii(bidi)[1:-1]}b"
 
 
 def test_matplotlib_is_loaded_only_for_the_image():

@@ -7,6 +7,7 @@ or on training.
 """
 
 import math
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -25,10 +26,16 @@ FAIR = (2 / 3, 3 / 2)  # times an even share; outside: yellow
 FAR = (1 / 4, 2.0)  # outside: red, and a word about it
 
 
+def on_terminal() -> bool:
+    """Whether a person reads the standard output; a program without a console has none."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def visible(text: str, encoding: str = "utf-8") -> str:
-    """The text with its control characters escaped (ESC as \\x1b), except line feeds and tabs."""
-    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-    shown = (c if c in "\n\t" or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text)
+    """The text with its control characters escaped (ESC as \\x1b), except line feeds, tabs, and what joins or parts
+    letters in Persian, Hindi and emoji: it moves no other letter."""
+    hidden, kept = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}, "\n\t\u00ad\u200c\u200d"
+    shown = (c if c in kept or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text)
     return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
 
 

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import build, save, tiny
 from khanhllm.cli import main
-from khanhllm.data.tokenizer import train_tokenizer
+from khanhllm.data.shards import Shards
+from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
 from khanhllm.errors import UserError
-from khanhllm.export import hf
+from khanhllm.export import check, hf
+from khanhllm.export.card import card
 from khanhllm.export.exporting import export
 from khanhllm.export.importing import import_model
 from khanhllm.inference.generate import continuation
@@ -159,6 +161,8 @@ def test_the_tokenizer_reads_as_ours_after_an_end_of_text(tmp_path, tokenizer):
         assert other(text)["input_ids"] == [tokenizer.end_of_text, *tokenizer.encode(text)], text
         assert other.decode(other(text)["input_ids"], skip_special_tokens=True) == text
     assert (other.bos_token_id, other.eos_token_id, other.model_max_length) == (0, 0, 32)
+    notes = json.loads((folder / "tokenizer_config.json").read_text())
+    assert notes["model_input_names"] == ["input_ids", "attention_mask"]  # what our architectures take
 
 
 def test_pipeline_and_save_pretrained(tmp_path, tokenizer):
@@ -174,6 +178,30 @@ def test_pipeline_and_save_pretrained(tmp_path, tokenizer):
 def test_halves_load_as_halves(tmp_path, tokenizer, dtype):
     folder = exported(a_run(tmp_path / "run", tokenizer, scale=1.0), tmp_path / "out", dtype=dtype)
     assert theirs(folder, dtype="auto").dtype == {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_numbers_beyond_f16_are_refused(tmp_path, tokenizer, compared):
+    run = a_run(tmp_path / "run", tokenizer, scale=1e6)
+    with pytest.raises(UserError, match=r"^model\.\S+ holds numbers beyond the range of f16; export with --dtype bf16"):
+        exported(run, tmp_path / "out", dtype="f16", compared=compared)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_check_reads_held_out_text_and_says_so_where_there_is_none(talks, tmp_path):
+    """Also where the last window is short."""
+    learned = Tokenizer.load(talks / "tokenizer.json")
+    shards = Shards.open(talks, "validation", 30)
+    ids_NT, source = check.windows(talks, learned, 30)
+    assert ids_NT.tolist() == [shards.row(nth)[:30].tolist() for nth in range(6)] and source == "held-out text"
+    assert check.windows(tmp_path, learned, 30)[1] == "ids drawn at random"
+
+
+def test_the_card_names_no_folder_of_this_machine(tmp_path):
+    source = f"{tmp_path / 'tales.txt'}:0.8, hf://datasets/a/b:0.2"
+    config = resolve({"data": {"source": source}})
+    text = card(tmp_path, config, config.model, 3, 9, "f32", "", "out", False)
+    assert "`tales.txt:0.8, hf://datasets/a/b:0.2`" in text and str(tmp_path) not in text
 
 
 def test_several_files_of_weights(tmp_path, tokenizer, monkeypatch):
@@ -394,10 +422,10 @@ def test_files_have_the_usual_modes_and_the_card_the_figures(tmp_path, tokenizer
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
-    card = (folder / "README.md").read_text()
-    assert "logits differ by at most" in card and "from scratch" not in card
-    assert "3 optimizer steps, 288 tokens in all" in card  # 9 rows of 32
-    assert 'from_pretrained("out"' in card
+    readme = (folder / "README.md").read_text()
+    assert "logits differ by at most" in readme and "from scratch" not in readme
+    assert "3 optimizer steps, 288 tokens in all" in readme  # 9 rows of 32
+    assert 'from_pretrained("out"' in readme
 
 
 @pytest.mark.parametrize("out", ["text/x", "a" * 300, "", "loop"])

@@ -1,10 +1,13 @@
 """What is compared is comparable, and the command says what scripts rely on; how fast it is, no test asks."""
 
+import io
 import json
+from multiprocessing import Pipe
 
 import pytest
+from rich.console import Console
 
-from conftest import tiny
+from conftest import plain_machine, tiny
 from khanhllm import cli
 from khanhllm.errors import UserError
 from khanhllm.lab import bench
@@ -62,6 +65,23 @@ def test_a_contender_that_cannot_run_says_why():
     candidate = Candidate.enter("hf nonsense", tiny())
     assert candidate.fault
     assert candidate.leave() == 0
+
+
+def test_a_contender_that_fails_on_entering_is_not_measured(monkeypatch):
+    monkeypatch.setattr(bench, "_fastest", lambda names, *_: (names[0], {}))
+    monkeypatch.setattr(
+        Candidate, "enter", lambda name, _config: Candidate(name, None, None, fault="no room" if "twin" in name else "")
+    )
+    with pytest.raises(UserError, match="bench: dense twin cannot run here: no room"):
+        bench._compare("x", tiny(), plain_machine(), 2, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("act", [Candidate.step, Candidate.leave])
+def test_a_contender_whose_process_is_gone_is_one_line(act):
+    ours, theirs = Pipe()
+    theirs.close()
+    with pytest.raises(UserError, match=r"bench: ours: the system ended its process \(too little memory\?\)"):
+        act(Candidate("ours", ours, None))
 
 
 def test_an_unknown_part_is_one_line(capsys):

@@ -54,13 +54,13 @@ def test_the_mean_is_over_centred_accuracies_of_the_tasks_that_are_there(tmp_pat
         ),
         "boolq": a_set(tmp_path, "boolq", [{"query": "q", "choices": ["b", "long"], "gold": 1} for _ in range(4)]),
     }
-    found = core.measure(opened, loaded, 10)
+    found = core.measure(opened, core.asked(loaded, 10))
     assert [task["value"] for task in found["tasks"].values()] == [0.75, 1.0]
     assert found["value"] == pytest.approx(((0.75 - 0.5) / 0.5 + 1) / 2) and found["of"] == 22
     assert found["error"] == pytest.approx(found["tasks"]["copa"]["error"] / 0.5 / 2)
     told = list(scores.told({"core": found, "missing": [], "notes": []}))
     assert told[-1].startswith("CORE 0.7500 ±") and told[-1].endswith("over 2 of 22 tasks")
-    nothing = core.measure(opened, {}, 10)
+    nothing = core.measure(opened, {})
     assert list(scores.told({"core": nothing, "missing": [], "notes": []})) == ["CORE: none of its files are there"]
 
 

@@ -350,6 +350,15 @@ def test_the_parts_of_a_mixture_get_equal_shares(run, corpus, tmp_path):
         (tmp_path / name / "text.md").write_text((corpus / "json-encoder.txt").read_text())
     assert sorted(take(opened, str(tmp_path), 640, "folder").parts) == ["a", "b"]
     assert take(opened, str(tmp_path), 640).parts == ["all"]
+    parts = [take(opened, mixture.split(":")[0], 320), take(opened, mixture.split(",")[1].rpartition(":")[0], 320)]
+    whole = take(opened, mixture, 640).ids
+    assert all((whole[nth::2] == one.ids).all() for nth, one in enumerate(parts)), "also where nobody asks for them"
+
+
+def test_a_file_name_that_is_not_utf_8_costs_nothing(tmp_path):
+    """Python reads such a name with half a surrogate pair."""
+    found = {"parts": ["texts/\udcff.txt"]}
+    assert json.loads(experts.write(found, tmp_path).read_text("utf-8")) == found
 
 
 def test_too_little_text_is_refused(run, tmp_path):

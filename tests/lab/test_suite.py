@@ -18,7 +18,7 @@ from khanhllm.cli import main
 from khanhllm.data import fetch
 from khanhllm.errors import UserError
 from khanhllm.inference.likelihood import Likelihood
-from khanhllm.lab import answers, scores, sets, suite, synthetic
+from khanhllm.lab import answers, core, scores, sets, suite, synthetic
 from khanhllm.lab.answers import Question
 from khanhllm.lab.sample import take
 from khanhllm.runs.run import open_run
@@ -80,6 +80,19 @@ def test_a_file_that_is_no_set_is_told_in_one_line(run, tmp_path, capsys, text, 
     assert says in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("late", ["winogrande", "boolq"])
+def test_a_bad_row_is_told_before_anything_is_measured(run, files, tmp_path, monkeypatch, late):
+    monkeypatch.setattr(core, "check", lambda _opened: None)  # which asks for a longer context
+    shutil.copytree(files, tmp_path / "files")
+    for file in (tmp_path / "files").rglob(f"{late}*"):
+        file.unlink()
+    (tmp_path / "files" / f"{late}.jsonl").write_text("[1]", encoding="utf-8")
+    heard = []
+    with pytest.raises(UserError, match=f"{late}.jsonl, question 1 has not"):
+        suite.examine(run, tmp_path / "files", 10, with_core=True, say=heard.append)
+    assert not heard
+
+
 def test_what_a_stranger_put_into_a_set_is_shown_as_letters(run, tmp_path, capsys):
     """Half a surrogate pair, marks of the terminal, and a pipe where a file should be, which once waited for ever."""
     folder = shutil.copytree(run.checkpoint.parents[1], tmp_path / "runs" / "mine[v2]")
@@ -131,8 +144,9 @@ def test_accuracy_is_the_share_of_right_choices_and_ties_share_it(run, monkeypat
 
 def test_the_last_word_counts_if_it_is_the_likeliest(run, files, monkeypatch):
     oracle(monkeypatch, lambda _context, text: (-1.0 if text == "dog" else -5.0, text == "dog"))
-    hits, nats = suite.last_word(run, sets.load(sets.found(files)["lambada_openai"]), 100)
-    dogs = sum(row["continuation"] == "dog" for row in sets.load(sets.found(files)["lambada_openai"]).rows)
+    source = sets.load(sets.found(files)["lambada_openai"])
+    hits, nats = suite.last_word(run, sets.questions(source, " ", 100), 12)
+    dogs = sum(row["continuation"] == "dog" for row in source.rows)
     assert hits["value"] == dogs / 12 and nats["value"] == pytest.approx((dogs + 5 * (12 - dogs)) / 12)
 
 
@@ -215,8 +229,8 @@ def test_a_checkpoint_that_a_training_removes_meanwhile_costs_nothing(run, files
     trains = tmp_path / "mine"
     shutil.copytree(run.checkpoint.parents[1], trains)
     opened = open_run(trains, MachineConfig(threads=1))
-    again = suite.examine(opened, files, 10, say=lambda _: shutil.rmtree(trains / "checkpoints", ignore_errors=True))
-    assert again["checkpoint"] == found["checkpoint"]
+    shutil.rmtree(trains / "checkpoints")
+    assert suite.examine(opened, files, 10)["checkpoint"] == found["checkpoint"]
 
 
 def test_items_cut_for_length_are_counted(tmp_path, files):

@@ -1,10 +1,14 @@
+import sys
+
 import pytest
+from matplotlib.figure import Figure
 
 from conftest import tiny
-from khanhllm import cli
+from khanhllm import cli, history
 from khanhllm.errors import UserError
 from khanhllm.log import compare
 from khanhllm.model.twin import dense_twin
+from khanhllm.runs.listing import runs_in
 from khanhllm.settings import to_toml
 
 
@@ -26,6 +30,23 @@ def test_a_table_and_a_picture(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "mixture[v]" in printed and "twin" in printed and "1.5000" in printed
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["_twin", "$\\frac$"])
+def test_the_legend_has_each_name_as_it_is(tmp_path, monkeypatch, name):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    logs = [compare.read(run_folder(tmp_path / one, [5, 4], [1, 2])) for one in (name, "other")]
+    compare.draw(logs, tmp_path / "x.png")
+    told = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert told == [f"{name}: 1.500 bits per byte", "other: 1.500 bits per byte"]
+
+
+def test_without_a_standard_output_the_picture_is_drawn(tmp_path, monkeypatch):
+    run_folder(tmp_path / "run", [5, 4], [1, 2])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["compare", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").exists()
 
 
 def test_runs_of_other_tokenizers_are_told_apart(tmp_path, capsys):
@@ -64,6 +85,15 @@ def test_a_row_that_is_half_written_is_none(tmp_path):
         file.write("4,256,2.5")
     assert compare.read(run).loss.tolist() == [5, 4, 3]
     assert cli.main(["compare", str(run), "--out", str(tmp_path / "out.png")]) == 0
+
+
+def test_a_rejected_step_hides_no_row_and_no_validation(tmp_path):
+    run = run_folder(tmp_path / "run", [5, 4, "nan"], [1, 2, 3])
+    assert history(run)["step"].tolist() == [1, 2, 3]
+    read = compare.read(run)
+    assert read.loss.tolist() == [5, 4] and read.bits[-1] == 1.5
+    (row,) = runs_in(tmp_path)
+    assert (row["step"], row["loss"], row["best_bpb"]) == (3, 4, 1.5)
 
 
 def test_an_upcycled_run_has_only_the_tokens_of_its_own_seconds(tmp_path):

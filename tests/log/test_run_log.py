@@ -392,6 +392,14 @@ def test_a_closed_terminal_ends_nothing(tmp_path, moment, monkeypatch):
     assert (sys.stdout, sys.stderr) == outputs, "the panel no longer catches what others print"
 
 
+def test_a_run_without_a_standard_output_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with Log.open(tmp_path, config()) as log:
+        log.add(row(1))
+        log.say("after step 1")
+    assert len(lines(tmp_path)) == 2
+
+
 def test_the_panel_of_a_closed_terminal_leaves_no_write_behind(tmp_path):
     """What stays in the buffer of stdout would fail at the end of the process and make its exit code 120."""
     code = f"""

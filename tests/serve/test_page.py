@@ -1,5 +1,6 @@
 """The page in a real browser: it writes, stops, closes doors, follows a training, and asks nobody else."""
 
+import json
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from khanhllm.runs.run import open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.serve import house as house_module
 from khanhllm.serve import listen
+from khanhllm.serve.findings import of_checkpoint
 from khanhllm.serve.house import House
 from khanhllm.serve.server import Server
 
@@ -160,10 +162,13 @@ def test_it_talks_if_the_run_was_taught_to(site, run):
             expect(said.nth(2 * nth)).to_have_text(question)
             expect(said.nth(2 * nth + 1)).not_to_be_empty()
             expect(button(view, "Stop")).to_be_disabled()
+        view.get_by_label("Tokens", exact=True).fill("300")
+        view.get_by_label("Temperature").fill("0")
         view.get_by_label("Your message").fill("x" * 20)
         view.get_by_label("Your message").press("Enter")
         expect(said).to_have_count(6)
         expect(view.locator(".status")).to_contain_text("no longer sees your first messages")
+        expect(view.locator(".status")).to_contain_text("Ended: the model sees no more at once.")
         view.get_by_label("Your message").fill("too long " * 40)
         button(view, "Send").click()
         expect(view.locator(".status")).to_contain_text("tokens, the model sees")
@@ -262,6 +267,67 @@ def test_a_closed_door_changes_text_and_bits_of_the_second_text_alone(site):
         expect(right).to_be_hidden()
 
 
+def write(view, prompt, tokens):
+    view.get_by_label("Text to begin with").fill(prompt)
+    view.get_by_label("Tokens", exact=True).fill(str(tokens))
+    button(view, "Write").click()
+    left = view.get_by_role("list", name="The text with all experts")
+    expect(left.locator(".chip:not(.given)").first).to_be_visible()
+    expect(view.locator(".status")).to_have_text("")
+    return left
+
+
+def test_the_second_text_begins_as_the_first_whatever_the_fields_say_by_now(site):
+    with site() as (_, visit):
+        view = visit("#experts").locator("#view-experts")
+        view.get_by_text("Settings").click()
+        left = write(view, "import", 6)
+        view.get_by_label("Text to begin with").fill("something else")
+        view.get_by_label("Tokens", exact=True).fill("1")
+        view.locator("[data-door='2:0']").click()
+        expect(view.locator("#lesson")).to_contain_text("Writing with the same seed")
+        right = view.get_by_role("list", name="closed doors")
+        given, again = (box.locator(".chip.given .token").all_text_contents() for box in (left, right))
+        assert given == again and "".join(given[1:]) == "import"
+        assert right.locator(".chip").count() == left.locator(".chip").count()
+
+
+def test_what_was_written_is_told_from_the_prompt_also_if_all_of_it_comes_at_once(site):
+    def at_once(route):
+        body = route.request.post_data_json
+        answer = route.fetch(post_data={**body, "stream": False}).text()
+        route.fulfill(body=f"data: {answer}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+
+    with site() as (house, visit):
+        page = visit("#experts")
+        page.route("**/v1/completions", at_once)
+        view = page.locator("#view-experts")
+        view.get_by_text("Settings").click()
+        left = write(view, "import os", 6)
+        given = left.locator(".chip.given").count()
+        assert given == 1 + len(house.server.tokenizer.encode("import os"))
+        assert left.locator(".chip").count() == given + 6
+
+
+def test_doors_show_what_was_measured_on_these_weights_alone(site, run):
+    checkpoint = max(run.glob("checkpoints/step-*"))
+    worth = {"share": 0.25, "error": 0.01}
+    layers = [{"layer": 2, "experts": [], "off": worth}]
+    found = {"version": 1, "step": 10, "checkpoint": of_checkpoint(checkpoint), "data": "x", "tokens": 9}
+    found |= {"bits_per_byte": 1.5, "experts_per_token": 2, "layers": layers}
+
+    def place(found):
+        (run / "aside").write_text(json.dumps(found))
+        (run / "aside").replace(run / "experts.json")
+
+    with site() as (_, visit):
+        door = visit("#experts").locator("[data-door='2:all'] small")
+        place(found)
+        expect(door).to_have_text("+25.0 %")
+        place(found | {"checkpoint": "those of another step"})
+        expect(door).to_be_empty()
+
+
 def test_a_token_tells_its_way_to_the_keyboard_too(site):
     with site() as (_, visit):
         page = visit("#experts")
@@ -332,6 +398,10 @@ def test_a_longer_training_and_a_best_validation_are_told_as_they_are(site, run,
         expect(page.locator("#facts")).to_contain_text("Step10 of 20")
         page.get_by_role("link", name="Compare").click()
         expect(page.locator("#compared tr", has_text="Bits per byte, best")).to_contain_text("1.5")
+        page.locator("#view-compare").get_by_text("tokens read", exact=True).click()
+        page.locator("#view-compare svg").first.focus()
+        page.keyboard.press("End")
+        expect(page.locator("#view-compare .read").first).to_contain_text("tokens 640: ")
 
 
 def test_a_run_without_a_checkpoint_shows_its_training_and_then_writes(site, run, tmp_path):

@@ -75,6 +75,24 @@ def test_a_browser_that_asks_first(open_client):
     assert client.options("/v1/completions", headers={"origin": "https://evil.example", **asking}).status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [
+        ("authorization,content-type,x-stainless-arch,x-stainless-retry-count", None),
+        ("Content-Type, X-Any", None),
+        ("content-type\tx, *", "authorization, content-type"),
+        ("x\xff", "authorization, content-type"),
+        ("", "authorization, content-type"),
+    ],
+)
+def test_a_page_of_an_allowed_origin_may_send_the_headers_that_it_names(open_client, asked, granted):
+    """As OpenAI's client in a browser does."""
+    client = open_client(guard={"origins": ["https://my.example"]})
+    headers = {"origin": "https://my.example", "access-control-request-headers": asked.encode("latin-1")}
+    answer = client.options("/v1/completions", headers=headers)
+    assert answer.headers["access-control-allow-headers"] == (granted or asked)
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
 def test_a_body_that_a_page_may_send_unasked_is_not_read(client, kind):
     for path in ("/v1/completions", "/tokenize", "/nowhere"):

@@ -301,6 +301,7 @@ def test_a_stream_tells_where_its_tokens_went(visit, run):
         chunks = client.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")[:-2]
         parts = [json.loads(chunk.removeprefix("data: "))["choices"][0]["khanhllm"] for chunk in chunks]
         # the whole prompt comes first, and with it as many drawn tokens as a slow listener has waiting
+        assert [part["prompt"] for part in parts] == [len(ids)] + [0] * (len(parts) - 1) and seen["prompt"] == len(ids)
         assert len(parts[0]["routes"]) == len(parts[0]["tokens"]) - 1 >= len(ids)
         assert [t[0] for part in parts for t in part["tokens"]] == [t[0] for t in seen["tokens"]]
         assert experts_of([r for part in parts for r in part["routes"]]) == experts_of(seen["routes"])

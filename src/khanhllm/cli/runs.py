@@ -28,7 +28,7 @@ def generate(options: argparse.Namespace) -> None:
     machine = resolve(given(options), where="generate").machine
     read_config(Path(options.run))  # what is no run is refused before torch is loaded
     prompt = _prompt(options)
-    from khanhllm.draw import visible
+    from khanhllm.draw import on_terminal, visible
     from khanhllm.runs.run import Forgotten, open_run
 
     opened = open_run(Path(options.run), machine, options.step)
@@ -36,7 +36,7 @@ def generate(options: argparse.Namespace) -> None:
     if lost := opened.forgotten(prompt):
         print(f"khanhllm: {lost}", file=sys.stderr)
     warnings.simplefilter("ignore", Forgotten)
-    shown = visible if sys.stdout.isatty() else str
+    shown = visible if on_terminal() else str
     for seed in ((sampling.seed + nth) % 2**63 for nth in range(options.samples)):
         pieces = opened.stream(prompt, options.stop, **sampling.model_dump() | {"seed": seed})
         if options.json:
@@ -165,9 +165,8 @@ def _names(text: str) -> list[str]:
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder")
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
-    parser.add_argument(
-        "--data", metavar="SRC", type=name, help="text to score, all of it (default: what the run held out)"
-    )
+    text = "text to score (default: what the run held out): all of it, with --suite the first of each source"
+    parser.add_argument("--data", metavar="SRC", type=name, help=text)
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--suite", action="store_true", help="the suite: sets of questions from files, and made by rule")
     way.add_argument("--tasks", metavar="NAMES", type=_names, help="tasks of lm-evaluation-harness, parted by commas")

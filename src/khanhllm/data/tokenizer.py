@@ -177,6 +177,17 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a tokenizer.json (not UTF-8 text)") from None
 
+    @classmethod
+    def of_model(cls, path: Path, vocab_size: int, sha256: str) -> "Tokenizer":
+        """Read the tokenizer of a model. Raises UserError if it is not the one that the model learned with. sha256:
+        that one's; empty if it was not noted, as in old checkpoints."""
+        tokenizer = cls.load(path)
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(f"{path} has {tokenizer.vocab_size} tokens, more than this model knows")
+        if sha256 not in ("", tokenizer.sha256):
+            raise UserError(f"{path} is not the tokenizer that the model learned with; bring that one back")
+        return tokenizer
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json to `path`, and beside it vocab.txt, one readable token a line."""
         try:

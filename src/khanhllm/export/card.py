@@ -78,9 +78,11 @@ def card(
 def _training(run: Path, config: Config, step: int, tokens: int) -> str:
     if not step:
         return "Not trained here: these are the weights that the run began with."
+    # a path tells strangers whose machine it was
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in config.data.source.split(", ")]
     cleaned = f", cleaned by {config.data.clean}" if config.data.clean else ""
     return (
-        f"Text: `{config.data.source}`{cleaned}. {step:,} optimizer steps, {tokens:,} tokens in all. "
+        f"Text: `{', '.join(parts)}`{cleaned}. {step:,} optimizer steps, {tokens:,} tokens in all. "
         f"{_figures(run, step)}"
     ).rstrip()
 

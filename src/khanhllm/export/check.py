@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,17 +68,27 @@ def assembled(model: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
     return built.float().eval()
 
 
-def windows(data: Path, tokenizer: Tokenizer, context: int) -> Tensor:
-    """Up to 64 windows of the text that the run held out, (64, T); ids drawn at random if its shards are gone."""
+def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is written. UserError if f16 has no number for it."""
+    found = weight.to(dtype).contiguous()
+    if dtype == torch.float16 and not found.isfinite().all():
+        raise UserError(f"{name} holds numbers beyond the range of f16; export with --dtype bf16 or f32")
+    return found
+
+
+def windows(data: Path, tokenizer: Tokenizer, context: int) -> tuple[Tensor, str]:
+    """Up to 64 windows of the text that the run held out, (64, T), or ids drawn at random if its shards are gone; and
+    which of the two they are, in words."""
     length = min(LENGTH, context)
     try:
         shards = Shards.open(data, "validation", context)
-        found = [window[:length] for window, _ in zip(shards.windows(), range(WINDOWS), strict=False)]
-        if shards.manifest.tokenizer == tokenizer.sha256 and min(map(len, found)) == length:
-            return torch.from_numpy(np.stack(found).astype(np.int64))
+        whole = (window[:length] for window in shards.windows() if len(window) >= length)
+        if shards.manifest.tokenizer == tokenizer.sha256 and (found := list(islice(whole, WINDOWS))):
+            return torch.from_numpy(np.stack(found).astype(np.int64)), "held-out text"
     except (UserError, ValueError):
         pass
-    return torch.randint(tokenizer.vocab_size, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+    dice = torch.Generator().manual_seed(0)
+    return torch.randint(tokenizer.vocab_size, (WINDOWS, length), generator=dice), "ids drawn at random"
 
 
 @torch.inference_mode()
@@ -98,14 +109,14 @@ def check(
     found: Exported,
     meant: Mapping[str, Tensor],
     tokenizer: Tokenizer,
-    ids_NT: Tensor,
+    text: tuple[Tensor, str],
     dtype: str,
 ) -> str:
     """Compare a model with what was read back of its export, and describe the difference in one line.
 
-    meant: the weights that were written, before rounding to `dtype`. Raises UserError, naming the first fault: an
-    end-of-text or a tokenizer that is another, a tensor that is not the one meant (but of q8_0), or predictions further
-    away in the mean than rounding explains.
+    meant: the weights that were written, before rounding to `dtype`. text: what `windows` found. Raises UserError,
+    naming the first fault: an end-of-text or a tokenizer that is another, a tensor that is not the one meant (but of
+    q8_0), or predictions further away in the mean than rounding explains.
     """
     if found.end_of_text != tokenizer.end_of_text or found.tokens != tokenizer.vocab_size:
         raise UserError("the tokenizer reads back differently from what was written; nothing was published")
@@ -114,7 +125,8 @@ def check(
             back = found.weights.get(name, weight.new_empty(0)).float()  # norms and routers may stay in fp32
             if not (torch.equal(weight.to(DTYPES[dtype]).float(), back) or torch.equal(weight.float(), back)):
                 raise UserError(f"{name} reads back differently from what was written; nothing was published")
+    ids_NT, source = text
     difference = compare(assembled(*ours), assembled(found.model, found.weights), ids_NT)
     if not difference.kl <= MOST_KL[dtype]:
         raise UserError(f"the exported model computes something else; nothing was published. {difference.describe()}")
-    return difference.describe()
+    return f"on {source}, {difference.describe()}"

@@ -47,9 +47,9 @@ def export(
     dtype = dtype or USUAL.get(to, "")
     _check_request(to, out, dtype, compatible, remote_code)
     run = path.parents[1]
-    config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer.json")
-    weights, state = tensor_files.load(path, "model"), checkpoint.read_state(path)
-    talks = config.train.targets == "answers"
+    config, state = read_config(run), checkpoint.read_state(path)
+    tokenizer = Tokenizer.of_model(run / "tokenizer.json", config.model.vocab_size, state["tokenizer"])
+    weights, talks = tensor_files.load(path, "model"), config.train.targets == "answers"
     shape, encoded = _encoded(to, config.model, weights, compatible, remote_code)
     aside = out.with_name(f".export.{os.getpid()}")
     try:
@@ -65,12 +65,12 @@ def export(
         report = UNCHECKED
         if compared:
             reader = gguf if to == "gguf" else remote if remote_code else hf
-            ids_NT = check.windows(Path(state["folder"]), tokenizer, config.model.context)
-            report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, ids_NT, dtype)
+            text = check.windows(Path(state["folder"]), tokenizer, config.model.context)
+            report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, text, dtype)
         if to == "hf":
             step, tokens = checkpoint.step_of(path), state["cursor"] * config.model.context
-            text = card(run, config, shape, step, tokens, dtype, report, out.name, remote_code)
-            (aside / "README.md").write_text(text, encoding="utf-8")
+            written = card(run, config, shape, step, tokens, dtype, report, out.name, remote_code)
+            (aside / "README.md").write_text(written, encoding="utf-8")
         _check_free(out)  # once more: another export may have been faster
         aside.replace(out)
     except (OSError, SafetensorError) as error:

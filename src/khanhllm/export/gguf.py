@@ -17,7 +17,7 @@ from torch import Tensor
 from khanhllm.data.render import TEMPLATE
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.export.check import Exported
+from khanhllm.export.check import Exported, rounded
 from khanhllm.export.names import weights as names_of
 from khanhllm.export.shape import check_stock
 from khanhllm.schema import ModelConfig
@@ -74,6 +74,7 @@ def write(
             writer.write_tensor_data(_numbers(key, weight, kind))
         writer.close()
     except BaseException:
+        writer.close()  # Windows removes no file that is open
         path.unlink()
         raise
 
@@ -242,10 +243,7 @@ def _numbers(key: str, weight: Tensor, kind: Any) -> np.ndarray:
     if kind == Kind.BF16:
         return weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     if kind == Kind.F16:
-        half = weight.to(torch.float16).contiguous()
-        if not half.isfinite().all():
-            raise UserError(f"{key} holds numbers beyond the range of f16; export with --dtype bf16 or f32")
-        return half.numpy()
+        return rounded(key, weight, torch.float16).numpy()
     whole = weight.float().contiguous().numpy()
     return whole if kind == Kind.F32 else quantize(whole, kind)
 

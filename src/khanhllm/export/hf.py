@@ -18,7 +18,7 @@ from torch import Tensor
 from khanhllm.data.render import TEMPLATE
 from khanhllm.data.tokenizer import END_OF_TEXT, Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.export.check import DTYPES, Exported
+from khanhllm.export.check import DTYPES, Exported, rounded
 from khanhllm.export.encode import Weights
 from khanhllm.export.names import weights as names_of
 from khanhllm.export.shape import from_qwen3, qwen3
@@ -75,6 +75,7 @@ def write_notes(folder: Path, config: dict[str, Any], context: int, tokenizer: T
         "generation_config.json": ends | {"pad_token_id": end, "do_sample": True},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
             "model_max_length": context,
             "clean_up_tokenization_spaces": False,
             **words,
@@ -127,7 +128,7 @@ def write_tensors(folder: Path, wanted: list[Part], weights: Mapping[str, Tensor
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     usual = (folder / "config.json").stat().st_mode
     for file, inside in zip(named, files, strict=True):
-        tensors = {part.name: part.of(weights[part.ours]).to(dtype).contiguous() for part in inside}
+        tensors = {part.name: rounded(part.name, part.of(weights[part.ours]), dtype) for part in inside}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(usual)  # the library makes files that only their owner may read
 

@@ -14,7 +14,7 @@ from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 
 ROWS_OF_TOKENS = 4096
-"""tokens read at a time, padding included"""
+"""tokens read at a time, padding included; without gradients they take little memory"""
 CHUNK = 1024
 """rows of logits that exist at one time"""
 

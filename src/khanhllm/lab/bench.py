@@ -118,6 +118,8 @@ def _compare(name: str, config: Config, machine: Machine, steps: int, console: C
     theirs, more = _fastest(HUGGING_FACE, config, console) if model.style == "modern" else (None, {})
     names = [mode, mode.replace("ours", TWIN), *([theirs] if theirs else [])]
     candidates = [Candidate.enter(candidate, config) for candidate in names]
+    if failed := [candidate for candidate in candidates if candidate.fault]:
+        raise UserError(f"bench: {failed[0].name} cannot run here: {failed[0].fault}")
     product = (8192, torch.bfloat16) if machine.precision == "bf16" else (2048, torch.float32)
     rates: list[float] = []
     turns: list[list[float]] = []

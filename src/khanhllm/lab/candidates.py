@@ -25,6 +25,7 @@ from khanhllm.training.step import Learner, train_step
 
 OURS, TWIN = ["ours", "ours compiled"], "dense twin"
 HUGGING_FACE = [f"hf {experts}{compiled}" for compiled in ("", " compiled") for experts in ("eager", "grouped_mm")]
+ENDED = "the system ended its process (too little memory?)"
 Step = Callable[[], object]
 
 
@@ -53,23 +54,28 @@ class Candidate:
         try:
             candidate.parameters, candidate.flops, candidate.first_step, candidate.fault = ours.recv()
         except EOFError:
-            candidate.fault = "the system ended its process (too little memory?)"
+            candidate.fault = ENDED
         return candidate
 
     def step(self) -> float:
-        """Take one optimizer step. Returns its seconds."""
-        self.connection.send(True)
-        seconds: float = self.connection.recv()
-        return seconds
+        """Take one optimizer step. Returns its seconds. Raises UserError if the process is gone, as `leave` does."""
+        return self._asked(True)
 
     def leave(self) -> float:
         """End the process. Returns its peak memory (MB)."""
         if self.fault:
             return 0.0
-        self.connection.send(False)
-        peak: float = self.connection.recv()
+        peak = self._asked(False)
         self.process.join()
         return peak
+
+    def _asked(self, further: bool) -> float:
+        try:
+            self.connection.send(further)
+            answer: float = self.connection.recv()
+        except (EOFError, OSError):
+            raise UserError(f"bench: {self.name}: {ENDED}") from None
+        return answer
 
 
 def _work(connection: Connection, name: str, config: Config) -> None:

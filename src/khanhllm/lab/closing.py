@@ -15,10 +15,10 @@ from torch import Tensor
 
 from khanhllm.data.batches import batch_of
 from khanhllm.data.counting import Reading
+from khanhllm.inference.likelihood import ROWS_OF_TOKENS
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing, count
-from khanhllm.runs.run import ROWS_OF_TOKENS
 
 Change = Callable[[Router], Any]
 """registers a hook and returns its handle"""

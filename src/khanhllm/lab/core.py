@@ -96,13 +96,17 @@ def _examples(count: int, shots: int, number: int, chance: random.Random) -> lis
     return list(drawn)
 
 
-def measure(opened: Run, loaded: dict[str, Set], most: int) -> dict[str, Any]:
-    """The mean of the centred accuracies of the tasks whose files are there, and each of them."""
+def asked(loaded: dict[str, Set], most: int) -> dict[str, list[Question]]:
+    """The `prompts` of each task whose file is there. Raises UserError."""
+    return {name: prompts(loaded[task.file], task, most) for name, task in TASKS.items() if task.file in loaded}
+
+
+def measure(opened: Run, questions: dict[str, list[Question]]) -> dict[str, Any]:
+    """The mean of the centred accuracies of the tasks that `asked` found, and each of them."""
     tasks = {}
-    for name, task in TASKS.items():
-        if task.file in loaded:
-            answers = ask(opened, prompts(loaded[task.file], task, most))
-            tasks[name] = mean(answers.credits(per="token")) | {"chance": task.chance, "cut": answers.cut}
+    for name, own in questions.items():
+        answers = ask(opened, own)
+        tasks[name] = mean(answers.credits(per="token")) | {"chance": TASKS[name].chance, "cut": answers.cut}
     centred = [(one["value"] - one["chance"]) / (1 - one["chance"]) for one in tasks.values()]
     errors = [(one["error"] or 0) / (1 - one["chance"]) for one in tasks.values()]
     return {

@@ -32,7 +32,7 @@ from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing
 from khanhllm.runs.run import Run, find_checkpoint
-from khanhllm.training import checkpoint, tensor_files
+from khanhllm.training import checkpoint
 
 VERSION = 1
 FILE = "experts.json"
@@ -103,7 +103,6 @@ def examine(
 ) -> dict[str, Any]:
     """Everything that the laboratory knows of a run, as it goes to experts.json. Raises UserError for a dense run."""
     shape = opened.config.model
-    weights = tensor_files.identity(opened.checkpoint)  # asked now: a training removes old checkpoints
     close = wanted(ablate, shape.moe_layers, shape.experts)
     found = record(opened.model, sample, opened.machine)
     layers = [_layer(opened, sample, found, nth) for nth in range(len(shape.moe_layers))]
@@ -115,7 +114,7 @@ def examine(
     return {
         "version": VERSION,
         "step": opened.step,
-        "checkpoint": weights,
+        "checkpoint": opened.identity,
         "data": sample.source,
         "parts": sample.parts,
         "tokens": int(sample.text_WT.sum()),
@@ -271,7 +270,7 @@ def write(found: dict[str, Any], run: Path) -> Path:
     """Put experts.json into the run. Raises UserError."""
     path = run / FILE
     try:
-        publish(path, json.dumps(found, ensure_ascii=False, indent=1))
+        publish(path, json.dumps(found, indent=1))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return path

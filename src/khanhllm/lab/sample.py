@@ -1,7 +1,7 @@
 """A sample of text to examine a run on, in windows of one length: of what it held out, or of any source."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,7 +61,8 @@ class Sample(NamedTuple):
 
 
 def take(opened: Run, source: str | None, tokens: int, part: str | None = None) -> Sample:
-    """About `tokens` tokens, in equal shares of each part. Raises UserError if there are not two windows of them."""
+    """About `tokens` tokens, in equal shares of each part: from all over shards, of other text the first of each
+    source. Raises UserError if there are not two windows of them."""
     context = opened.config.model.context
     windows = max(2, -(-min(tokens, ENOUGH) // context))
     shards = held_out(opened) if source is None else None
@@ -125,8 +126,14 @@ def _groups(source: str, part: str | None) -> dict[str, list[tuple["Source", str
 
 
 def _windows(opened: Run, files: list[tuple["Source", str]]) -> Iterator[np.ndarray]:
-    """The text of some files as windows of context + 1 ids; a rest that fills none is left out."""
+    """The text of some files as windows of context + 1 ids, of each source in turn; a rest that fills none is left
+    out."""
     from khanhllm.data.readers import Reader
 
-    texts = (document.text for place, file in files for document in Reader(place, []).read_file(file))
-    return (window for window in windowed(texts, opened) if len(window) > opened.config.model.context)
+    def of(place: "Source") -> Iterator[np.ndarray]:
+        names = (file for other, file in files if other is place)
+        return windowed((document.text for name in names for document in Reader(place, []).read_file(name)), opened)
+
+    places = {id(place): place for place, _ in files}.values()
+    turns = chain.from_iterable(zip_longest(*map(of, places)))
+    return (window for window in turns if window is not None and len(window) > opened.config.model.context)

@@ -18,7 +18,6 @@ from khanhllm.lab.answers import Question, ask, mean, ratio
 from khanhllm.lab.sample import take
 from khanhllm.lab.sets import Set
 from khanhllm.runs.run import Run
-from khanhllm.training import tensor_files
 
 VERSION = 1
 TOKENS = 100_000
@@ -56,10 +55,10 @@ def choices(opened: Run, title: str, questions: Iterable[Question], of: int | No
     return measure
 
 
-def last_word(opened: Run, source: Set, most: int) -> tuple[Measure, Measure]:
+def last_word(opened: Run, questions: Iterable[Question], of: int) -> tuple[Measure, Measure]:
     """LAMBADA (Paperno et al. 2016): how often the last word is the likeliest one, and how many nats it takes."""
-    answers = ask(opened, sets.questions(source, " ", most))
-    shared = {"of": len(source.rows), "cut": answers.cut}
+    answers = ask(opened, questions)
+    shared = {"of": of, "cut": answers.cut}
     hits = {"title": "LAMBADA", "unit": "accuracy", **mean(answers.credits()), "chance": 0.0}
     nats = {"title": "LAMBADA, last word", "unit": "nats", **mean([-found[0].log for found in answers.found])}
     return hits | shared, nats | {"chance": None} | shared
@@ -105,21 +104,25 @@ def _talked(opened: Run, most: int, notes: list[str]) -> Iterator[tuple[str, Mea
         notes.append(f"no held-out answers: {error}")
 
 
-def _from_files(opened: Run, loaded: dict[str, Set], most: int) -> Iterator[tuple[str, Measure]]:
-    paradigms = [loaded[name] for name in sets.blimp() if name in loaded]
-    if paradigms:
-        each = max(1, most // PARADIGMS)
-        asked = [question for source in paradigms for question in sets.questions(source, "", each)]
-        measure = choices(opened, "BLiMP", asked, sum(len(source.rows) for source in paradigms))
+def _asked(loaded: dict[str, Set], most: int) -> dict[str, list[Question]]:
+    """The questions of each set that is there. Raises UserError."""
+    each = dict.fromkeys(sets.blimp(), ("", max(1, most // PARADIGMS))) | {LAMBADA: (" ", most)}
+    each |= {name: (delimiter, most) for name, (_, delimiter) in CHOICES.items()}
+    return {name: list(sets.questions(loaded[name], *how)) for name, how in each.items() if name in loaded}
+
+
+def _from_files(opened: Run, loaded: dict[str, Set], asked: dict[str, list[Question]]) -> Iterator[tuple[str, Measure]]:
+    if paradigms := [name for name in sets.blimp() if name in asked]:
+        questions = [question for name in paradigms for question in asked[name]]
+        measure = choices(opened, "BLiMP", questions, sum(len(loaded[name].rows) for name in paradigms))
         yield "blimp", measure | {"paradigms": len(paradigms)}
-    if LAMBADA in loaded:
-        accuracy, nats = last_word(opened, loaded[LAMBADA], most)
+    if LAMBADA in asked:
+        accuracy, nats = last_word(opened, asked[LAMBADA], len(loaded[LAMBADA].rows))
         yield "lambada", accuracy
         yield "lambada_nats", nats
-    for name, (title, delimiter) in CHOICES.items():
-        if name in loaded:
-            asked = list(sets.questions(loaded[name], delimiter, most))
-            yield name, choices(opened, title, asked, len(loaded[name].rows))
+    for name, (title, _) in CHOICES.items():
+        if name in asked:
+            yield name, choices(opened, title, asked[name], len(loaded[name].rows))
 
 
 def _by_rule(opened: Run, most: int) -> Iterator[tuple[str, Measure]]:
@@ -145,9 +148,9 @@ def examine(
     UserError."""
     if with_core:
         core.check(opened)
-    weights = tensor_files.identity(opened.checkpoint)  # asked now: a training removes old checkpoints
     have, names = sets.found(folder), list(dict.fromkeys(wanted(with_core)))
     loaded = {name: sets.load(have[name]) for name in names if name in have}
+    asked, of_core = _asked(loaded, most), core.asked(loaded, most) if with_core else {}  # faults are told now
     measures: dict[str, Measure] = {}
     notes: list[str] = []
     try:
@@ -157,7 +160,7 @@ def examine(
             raise
         notes.append(f"no bits per byte: {error}")
     talked = _talked(opened, min(most, ANSWERS), notes)
-    for name, measure in chain(_from_files(opened, loaded, most), _by_rule(opened, most), talked):
+    for name, measure in chain(_from_files(opened, loaded, asked), _by_rule(opened, most), talked):
         measures[name] = measure
         say(f"measured: {measure['title']}")
     known = sets.published()
@@ -166,10 +169,10 @@ def examine(
     return {
         "version": VERSION,
         "step": opened.step,
-        "checkpoint": weights,
+        "checkpoint": opened.identity,
         "most": most,
         "measures": measures,
-        "core": core.measure(opened, loaded, most) if with_core else None,
+        "core": core.measure(opened, of_core) if with_core else None,
         "files": {name: one.sha256 for name, one in loaded.items()},
         "missing": [name for name in names if name not in have],
         "notes": notes,

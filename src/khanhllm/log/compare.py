@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.draw import Floats, visible
+from khanhllm.draw import Floats, on_terminal, visible
 from khanhllm.errors import UserError
 from khanhllm.files import read as read_file
-from khanhllm.log.pictures import check_picture, frame, read_log, smooth
+from khanhllm.log.pictures import check_picture, frame, read_log, smooth, with_loss
 from khanhllm.log.run_log import FILE
 from khanhllm.model.counts import active_parameters, flops_per_token, on_paper, total_parameters
 from khanhllm.schema import Config
@@ -54,11 +53,12 @@ class RunLog:
 def read(run: Path) -> RunLog:
     """Read the log of a run. Raises UserError if the folder holds no run, or one without a step."""
     config = read_config(run)
-    columns = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb", "val_ce"))
+    log = read_log(run / FILE, ("step", "tokens", "loss", "seconds", "val_bpb", "val_ce"))
+    columns = with_loss(log)
     if not len(columns["loss"]):
         raise UserError(f"{run / FILE} has no step yet; train the run further")
     model, vocabulary = on_paper(config.model), run / "tokenizer.json"
-    ratios = columns["val_bpb"] / columns["val_ce"]
+    ratios = log["val_bpb"] / log["val_ce"]
     ratios = ratios[np.isfinite(ratios)]
     return RunLog(
         name=visible(run.resolve().name),
@@ -67,7 +67,7 @@ def read(run: Path) -> RunLog:
         tokens=columns["tokens"] - _before(columns["step"].tolist(), columns["tokens"].tolist(), config),
         loss=columns["loss"],
         seconds=columns["seconds"],
-        bits=columns["val_bpb"],
+        bits=log["val_bpb"],
         parameters=total_parameters(model),
         active=active_parameters(model),
         flops_per_token=flops_per_token(model),
@@ -84,7 +84,7 @@ def _before(steps: list[float], tokens: list[float], config: Config) -> float:
 
 def show(runs: list[Path], png: Path, console: Console | None = None) -> None:
     """Print the table and write the picture. Raises UserError."""
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console or Console(width=None if on_terminal() else WIDTH)
     check_picture(png)
     logs = _named_apart([read(run) for run in runs], runs)
     console.print(_table(logs))
@@ -160,12 +160,16 @@ def draw(logs: list[RunLog], png: Path) -> None:
                 "FLOP": run.tokens * run.flops_per_token,
                 "time": run.seconds,
             }[label]
-            bits = run.bits[np.isfinite(run.bits)]
-            name = run.name + (f": {bits[-1]:.3f} bits per byte" if len(bits) else "")
-            axes.plot(against, loss, color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=name)
-        if label == "steps":
-            axes.legend(frameon=False, loc="upper right")
+            axes.plot(against, loss, color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=str(nth))
+        if label == "steps":  # put in afterwards: no label may begin with _, and each would be read as maths
+            for text, run in zip(axes.legend(frameon=False, loc="upper right").get_texts(), logs, strict=True):
+                text.set(text=_label(run), parse_math=False)
     figure.savefig(png)
+
+
+def _label(run: RunLog) -> str:
+    bits = run.bits[np.isfinite(run.bits)]
+    return run.name + (f": {bits[-1]:.3f} bits per byte" if len(bits) else "")
 
 
 def _axes() -> Iterator[tuple[str, Callable[[float, int], str]]]:

@@ -18,21 +18,23 @@ CURVES = ("tokens", "loss", "val_ce", "val_bpb")
 
 
 def read_log(csv_file: Path, names: Sequence[str] | None = CURVES) -> dict[str, Floats]:
-    """Columns of a training log (None: all), for the rows that have a loss; nan where nothing was measured."""
+    """Columns of a training log (None: all), for the rows that are whole; nan where nothing was measured."""
     rows: list[dict[str, str]] = []
     header: Sequence[str] = ()
     if csv_file.exists():
         with csv_file.open(newline="", encoding="utf-8", errors="replace") as file:
             whole = (line for line in file if line.endswith("\n"))  # the last one may be half written
             reader = csv.DictReader(whole, restval="")
-            rows = [row for row in reader if _is_finite(row, "tokens") and _is_finite(row, "loss")]
+            rows = [row for row in reader if math.isfinite(_number(row.get("tokens")))]
             header = reader.fieldnames or ()
     columns = header if names is None else names
     return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in columns}
 
 
-def _is_finite(row: dict[str, str], name: str) -> bool:
-    return math.isfinite(_number(row.get(name)))
+def with_loss(log: dict[str, Floats]) -> dict[str, Floats]:
+    """The rows that a curve can show: a step that was rejected has no loss."""
+    known = np.isfinite(log["loss"])
+    return {name: column[known] for name, column in log.items()}
 
 
 def _number(text: str | None) -> float:
@@ -71,7 +73,7 @@ def check_picture(png: Path) -> None:
 
 def loss_curve_text(csv_file: Path, width: int = 76, height: int = 14) -> str:
     """The loss against the tokens seen, as lines of at most `width` characters; dots are validations."""
-    log = read_log(csv_file)
+    log = with_loss(read_log(csv_file))
     tokens, loss, checked = log["tokens"], log["loss"], log["val_ce"]
     if not len(loss):
         return "no loss was logged yet"
@@ -110,7 +112,7 @@ def loss_curve_png(csv_file: Path, png: Path, title: str) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
     from matplotlib.ticker import FuncFormatter
 
-    log = read_log(csv_file)
+    log = with_loss(read_log(csv_file))
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     title = visible(title if len(title) <= 40 else "…" + title[-39:])

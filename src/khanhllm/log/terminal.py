@@ -1,7 +1,6 @@
 """What a run looks like in a terminal: a live panel for a person, plain lines for a file or a pipe."""
 
 import os
-import sys
 import time
 from array import array
 from collections import deque
@@ -19,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.draw import bars, braille, visible
+from khanhllm.draw import bars, braille, on_terminal, visible
 from khanhllm.errors import drain
 from khanhllm.log.pictures import frame
 from khanhllm.units import duration, short
@@ -86,7 +85,7 @@ class Terminal:
     """A live panel for a person, plain lines for a file or a pipe."""
 
     def __init__(self, story: RunView, every: int, console: Console | None) -> None:
-        self.console = console or _Console(force_terminal=sys.stdout.isatty())
+        self.console = console or _Console(force_terminal=on_terminal())
         self.story, self.every = story, every
         person = self.console.is_interactive and not self.console.is_jupyter and "utf" in self.console.encoding
         self.live = Live(console=self.console, auto_refresh=False) if person else None

@@ -26,5 +26,5 @@ class Head(nn.Module):
         return nll_T.view(targets_BT.shape)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, V) in fp32: for generation, where T is one."""
+        """(B, T, V) in fp32, all at one time: for generation, and for texts that are scored without a gradient."""
         return nn.functional.linear(self.norm(x_BTD), self.weight).float()

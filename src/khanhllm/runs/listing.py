@@ -46,11 +46,12 @@ def _row(run: Path) -> Row:
         _check_sizes(newest)
     except (UserError, OSError) as error:
         return row | {"fault": str(error)}
-    model, bits = config.model, log["val_bpb"][np.isfinite(log["val_bpb"])]
+    model = config.model
+    losses, bits = (log[name][np.isfinite(log[name])] for name in ("loss", "val_bpb"))
     asked = {"asked_seconds": config.train.seconds} if config.train.seconds else {"asked_steps": config.train.steps}
     known: Row = {"step": int(newest.name[5:]) if newest else 0}  # of a run that was saved without its log
-    if len(log["loss"]):
-        known = {"step": int(log["step"][-1]), "loss": float(log["loss"][-1])}
+    if len(losses):
+        known = {"step": int(log["step"][-1]), "loss": float(losses[-1])}
     best = {"best_bpb": float(bits.min())} if len(bits) else {}
     return row | {"shape": f"{model.pattern}, width {model.dim}"} | asked | known | best
 

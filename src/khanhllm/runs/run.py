@@ -17,6 +17,7 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import check_new, foreign
 from khanhllm.inference.generate import answer, most_read, write
+from khanhllm.inference.likelihood import ROWS_OF_TOKENS
 from khanhllm.inference.routes import watched
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import best_of, validations_of
@@ -30,8 +31,6 @@ from khanhllm.training import checkpoint, tensor_files
 
 Step = int | str | None
 """which checkpoint: the newest (None), one of a step, or "best" """
-ROWS_OF_TOKENS = 4096
-"""tokens scored at a time; without gradients they take little memory"""
 
 
 class ExpertChoices(NamedTuple):
@@ -61,6 +60,8 @@ class Run:
     tokenizer: Tokenizer
     state: dict[str, Any]
     """what else the checkpoint holds"""
+    identity: str
+    """a hash by which others may name the weights, asked when they were opened: a training removes old checkpoints"""
 
     @property
     def step(self) -> int:
@@ -188,7 +189,11 @@ class Run:
         if not str(folder).strip():
             raise UserError("save needs the name of a folder, got an empty one")
         check_new(out)
-        moments = tensor_files.load(self.checkpoint, "optimizer")
+        try:
+            moments = tensor_files.load(self.checkpoint, "optimizer")
+        except OSError as error:
+            gone = f"cannot read {self.checkpoint}: {error.strerror or error}"
+            raise UserError(f"{gone}; if a training has removed it, open a newer one") from None
         weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -263,6 +268,7 @@ def open_run(run: Path, machine_config: MachineConfig | None = None, step: Step 
     none."""
     config = read_config(run)
     path = find_checkpoint(run, config, step)
+    identity = tensor_files.identity(path)
     wanted = machine_config or MachineConfig()
     machine = open_machine(wanted)
     with torch.device(machine.device):
@@ -270,12 +276,6 @@ def open_run(run: Path, machine_config: MachineConfig | None = None, step: Step 
     halves = machine.precision == "bf16" and "bf16" in (config.machine.weights, wanted.weights)
     adapt(model, machine, weights="bf16" if halves else "fp32")
     checkpoint.load_model(path, model)
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(f"{run / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, more than this model knows")
     state = checkpoint.read_state(path)
-    if state["tokenizer"] not in ("", tokenizer.sha256):  # empty in a checkpoint from before it was noted
-        raise UserError(
-            f"{run / 'tokenizer.json'} is not the tokenizer that the model learned with; bring that one back"
-        )
-    return Run(path, config, machine, model, tokenizer, state)
+    tokenizer = Tokenizer.of_model(run / "tokenizer.json", config.model.vocab_size, state["tokenizer"])
+    return Run(path, config, machine, model, tokenizer, state, identity)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from khanhllm.draw import visible
+from khanhllm.draw import on_terminal, visible
 from khanhllm.errors import UserError
 from khanhllm.runs.run import Run
 from khanhllm.schema import Sampling
@@ -24,7 +24,7 @@ class Talk:
         self.run_, self.sampling, self.stops = run, sampling, stops
         self.messages: list[dict[str, str]] = []
         self.system = system if system.strip() else ""
-        self.screen = sys.stdout is not None and sys.stdout.isatty()
+        self.screen = on_terminal()
         self.person = self.screen and sys.stdin is not None and sys.stdin.isatty()
 
     def run(self) -> None:

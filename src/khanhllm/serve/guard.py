@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ STALLED = 60
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 QUIET = "/api/"
 """what the page asks every other second, which is worth a line only if it fails"""
+NAMES = re.compile(r"[\w-]+(?:, ?[\w-]+)*", re.ASCII)
+"""of headers, parted by commas"""
 HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -83,7 +86,7 @@ class Guard:
                 status = message["status"]
                 own = list(message.get("headers", ()))
                 known = {name for name, _ in own}
-                more = HEADERS | (_cors(origin) if origin in self.origins else {})
+                more = HEADERS | (_cors(scope) if origin in self.origins else {})
                 message["headers"] = own + [header for header in _encoded(more) if header[0] not in known]
             async with asyncio.timeout(STALLED):
                 await send(message)
@@ -160,8 +163,11 @@ def _header(scope: Scope, wanted: bytes) -> str | None:
     return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), None)
 
 
-def _cors(origin: str | None) -> dict[str, str]:
-    allowed = {"origin": origin or "", "headers": "authorization, content-type", "methods": "GET, POST"}
+def _cors(scope: Scope) -> dict[str, str]:
+    """What a page of an allowed origin may do: send the headers that it asks for, as OpenAI's client has many."""
+    asked = _header(scope, b"access-control-request-headers") or ""
+    names = asked if NAMES.fullmatch(asked) else "authorization, content-type"
+    allowed = {"origin": _header(scope, b"origin") or "", "headers": names, "methods": "GET, POST"}
     return {f"access-control-allow-{what}": value for what, value in allowed.items()} | {"vary": "origin"}
 
 

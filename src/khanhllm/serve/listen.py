@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        option = socket.SO_REUSEADDR
+        if sys.platform == "win32":  # where that would let two servers have one port
+            option = socket.SO_EXCLUSIVEADDRUSE
+        bound.setsockopt(socket.SOL_SOCKET, option, 1)
         bound.bind(address)
         bound.listen(2048)
     except (OSError, UnicodeError) as error:

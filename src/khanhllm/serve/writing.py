@@ -5,7 +5,6 @@ import codecs
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 from khanhllm.data.tokenizer import Tokenizer
@@ -31,6 +30,11 @@ class Seen(NamedTuple):
 
     tokens: Sequence[Score]
     routes: Sequence[Route]
+    prompt: int
+    """how many of the tokens were given"""
+
+    def then(self, more: "Seen") -> "Seen":
+        return Seen([*self.tokens, *more.tokens], [*self.routes, *more.routes], self.prompt + more.prompt)
 
 
 class Piece(NamedTuple):
@@ -46,8 +50,7 @@ class Piece(NamedTuple):
 
     def then(self, more: "Piece") -> "Piece":
         """This piece and the next one of its choice, as one."""
-        seen = [piece.seen for piece in (self, more) if piece.seen]
-        both = Seen(*(list(chain(*parts)) for parts in zip(*seen, strict=True))) if seen else None
+        both = self.seen.then(more.seen) if self.seen and more.seen else self.seen or more.seen
         return Piece(self.choice, self.text + more.text, [*self.scores, *more.scores], more.finish, more.error, both)
 
 
@@ -110,7 +113,7 @@ class Writing:
         words = TokenWords(self.tokenizer, wanted.stops)
         prompt: list[Score] = [Score(token) for token in wanted.ids[wanted.shown : 1]]
         begun = not wanted.echo
-        tokens, routes = [Score(wanted.ids[0])], list[Route]()
+        tokens, routes, given = [Score(wanted.ids[0])], list[Route](), len(wanted.ids)
         cut: UserError | None = None
 
         def beginning() -> tuple[str, list[Score]]:
@@ -121,8 +124,8 @@ class Writing:
             return self.tokenizer.decode(wanted.ids[wanted.shown :]), prompt
 
         def seen() -> Seen | None:
-            nonlocal tokens, routes
-            new, tokens, routes = Seen(tokens, routes), [], []
+            nonlocal tokens, routes, given
+            new, tokens, routes, given = Seen(tokens, routes, given), [], [], 0
             return new if wanted.routes else None
 
         def echo(score: Score) -> None:
@@ -203,9 +206,9 @@ def named(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def told(tokenizer: Tokenizer, seen: Seen) -> dict[str, list[Any]]:
+def told(tokenizer: Tokenizer, seen: Seen) -> dict[str, Any]:
     """`seen` as clients get it: each token as [id, text, bits, alternatives], bits being null where no token stands
-    before it; each route as [[expert, weight], ...] for every mixture layer."""
+    before it; each route as [[expert, weight], ...] for every mixture layer; how many tokens are the prompt's."""
 
     def one(score: Score) -> list[Any]:
         bits = None if score.logprob is None else round(-score.logprob / math.log(2), 3)
@@ -213,4 +216,4 @@ def told(tokenizer: Tokenizer, seen: Seen) -> dict[str, list[Any]]:
         return [score.token, named(tokenizer, score.token), bits, likely]
 
     routes = [[[(expert, round(weight, 4)) for expert, weight in layer] for layer in route] for route in seen.routes]
-    return {"tokens": [one(score) for score in seen.tokens], "routes": routes}
+    return {"tokens": [one(score) for score in seen.tokens], "routes": routes, "prompt": seen.prompt}

@@ -47,7 +47,7 @@ export class Chart {
     new ResizeObserver(() => this.draw()).observe(this.node);
   }
 
-  // lines: {name, kind, x, y, least, most, dots, cut}; kind is the class that gives the colour.
+  // lines: {name, kind, x, y, along, least, most, dots, cut}; kind is the class that gives the colour, along names x.
   show(lines) {
     this.lines = lines.filter((line) => line.y.some(known));
     this.draw();
@@ -127,7 +127,7 @@ export class Chart {
     this.cursor.replaceChildren(
       svg("line", { x1: place, x2: place, y1: TOP, y2: HEIGHT - BOTTOM, class: "hair" }),
       ...found.map(({ step: own, value, kind }) => svg("circle", { cx: this.x(own), cy: this.y(value), r: 3.5, class: `dot ${kind}` })));
-    this.read.textContent = `step ${whole(found[0].step)}: ${found.map(({ name, value }) => `${name} ${short(value)}`).join(", ")}`;
+    this.read.textContent = `${this.lines[0].along ?? "step"} ${whole(found[0].step)}: ${found.map(({ name, value }) => `${name} ${short(value)}`).join(", ")}`;
   }
 
   walk(event) {

@@ -28,7 +28,7 @@ export function compare(view, model) {
 
   function draw() {
     const pair = [0, other];
-    const lines = (column, more = {}) => pair.map((run, nth) => ({ ...runs[run].line(column, model.runs[run], `k${nth}`, more), x: runs[run].column(along) }));
+    const lines = (column, more = {}) => pair.map((run, nth) => ({ ...runs[run].line(column, model.runs[run], `k${nth}`, more), x: runs[run].column(along), along }));
     loss.show(lines("loss", { cut: true }));
     bits.show(lines("val_bpb", { dots: true }));
     speed.show(lines("tokens_per_s"));

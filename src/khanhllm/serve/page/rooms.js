@@ -16,6 +16,7 @@ export function experts(view, model) {
   }
   const per = model.experts_per_token;
   let nth = model.layers.length - 1, mode = "again", texts = { open: null, again: null, read: null };
+  let asked = {}; // the request of the open text: the fields may say something else by now
 
   const prompt = el("textarea", { id: "start", rows: 5, spellcheck: "false" });
   prompt.value = model.prompt;
@@ -44,11 +45,11 @@ export function experts(view, model) {
 
   const job = worker(view, "Write", async (signal, tell, only) => {
     const off = doors.off;
-    const body = { ...settings.values(), prompt: prompt.value };
     if (only !== "closed" || !texts.open?.finish) {
       texts.again = texts.read = null;
       tell("The model writes, all doors open …");
-      live.text = await fill("open", { ...body, khanhllm: { routes: true } }, signal);
+      asked = { ...settings.values(), prompt: prompt.value };
+      live.text = await fill("open", { ...asked, khanhllm: { routes: true } }, signal);
       say(live.text.tokens.slice(live.text.prompt).map((token) => token.text).join(""));
     }
     texts.again = texts.read = null;
@@ -59,7 +60,7 @@ export function experts(view, model) {
       tell(`The same text is read without ${doors.words} …`);
       await fill("read", { prompt: ids, max_tokens: 0, khanhllm }, signal, texts.open.prompt);
       tell(`The model writes without ${doors.words} …`);
-      await fill("again", { ...body, khanhllm }, signal);
+      await fill("again", { ...asked, khanhllm }, signal);
     }
     return "";
   });
@@ -125,9 +126,10 @@ export function experts(view, model) {
   );
   doors.draw();
   compared();
-  get("/api/experts").then((answer) => {
-    doors.worth = answer.findings?.layers;
+  async function look() {
+    const { findings, current } = await get("/api/experts").catch(() => ({}));
+    doors.worth = current ? findings.layers : null; // those of other weights say nothing of these
     doors.draw();
-  }, () => {});
-  return {};
+  }
+  return { look };
 }

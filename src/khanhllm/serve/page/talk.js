@@ -9,6 +9,9 @@ const WHY = {
   stop: "the model ended its document, or wrote the stop text",
 };
 
+// Why a text ended. One that was cut before it had its most tokens has filled the context.
+const why = (reason, tokens, most) => (reason === "length" && tokens < most ? "the model sees no more at once" : WHY[reason] ?? reason);
+
 // Whether the reader looks at the end of a box that grows; then it stays in sight.
 function following(box) {
   const end = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
@@ -41,8 +44,7 @@ function base(place, model) {
       }
     }
     say(written.textContent);
-    const full = reason === "length" && tokens < body.max_tokens;
-    return `Ended after ${whole(tokens)} tokens: ${full ? "the model sees no more at once" : WHY[reason] ?? reason}.`;
+    return `Ended after ${whole(tokens)} tokens: ${why(reason, tokens, body.max_tokens)}.`;
   });
   const again = el("button", { type: "button" }, "Go on");
   again.addEventListener("click", () => {
@@ -68,10 +70,10 @@ function chat(place) {
   const settings = sampling(300);
 
   // The events of an answer. The oldest turns go where the model cannot see all, as in `khanhllm chat`.
-  async function* answering(talk, signal) {
+  async function* answering(talk, body, signal) {
     for (let from = 0; ; from += 2) {
       try {
-        for await (const event of stream("/v1/chat/completions", { ...settings.values(), messages: talk.slice(from) }, signal)) {
+        for await (const event of stream("/v1/chat/completions", { ...body, messages: talk.slice(from) }, signal)) {
           forgot ||= from > 0;
           talk.splice(0, from);
           from = 0;
@@ -92,10 +94,12 @@ function chat(place) {
     input.value = "";
     const question = el("li", { class: "user" }, content), answer = el("li", { class: "assistant" });
     said.append(question, answer);
-    let reason = "";
+    const body = { ...settings.values(), stream_options: { include_usage: true } };
+    let reason = "", tokens = 0;
     try {
       tell("The model reads the conversation …");
-      for await (const event of answering(talk, signal)) {
+      for await (const event of answering(talk, body, signal)) {
+        if (event.usage) tokens = event.usage.completion_tokens;
         for (const one of event.choices) {
           answer.append(one.delta?.content ?? "");
           reason = one.finish_reason ?? reason;
@@ -114,7 +118,7 @@ function chat(place) {
     }
     say(answer.textContent);
     status.scrollIntoView({ block: "nearest" }); // and the box for the next message with it
-    const end = reason === "stop" ? "" : `Ended: ${WHY[reason] ?? reason}. `;
+    const end = reason === "stop" ? "" : `Ended: ${why(reason, tokens, body.max_tokens)}. `;
     return end + (forgot ? "The model no longer sees your first messages." : "");
   });
   input.addEventListener("keydown", (event) => {

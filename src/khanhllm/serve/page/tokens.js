@@ -17,7 +17,7 @@ export class Text {
   }
 
   add(told) {
-    if (!this.tokens.length) this.prompt = told.routes.length; // the prompt is read before anything is drawn
+    this.prompt += told.prompt;
     for (const [id, text, bits, likely] of told.tokens) this.tokens.push({ id, text, bits, likely });
     this.routes.push(...told.routes);
   }
