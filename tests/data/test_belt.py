@@ -165,6 +165,16 @@ def test_two_workers_on_one_cache_share_no_download(lay):
         assert belt_worker.own_place(folder, later) == places[0]
 
 
+def test_the_name_of_a_place_does_not_decide_the_belt(lay, tmp_path, monkeypatch):
+    """As the config of a run names its text by an absolute path, which must make the same belt again."""
+    for name in ("corpus/", "*rpus/*.jsonl"):
+        monkeypatch.chdir(tmp_path)
+        typed = lay("typed", source=name)
+        monkeypatch.chdir("/")
+        absolute = lay("absolute", source=tmp_path / name)
+        assert (typed.sha256, typed.folder.name) == (absolute.sha256, absolute.folder.name)
+
+
 def test_a_source_that_changed_is_noticed(corpus, lay):
     belt = lay(disk=1)
     all_rows(belt)

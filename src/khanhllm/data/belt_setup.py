@@ -11,7 +11,7 @@ from khanhllm.data.clean import Cleaner, cleaning_of
 from khanhllm.data.executors import say
 from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
-from khanhllm.data.sources import Source
+from khanhllm.data.sources import Source, anchored
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import HASHES, Growing, share_note, single_text, text_hash
 from khanhllm.errors import UserError
@@ -76,8 +76,10 @@ def create_belt(
 
 
 def _deciding(source: Source) -> dict[str, Any]:
-    """The fields of a source that decide its shards; `bad` only if it is "skip", so that older belts keep theirs."""
-    return {key: value for key, value in asdict(source).items() if key != "left_out" and (key, value) != BAD}
+    """The fields of a source that decide its shards; `bad` only if it is "skip", so that older belts keep theirs. Its
+    name is absolute, as in the config of the run, which can then make the belt again wherever it is called from."""
+    fields = asdict(source) | {"name": anchored(source.name)}
+    return {key: value for key, value in fields.items() if key != "left_out" and (key, value) != BAD}
 
 
 class _Held(NamedTuple):

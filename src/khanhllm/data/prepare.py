@@ -33,7 +33,7 @@ from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.readers import Reader, for_conversations
 from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
 from khanhllm.data.source_syntax import with_home
-from khanhllm.data.sources import Source, components, in_words, is_remote, locate
+from khanhllm.data.sources import Source, anchored, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, share_note, text_hash
 from khanhllm.errors import UserError
@@ -377,7 +377,7 @@ def _comparing(steps: str) -> str:
 
 
 def _folder_name(source: str, recipe: list[Any]) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[-40:].strip("-") or "text"
+    slug = re.sub(r"[^a-z0-9]+", "-", anchored(source).lower()).strip("-")[-40:].strip("-") or "text"
     return f"{slug}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
 
 
