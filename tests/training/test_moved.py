@@ -76,6 +76,19 @@ def test_a_relative_source_is_found_from_another_folder(corpus, tmp_path, monkey
     assert main(["train", "--resume", "--run", "../run", "--steps", "4"]) == 0
 
 
+def test_shards_that_moved_with_their_run_are_scored_and_replayed(corpus, tmp_path, monkeypatch):
+    """As --resume finds them."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    monkeypatch.chdir(old)
+    train(config(corpus, "shards"), Path("run"))
+    old.rename(new)
+    monkeypatch.chdir(new)
+    assert main(["evaluate", "run"]) == 0
+    assert main(["train", "--from", "run", "--run", "on", "--train.steps", "1", "--data.replay", "0.5"]) == 0
+    assert Path(read_config(new / "on").data.base).parent == new / "shards"
+
+
 def test_weights_from_elsewhere_begin_with_any_text(moved, corpus, capsys):
     """As an imported model stands in its folder: at step 0, with no data."""
     chosen = resolve(config("c4", "shards").model_dump(), {"data": {"tokenizer": "imported/tokenizer.json"}})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from khanhllm.data.chat import check_turns, messages_of
 from khanhllm.data.counting import Reading
+from khanhllm.data.ensure import place_of
 from khanhllm.data.render import fitting, render
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
@@ -71,7 +72,7 @@ class Run:
     @property
     def data(self) -> Path:
         """The folder of shards that it was trained on."""
-        return Path(self.state["folder"])
+        return place_of(self.state["folder"], self.config.data.cache)
 
     def stream(self, prompt: str = "", stop: str | Sequence[str] = (), **sampling: Any) -> Iterator[str]:
         """The continuation of a prompt, piece by piece. sampling: tokens, temperature, top_k, top_p, min_p, seed.

@@ -13,10 +13,9 @@ from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
 from khanhllm.data.counting import Reading, counted
-from khanhllm.data.ensure import check_rows_fit, ensure
+from khanhllm.data.ensure import check_rows_fit, ensure, place_of
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
-from khanhllm.data.source_syntax import with_home
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
@@ -129,10 +128,8 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
     elsewhere by now is read with the run's own tokenizer; `restore` compares what becomes of it."""
     data, had = config.data, saved.get("folder")
     moved = bool(saved) and _anchored(data).source != _anchored(read_config(folder).data).source
-    places = [Path(had), with_home(data.cache) / Path(had).name] if had and not moved else []  # a cache may move
-    for place in places:
-        if there(place / MANIFEST):
-            return data.model_copy(update={"source": str(place), "tokenizer": ""})
+    if had and not moved and there((place := place_of(had, data.cache)) / MANIFEST):
+        return data.model_copy(update={"source": str(place), "tokenizer": ""})
     if saved and (moved or data.tokenizer or not saved["data"]):
         return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
     return data
