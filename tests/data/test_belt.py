@@ -281,8 +281,29 @@ def test_a_bad_file_stops_the_run_in_one_line(corpus, lay):
     (corpus / last).write_text('{"text": "cut', "utf-8")
     for note in belt.folder.glob("train-*"):
         note.unlink()
-    with pytest.raises(Starved, match=rf"{last}, line 1 is not valid JSON"):
+    with pytest.raises(Starved, match=rf"{last}, line 1 is not valid JSON") as caught:
         rows(belt, 500)
+    assert caught.value.exit_code == 2
+
+
+def test_only_a_lack_of_network_is_worth_another_try(corpus, tmp_path, lay, monkeypatch):
+    monkeypatch.setattr(belt_setup, "KEPT", 0)
+    with FaultyServer(corpus) as server:
+        folder = lay(source=f"{server.url}/{{0..3}}.jsonl").folder
+    with pytest.raises(Starved, match="no network for") as caught:
+        rows(Belt(folder, CONTEXT, 1, 10**9, 0.1), 1)
+    assert caught.value.exit_code == 75
+
+
+def test_what_nobody_foresaw_in_the_child_is_told(lay, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    belt = lay()
+    recipe = json.loads((belt.folder / RECIPE).read_text("utf-8"))
+    recipe["sources"][0]["no such field"] = 1
+    (belt.folder / RECIPE).write_text(json.dumps(recipe), "utf-8")
+    with pytest.raises(Starved, match=r"TypeError: .*no such field.*the details are in ") as caught:
+        rows(belt, 1)
+    assert caught.value.exit_code == 1
 
 
 def test_no_more_shards_than_ahead_are_made(lay):

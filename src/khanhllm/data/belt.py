@@ -195,7 +195,8 @@ class _Child:
         self.deaths += 1
         if message or self.deaths > TRIES:
             fate = f"died or hung {self.deaths} times in a row"
-            raise Starved(message or f"the process that makes shards in {self.folder} {fate}")
+            code = self.process.returncode if message else None
+            raise Starved(message or f"the process that makes shards in {self.folder} {fate}", code)
         self._start()
 
 

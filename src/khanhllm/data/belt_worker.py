@@ -32,7 +32,7 @@ from khanhllm.data.shards import Manifest
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import Growing, batched, text_hash
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, in_a_line
 from khanhllm.files import locked, publish, sync
 from khanhllm.limits import cores
 
@@ -228,11 +228,12 @@ def main(arguments: list[str]) -> int:
     try:
         with ExitStack() as held:
             serve(folder, ahead, disk, patience, lambda: newest[0], own_place(folder, held))
-    except UserError as error:
-        print(error)
     except OSError as error:
-        print(f"cannot make shards in {folder}: {error.strerror or error}")
-    return 75
+        line, code = f"cannot make shards in {folder}: {error.strerror or error}", 75
+    except Exception as error:  # nobody reads the stderr of this process
+        line, code = in_a_line(error)
+    print(line)
+    return code
 
 
 if __name__ == "__main__":

@@ -41,8 +41,18 @@ class _Unauthorised(_Refused):
     """The server refused this client (401, 403)."""
 
 
-class Denied(UserError):
+class NotItsFault(UserError):
+    """The file may be good: the network, this disk or the token is at fault."""
+
+
+class Denied(NotItsFault):
     """The server wants another token."""
+
+
+class Unreachable(NotItsFault):
+    """Nothing arrives."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class _Damaged(Exception):
@@ -72,7 +82,7 @@ def fetch(
     sha256: the hash that the file must have; empty: that which the hub publishes with its large files. token: sent to
     the server of `url`, but to none that it redirects to. patience: seconds without a new byte until `fetch` gives up.
     check: reads the file and raises if it is damaged, a UserError if another try cannot help. page: whether the file
-    may be a web page. Raises UserError; its subclass Denied if the server wants another token.
+    may be a web page. Raises UserError; its subclasses say why if the file may be good.
     """
     if path.exists():
         return path
@@ -98,11 +108,12 @@ def fetch(
                     final = Denied if isinstance(error, _Unauthorised) else UserError
                     raise final(f"{url}: {why}, {most} times in a row") from None
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+            raise NotItsFault(f"cannot write {path}: {error.strerror or error}") from None
         if _size(part) > farthest:
             farthest, progress, wait = _size(part), time.monotonic(), FIRST_WAIT
         if time.monotonic() + pause - progress > patience:
-            raise UserError(f"no network for {patience:g} s: {urlsplit(url).hostname} sends nothing ({why}) for {url}")
+            host = urlsplit(url).hostname
+            raise Unreachable(f"no network for {patience:g} s: {host} sends nothing ({why}) for {url}")
         time.sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT)
 
