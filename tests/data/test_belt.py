@@ -155,6 +155,18 @@ def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_pa
     assert len(waiting) == (4 if kept else 0)
 
 
+def test_what_was_downloaded_before_an_interruption_is_not_downloaded_again(corpus, tmp_path, monkeypatch):
+    with FaultyServer(corpus) as server:
+        data = DataConfig(source=f"{server.url}/{{0..3}}.jsonl", cache=str(tmp_path / "cache"), validation=0.1)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prepare, "create_belt", lambda *_: signal.raise_signal(signal.SIGINT))
+            ensure(data, 300, 1000)
+        folder = ensure(data, 300, 1000)
+        asked = Counter(path for path, _, _ in server.log)
+    assert {asked[f"/{nth}.jsonl"] for nth in (1, 2, 3)} == {1}
+    assert [path for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder]
+
+
 def test_two_workers_on_one_cache_share_no_download(lay):
     folder = lay().folder
     with ExitStack() as first, ExitStack() as second:

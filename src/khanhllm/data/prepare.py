@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -156,14 +155,12 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, for the caller to rename to it when it is complete; else it is removed at the end."""
+    """A folder beside `out`, for the caller to rename to it when it is complete. After an interruption it stays, so
+    that the next call finds what it has downloaded."""
+    new = out.with_name(f".{out.name}.new")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            yield new
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True, exist_ok=True)
+        yield new
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
@@ -344,8 +341,6 @@ def _make(
     with _alone(folder):
         if there(folder / MANIFEST):
             return
-        for left_over in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
         cleaned: dict[str, Any] = {"clean": data.clean, "bad": data.bad}
         if not parts:
             tokenizer = tokenizer or train_on(data.source, vocab_size, sample, data.validation, **cleaned)
