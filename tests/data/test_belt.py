@@ -16,12 +16,13 @@ from words import TOKENIZER, lines, text
 
 from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import belt as module
-from khanhllm.data import belt_setup, belt_worker, heartbeat, prepare, readers
+from khanhllm.data import belt_setup, belt_worker, fetch, heartbeat, prepare, readers
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.belt_notes import RECIPE, Recipe
 from khanhllm.data.belt_worker import BeltWorker
 from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.shards import Shards
+from khanhllm.data.sources import locate
 from khanhllm.data.writer import text_hash
 from khanhllm.errors import UserError
 from khanhllm.schema import DataConfig
@@ -139,8 +140,8 @@ def test_a_shard_that_a_power_cut_has_cut_is_made_again(lay, left):
 def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_path, monkeypatch, kept):
     monkeypatch.setattr(belt_setup, "KEPT", kept)
     monkeypatch.setattr(prepare, "KEPT", kept)
-    patient, fetch = [], readers.fetch
-    monkeypatch.setattr(readers, "fetch", lambda *a, **more: patient.append(more["patience"]) or fetch(*a, **more))
+    patient, real = [], readers.fetch
+    monkeypatch.setattr(readers, "fetch", lambda *a, **more: patient.append(more["patience"]) or real(*a, **more))
     with FaultyServer(corpus) as server:
         source = f"{server.url}/{{0..3}}.jsonl"
         data = DataConfig(source=source, cache=str(tmp_path), validation=0.1, shard_tokens=1000, patience=7)
@@ -465,6 +466,19 @@ def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
     skipping = lay(cache="skips", source=corpus / "0.jsonl", bad="skip")
     assert skipping.sha256 != identity
     assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]
+
+
+def test_what_a_server_refuses_is_skipped_if_asked_but_not_what_is_no_fault_of_the_file(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.001)
+    (corpus / "4.jsonl").write_text("<!doctype html><p>a login", "utf-8")
+    (corpus / "5.jsonl.gz").write_bytes(b"\x1f\x8b damaged")
+    with FaultyServer(corpus) as server:
+        source = locate(f"{server.url}/{{0.jsonl,4.jsonl,5.jsonl.gz,6.jsonl}}", "skip")
+        skipping = readers.Reader(source, [], tmp_path / "spool")
+        assert sorted(skipping.all_texts()) == sorted(text(line) for line in range(50))
+        assert skipping.skipped == {".jsonl": 2, ".jsonl.gz": 1}
+    with pytest.raises(UserError, match="no network"):
+        list(readers.Reader(source, [], patience=0.1).all_texts())
 
 
 def test_a_held_out_share_far_from_the_one_asked_for_is_said(lay, tmp_path, capfd):

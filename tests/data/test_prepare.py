@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 import shutil
 import threading
 from itertools import pairwise
@@ -335,6 +336,21 @@ def test_files_that_cannot_be_read_are_skipped_if_asked_and_counted(partly_bad, 
     assert sorted(found) == sorted(text(number) for number in range(27))
     with pytest.raises(UserError, match=r"none of its files can be read \(data.bad = skip\)"):
         train_on(str(partly_bad / "latin.txt"), 300, 10**6, bad="skip")
+
+
+def test_what_is_no_file_of_text_at_all_is_skipped_too(partly_bad):
+    whole = locate(str(partly_bad))
+    (partly_bad / "empty.jsonl.gz").touch()
+    (partly_bad / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(partly_bad / "pipe.txt")
+    for place in (partly_bad, partly_bad / "empty.jsonl.gz"):
+        with pytest.raises(UserError, match=r"empty|gone|pipe"):
+            locate(str(place))
+    skipping = locate(str(partly_bad), "skip")
+    assert skipping.files == whole.files
+    assert skipping.left_out_line().endswith("2 .txt that cannot be read, 1 .jsonl.gz that cannot be read")
+    with pytest.raises(UserError, match="empty"):
+        locate(str(partly_bad / "empty.jsonl.gz"), "skip")
 
 
 def test_skipping_makes_other_shards_and_says_so_each_time(partly_bad, tmp_path, capsys):

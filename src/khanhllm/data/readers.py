@@ -32,7 +32,7 @@ from pyarrow.types import is_struct
 
 from khanhllm.data.chat import SHAPES, NoConversation, WrongConversation, conversation, to_json
 from khanhllm.data.counting import Marks
-from khanhllm.data.fetch import Denied, fetch
+from khanhllm.data.fetch import Denied, NotItsFault, fetch
 from khanhllm.data.plain import BLOCK, as_utf8, decoded, documents
 from khanhllm.data.records import holds_records, records
 from khanhllm.data.source_syntax import filled, text_columns, without_query
@@ -114,17 +114,21 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
             bare = Path(without_query(filepath, self.source.root)).name
             path = Path(spool, blake2b(where.encode(), digest_size=8).hexdigest(), bare)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _download(where, path, self.patience)
-            yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where)
-            self.keep -= path.stat().st_size
+            yield from self._documents(DataFolder(str(path.parent), fs=LocalFileSystem()), path.name, where, path)
+            self.keep -= path.stat().st_size if path.exists() else 0
             if self.keep <= 0:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
-    def _documents(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
+    def _documents(
+        self, folder: DataFolder, filepath: str, where: str, download: Path | None = None
+    ) -> Iterator[Document]:
+        """download: where to download the file first."""
         try:
+            if download:
+                _download(where, download, self.patience)
             yield from self._read(folder, filepath, where)
-        except UserError:
-            if self.source.bad == "refuse":
+        except UserError as error:
+            if self.source.bad == "refuse" or isinstance(error, NotItsFault):
                 raise
             self.skipped[ending(Path(without_query(filepath, self.source.root)).name)] += 1
 
@@ -224,7 +228,7 @@ def _download(where: str, path: Path, patience: float) -> None:
     try:
         fetch(url, path, token=get_token() or "", patience=patience, check=_check_packed)
     except Denied as error:
-        raise UserError(f"{error}; {LOGIN}") from None
+        raise Denied(f"{error}; {LOGIN}") from None
 
 
 def _check_packed(path: Path) -> None:

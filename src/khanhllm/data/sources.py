@@ -176,7 +176,7 @@ def locate(source: str, bad: Literal["refuse", "skip"] = "refuse") -> Source:
             f"{source} is a mixture; look at its sources one by one: {', '.join(name for name, _ in parts)}"
         )
     place, column = with_column(source)
-    located = replace(_without_column(place, column), bad=bad)
+    located = replace(_without_column(place, column, bad), bad=bad)
     if not column:
         return located
     if all(kind(name, located.root) in ("text", "page") for name in located.files):
@@ -184,7 +184,7 @@ def locate(source: str, bad: Literal["refuse", "skip"] = "refuse") -> Source:
     return replace(located, name=source, column=column, fingerprint=f"{located.fingerprint}#{column}")
 
 
-def _without_column(source: str, column: str) -> Source:
+def _without_column(source: str, column: str, bad: str) -> Source:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         walked = walk(root, Counter(), links=False)
@@ -209,12 +209,12 @@ def _without_column(source: str, column: str) -> Source:
     if "://" in source:
         raise UserError(f"unknown source {source}; it may be stdlib, c4, hf://datasets/..., http(s)://... or a path")
     try:
-        return _on_disk(source, column)
+        return _on_disk(source, column, bad)
     except OSError as error:  # a name too long, or a folder without permission
         raise UserError(f"cannot read {source}: {error.strerror}") from None
 
 
-def _on_disk(source: str, column: str) -> Source:
+def _on_disk(source: str, column: str, bad: str) -> Source:
     left_out = Counter[str]()
     path = with_home(source)
     if path.is_dir():
@@ -227,7 +227,7 @@ def _on_disk(source: str, column: str) -> Source:
         if not files:
             what = f"; it holds {in_words(left_out.items())}" if left_out else ""
             raise UserError(f"the folder {path} holds no text files; {ALLOWED}{what}")
-        return _local(source, path, files, left_out)
+        return _local(source, path, files, left_out, bad)
     if path.is_file():
         if kind(path.name) == "page" and not can_read_pages():
             raise UserError(f"to read {source}, install Resiliparse: pip install 'khanhllm[web]'")
@@ -242,7 +242,7 @@ def _on_disk(source: str, column: str) -> Source:
                 else "nothing"
             )
             raise UserError(f"the pattern {source} matches {why}")
-        return _local(source, Path(os.path.commonpath([file.parent for file in files])), files, left_out)
+        return _local(source, Path(os.path.commonpath([file.parent for file in files])), files, left_out, bad)
     guess = did_you_mean(source, ["stdlib", "c4"])
     raise UserError(f"there is no file, folder or source named {source}{guess}; {LOCAL_HELP}")
 
@@ -257,27 +257,36 @@ def _shuffled(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: blake2b(name.encode("utf-8", "surrogateescape")).digest())
 
 
-def _local(source: str, root: Path, paths: list[Path], left_out: Counter[str] | None = None) -> Source:
-    stats = {path.relative_to(root).as_posix(): _stat(path) for path in paths}
-    for name, status in stats.items():
-        if not status.st_size and name.lower().endswith(PACKED):
-            raise UserError(f"{root / name} is empty (0 bytes); copy or download it again")
+def _local(
+    source: str, root: Path, paths: list[Path], left_out: Counter[str] | None = None, bad: str = "refuse"
+) -> Source:
+    left_out, stats = left_out or Counter(), {}
+    for path in paths:
+        try:
+            stats[path.relative_to(root).as_posix()] = _stat(path)
+        except UserError:
+            if bad == "refuse" or (path == paths[-1] and not stats):
+                raise
+            left_out[f"{ending(path.name)} that cannot be read"] += 1
     files = _shuffled(list(stats))
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
     sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)
     fingerprint = blake2b(repr((str(root.resolve()), listing)).encode("utf-8", "surrogateescape")).hexdigest()
-    most, counts = _document_bytes(sum(sizes)), tuple((left_out or Counter()).items())
+    most, counts = _document_bytes(sum(sizes)), tuple(left_out.items())
     return Source(source, str(root.resolve()), tuple(files), sizes, fingerprint, most, left_out=counts)
 
 
 def _stat(path: Path) -> os.stat_result:
-    """The status of a file. Raises UserError for a broken link, and for a pipe or device, which may never end."""
+    """The status of a file. Raises UserError for a broken link, for a pipe or device, which may never end, and for a
+    packed file without a byte."""
     try:
         status = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; remove it or repair the link") from None
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"cannot read {path}: it is not a regular file; remove it or give another folder")
+    if not status.st_size and path.name.lower().endswith(PACKED):
+        raise UserError(f"{path} is empty (0 bytes); copy or download it again")
     return status
 
 
