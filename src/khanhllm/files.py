@@ -3,6 +3,7 @@
 
 import errno
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,12 +50,17 @@ def check_writable(*paths: Path) -> None:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def signed(process: int | None = None) -> str:
+    """A name for this process, or another of this machine, that none has on other machines which share a folder."""
+    return f"{process or os.getpid()}@{socket.gethostname()}"
+
+
 def publish(path: Path, content: str | bytes, durable: bool = False) -> None:
     """Write aside and rename, so that `path` holds the old content or the new, never half of it. Raises OSError.
 
     durable: force it to disk before the rename.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{signed()}")
     try:
         with aside.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from khanhllm.data.shards import Shards
 from khanhllm.data.sources import locate
 from khanhllm.data.writer import text_hash
 from khanhllm.errors import UserError
+from khanhllm.files import signed
 from khanhllm.schema import DataConfig
 
 CONTEXT = 16
@@ -178,6 +180,19 @@ def test_two_workers_on_one_cache_share_no_download(lay):
         assert belt_worker.own_place(folder, later) == places[0]
 
 
+def test_a_worker_removes_what_the_dead_of_its_own_machine_left_and_nothing_else(lay):
+    belt, dead = lay(), subprocess.Popen(["true"])
+    dead.wait()
+    mine, others = signed(dead.pid), f"{dead.pid}@another.machine"
+    names = (".train-00001.bin", ".train-00001.json", ".train-heartbeat", "spool/of")
+    for name in names:
+        for who in (mine, others):
+            (belt.folder / f"{name}.{who}").mkdir(parents=True)
+    rows(belt, 1)
+    assert not any((belt.folder / f"{name}.{mine}").exists() for name in names)
+    assert all((belt.folder / f"{name}.{others}").exists() for name in names)
+
+
 def test_the_name_of_a_place_does_not_decide_the_belt(lay, tmp_path, monkeypatch):
     """As the config of a run names its text by an absolute path, which must make the same belt again."""
     for name in ("corpus/", "*rpus/*.jsonl"):
@@ -246,7 +261,7 @@ def test_a_stopped_child_is_replaced_and_the_rows_are_the_same(lay, monkeypatch)
                     path.unlink()
         found.append(next(stream).tobytes())
     for child in children():  # as if the end met it in the middle of a shard
-        (belt.folder / f".train-00099.bin.{child.pid}").touch()
+        (belt.folder / f".train-00099.bin.{signed(child.pid)}").touch()
     stream.close()
     assert found == whole and len(stopped) == 1 and not stopped[0].is_running()
     assert not children() and not list(belt.folder.glob(".train-*"))

@@ -33,7 +33,7 @@ from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import Growing, batched, text_hash
 from khanhllm.errors import UserError, in_a_line
-from khanhllm.files import locked, publish, sync
+from khanhllm.files import locked, publish, signed, sync
 from khanhllm.limits import cores
 
 
@@ -64,7 +64,7 @@ class BeltWorker:
             self.stream = self._encoded(start)
         self.nth = nth
         name = f"train-{nth:05d}.bin"
-        aside = self.folder / f".{name}.{os.getpid()}"
+        aside = self.folder / f".{name}.{signed()}"
         following = start
         last = True
         with Growing(aside, "train", self.recipe.dtype) as growing:
@@ -190,7 +190,10 @@ def _sizes(downloads: Path) -> list[int]:
 
 
 def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> None:
-    sizes = {nth: (folder / note.shard.file).stat().st_size for nth, note in enumerate(notes) if _exists(folder, note)}
+    sizes = {}
+    for nth, note in enumerate(notes):
+        with suppress(FileNotFoundError):  # gone, perhaps just now, by the worker of another run
+            sizes[nth] = (folder / note.shard.file).stat().st_size
     spare = sorted((nth for nth in sizes if nth not in window), key=lambda nth: (nth > window[0], nth))
     while spare and sum(sizes.values()) > disk:
         nth = spare.pop(0)
@@ -208,7 +211,7 @@ def own_place(folder: Path, held: ExitStack) -> str:
     with suppress(OSError, UserError):
         held.enter_context(locked(folder / "spool.lock"))
         return ""
-    return f"of.{os.getpid()}"
+    return f"of.{signed()}"
 
 
 def main(arguments: list[str]) -> int:
@@ -223,7 +226,8 @@ def main(arguments: list[str]) -> int:
     folder, ahead, disk, patience = Path(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3])
     Thread(target=listen, daemon=True).start()
     for left_over in [*folder.glob(".train-*"), *folder.glob("spool/of.*")]:
-        if not psutil.pid_exists(int(left_over.suffix[1:])):
+        process = int(left_over.name.partition("@")[0].rpartition(".")[2])
+        if left_over.name.endswith(f".{signed(process)}") and not psutil.pid_exists(process):
             shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
     try:
         with ExitStack() as held:

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from khanhllm.files import signed
+
 BEAT = 1.0
 """seconds between two touches"""
 SILENT = 60.0
@@ -22,7 +24,7 @@ WORK = 600.0
 
 def heartbeat_path(folder: Path, process: int) -> Path:
     """The file that a process touches; by its name, it is removed with the unfinished shards of a process that died."""
-    return folder / f".train-heartbeat.{process}"
+    return folder / f".train-heartbeat.{signed(process)}"
 
 
 def beat(path: Path, sign: Callable[[], Any], longest: float) -> None:
@@ -44,6 +46,7 @@ class Heartbeat:
     """The parent's view of one child. Only changes of the file's time count, so their clocks need not agree."""
 
     def __init__(self, folder: Path, process: int) -> None:
+        self.process = process
         self.path = heartbeat_path(folder, process)
         self.last, self.since = 0, time.monotonic()
 
@@ -59,5 +62,5 @@ class Heartbeat:
 
     def forget(self) -> None:
         """Remove the file, and what else the child, now dead, left unfinished under its number."""
-        for left_over in self.path.parent.glob(f".train-*{self.path.suffix}"):
+        for left_over in self.path.parent.glob(f".train-*.{signed(self.process)}"):
             left_over.unlink(missing_ok=True)
