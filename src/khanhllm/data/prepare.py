@@ -118,9 +118,7 @@ def _report(manifest: Manifest, out: Path, seconds: float) -> None:
         f"prepared {manifest.train_tokens:,} training and {manifest.validation_tokens:,} validation tokens of "
         f"{sum(shard.documents for shard in manifest.shards):,} documents in {seconds:.0f} s: {out}"
     )
-    if manifest.laid:
-        say(manifest.laid.describe())
-    _say_skipped(manifest.source, manifest.skipped)
+    _say_lost(manifest)
     held = sum(shard.bytes for shard in manifest.of("validation"))
     total = sum(shard.bytes for shard in manifest.shards)
     if note := share_note(held, total, manifest.validation, sum(shard.documents for shard in manifest.shards)):
@@ -163,6 +161,12 @@ def aside(out: Path) -> Iterator[Path]:
         yield new
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def _say_lost(manifest: Manifest) -> None:
+    if manifest.laid:
+        say(manifest.laid.describe())
+    _say_skipped(manifest.source, manifest.skipped)
 
 
 def _say_skipped(name: str, skipped: Mapping[str, int] | None) -> None:
@@ -281,7 +285,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
     if there(folder / MANIFEST):
         for part, _ in parts:
             _say_left_out(part)
-        _say_skipped(data.source, Manifest.read(folder).skipped)
+        _say_lost(Manifest.read(folder))
     else:
         _make(folder, data, [] if whole else parts, given, vocab_size, sample)
     return folder
@@ -300,10 +304,13 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
     recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already
     folder = with_home(data.cache) / _folder_name(data.source, recipe)
+    if there(folder / MANIFEST):
+        _say_left_out(for_conversations(located, laid_for, tokenizer, ""))
+        _say_lost(Manifest.read(folder))
+        return folder
     with _alone(folder):
-        if there(folder / MANIFEST):
-            return folder
-        _prepare_as(data, tokenizer, folder, laid_for)
+        if not there(folder / MANIFEST):
+            _prepare_as(data, tokenizer, folder, laid_for)
     return folder
 
 
