@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -17,7 +18,7 @@ from words import TOKENIZER, lines, text
 
 from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import belt as module
-from khanhllm.data import belt_setup, belt_worker, fetch, heartbeat, prepare, readers
+from khanhllm.data import belt_setup, belt_worker, fetch, heartbeat, inspect, prepare, readers
 from khanhllm.data.belt import Belt, Starved
 from khanhllm.data.belt_notes import RECIPE, Recipe
 from khanhllm.data.belt_worker import BeltWorker
@@ -168,6 +169,20 @@ def test_what_was_downloaded_before_an_interruption_is_not_downloaded_again(corp
         asked = Counter(path for path, _, _ in server.log)
     assert {asked[f"/{nth}.jsonl"] for nth in (1, 2, 3)} == {1}
     assert [path for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder]
+
+
+def test_verify_and_show_count_the_shards_that_were_made(lay, capsys):
+    belt = lay()
+    BeltWorker(belt.folder, 5.0).make(0)
+    inspect.verify(belt.folder)
+    assert capsys.readouterr().out.startswith("2 shards, ")
+    inspect.show(str(belt.folder), None, 1, 1)
+    out = capsys.readouterr().out
+    assert ": 2 shards, " in out and re.search(r"^train +1 ", out, re.MULTILINE)
+    path = belt.folder / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+    with pytest.raises(UserError, match="1 of 3 files damaged or missing"):
+        inspect.verify(belt.folder)
 
 
 def test_two_workers_on_one_cache_share_no_download(lay):

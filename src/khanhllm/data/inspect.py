@@ -118,7 +118,7 @@ def _show_text(console: Console, source: Source, tokenizer_file: str | None, doc
 
 
 def _show_shards(console: Console, folder: Path, documents: int, sample: int) -> None:
-    manifest = Manifest.read(folder)
+    manifest = _manifest(folder)
     tokenizer = _own_tokenizer(folder, manifest)
     size = np.dtype(manifest.dtype).itemsize * sum(shard.tokens for shard in manifest.shards)
     shards = counted(len(manifest.shards), "shard")
@@ -130,7 +130,7 @@ def _show_shards(console: Console, folder: Path, documents: int, sample: int) ->
         console.print(f"skipped, from where they could not be read: {in_words(skipped.items())}")
     if manifest.cleaning:
         console.print(table(_cleaning_so_far(folder, manifest) or manifest.cleaning))
-    parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train") or _of_belt(folder))
+    parts = (_documents(folder, shard, manifest, tokenizer) for shard in manifest.of("train"))
     seen = _print_sample(console, parts, documents, sample)
     _print_rejected(console, str(folder), seen, [counted(len(seen.faults), "unreadable shard")])
 
@@ -286,10 +286,12 @@ def _skipped_so_far(folder: Path) -> Counter[str]:
     return sum((Counter(dict(place.skipped)) for place in _places(folder)), Counter())
 
 
-def _of_belt(folder: Path) -> list[Shard]:
-    """The training shards of a belt that lie there now; its manifest names none."""
-    made = (Made.read(path).shard for path in _notes(folder))
-    return [shard for shard in made if (folder / shard.file).exists()]
+def _manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards; that of a belt with the training shards that lie there now, which only the
+    notes beside them name."""
+    manifest, made = Manifest.read(folder), (Made.read(path).shard for path in _notes(folder))
+    there = tuple(shard for shard in made if (folder / shard.file).exists())
+    return manifest.model_copy(update={"shards": there + manifest.shards})
 
 
 def _notes(folder: Path) -> list[Path]:
@@ -306,7 +308,7 @@ def _places(folder: Path) -> tuple[Position, ...]:
 
 def verify(folder: Path) -> None:
     """Compare every file of a folder of shards with its manifest. Prints all that differ, then raises UserError."""
-    manifest = Manifest.read(folder)
+    manifest = _manifest(folder)
     console = Console(stderr=True)
     watched = console.is_terminal
     shards = track(manifest.shards, "reading", console=console, transient=True) if watched else manifest.shards
