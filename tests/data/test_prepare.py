@@ -334,7 +334,7 @@ def test_files_that_cannot_be_read_are_skipped_if_asked_and_counted(partly_bad, 
     assert "2 .txt, 1 .csv" in " ".join(capsys.readouterr().err.split())
     found = [*documents(tmp_path / "out", "train"), *documents(tmp_path / "out", "validation")]
     assert sorted(found) == sorted(text(number) for number in range(27))
-    with pytest.raises(UserError, match=r"none of its files can be read \(data.bad = skip\)"):
+    with pytest.raises(UserError, match=r"nothing of it can be read \(data.bad = skip\)"):
         train_on(str(partly_bad / "latin.txt"), 300, 10**6, bad="skip")
 
 

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from khanhllm.chaos.server import FaultyServer
+from khanhllm.data import readers
 from khanhllm.data.chat import Message
 from khanhllm.data.counting import Marks, counted
 from khanhllm.data.ensure import ensure
@@ -192,6 +194,18 @@ def test_shards_from_the_cache_say_the_same_again_and_need_no_lock(tokenizer, tm
         for line in ("1 cut at a turn", f"left out of {folder}: 1 .txt", f"in {folder}: 1 conversation"):
             assert line in said
         monkeypatch.setattr("khanhllm.data.prepare.locked", lambda *_: pytest.fail("as in a folder that is read-only"))
+
+
+def test_conversations_from_the_network_have_the_patience_that_was_asked_for(tokenizer, tmp_path, monkeypatch):
+    patient, real = [], readers.fetch
+    monkeypatch.setattr(readers, "fetch", lambda *a, **more: patient.append(more["patience"]) or real(*a, **more))
+    turn = [Message("user", "red cat"), Message("assistant", "green dog")]
+    chats(tmp_path / "chats.jsonl", [turn, turn * 2, turn * 3])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    given = {"tokenizer": str(tmp_path / "tokenizer.json"), "cache": str(tmp_path / "cache"), "workers": 1}
+    with FaultyServer(tmp_path) as server:
+        ensure(DataConfig(source=f"{server.url}/chats.jsonl", patience=7, **given), 400, 1, laid_for=64)
+    assert set(patient) == {7}
 
 
 def test_what_is_no_source_of_conversations(tokenizer, tmp_path):

@@ -13,8 +13,7 @@ from khanhllm.data.readers import Reader
 from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, anchored
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.writer import HASHES, Growing, share_note, single_text, text_hash
-from khanhllm.errors import UserError
+from khanhllm.data.writer import HASHES, Growing, no_text, share_note, single_text, text_hash
 
 HELD_OUT = 2**21
 """text held out for validation (bytes), if the source has as much"""
@@ -153,6 +152,5 @@ def _held_out(reader: Reader, validation: float, most: float, clean: str) -> _He
             whole = False
             break
     if lowest == HASHES:
-        why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
-        raise UserError(f"{source.name} holds no text: {why}")
+        raise no_text(source.name, clean, bool(reader.skipped))
     return _Held(texts, threshold, lowest, highest, lowest_text, documents, read_bytes, whole)

@@ -31,7 +31,7 @@ from khanhllm.data.readers import Reader
 from khanhllm.data.shards import Dtype, dtype_for
 from khanhllm.data.sources import Source
 from khanhllm.data.tokenizer import Tokenizer
-from khanhllm.data.writer import HASHES, Report, ShardWriter, report_path, single_text
+from khanhllm.data.writer import HASHES, Report, ShardWriter, no_text, report_path, single_text
 from khanhllm.errors import UserError
 from khanhllm.limits import cores
 from khanhllm.units import as_size, counted
@@ -57,6 +57,8 @@ class Execution:
     """cores of a Slurm task, which encode in parallel"""
     mem_per_cpu: int = 2
     """memory of a Slurm task for each core (GiB)"""
+    patience: float = 600.0
+    """without any answer from the network until a task gives up (seconds)"""
 
     def check(self, tokens: int) -> None:
         """Raise UserError for what cannot work, before any work is done."""
@@ -102,7 +104,10 @@ class Job:
                 self._compare(step)
         reports = self.run(int(validation * HASHES))
         if not any(report.shards for report in reports):
-            raise UserError(f"{self.source.name} holds no text: {self._why_nothing(reports)}")
+            if any(report.laid and report.laid.left_out for report in reports):
+                fits = f"has an answer that fits into {self.source.laid_for:,} tokens (model.context)"
+                raise UserError(f"{self.source.name} holds no text: none of its conversations {fits}")
+            raise no_text(self.source.name, self.clean, any(report.skipped for report in reports))
         lowest, highest = min(report.lowest for report in reports), max(report.highest for report in reports)
         if lowest == highest:
             documents = sum(shard.documents for report in reports for shard in report.shards)
@@ -112,14 +117,6 @@ class Job:
         if not any(report.count("train") for report in reports):
             return self.run(highest)
         return reports
-
-    def _why_nothing(self, reports: list[Report]) -> str:
-        if any(report.laid and report.laid.left_out for report in reports):
-            context = self.source.laid_for
-            return f"none of its conversations has an answer that fits into {context:,} tokens (model.context)"
-        if any(report.skipped for report in reports):
-            return "nothing of it can be read (data.bad = skip)"
-        return f"cleaning it by {self.clean} leaves nothing" if self.clean else "every file of it is empty"
 
     def _compare(self, step: str) -> None:
         """Let the tasks read the source for signatures, and merge these in this process."""
@@ -172,7 +169,7 @@ class Job:
         return sum(report_path(self.reports, group).exists() for group in range(first, first + wave))
 
     def _writer(self, threshold: int, threads: int, in_child: bool) -> ShardWriter:
-        reader = Reader(self.source, self.groups)
+        reader = Reader(self.source, self.groups, patience=self.execution.patience)
         removed = partial(removals, self.aside, self.clean)
         return ShardWriter(
             reader, self.shards, self.reports, threshold, self.tokens, threads, in_child, self.clean, removed

@@ -34,7 +34,7 @@ from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
 from khanhllm.data.source_syntax import with_home
 from khanhllm.data.sources import Source, anchored, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
-from khanhllm.data.writer import HASHES, Report, share_note, text_hash
+from khanhllm.data.writer import HASHES, Report, no_text, share_note, text_hash
 from khanhllm.errors import UserError
 from khanhllm.files import locked, read, there
 from khanhllm.schema import DataConfig
@@ -251,9 +251,7 @@ def _sample(reader: Reader, most: int, validation: float, clean: str) -> Iterato
         if most <= 0:
             break
     if empty:
-        why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
-        why = "none of its files can be read (data.bad = skip)" if reader.skipped else why
-        raise UserError(f"{source.name} holds no text: {why}")
+        raise no_text(source.name, clean, bool(reader.skipped))
 
 
 def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int = 0) -> Path:
@@ -322,7 +320,7 @@ def _prepare_as(data: DataConfig, tokenizer: Tokenizer, folder: Path, laid_for: 
         folder,
         validation=data.validation,
         tokens=data.tokens,
-        workers=data.workers,
+        execution=Execution(workers=data.workers, patience=data.patience),
         clean=data.clean,
         bad=data.bad,
         laid_for=laid_for,

@@ -235,6 +235,13 @@ def share_note(held: int, total: int, asked: float, documents: int) -> str:
     )
 
 
+def no_text(name: str, clean: str, skipped: bool) -> UserError:
+    """What to raise if a source gives no text. skipped: whether any of it could not be read."""
+    why = f"cleaning it by {clean} leaves nothing" if clean else "every file of it is empty"
+    why = "nothing of it can be read (data.bad = skip)" if skipped else why
+    return UserError(f"{name} holds no text: {why}")
+
+
 def single_text(name: str, documents: int) -> UserError:
     """What to raise if there is only one text, so that nothing can be held out without being trained on."""
     what = f"all {documents:,} documents of {name} are the same text" if documents > 1 else f"{name} is one document"
