@@ -1,5 +1,6 @@
 """Laws of the belt: shards are a pure function of the source, rows come once each and in one order, whatever dies."""
 
+import gc
 import json
 import os
 import re
@@ -127,6 +128,15 @@ def test_a_shard_is_made_again_byte_for_byte(lay):
         (belt.folder / f"train-{nth:05d}.bin").unlink()
         BeltWorker(belt.folder, 5.0).make(nth)
     assert {path.name: path.read_bytes() for path in belt.folder.glob("train-*")} == before
+
+
+def test_a_worker_nests_no_deeper_with_each_shard(lay):
+    """Else it overflows the stack one day."""
+    worker, nested = BeltWorker(lay(shard_tokens=256).folder, 5.0), []
+    for nth in range(20):
+        worker.make(nth)
+        nested.append(sum(type(found).__module__ == "itertools" for found in gc.get_objects()))
+    assert nested[-1] == nested[1], nested
 
 
 @pytest.mark.parametrize("left", [0, 7])
@@ -496,6 +506,12 @@ def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
     skipping = lay(cache="skips", source=corpus / "0.jsonl", bad="skip")
     assert skipping.sha256 != identity
     assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]
+
+
+def test_a_belt_of_which_nothing_can_be_read_says_so(lay, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"latin.txt holds no text: nothing of it can be read \(data.bad = skip\)"):
+        lay(source=tmp_path / "latin.txt", bad="skip")
 
 
 def test_what_a_server_refuses_is_skipped_if_asked_but_not_what_is_no_fault_of_the_file(corpus, tmp_path, monkeypatch):

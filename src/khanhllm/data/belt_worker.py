@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from itertools import chain, count, islice
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -36,6 +36,9 @@ from khanhllm.errors import UserError, in_a_line
 from khanhllm.files import locked, publish, signed, sync
 from khanhllm.limits import cores
 
+Encoded = tuple[np.ndarray, int, ShardStart]
+"""a document to train on: its ids, its size (bytes), and where the next one begins"""
+
 
 class BeltWorker:
     """Makes the shards of one belt, in the child process."""
@@ -54,30 +57,26 @@ class BeltWorker:
         self.read = 0
         """documents read so far, also those skipped; a sign of progress"""
         self.nth = -1
-        self.stream: Iterator[tuple[np.ndarray, int, ShardStart]] = iter(())
+        self.stream: Iterator[tuple[Encoded, bool]] = iter(())
 
     def make(self, nth: int) -> Made:
         """Publish shard `nth`; the notes of all shards before it must exist. Raises UserError."""
         before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
         start = before.following if before else ShardStart(positions=(Position(),) * len(self.sources))
         if nth != self.nth + 1 or not nth:
-            self.stream = self._encoded(start)
+            self.stream = _marked_last(self._encoded(start))
         self.nth = nth
         name = f"train-{nth:05d}.bin"
         aside = self.folder / f".{name}.{signed()}"
         following = start
         last = True
         with Growing(aside, "train", self.recipe.dtype) as growing:
-            for ids, size, after in self.stream:
+            for (ids, size, after), ends in self.stream:
                 growing.add(self.tokenizer.end_of_text, ids, size)
                 total = start.tokens + growing.tokens
                 following = after.model_copy(update={"tokens": total})
-                if 0 < self.recipe.most <= total:
-                    break
-                if growing.tokens >= self.recipe.shard_tokens:
-                    ahead = list(islice(self.stream, 1))
-                    self.stream = chain(ahead, self.stream)
-                    last = not ahead
+                last = ends or 0 < self.recipe.most <= total
+                if last or growing.tokens >= self.recipe.shard_tokens:
                     break
         if not growing.tokens:
             raise UserError(f"{self.name} has no text left to train on beyond shard {nth}; remove {self.folder}")
@@ -98,7 +97,7 @@ class BeltWorker:
         if not note.exists():
             publish(note, made.model_dump_json(), durable=True)
 
-    def _encoded(self, start: ShardStart) -> Iterator[tuple[np.ndarray, int, ShardStart]]:
+    def _encoded(self, start: ShardStart) -> Iterator[Encoded]:
         """Documents to train on from `start` on: ids, bytes, and the position after each."""
         threads = cores()
         for batch in batched(self._documents(start), size=lambda item: len(item[0])):
@@ -148,6 +147,14 @@ class BeltWorker:
                 return
             if size == before and (begin.file, begin.document) == (0, 0):
                 raise UserError(f"{source.name} has no text to train on besides what is held out; give more of it")
+
+
+def _marked_last(documents: Iterator[Encoded]) -> Iterator[tuple[Encoded, bool]]:
+    """Each document, and whether it is the last."""
+    following = next(documents, None)
+    while following:
+        document, following = following, next(documents, None)
+        yield document, not following
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
