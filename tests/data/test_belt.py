@@ -508,6 +508,16 @@ def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
     assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]
 
 
+def test_a_name_that_no_recipe_can_hold_is_refused_in_one_line(lay, corpus):
+    (corpus / os.fsdecode(b"caf\xe9.txt")).write_text("red cat", "utf-8")
+    with pytest.raises(
+        UserError, match=r"the name caf\\udce9.txt is not UTF-8; rename it, or khanhllm prepare"
+    ) as caught:
+        lay()
+    assert str(caught.value).isascii()
+    prepare.prepare(str(corpus), TOKENIZER, corpus.parent / "whole", validation=0.1, workers=1)
+
+
 def test_a_belt_of_which_nothing_can_be_read_says_so(lay, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"latin.txt holds no text: nothing of it can be read \(data.bad = skip\)"):

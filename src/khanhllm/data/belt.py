@@ -119,6 +119,7 @@ class Belt:
                 ids = np.empty(0)
             break
         if sha256(ids.data).hexdigest() != made.shard.sha256:
+            del ids  # Windows removes no file that is mapped
             path.unlink(missing_ok=True)
             raise Starved(f"{path} is damaged and was removed; --resume makes it again")
         rows = self._rows(made)

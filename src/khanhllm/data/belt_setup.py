@@ -14,6 +14,7 @@ from khanhllm.data.shards import MANIFEST, VERSION, Manifest, dtype_for
 from khanhllm.data.sources import Source, anchored
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.data.writer import HASHES, Growing, no_text, share_note, single_text, text_hash
+from khanhllm.errors import UserError
 
 HELD_OUT = 2**21
 """text held out for validation (bytes), if the source has as much"""
@@ -79,6 +80,13 @@ def _deciding(source: Source) -> dict[str, Any]:
     name is absolute, as in the config of the run, which can then make the belt again wherever it is called from."""
     fields = asdict(source) | {"name": anchored(source.name)}
     return {key: value for key, value in fields.items() if key != "left_out" and (key, value) != BAD}
+
+
+def check_names(source: Source) -> None:
+    """Raise UserError for a file's name that the recipe, which is JSON, cannot hold."""
+    for name in (source.root, *source.files):
+        if name.encode(errors="ignore").decode() != name:
+            raise UserError(f"{source.name}: the name {name} is not UTF-8; rename it, or khanhllm prepare the text")
 
 
 class _Held(NamedTuple):

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from filelock import Timeout
 
 from khanhllm.data.belt_notes import spool
-from khanhllm.data.belt_setup import KEPT, create_belt
+from khanhllm.data.belt_setup import KEPT, check_names, create_belt
 from khanhllm.data.clean import COMPARING, Cleaner, cleaning_of, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.readers import Reader, for_conversations
@@ -353,6 +353,7 @@ def _make(
             return
         sources = [(locate(part, data.bad) if isinstance(part, str) else part, weight) for part, weight in parts]
         for located, _ in sources:
+            check_names(located)
             _say_left_out(located)
         with aside(folder) as new:
             patience = data.patience
