@@ -7,6 +7,7 @@ from hashlib import sha256
 from itertools import islice
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -343,6 +344,21 @@ def test_the_belt_knows_its_cleaning_and_an_old_one_keeps_its_identity(belt):
     del old["clean"]
     recipe.write_text(json.dumps(old, separators=(",", ":")), "utf-8")
     assert Belt(plain.folder, 16, 1, 1, 1.0).sha256 == plain.sha256 == sha256(recipe.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("step", ["spans", "minhash"])
+def test_a_merge_opens_more_files_than_a_system_allows_at_first(step, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(Source, "groups", lambda source: [(name,) for name in source.files])
+    (tmp_path / "texts").mkdir()
+    for number in range(60):
+        (tmp_path / "texts" / f"{number}.txt").write_text(page(number), "utf-8")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 30, hard))
+    try:
+        assert prepare(str(tmp_path / "texts"), TOKENIZER, tmp_path / "out", validation=0.1, workers=1, clean=step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("step", ["spans", "minhash"])

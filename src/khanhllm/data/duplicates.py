@@ -34,8 +34,11 @@ from khanhllm.data.clean import COMPARING, SPANS, WORDS, Cleaner, Removals, step
 from khanhllm.data.readers import Reader
 from khanhllm.data.writer import report_path
 from khanhllm.errors import UserError
+from khanhllm.limits import open_files
 
 MINHASH = MinhashConfig(hash_config=SPANS.hash_config)
+FILES = 2**10
+"""open at once in a merge, at most: one for each group, of which there are about 256, and some to spare"""
 PLACE = np.dtype([("document", "<u4"), ("sentence", "<u2")])
 """where a span begins, in datatrove's files"""
 
@@ -108,6 +111,7 @@ def merge(aside: Path, step: str) -> None:
     if (folder / "remove").exists():
         return
     new.mkdir(exist_ok=True)
+    open_files(FILES)
     with redirect_stderr(io.StringIO()):  # progress bars
         if step == "spans":
             SentenceFindDedups(_Folder(signatures), str(new), config=SPANS).run()
