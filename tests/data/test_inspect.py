@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from khanhllm import cli
+from khanhllm.chaos.server import FaultyServer
 from khanhllm.data import inspect
 from khanhllm.data.prepare import prepare
 from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
@@ -98,6 +99,15 @@ def test_shards_are_read_back(shards, capsys):
     assert f"measured: {documents} documents" in out
     assert f"{manifest['train_tokens']:,}" in out
     assert "│ quick│ brown│ fox│" in out
+
+
+def test_what_is_shown_is_downloaded_once(texts, tmp_path, capsys):
+    (tmp_path / "chats.jsonl").write_text('{"question": "2 + 3?", "answer": "5"}\n')
+    (tmp_path / "lines.jsonl").write_bytes((texts / "lines.jsonl").read_bytes())
+    for name in ("chats.jsonl", "lines.jsonl"):
+        with FaultyServer(tmp_path) as server:
+            assert "document 1" in seen(capsys, "show", f"{server.url}/{name}")
+        assert len(server.log) == 2  # one of them asks whether it is there
 
 
 def test_sizes_of_documents_are_those_of_the_manifest(shards):

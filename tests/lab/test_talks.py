@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import tiny
+from khanhllm.chaos.server import FaultyServer
 from khanhllm.data.batches import batch_of
 from khanhllm.data.counting import Marks, counted
 from khanhllm.errors import UserError
@@ -50,6 +51,16 @@ def test_the_answers_are_the_targets_that_count(opened):
 def test_their_nats_are_those_of_validation(opened):
     nats, tokens, _, _ = talks.answers(opened, 10**6)
     assert nats.sum() / tokens.sum() == pytest.approx(score_opened(opened)["val_ce"], rel=1e-5)
+
+
+def test_what_is_scored_is_downloaded_once(opened, tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"question": "2 + 3?", "answer": "5"}\n' * 9)
+    (tmp_path / "lines.jsonl").write_text('{"text": "2 + 3 = 5"}\n' * 9)
+    for name in ("chats.jsonl", "lines.jsonl"):
+        with FaultyServer(tmp_path) as server:
+            assert score_opened(opened, f"{server.url}/{name}")["val_ce"]
+        asked = 1 if name == "chats.jsonl" else 2  # whether it is there, once or twice
+        assert len(server.log) == asked + 1
 
 
 def test_many_answers_together_are_those_of_chat(opened):

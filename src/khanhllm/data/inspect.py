@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console
@@ -90,24 +91,27 @@ def show(source: str, tokenizer_file: str | None, documents: int, sample: int) -
     console = Console(highlight=False, markup=False, soft_wrap=True)
     folder = with_home(source)
     if not (folder / MANIFEST).is_file():
-        _show_text(console, locate(source), tokenizer_file, documents, sample)
+        with TemporaryDirectory(prefix="khanhllm-") as spool:
+            _show_text(console, locate(source), tokenizer_file, documents, sample, Path(spool))
     elif tokenizer_file:
         raise UserError(f"{folder} holds prepared shards, which have their own tokenizer; leave out --tokenizer")
     else:
         _show_shards(console, folder, documents, sample)
 
 
-def _show_text(console: Console, source: Source, tokenizer_file: str | None, documents: int, sample: int) -> None:
+def _show_text(
+    console: Console, source: Source, tokenizer_file: str | None, documents: int, sample: int, spool: Path
+) -> None:
     tokenizer = Tokenizer.load(Path(tokenizer_file)) if tokenizer_file else None
     size = f"about {source.size:,} bytes of text" if source.size else "size unknown"
     console.print(visible(f"{source.name}: {counted(len(source.files), 'file')}, {size}"))
     if left_out := source.left_out_line():
         console.print(visible(left_out))
-    if talks := holds_conversations(source):
+    if talks := holds_conversations(source, spool):
         source = replace(source, laid_for=1)
         console.print("conversations; what counts in `khanhllm tune` is coloured, or «marked»")
     sample_doc = _sample_talk if talks else _sample_doc
-    reader = Reader(source, [])
+    reader = Reader(source, [], spool)
     parts = ((sample_doc(text.text, text.id, tokenizer) for text in reader.read_file(name)) for name in source.files)
     seen = _print_sample(console, parts, documents, sample)
     _shares(console, source)

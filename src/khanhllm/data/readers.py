@@ -170,13 +170,14 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         return documents(decoded(unpacked(raw, where), where), self.source.document_bytes)
 
 
-def holds_conversations(source: Source) -> bool:
-    """Whether the first file that can be read and is not empty begins with a conversation, right or wrong."""
+def holds_conversations(source: Source, spool: Path | None = None) -> bool:
+    """Whether the first file that can be read and is not empty begins with a conversation, right or wrong. spool: where
+    its download stays for another reader."""
     for name in source.files:
         if not holds_records(name, source.root):
             break
         try:
-            for _ in Reader(replace(source, laid_for=1), []).read_file(name):
+            for _ in Reader(replace(source, laid_for=1), [], spool).read_file(name):
                 return True
         except NoConversation:
             break

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -43,13 +44,13 @@ def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     if (Path(source) / MANIFEST).exists():
         yield from validation_of(Path(source), opened).windows()
         return
-    if (rows := conversations(source, opened)) is not None:
-        yield from rows
-        return
     from khanhllm.data.readers import Reader
     from khanhllm.data.sources import locate
 
-    yield from windowed(Reader(locate(source), []).all_texts(), opened)
+    with TemporaryDirectory(prefix="khanhllm-") as spool:
+        if (rows := conversations(source, opened, Path(spool))) is None:
+            rows = windowed(Reader(locate(source), [], Path(spool)).all_texts(), opened)
+        yield from rows
 
 
 def windowed(texts: Iterable[str], opened: Run) -> Iterator[np.ndarray]:
@@ -66,17 +67,18 @@ def windowed(texts: Iterable[str], opened: Run) -> Iterator[np.ndarray]:
         yield kept
 
 
-def conversations(source: str, opened: Run) -> Iterator[np.ndarray] | None:
-    """The conversations of a source as rows; None if it holds texts, or the run does not talk."""
+def conversations(source: str, opened: Run, spool: Path | None = None) -> Iterator[np.ndarray] | None:
+    """The conversations of a source as rows; None if it holds texts, or the run does not talk. spool: where what was
+    downloaded to see that stays, for another reader."""
     from khanhllm.data.readers import Reader, holds_conversations
     from khanhllm.data.sources import components, locate
 
     if not opened.talks or len(components(source)) > 1:
         return None
     place, context, end = locate(source), opened.config.model.context, opened.tokenizer.end_of_text
-    if not holds_conversations(place):
+    if not holds_conversations(place, spool):
         return None
-    reader = Reader(replace(place, laid_for=context), [])
+    reader = Reader(replace(place, laid_for=context), [], spool)
     found = (cut(from_json(text), opened.tokenizer, context)[0] for text in reader.all_texts())
     return (np.append(block, end).astype(np.int64) for block in blocks(filter(len, found), context, end))
 
