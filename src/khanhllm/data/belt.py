@@ -190,11 +190,12 @@ class _Child:
             self.process.kill()  # ends even a stopped process; the next turn replaces it
 
     def _replace(self) -> None:
-        """Start another child. Raises Starved if the dead one left a message or too many have died."""
+        """Start another child. Raises Starved if the dead one knew what is wrong, or too many have died."""
         message = self.process.communicate()[0].decode("utf-8", "replace").strip()
         self.heartbeat.forget()
         self.deaths += 1
-        if message or self.deaths > TRIES:
+        foreseen = message and self.process.returncode != 1
+        if foreseen or self.deaths > TRIES:
             fate = f"died or hung {self.deaths} times in a row"
             code = self.process.returncode if message else None
             raise Starved(message or f"the process that makes shards in {self.folder} {fate}", code)
