@@ -16,6 +16,7 @@ from khanhllm.data.counting import Reading, counted
 from khanhllm.data.ensure import check_rows_fit, ensure, place_of
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.source_syntax import with_home
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import there
