@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from khanhllm.data import prepare
-from khanhllm.log.pictures import read_log
+from khanhllm.log.pictures import read_log, with_loss
 from khanhllm.log.run_log import FILE, MESSAGES
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
@@ -127,7 +127,7 @@ def outcome(wanted: Config, broken: Break | None = None) -> dict[str, Any]:
             code = error.exit_code
         finally:
             training.train_step = honest
-        losses = read_log(run / FILE, ("loss",))["loss"]
+        losses = with_loss(read_log(run / FILE, ("loss",)))["loss"]
         said = (run / MESSAGES).read_text("utf-8")
     last = float(np.mean(losses[-20:]))
     return {

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from khanhllm.log.pictures import read_log
+from khanhllm.log.pictures import read_log, with_loss
 from khanhllm.log.run_log import FILE
 from khanhllm.settings import preset, resolve
 from khanhllm.training.run import train
@@ -69,9 +69,9 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         train(resolve(recipe, given, ROWS[name]), run)
         log = read_log(run / FILE, ("loss", "rejected", "grad_norm", "least_share", "max_violation"))
     return {
-        "loss_at_last": float(log["loss"][-20:].mean()),
+        "loss_at_last": float(with_loss(log)["loss"][-20:].mean()),
         "rejected": int((log["rejected"] > 0).sum()),
-        "longest_gradient": float(log["grad_norm"].max()),
+        "longest_gradient": float(np.nanmax(log["grad_norm"])),
         "all_above_2_percent_from": int(np.flatnonzero(np.r_[0.0, log["least_share"]] < IDLE)[-1]) + 1,
         "least_share": [float(half.min()) for half in np.array_split(log["least_share"], 2)],
         "max_violation": [float(half.max()) for half in np.array_split(log["max_violation"], 2)],

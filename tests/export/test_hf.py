@@ -202,6 +202,8 @@ def test_the_card_names_no_folder_of_this_machine(tmp_path):
     config = resolve({"data": {"source": source}})
     text = card(tmp_path, config, config.model, 3, 9, "f32", "", "out", False)
     assert "`tales.txt:0.8, hf://datasets/a/b:0.2`" in text and str(tmp_path) not in text
+    config = resolve({"data": {"source": f"{tmp_path}/a, b/tales.txt"}})
+    assert "`tales.txt`" in card(tmp_path, config, config.model, 3, 9, "f32", "", "out", False)
 
 
 def test_several_files_of_weights(tmp_path, tokenizer, monkeypatch):

@@ -76,7 +76,7 @@ def test_a_relative_source_is_found_from_another_folder(corpus, tmp_path, monkey
     assert main(["train", "--resume", "--run", "../run", "--steps", "4"]) == 0
 
 
-def test_shards_that_moved_with_their_run_are_scored_and_replayed(corpus, tmp_path, monkeypatch):
+def test_shards_that_moved_with_their_run_are_scored_and_replayed(corpus, tmp_path, monkeypatch, capsys):
     """As --resume finds them."""
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
@@ -85,6 +85,8 @@ def test_shards_that_moved_with_their_run_are_scored_and_replayed(corpus, tmp_pa
     old.rename(new)
     monkeypatch.chdir(new)
     assert main(["evaluate", "run"]) == 0
+    assert main(["export", "run", "--to", "hf", "--out", "out", "--remote-code"]) == 0
+    assert "on held-out text" in capsys.readouterr().out
     assert main(["train", "--from", "run", "--run", "on", "--train.steps", "1", "--data.replay", "0.5"]) == 0
     assert Path(read_config(new / "on").data.base).parent == new / "shards"
 

@@ -194,7 +194,7 @@ class _Child:
         message = self.process.communicate()[0].decode("utf-8", "replace").strip()
         self.heartbeat.forget()
         self.deaths += 1
-        foreseen = message and self.process.returncode != 1
+        foreseen = message and self.process.returncode != 1  # as `in_a_line` has it
         if foreseen or self.deaths > TRIES:
             fate = f"died or hung {self.deaths} times in a row"
             code = self.process.returncode if message else None

@@ -84,7 +84,7 @@ def _deciding(source: Source) -> dict[str, Any]:
 
 def check_names(source: Source) -> None:
     """Raise UserError for a file's name that the recipe, which is JSON, cannot hold."""
-    for name in (source.root, *source.files):
+    for name in (source.name, source.root, *source.files):
         if name.encode(errors="ignore").decode() != name:
             raise UserError(f"{source.name}: the name {name} is not UTF-8; rename it, or khanhllm prepare the text")
 

@@ -36,6 +36,8 @@ from khanhllm.errors import UserError, in_a_line
 from khanhllm.files import locked, publish, signed, sync
 from khanhllm.limits import cores
 
+LEFT_OVER = 86_400.0
+"""seconds without a change after which a file of another machine's worker has no owner"""
 Encoded = tuple[np.ndarray, int, ShardStart]
 """a document to train on: its ids, its size (bytes), and where the next one begins"""
 
@@ -221,6 +223,20 @@ def own_place(folder: Path, held: ExitStack) -> str:
     return f"of.{signed()}"
 
 
+def tidy(folder: Path) -> None:
+    """Remove what the dead of this machine left, and what nobody has touched for a day: a container that is started
+    again has another name."""
+    clock = heartbeat_path(folder, os.getpid())
+    clock.touch()
+    now = clock.stat().st_mtime  # by the clock of the disk, which all machines share
+    for left_over in [*folder.glob(".train-*"), *folder.glob("spool/of.*")]:
+        process = int(left_over.name.partition("@")[0].rpartition(".")[2])
+        own = left_over.name.endswith(f".{signed(process)}")
+        with suppress(FileNotFoundError):  # another worker tidies too
+            if not psutil.pid_exists(process) if own else now - left_over.stat().st_mtime > LEFT_OVER:
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+
+
 def main(arguments: list[str]) -> int:
     """The child process: reads the number of the shard in use from stdin, one a line, and ends when stdin does."""
     newest = [0]
@@ -232,11 +248,8 @@ def main(arguments: list[str]) -> int:
 
     folder, ahead, disk, patience = Path(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3])
     Thread(target=listen, daemon=True).start()
-    for left_over in [*folder.glob(".train-*"), *folder.glob("spool/of.*")]:
-        process = int(left_over.name.partition("@")[0].rpartition(".")[2])
-        if left_over.name.endswith(f".{signed(process)}") and not psutil.pid_exists(process):
-            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
     try:
+        tidy(folder)
         with ExitStack() as held:
             serve(folder, ahead, disk, patience, lambda: newest[0], own_place(folder, held))
     except OSError as error:

@@ -108,7 +108,7 @@ def fetch(
                     final = Denied if isinstance(error, _Unauthorised) else UserError
                     raise final(f"{url}: {why}, {most} times in a row") from None
         except OSError as error:
-            raise NotItsFault(f"cannot write {path}: {error.strerror or error}") from None
+            raise NotItsFault(f"cannot write {path}: {error.strerror or error}", 75) from None
         if _size(part) > farthest:
             farthest, progress, wait = _size(part), time.monotonic(), FIRST_WAIT
         if time.monotonic() + pause - progress > patience:

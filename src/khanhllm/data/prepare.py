@@ -29,10 +29,11 @@ from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, check_names, create_belt
 from khanhllm.data.clean import COMPARING, Cleaner, cleaning_of, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
+from khanhllm.data.fetch import NotItsFault
 from khanhllm.data.readers import Reader, for_conversations
 from khanhllm.data.shards import MANIFEST, VERSION, Laid, Manifest, dtype_for
 from khanhllm.data.source_syntax import with_home
-from khanhllm.data.sources import Source, anchored, components, in_words, is_remote, locate
+from khanhllm.data.sources import Source, components, in_words, is_remote, locate
 from khanhllm.data.tokenizer import Tokenizer, check_fits, train_tokenizer
 from khanhllm.data.writer import HASHES, Report, no_text, share_note, text_hash
 from khanhllm.errors import UserError
@@ -133,7 +134,7 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
     partial = out.absolute().parent / f".{out.name}.partial"
     written = partial / "recipe.json"
     try:
-        if out.absolute() == Path.cwd():
+        if out.exists() and out.samefile(Path.cwd()):
             raise UserError(f"{out} is the folder that this command runs in; name a new one in it, as in --out shards")
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / "lock"):
@@ -153,14 +154,19 @@ def _resumable(out: Path, recipe: str) -> Iterator[Path]:
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, for the caller to rename to it when it is complete. After an interruption it stays, so
-    that the next call finds what it has downloaded."""
+    """A folder beside `out`, for the caller to rename to it when it is complete. After an interruption, or where the
+    network was lost, it stays, so that the next call finds what it has downloaded."""
     new = out.with_name(f".{out.name}.new")
     try:
         new.mkdir(parents=True, exist_ok=True)
         yield new
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    except NotItsFault:
+        raise
+    except Exception as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+        raise
 
 
 def _say_lost(manifest: Manifest) -> None:
@@ -277,7 +283,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
             f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
             "trains; download it, khanhllm prepare --clean it, and train on that"
         )
-    folder = with_home(data.cache) / _folder_name(data.source, recipe)
+    folder = _folder(data, recipe)
     if given:
         check_fits(given.vocab_size, vocab_size, data.tokenizer)
     if there(folder / MANIFEST):
@@ -301,7 +307,7 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
     recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already
-    folder = with_home(data.cache) / _folder_name(data.source, recipe)
+    folder = _folder(data, recipe)
     if there(folder / MANIFEST):
         _say_left_out(for_conversations(located, laid_for, tokenizer, ""))
         _say_lost(Manifest.read(folder))
@@ -356,14 +362,9 @@ def _make(
             check_names(located)
             _say_left_out(located)
         with aside(folder) as new:
-            patience = data.patience
-            tokenizer = tokenizer or train_on(
-                data.source, vocab_size, sample, data.validation, new, patience, **cleaned
-            )
-            shard_tokens, clean = data.shard_tokens, data.clean
-            create_belt(
-                new, data.source, sources, tokenizer, data.validation, shard_tokens, data.tokens, patience, clean
-            )
+            share, size, patience = data.validation, data.shard_tokens, data.patience
+            tokenizer = tokenizer or train_on(data.source, vocab_size, sample, share, new, patience, **cleaned)
+            create_belt(new, data.source, sources, tokenizer, share, size, data.tokens, patience, data.clean)
             new.rename(folder)
 
 
@@ -377,9 +378,11 @@ def _comparing(steps: str) -> str:
     return next((step for step in steps_of(steps) if step in COMPARING), "")
 
 
-def _folder_name(source: str, recipe: list[Any]) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", anchored(source).lower()).strip("-")[-40:].strip("-") or "text"
-    return f"{slug}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+def _folder(data: DataConfig, recipe: list[Any]) -> Path:
+    """The folder of a recipe in the cache, whatever its source was called when it was made."""
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    slug = re.sub(r"[^a-z0-9]+", "-", data.source.lower()).strip("-")[-40:].strip("-") or "text"
+    return next(with_home(data.cache).glob(f"*-{digest}"), with_home(data.cache) / f"{slug}-{digest}")
 
 
 @contextmanager

@@ -128,9 +128,13 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
                 _download(where, download, self.patience)
             yield from self._read(folder, filepath, where)
         except UserError as error:
-            if self.source.bad == "refuse" or isinstance(error, NotItsFault):
+            if isinstance(error, NotItsFault):
                 raise
-            self.skipped[ending(Path(without_query(filepath, self.source.root)).name)] += 1
+            if download:  # its author may repair it
+                download.unlink(missing_ok=True)
+            if self.source.bad == "refuse":
+                raise
+            self.skipped[ending(Path(filepath).name)] += 1
 
     def _read(self, folder: DataFolder, filepath: str, where: str) -> Iterator[Document]:
         form = kind(filepath)
@@ -178,7 +182,7 @@ def holds_conversations(source: Source, spool: Path | None = None) -> bool:
             break
         try:
             for _ in Reader(replace(source, laid_for=1), [], spool).read_file(name):
-                return True
+                return True  # a file without records decides nothing
         except NoConversation:
             break
         except WrongConversation:

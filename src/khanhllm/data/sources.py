@@ -187,8 +187,8 @@ def locate(source: str, bad: Literal["refuse", "skip"] = "refuse") -> Source:
 def _without_column(source: str, column: str, bad: str) -> Source:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        walked = walk(root, Counter(), links=False)
-        return _local(source, root, [path for path in walked if path.suffix in (".py", ".txt", ".rst")])
+        files = [path for path in walk(root, Counter(), links=False) if path.suffix in (".py", ".txt", ".rst")]
+        return _local(source, root, files, Counter(), "refuse")
     if source == "c4":
         _ask(_hub(), source)
         names, held = (
@@ -231,7 +231,7 @@ def _on_disk(source: str, column: str, bad: str) -> Source:
     if path.is_file():
         if kind(path.name) == "page" and not can_read_pages():
             raise UserError(f"to read {source}, install Resiliparse: pip install 'khanhllm[web]'")
-        return _local(source, path.parent, [path.with_name(_known(path.name, source))])
+        return _local(source, path.parent, [path.with_name(_known(path.name, source))], Counter(), bad)
     if glob.has_magic(source):
         matched = once(file for file in matching(path) if file.is_file())
         files = readable(matched, column, left_out)
@@ -257,17 +257,17 @@ def _shuffled(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: blake2b(name.encode("utf-8", "surrogateescape")).digest())
 
 
-def _local(
-    source: str, root: Path, paths: list[Path], left_out: Counter[str] | None = None, bad: str = "refuse"
-) -> Source:
-    left_out, stats = left_out or Counter(), {}
+def _local(source: str, root: Path, paths: list[Path], left_out: Counter[str], bad: str) -> Source:
+    stats = {}
     for path in paths:
         try:
             stats[path.relative_to(root).as_posix()] = _stat(path)
         except UserError:
-            if bad == "refuse" or (path == paths[-1] and not stats):
+            if bad == "refuse" or len(paths) == 1:
                 raise
             left_out[f"{ending(path.name)} that cannot be read"] += 1
+    if not stats:
+        raise UserError(f"{source}: none of its {len(paths)} files can be read; it holds {in_words(left_out.items())}")
     files = _shuffled(list(stats))
     listing = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files]
     sizes = tuple(max(size, 1) * (4 if name.lower().endswith(PACKED) else 1) for name, size, _ in listing)

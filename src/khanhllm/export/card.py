@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from khanhllm import __version__
+from khanhllm.data.sources import components
 from khanhllm.log.pictures import read_log
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.schema import Config, ModelConfig
@@ -79,11 +80,12 @@ def _training(run: Path, config: Config, step: int, tokens: int) -> str:
     if not step:
         return "Not trained here: these are the weights that the run began with."
     # a path tells strangers whose machine it was
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in config.data.source.split(", ")]
+    source = config.data.source
+    parts = source.split(", ") if len(components(source)) > 1 else [source]
+    named = ", ".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
     cleaned = f", cleaned by {config.data.clean}" if config.data.clean else ""
     return (
-        f"Text: `{', '.join(parts)}`{cleaned}. {step:,} optimizer steps, {tokens:,} tokens in all. "
-        f"{_figures(run, step)}"
+        f"Text: `{named}`{cleaned}. {step:,} optimizer steps, {tokens:,} tokens in all. {_figures(run, step)}"
     ).rstrip()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from khanhllm.data.ensure import place_of
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.export import check, encode, gguf, hf, remote
@@ -65,7 +66,7 @@ def export(
         report = UNCHECKED
         if compared:
             reader = gguf if to == "gguf" else remote if remote_code else hf
-            text = check.windows(Path(state["folder"]), tokenizer, config.model.context)
+            text = check.windows(place_of(state["folder"], config.data.cache), tokenizer, config.model.context)
             report = check.check((config.model, weights), reader.read(aside), encoded, tokenizer, text, dtype)
         if to == "hf":
             step, tokens = checkpoint.step_of(path), state["cursor"] * config.model.context

@@ -7,6 +7,7 @@ dense layers alone is a `qwen3`. `qwen3moe`, for older versions, has a mixture i
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def write(
             writer.write_tensor_data(_numbers(key, weight, kind))
         writer.close()
     except BaseException:
-        writer.close()  # Windows removes no file that is open
+        with suppress(OSError):  # Windows removes no file that is open
+            writer.close()
         path.unlink()
         raise
 

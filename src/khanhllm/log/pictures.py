@@ -32,7 +32,7 @@ def read_log(csv_file: Path, names: Sequence[str] | None = CURVES) -> dict[str, 
 
 
 def with_loss(log: dict[str, Floats]) -> dict[str, Floats]:
-    """The rows that a curve can show: a step that was rejected has no loss."""
+    """The rows that a curve can show: a step has no loss if that was no number, or if no target of it counted."""
     known = np.isfinite(log["loss"])
     return {name: column[known] for name, column in log.items()}
 
