@@ -171,11 +171,15 @@ def test_what_the_tokenizer_is_trained_on_is_not_downloaded_again(corpus, tmp_pa
 
 
 def test_what_was_downloaded_before_an_interruption_is_not_downloaded_again(corpus, tmp_path, monkeypatch):
+    def lose_the_network(*_):
+        raise fetch.Unreachable("no network")
+
     with FaultyServer(corpus) as server:
         data = DataConfig(source=f"{server.url}/{{0..3}}.jsonl", cache=str(tmp_path / "cache"), validation=0.1)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare, "create_belt", lambda *_: signal.raise_signal(signal.SIGINT))
-            ensure(data, 300, 1000)
+        for interruption in (lambda *_: signal.raise_signal(signal.SIGINT), lose_the_network):
+            with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, fetch.Unreachable)):
+                patch.setattr(prepare, "create_belt", interruption)
+                ensure(data, 300, 1000)
         folder = ensure(data, 300, 1000)
         asked = Counter(path for path, _, _ in server.log)
     assert {asked[f"/{nth}.jsonl"] for nth in (1, 2, 3)} == {1}
@@ -183,15 +187,20 @@ def test_what_was_downloaded_before_an_interruption_is_not_downloaded_again(corp
 
 
 def test_a_distant_file_that_was_repaired_is_read_anew(corpus, tmp_path):
-    broken = corpus / "2.jsonl"
+    broken, spool = corpus / "2.jsonl", tmp_path / "spool"
     good = broken.read_bytes()
     broken.write_bytes(good + b"{")
     with FaultyServer(corpus) as server:
-        data = DataConfig(source=f"{server.url}/{{0..3}}.jsonl", cache=str(tmp_path / "cache"), validation=0.1)
+        source = f"{server.url}/{{0..3}}.jsonl"
+        data = DataConfig(source=source, cache=str(tmp_path / "cache"), validation=0.1)
         with pytest.raises(UserError, match=r"2\.jsonl"):
             ensure(data, 300, 1000)
-        broken.write_bytes(good)
-        assert ensure(data, 300, 1000).is_dir()
+        assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")]
+        for text_of_it in (good + b"{", good):  # also where the spool stays
+            broken.write_bytes(text_of_it)
+            reader = readers.Reader(locate(source, "skip"), [], spool, keep=2**31)
+            assert len(list(reader.all_texts())) >= 199
+            assert sum(reader.skipped.values()) == (text_of_it != good)
 
 
 def test_a_recipe_has_one_folder_whatever_its_source_was_called(lay):
