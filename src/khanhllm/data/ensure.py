@@ -20,12 +20,6 @@ def check_rows_fit(source: str, shard_tokens: int, context: int) -> None:
         raise UserError(too_short(shard_tokens, context))
 
 
-def place_of(folder: str, cache: str) -> Path:
-    """Where the shards lie that a run had in `folder`: there, or in its cache, if that was moved with the run."""
-    moved = with_home(cache) / Path(folder).name
-    return moved if there(moved / MANIFEST) and not there(Path(folder) / MANIFEST) else Path(folder)
-
-
 def ensure(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: int = 0) -> Path:
     """The folder of shards for a run: the given one, one from the cache, or a new one.
 

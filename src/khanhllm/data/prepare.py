@@ -11,9 +11,7 @@ dropped, so again the number of workers does not matter. Everything is written a
 folder of shards is complete or absent. The same call continues after an interruption.
 """
 
-import hashlib
 import json
-import re
 import shutil
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ from filelock import Timeout
 
 from khanhllm.data.belt_notes import spool
 from khanhllm.data.belt_setup import KEPT, check_names, create_belt
+from khanhllm.data.cache import folder_of
 from khanhllm.data.clean import COMPARING, Cleaner, cleaning_of, steps_of, table
 from khanhllm.data.executors import Execution, Job, Unfinished, console, say
 from khanhllm.data.fetch import NotItsFault
@@ -283,7 +282,7 @@ def from_cache(data: DataConfig, vocab_size: int, tokens_needed: int, laid_for: 
             f"{compares} compares all documents with each other, but {data.source} becomes shards while the model "
             "trains; download it, khanhllm prepare --clean it, and train on that"
         )
-    folder = _folder(data, recipe)
+    folder = folder_of(data, recipe)
     if given:
         check_fits(given.vocab_size, vocab_size, data.tokenizer)
     if there(folder / MANIFEST):
@@ -307,7 +306,7 @@ def _conversations_from_cache(data: DataConfig, vocab_size: int, laid_for: int) 
     check_fits(tokenizer.vocab_size, vocab_size, data.tokenizer)
     recipe = [VERSION, located.fingerprint, data.validation, data.tokens, tokenizer.sha256, data.bad, laid_for]
     recipe += [data.clean] * bool(data.clean)  # `prepare` refuses it, but not what lies here already
-    folder = _folder(data, recipe)
+    folder = folder_of(data, recipe)
     if there(folder / MANIFEST):
         _say_left_out(for_conversations(located, laid_for, tokenizer, ""))
         _say_lost(Manifest.read(folder))
@@ -376,13 +375,6 @@ def _say_left_out(source: str | Source) -> None:
 def _comparing(steps: str) -> str:
     """The first of the steps that compare all documents; "" if there is none."""
     return next((step for step in steps_of(steps) if step in COMPARING), "")
-
-
-def _folder(data: DataConfig, recipe: list[Any]) -> Path:
-    """The folder of a recipe in the cache, whatever its source was called when it was made."""
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    slug = re.sub(r"[^a-z0-9]+", "-", data.source.lower()).strip("-")[-40:].strip("-") or "text"
-    return next(with_home(data.cache).glob(f"*-{digest}"), with_home(data.cache) / f"{slug}-{digest}")
 
 
 @contextmanager

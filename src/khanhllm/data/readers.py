@@ -130,7 +130,7 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         except UserError as error:
             if isinstance(error, NotItsFault):
                 raise
-            if download:  # its author may repair it
+            if download and not isinstance(error, NoConversation):  # its author may repair it
                 download.unlink(missing_ok=True)
             if self.source.bad == "refuse":
                 raise

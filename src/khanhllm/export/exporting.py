@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from khanhllm.data.ensure import place_of
+from khanhllm.data.cache import place_of
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.export import check, encode, gguf, hf, remote

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from khanhllm.data.cache import place_of
 from khanhllm.data.chat import check_turns, messages_of
 from khanhllm.data.counting import Reading
-from khanhllm.data.ensure import place_of
 from khanhllm.data.render import fitting, render
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError

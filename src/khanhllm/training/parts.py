@@ -12,8 +12,9 @@ import torch
 from khanhllm.data.batches import Batch, batches
 from khanhllm.data.belt import Belt
 from khanhllm.data.belt_notes import RECIPE
+from khanhllm.data.cache import place_of
 from khanhllm.data.counting import Reading, counted
-from khanhllm.data.ensure import check_rows_fit, ensure, place_of
+from khanhllm.data.ensure import check_rows_fit, ensure
 from khanhllm.data.replay import Replay
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.source_syntax import with_home
