@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -234,7 +235,7 @@ def test_two_workers_on_one_cache_share_no_download(lay):
 
 
 def test_a_worker_removes_what_the_dead_of_its_own_machine_left_and_nothing_else(lay):
-    belt, dead = lay(), subprocess.Popen(["true"])
+    belt, dead = lay(), subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     mine, others = signed(dead.pid), f"{dead.pid}@another.machine"
     names = (".train-00001.bin", ".train-00001.json", ".train-heartbeat", "spool/of")

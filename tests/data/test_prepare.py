@@ -338,6 +338,7 @@ def test_files_that_cannot_be_read_are_skipped_if_asked_and_counted(partly_bad, 
         train_on(str(partly_bad / "latin.txt"), 300, 10**6, bad="skip")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes among its files")
 def test_what_is_no_file_of_text_at_all_is_skipped_too(partly_bad):
     whole = locate(str(partly_bad))
     (partly_bad / "empty.jsonl.gz").touch()
