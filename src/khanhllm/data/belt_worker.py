@@ -234,7 +234,7 @@ def tidy(folder: Path) -> None:
         own = left_over.name.endswith(f".{signed(process)}")
         with suppress(FileNotFoundError):  # another worker tidies too
             if not psutil.pid_exists(process) if own else now - left_over.stat().st_mtime > LEFT_OVER:
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink()
 
 
 def main(arguments: list[str]) -> int:
