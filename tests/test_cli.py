@@ -426,3 +426,10 @@ def test_a_training_that_a_signal_stopped_ends_with_its_code(name, code, trained
     assert (tmp_path / "run" / "checkpoints" / "step-0000002").exists()
     monkeypatch.undo()
     assert cli.main([*words, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "serve", "experts"])
+def test_a_verb_that_does_not_train_refuses_what_only_a_training_heeds(trained, capsys, verb):
+    assert "unknown option --machine.checkpointing" in refused(
+        capsys, verb, trained / "run", "--machine.checkpointing", "full"
+    )

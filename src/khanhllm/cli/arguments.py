@@ -3,13 +3,15 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from khanhllm import units
 from khanhllm.errors import UserError
 from khanhllm.explain import did_you_mean
-from khanhllm.schema import Config, Sampling
+from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, nested
 
 ELSEWHERE = {
@@ -126,12 +128,22 @@ def number(text: str) -> float:
 def knobs(parser: argparse.ArgumentParser, sections: Iterable[str] = tuple(Config.model_fields)) -> None:
     """One option for each key of the config, with the config's own explanation."""
     for section in sections:
-        group = parser.add_argument_group(f"[{section}]")
         kind: Any = Config.model_fields[section].annotation
-        for key, field in kind.model_fields.items():
-            text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
-            metavar = placeholder(field.annotation)
-            group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)
+        _options(parser, section, kind.model_fields)
+
+
+def forward_knobs(parser: argparse.ArgumentParser) -> None:
+    """One option for each key of [machine] that matters to a model that only computes, without training."""
+    keys = ("device", "precision", "weights", "experts", "threads")
+    _options(parser, "machine", {key: MachineConfig.model_fields[key] for key in keys})
+
+
+def _options(parser: argparse.ArgumentParser, section: str, fields: Mapping[str, FieldInfo]) -> None:
+    group = parser.add_argument_group(f"[{section}]")
+    for key, field in fields.items():
+        text = " ".join(f"{field.description} (default {field.default!r})".split()).replace("%", "%%")
+        metavar = placeholder(field.annotation)
+        group.add_argument(f"--{section}.{key}", metavar=metavar, help=text, default=argparse.SUPPRESS)
 
 
 def sampling_knobs(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, number, sampling_knobs, sampling_of, stop, which
+from khanhllm.cli.arguments import (
+    WHICH,
+    forward_knobs,
+    given,
+    knobs,
+    name,
+    number,
+    sampling_knobs,
+    sampling_of,
+    stop,
+    which,
+)
 from khanhllm.schema import Config
 from khanhllm.settings import beside, read_config, resolve
 
@@ -91,4 +102,4 @@ def chat_options(parser: argparse.ArgumentParser) -> None:
         help="end answers before this text; repeatable",
     )
     sampling_knobs(parser)
-    knobs(parser, ["machine"])
+    forward_knobs(parser)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, number, short, some, which, whole
+from khanhllm.cli.arguments import WHICH, forward_knobs, given, knobs, name, number, short, some, which, whole
 from khanhllm.settings import preset_names, resolve
 
 
@@ -49,7 +49,7 @@ def experts_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", action="store_true", help="compare with the earlier checkpoints of the run")
     parser.add_argument("--json", action="store_true", help="print experts.json instead of the table")
     parser.add_argument("--out", metavar="PNG", type=name, help="where the picture goes (RUN/experts.png)")
-    knobs(parser, ["machine"])
+    forward_knobs(parser)
 
 
 def lab(options: argparse.Namespace) -> None:

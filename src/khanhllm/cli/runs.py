@@ -6,7 +6,18 @@ import sys
 import warnings
 from pathlib import Path
 
-from khanhllm.cli.arguments import WHICH, given, knobs, name, sampling_knobs, sampling_of, some, stop, which, whole
+from khanhllm.cli.arguments import (
+    WHICH,
+    forward_knobs,
+    given,
+    name,
+    sampling_knobs,
+    sampling_of,
+    some,
+    stop,
+    which,
+    whole,
+)
 from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.settings import read_config, resolve
@@ -80,7 +91,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="a JSON object for each sample, on a line: seed, text")
     sampling_knobs(parser)
-    knobs(parser, ["machine"])
+    forward_knobs(parser)
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -182,7 +193,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     text = "where the scores go, with a picture beside it (RUN/evaluation.json, RUN/evaluation-tasks.json)"
     parser.add_argument("--out", metavar="JSON", type=name, help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    knobs(parser, ["machine"])
+    forward_knobs(parser)
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from khanhllm.cli.arguments import given, knobs, name, whole
+from khanhllm.cli.arguments import forward_knobs, given, name, whole
 from khanhllm.errors import UserError
 from khanhllm.settings import read_config, resolve
 
@@ -68,4 +68,4 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-page", action="store_true", help="serve programs only")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    knobs(parser, ["machine"])
+    forward_knobs(parser)
