@@ -10,7 +10,6 @@ from khanhllm.export.exporting import export
 from khanhllm.model.counts import on_paper
 from khanhllm.runs.listing import runs_in
 from khanhllm.runs.run import open_run
-from khanhllm.serve.findings import of_checkpoint
 from khanhllm.training import checkpoint, tensor_files
 from khanhllm.training.run import train
 
@@ -57,7 +56,7 @@ def assert_same(path, other):
 
 def test_it_is_listed_and_has_a_name_of_its_own(runs):
     assert "fault" not in runs_in(runs[1])[0]
-    names = {of_checkpoint(path) for path in checkpoint.steps(runs[1])}
+    names = {tensor_files.identity(path) for path in checkpoint.steps(runs[1])}
     assert len(names) == 2 and all(len(name) == 64 for name in names)
 
 

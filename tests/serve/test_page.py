@@ -14,9 +14,9 @@ from khanhllm.runs.run import open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.serve import house as house_module
 from khanhllm.serve import listen
-from khanhllm.serve.findings import of_checkpoint
 from khanhllm.serve.house import House
 from khanhllm.serve.server import Server
+from khanhllm.training import tensor_files
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no browser can be driven: pip install 'khanhllm[browser]'"
@@ -313,7 +313,7 @@ def test_doors_show_what_was_measured_on_these_weights_alone(site, run):
     checkpoint = max(run.glob("checkpoints/step-*"))
     worth = {"share": 0.25, "error": 0.01}
     layers = [{"layer": 2, "experts": [], "off": worth}]
-    found = {"version": 1, "step": 10, "checkpoint": of_checkpoint(checkpoint), "data": "x", "tokens": 9}
+    found = {"version": 1, "step": 10, "checkpoint": tensor_files.identity(checkpoint), "data": "x", "tokens": 9}
     found |= {"bits_per_byte": 1.5, "experts_per_token": 2, "layers": layers}
 
     def place(found):

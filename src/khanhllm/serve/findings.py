@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.errors import UserError
 from khanhllm.files import read
-from khanhllm.training import tensor_files
 
 FILE = "experts.json"
 LARGEST = 2**24
@@ -77,11 +76,3 @@ def findings(run: Path) -> dict[str, Any] | None:
         where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else "no JSON"
         raise UserError(f"{FILE} in the run is damaged ({where[:100]}); write it anew: khanhllm experts RUN") from None
     return found.model_dump()
-
-
-def of_checkpoint(checkpoint: Path) -> str:
-    """The hash by which the findings name the weights that they speak of."""
-    try:
-        return tensor_files.identity(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""

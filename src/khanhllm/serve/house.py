@@ -218,7 +218,7 @@ class House:
             found = await asyncio.to_thread(findings, self.runs[0])
         except UserError as error:
             raise Refused(404, str(error)) from None
-        current = bool(found and self.server and self.server.weights == found["checkpoint"])
+        current = bool(found and self.server and self.server.run.identity == found["checkpoint"])
         return as_json({"findings": found, "current": current})
 
     async def newest(self, request: Request) -> Response:

@@ -21,7 +21,6 @@ from khanhllm.errors import UserError
 from khanhllm.inference.engine import Dead, Engine, Full
 from khanhllm.runs.run import Run
 from khanhllm.schema import Sampling
-from khanhllm.serve.findings import of_checkpoint
 from khanhllm.serve.guard import Guard
 from khanhllm.serve.openai import (
     ALIVE,
@@ -59,7 +58,6 @@ class Server:
         self.tokenizer, self.shape = run.tokenizer, run.config.model
         self.engine = Engine(run.model, run.machine, self.tokenizer.vocab_size, rows, waiting)
         self.started = int(time.time())
-        self.weights = of_checkpoint(run.checkpoint)  # asked now: a training removes old checkpoints
         paths: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.metrics),
