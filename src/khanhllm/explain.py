@@ -24,7 +24,6 @@ SENTENCES = {
     "less_than": "must be less than {lt:,}",
     "less_than_equal": "must be at most {le:,}",
     "list_type": "must be a list",
-    "literal_error": "must be {expected}",
     "missing": "is missing",
     "model_type": "must be a group of keys",
     "string_too_long": "must have at most {max_length:,} characters",

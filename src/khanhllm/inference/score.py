@@ -72,13 +72,8 @@ def score(
 
 def _same_length(windows: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
     """Stack neighbours of equal length; shorter tails become arrays of their own."""
-    for group in _groups(windows, rows):
+    rest = iter(windows)
+    while group := list(islice(rest, rows)):
         lengths = sorted({len(window) for window in group}, reverse=True)
         for length in lengths:
             yield np.stack([window for window in group if len(window) == length])
-
-
-def _groups(windows: Iterable[np.ndarray], rows: int) -> Iterator[list[np.ndarray]]:
-    rest = iter(windows)
-    while group := list(islice(rest, rows)):
-        yield group

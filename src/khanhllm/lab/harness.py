@@ -44,10 +44,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def max_length(self) -> int:
         return self.opened.config.model.context
 
-    @property
-    def tokenizer_name(self) -> str:
-        return f"khanhllm-{self.tokens.sha256[:16]}"
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.tokens.encode(string)
 

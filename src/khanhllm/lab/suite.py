@@ -146,8 +146,6 @@ def examine(
 ) -> dict[str, Any]:
     """Everything that the suite measures, as it goes to evaluation.json. say: hears what has been measured. Raises
     UserError."""
-    if with_core:
-        core.check(opened)
     have, names = sets.found(folder), list(dict.fromkeys(wanted(with_core)))
     loaded = {name: sets.load(have[name]) for name in names if name in have}
     asked, of_core = _asked(loaded, most), core.asked(loaded, most) if with_core else {}  # faults are told now

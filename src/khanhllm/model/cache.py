@@ -79,18 +79,6 @@ class KVCache:
         return self.layers[0].start
 
 
-def new_layers(
-    layers: int, rows: int, heads: int, head_dim: int, context: int, device: torch.device, dtype: torch.dtype
-) -> list[LayerCache]:
-    """Empty caches. They begin with zeros: attention gives weight 0 to what a shorter row has not filled yet, and
-    0 times what unused memory may hold, NaN, is NaN."""
-    shape = (rows, heads, context, head_dim)
-    return [
-        LayerCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-        for _ in range(layers)
-    ]
-
-
 class TextCache:
     """The caches of several texts that grow independently. `ids` says what each row holds, and its owner keeps it:
     ids that are dropped there are forgotten."""

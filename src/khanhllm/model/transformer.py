@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from khanhllm.model.attention import Attention, same_document
 from khanhllm.model.block import Block
-from khanhllm.model.cache import KVCache, LayerCache, TextCache, new_layers
+from khanhllm.model.cache import KVCache, LayerCache, TextCache
 from khanhllm.model.embedding import (
     EmbeddingSkip,
     NoSkip,
@@ -128,9 +128,12 @@ class Transformer(nn.Module):
         return TextCache(self._new_layers(rows))
 
     def _new_layers(self, rows: int) -> list[LayerCache]:
+        """Empty caches. They begin with zeros: attention gives weight 0 to what a shorter row has not filled yet, and
+        0 times what unused memory may hold, NaN, is NaN."""
         config, weight = self.config, self.head.weight
-        shape = (config.key_value_heads, config.head_dim, config.context)
-        return new_layers(len(self.blocks), rows, *shape, weight.device, weight.dtype)
+        shape = (rows, config.key_value_heads, config.context, config.head_dim)
+        empty = partial(torch.zeros, shape, device=weight.device, dtype=weight.dtype)
+        return [LayerCache(empty(), empty()) for _ in self.blocks]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

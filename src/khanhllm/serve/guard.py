@@ -12,6 +12,7 @@ import ipaddress
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -212,7 +213,5 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 def _place(error: BaseException) -> str:
     """File and line where an error arose."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "an unknown place"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"

@@ -254,5 +254,5 @@ def restore(parts: Parts, path: Path, used: float = 0.0) -> State:
         raise UserError(f"{path / 'state.json'} has the load of other experts than this model's")
     budget_s = learner.config.train.seconds
     share = max(used, saved["seconds"]) / budget_s if budget_s else None
-    guard, tied = Guard(**saved["guard"]), saved.get("tied", False)
+    guard, tied = Guard(**saved["guard"]), saved["tied"]
     return State(saved["step"], saved["cursor"], load_LE.view_as(start.load_LE), guard, share, tied)

@@ -14,7 +14,7 @@ from khanhllm.data.belt import Starved
 from khanhllm.errors import UserError
 from khanhllm.log.run_log import Log
 from khanhllm.machine.adapt import uncompile
-from khanhllm.machine.devices import Machine, out_of_memory
+from khanhllm.machine.devices import out_of_memory
 from khanhllm.machine.signals import Stop
 from khanhllm.planning import budget
 from khanhllm.settings import write_config
@@ -102,7 +102,8 @@ def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
         raise end from None
     updating = learner.optimizer.param_groups[0]["step"] == state.step
     full = out_of_memory(error)
-    if not full and (updating or not _compiler_failed(error, learner.machine)):
+    compiler_failed = learner.machine.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)
+    if not full and (updating or not compiler_failed):
         raise error
     learner.optimizer.zero_grad(set_to_none=True)
     traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
@@ -113,10 +114,6 @@ def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
     why = str(error).strip().partition("\n")[0][:200]
     log.say(f"torch.compile does not work here, so the model runs uncompiled (as with machine.compile off): {why}")
     return replace(parts, learner=replace(learner, machine=replace(learner.machine, compile=False)))
-
-
-def _compiler_failed(error: RuntimeError, machine: Machine) -> bool:
-    return machine.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
 
 def _with_smaller_micro_batches(parts: Parts, state: State, updating: bool, log: Log) -> Parts:

@@ -86,7 +86,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 if isinstance(error, Starved):
                     raise error.at(state.step, folder) from None
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 parts = adapted(parts, state, error, log)
                 rows.close()
                 rows = readers.enter_context(closing(rows_of(parts, state, stop)))
