@@ -12,10 +12,9 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from hashlib import sha256
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import numpy as np
 
@@ -45,7 +44,7 @@ class Belt:
         """rank: of this process among those that read the same rows; the first has the shards made."""
         self.folder = folder
         self.context = context
-        self.recipe: Recipe = Recipe.read(folder / RECIPE)
+        self.recipe = Recipe.read(folder / RECIPE)
         manifest = Manifest.read(folder)
         self.source = manifest.source
         self.vocab_size = manifest.vocab_size
@@ -66,14 +65,12 @@ class Belt:
     def laps(self, tokens: int) -> float:
         """How often a run of so many tokens reads the whole source; 0 while its end is not known."""
         rows = 0
-        for nth in count():
-            if not note_path(self.folder, nth).exists():
-                return 0
-            made: Made = Made.read(note_path(self.folder, nth))
+        for path in takewhile(Path.exists, (note_path(self.folder, nth) for nth in count())):
+            made = Made.read(path)
             rows += self._rows(made)
             if made.last:
                 return tokens / max(1, rows * self.context)
-        raise AssertionError
+        return 0
 
     def rows_from(self, cursor: int, seed: int, stopped: Event) -> Generator[np.ndarray]:
         """Yield rows of context + 1 ids, int64, from number `cursor` of the run on, until `stopped` is set.
@@ -85,8 +82,8 @@ class Belt:
             for lap in count():
                 rows_before = left
                 for nth in count():
-                    made: Made = child.wait(note_path(self.folder, nth), nth, stopped)
-                    if stopped.is_set():
+                    made = child.wait(note_path(self.folder, nth), nth, stopped)
+                    if made is None or stopped.is_set():
                         return
                     rows = self._rows(made)
                     if left < rows:
@@ -172,8 +169,8 @@ class _Child:
             self.process.stdin.write(f"{nth}\n".encode())
             self.process.stdin.flush()
 
-    def wait(self, path: Path, nth: int, stopped: Event) -> Any:
-        """Wait for a note or a shard. Returns the note."""
+    def wait(self, path: Path, nth: int, stopped: Event) -> Made | None:
+        """Wait for a note or a shard. Returns the note; None if `stopped` was set before it was read."""
         while not path.exists() and not stopped.is_set():
             self._look_after(nth)
             stopped.wait(GLANCE)

@@ -2,7 +2,7 @@
 
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,7 +21,7 @@ class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def read(cls, path: Path) -> Any:
+    def read(cls, path: Path) -> Self:
         """Read a file. Raises UserError if it is missing or damaged."""
         try:
             return cls.model_validate_json(read(path))

@@ -48,7 +48,7 @@ class BeltWorker:
     def __init__(self, folder: Path, patience: float, own: str = "") -> None:
         """own: see `spool`."""
         self.folder = folder
-        self.recipe: Recipe = Recipe.read(folder / RECIPE)
+        self.recipe = Recipe.read(folder / RECIPE)
         self.name = Manifest.read(folder).source
         self.sources = [Source(**{**fields, **_tuples(fields)}) for fields in self.recipe.sources]
         self.readers = [
@@ -63,8 +63,8 @@ class BeltWorker:
 
     def make(self, nth: int) -> Made:
         """Publish shard `nth`; the notes of all shards before it must exist. Raises UserError."""
-        before: Made | None = Made.read(note_path(self.folder, nth - 1)) if nth else None
-        start = before.following if before else ShardStart(positions=(Position(),) * len(self.sources))
+        first = ShardStart(positions=(Position(),) * len(self.sources))
+        start = Made.read(note_path(self.folder, nth - 1)).following if nth else first
         if nth != self.nth + 1 or not nth:
             self.stream = _marked_last(self._encoded(start))
         self.nth = nth

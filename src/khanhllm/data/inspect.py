@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from khanhllm.data.belt_notes import Made, Position, ShardStart
+from khanhllm.data.belt_notes import Made, Position
 from khanhllm.data.chat import from_json
 from khanhllm.data.clean import cleaning_of, table
 from khanhllm.data.counting import Marks
@@ -306,8 +306,7 @@ def _notes(folder: Path) -> list[Path]:
 def _places(folder: Path) -> tuple[Position, ...]:
     """Where the newest shard of a belt ends, in each of its sources."""
     notes = _notes(folder)
-    following: ShardStart | None = Made.read(notes[-1]).following if notes else None
-    return following.positions if following else ()
+    return Made.read(notes[-1]).following.positions if notes else ()
 
 
 def verify(folder: Path) -> None:
