@@ -7,18 +7,23 @@ from khanhllm.data.tokenizer import Tokenizer
 
 
 class Words:
-    """Takes pieces of text and gives back what can be shown: up to the first text of `stops` that is complete, without
-    it. A stop may lie across several pieces; what may be its beginning is held back until the next pieces decide.
+    """Takes tokens and gives back the text that can be shown: up to the first of `stops` that is complete, without it.
+    A stop may lie across several tokens; what may be its beginning is held back until the next tokens decide. A
+    character may span several tokens too; bytes that are none become U+FFFD.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        self.stops = stops
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
         self.ended = False
         """whether a stop has come; nothing follows"""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def add(self, piece: str) -> str:
+    def add(self, token: int) -> str:
         """What can be shown now."""
+        return self._shown(self._decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def _shown(self, piece: str) -> str:
         held = self._held + piece
         found = [(at + len(stop), at) for stop in self.stops if (at := held.find(stop)) >= 0]
         if found:
@@ -30,35 +35,14 @@ class Words:
 
     def rest(self) -> str:
         """What was held back, since nothing follows."""
+        shown = "" if self.ended else self._shown(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
-        return rest
-
-
-class TokenWords:
-    """`Words` for tokens. A character may span several tokens too; bytes that are none become U+FFFD."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.words = tokenizer, Words(stops)
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    @property
-    def ended(self) -> bool:
-        """Whether a stop has come; nothing follows."""
-        return self.words.ended
-
-    def add(self, token: int) -> str:
-        """What can be shown now."""
-        return self.words.add(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-
-    def rest(self) -> str:
-        """What was held back, since nothing follows."""
-        last = "" if self.ended else self.decoder.decode(b"", final=True)
-        return self.words.add(last) + self.words.rest()
+        return shown + rest
 
 
 def spoken(tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str] = ()) -> Iterator[str]:
     """The text of tokens piece by piece, up to the first of `stops` or of the tokens that end a text."""
-    words = TokenWords(tokenizer, stops)
+    words = Words(tokenizer, stops)
     for token in tokens:
         if token in tokenizer.ends:
             break

@@ -12,7 +12,7 @@ from khanhllm.errors import UserError
 from khanhllm.inference.engine import Engine, Job
 from khanhllm.inference.routes import Route
 from khanhllm.inference.sample import Score
-from khanhllm.inference.words import TokenWords
+from khanhllm.inference.words import Words
 from khanhllm.schema import Sampling
 
 STALLED = 1000
@@ -110,7 +110,7 @@ class Writing:
 
     def _job(self, index: int, wanted: Wanted) -> Job:
         """A job whose functions, which the engine's thread calls, send pieces to the event loop."""
-        words = TokenWords(self.tokenizer, wanted.stops)
+        words = Words(self.tokenizer, wanted.stops)
         prompt: list[Score] = [Score(token) for token in wanted.ids[wanted.shown : 1]]
         begun = not wanted.echo
         tokens, routes, given = [Score(wanted.ids[0])], list[Route](), len(wanted.ids)
