@@ -40,6 +40,7 @@ def generate(options: argparse.Namespace) -> None:
     read_config(Path(options.run))  # what is no run is refused before torch is loaded
     prompt = _prompt(options)
     from khanhllm.draw import on_terminal, visible
+    from khanhllm.inference.sample import reseeded
     from khanhllm.runs.run import Forgotten, open_run
 
     opened = open_run(Path(options.run), machine, options.step)
@@ -48,13 +49,13 @@ def generate(options: argparse.Namespace) -> None:
         print(f"khanhllm: {lost}", file=sys.stderr)
     warnings.simplefilter("ignore", Forgotten)
     shown = visible if on_terminal() else str
-    for seed in ((sampling.seed + nth) % 2**63 for nth in range(options.samples)):
-        pieces = opened.stream(prompt, options.stop, **sampling.model_dump() | {"seed": seed})
+    for own in (reseeded(sampling, nth) for nth in range(options.samples)):
+        pieces = opened.stream(prompt, options.stop, **own.model_dump())
         if options.json:
-            print(json.dumps({"seed": seed, "text": "".join(pieces)}), flush=True)
+            print(json.dumps({"seed": own.seed, "text": "".join(pieces)}), flush=True)
             continue
         if options.samples > 1:
-            print(f"--- seed {seed}")
+            print(f"--- seed {own.seed}")
         print(shown(prompt), end="", flush=True)
         for piece in pieces:
             print(shown(piece), end="", flush=True)

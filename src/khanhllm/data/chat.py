@@ -154,6 +154,15 @@ def check_turns(messages: list[Message], where: str) -> None:
             raise WrongConversation(f"{where}, message {number}, by {role}, is empty")
 
 
+def question(turns: Any, where: str) -> list[Message]:
+    """A conversation as `messages_of` reads it that waits for an answer. Raises UserError for any other."""
+    messages = list(messages_of(turns, where))
+    check_turns(messages, where)
+    if not messages or messages[-1].role != "user":
+        raise WrongConversation(f"{where} must end with a question, by the user")
+    return messages
+
+
 def to_json(messages: list[Message]) -> str:
     """A conversation as one line of ASCII, always the same: its hash decides on which side of the split it goes."""
     return json.dumps([list(message) for message in messages])

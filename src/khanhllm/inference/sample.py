@@ -22,6 +22,11 @@ class Score(NamedTuple):
     """the likeliest tokens in its place, the best first, and their logprobs"""
 
 
+def reseeded(sampling: Sampling, nth: int) -> Sampling:
+    """The settings of the nth of several texts, whose seeds follow each other."""
+    return sampling.model_copy(update={"seed": (sampling.seed + nth) % 2**63})
+
+
 def scores(logits_V: Tensor, token: int, top: int) -> Score:
     """The logprob of a token, and those of the `top` likeliest."""
     check(logits_V)

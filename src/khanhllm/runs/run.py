@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from khanhllm.data.cache import place_of
-from khanhllm.data.chat import check_turns, messages_of
+from khanhllm.data.chat import question
 from khanhllm.data.counting import Reading
 from khanhllm.data.render import fitting, render
 from khanhllm.data.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from khanhllm.files import check_new, foreign
 from khanhllm.inference.generate import answer, most_read, write
 from khanhllm.inference.likelihood import ROWS_OF_TOKENS
 from khanhllm.inference.routes import watched
+from khanhllm.inference.sample import reseeded
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import best_of, validations_of
 from khanhllm.machine.adapt import adapt
@@ -90,9 +91,8 @@ class Run:
     def generate(self, prompt: str = "", n: int = 1, stop: str | Sequence[str] = (), **sampling: Any) -> list[str]:
         """`n` continuations of a prompt, without the prompt; the first has the `seed` given (0), the next seed + 1."""
         _whole("n", n)
-        seed = checked(Sampling, sampling, "generate").seed
-        sampling.pop("seed", None)
-        return ["".join(self.stream(prompt, stop, seed=(seed + nth) % 2**63, **sampling)) for nth in range(n)]
+        first = checked(Sampling, sampling, "generate")
+        return ["".join(self.stream(prompt, stop, **reseeded(first, nth).model_dump())) for nth in range(n)]
 
     @property
     def talks(self) -> bool:
@@ -115,10 +115,7 @@ class Run:
         and for a question that is too long.
         """
         self.check_talks()
-        turns = list(messages_of(messages, "messages"))
-        check_turns(turns, "messages")
-        if not turns or turns[-1].role != "user":
-            raise UserError("messages must end with a question, by the user")
+        turns = question(messages, "messages")
         settings = checked(Sampling, sampling, "chat")
         most = most_read(self.config.model.context)
         room = most - min(settings.tokens, most // 2)

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from khanhllm.draw import on_terminal, visible
 from khanhllm.errors import UserError
+from khanhllm.inference.sample import reseeded
 from khanhllm.runs.run import Run
 from khanhllm.schema import Sampling
 
@@ -76,7 +77,7 @@ class Talk:
         asked = [*self.messages, {"role": "user", "content": line}]
         system = [{"role": "system", "content": self.system}] * bool(self.system)
         said = ""
-        settings = self.sampling.model_dump() | {"seed": (self.sampling.seed + len(self.messages)) % 2**63}
+        settings = reseeded(self.sampling, len(self.messages)).model_dump()
         try:
             for piece in self.run_.stream_chat([*system, *asked], self.stops, **settings):
                 said += piece

@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from khanhllm.data.chat import check_turns, messages_of
+from khanhllm.data.chat import question
 from khanhllm.data.render import render
 from khanhllm.data.tokenizer import END_OF_TEXT
 from khanhllm.errors import UserError
 from khanhllm.inference.engine import Dead, Engine, Full
+from khanhllm.inference.sample import reseeded
 from khanhllm.runs.run import Run
 from khanhllm.schema import Sampling
 from khanhllm.serve.guard import Guard
@@ -191,28 +192,23 @@ class Server:
         """The n answers to a conversation."""
         self._check_many(1, asked.n)
         try:
-            turns = list(messages_of(asked.messages, "messages"))
-            check_turns(turns, "messages")
+            turns = question(asked.messages, "messages")
         except UserError as error:
             raise Refused(400, str(error), param="messages") from None
-        if turns[-1].role != "user":
-            raise Refused(400, "messages must end with a question, by the user", param="messages")
         ids, context = render(turns, self.tokenizer, answer=True), self.shape.context
         if len(ids) >= context:
             text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
             raise Refused(400, text, "context_length_exceeded", "messages")
         most, closed = min(asked.tokens or context, context), self._closed(asked)
-        seed = _seed(asked)
-        return [
-            Wanted(ids, 0, _sampling(asked, most, (seed + nth) % 2**63), asked.stops, None, False, closed)
-            for nth in range(asked.n)
-        ]
+        first = _sampling(asked, most)
+        return [Wanted(ids, 0, reseeded(first, nth), asked.stops, None, False, closed) for nth in range(asked.n)]
 
     def _wanted(self, asked: Completion) -> list[Wanted]:
         """A text to be continued for each prompt and each of its n choices."""
         prompts = asked.prompts(self.tokenizer.vocab_size)
         self._check_many(len(prompts), asked.n)
-        seed, closed, wanted, context = _seed(asked), self._closed(asked), [], self.shape.context
+        closed, wanted, context = self._closed(asked), list[Wanted](), self.shape.context
+        first = _sampling(asked, asked.max_tokens)
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             implied = isinstance(prompt, str) or ids[:1] != [self.tokenizer.end_of_text]
@@ -223,7 +219,7 @@ class Server:
                 )
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
-                sampling = _sampling(asked, asked.max_tokens, (seed + nth) % 2**63)
+                sampling = reseeded(first, nth)
                 wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
         return wanted
 
@@ -317,19 +313,16 @@ def application(routes: Sequence[Route], lifespan: Any) -> Starlette:
     return app
 
 
-def _sampling(asked: Writes, tokens: int, seed: int) -> Sampling:
+def _sampling(asked: Writes, tokens: int) -> Sampling:
+    """The settings of the first text."""
     return Sampling(
         tokens=tokens,
         temperature=asked.temperature,
         top_k=max(asked.top_k, 0),
         top_p=asked.top_p,
         min_p=asked.min_p,
-        seed=seed,
+        seed=secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63,
     )
-
-
-def _seed(asked: Writes) -> int:
-    return secrets.randbelow(2**62) if asked.seed is None else asked.seed % 2**63
 
 
 async def _gathered(writing: Writing, choices: int) -> list[Piece]:

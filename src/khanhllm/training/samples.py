@@ -8,6 +8,7 @@ import numpy as np
 from khanhllm.data.shards import Shards
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.inference.generate import answer, write
+from khanhllm.inference.sample import reseeded
 from khanhllm.log.run_log import Log
 from khanhllm.schema import Sampling
 from khanhllm.training.parts import Parts
@@ -33,7 +34,7 @@ def _write_samples(parts: Parts, step: int, log: Log) -> None:
 
 def _text(parts: Parts, step: int) -> Iterator[tuple[str, str]]:
     train, learner = parts.config.train, parts.learner
-    sampling = Sampling(tokens=train.sample_tokens, seed=(train.seed + step) % 2**63)
+    sampling = reseeded(Sampling(tokens=train.sample_tokens, seed=train.seed), step)
     pieces = write(learner.model, parts.tokenizer, learner.machine, train.sample_prompt, sampling)
     yield train.sample_prompt, "".join(pieces)
 
