@@ -50,6 +50,11 @@ def missing_extra(error: ModuleNotFoundError) -> UserError | None:
     return UserError(f"this needs {module}, which is not installed: pip install 'khanhllm[{extra}]'") if extra else None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type, if that is nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def drain() -> None:
     """Let go of what cannot be printed, since its reader has gone or the disk is full: at its end Python would try once
     more, and fail."""

@@ -1,3 +1,6 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -24,6 +27,16 @@ def test_a_parameter_without_a_role_fails_loudly():
         optim.build(model, OptimConfig())
     with pytest.raises(ValueError, match="has no role"):
         model.initialise()
+
+
+def test_a_library_that_fails_without_a_word_is_told_by_the_type_of_its_error(monkeypatch):
+    class Broken(ModuleType):
+        def __getattr__(self, name):
+            raise OSError
+
+    monkeypatch.setitem(sys.modules, "khanhllm.optim.eight_bit", Broken("eight_bit"))
+    with pytest.raises(UserError, match=r"needs bitsandbytes, which fails here \(OSError\); use adamw"):
+        optim.build(build(tiny()), OptimConfig(name="adamw8bit"))
 
 
 def test_eight_bits_take_a_quarter_of_the_memory_and_learn_as_well():

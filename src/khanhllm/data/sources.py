@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from khanhllm.data.source_syntax import common_folder, expanded, of_split, with_home, with_split
 from khanhllm.data.walk import KINDS, ending, kind, matching, once, readable, walk
 from khanhllm.data.warc import can_read_pages
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, first_line
 from khanhllm.explain import did_you_mean
 from khanhllm.files import there
 
@@ -395,5 +395,5 @@ def as_user_error(where: str) -> Iterator[None]:
     except EOFError:
         raise UserError(f"{where} is cut short: its end is missing; copy or download it again") from None
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise UserError(f"cannot read {where}: {why}; if it is damaged, copy or download it again") from None

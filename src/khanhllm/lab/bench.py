@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
 from khanhllm.files import check_writable
 from khanhllm.lab.candidates import HUGGING_FACE, OURS, TWIN, Candidate, as_qwen3_moe
+from khanhllm.lab.doctor import version_of
 from khanhllm.lab.facts import spread
 from khanhllm.limits import cores
 from khanhllm.machine.adapt import adapt
@@ -87,13 +87,8 @@ def _describe(machine: Machine) -> Report:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("khanhllm", "torch", "transformers", "tokenizers", "tiktoken", "bitsandbytes"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "missing"
-    return versions
+    names = ("khanhllm", "torch", "transformers", "tokenizers", "tiktoken", "bitsandbytes")
+    return {"python": platform.python_version()} | {name: version_of(name) for name in names}
 
 
 def _step(machine: Machine, wanted: MachineConfig, steps: int, console: Console) -> Report:

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from khanhllm import optim
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, first_line
 from khanhllm.lab import experts
 from khanhllm.lab.sample import take
 from khanhllm.machine.adapt import adapt, aligned
@@ -118,7 +118,7 @@ def backends_agree(model: Transformer) -> Finding:
                 experts.backend = backend
             logits.append(model.logits(ids_BT))
     except (RuntimeError, NotImplementedError) as error:  # no kernel for this device or type: auto takes another
-        return Finding(law, True, f"not compared, grouped_mm does not run here: {_first_line(error)}")
+        return Finding(law, True, f"not compared, grouped_mm does not run here: {first_line(error)}")
     finally:
         for experts, backend in zip(stacks, before, strict=True):
             experts.backend = backend
@@ -289,22 +289,19 @@ def _examination(patient: str, wanted: MachineConfig, console: Console) -> Itera
 def _surroundings(machine: Machine, optimizer: str) -> Iterator[Finding]:
     yield Finding("device", True, machine.describe())
     names = ("torch", "tokenizers", "tiktoken", "datatrove", "bitsandbytes", "safetensors")
-    yield Finding("libraries", True, ", ".join(f"{name} {_version(name)}" for name in names))
+    yield Finding("libraries", True, ", ".join(f"{name} {version_of(name)}" for name in names))
     yield _eight_bit(machine, needed=optimizer.endswith("8bit"))
     yield _compiler(machine)
     free = shutil.disk_usage(".").free / 1e9
     yield Finding("disk", free > 1, f"{free:.1f} GB free here", "checkpoints need room: use --run on another disk")
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of an installed library, or "missing"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _eight_bit(machine: Machine, needed: bool) -> Finding:
@@ -319,7 +316,7 @@ def _eight_bit(machine: Machine, needed: bool) -> Finding:
         optimizer.step()
         moved = not torch.equal(up.weight, before)  # waits for the device, which may only now say what failed
     except Exception as error:
-        return Finding(law, not needed, _first_line(error), advice, warning=not needed)
+        return Finding(law, not needed, first_line(error), advice, warning=not needed)
     measured = f"{'takes a step' if moved else 'moves nothing'} on {machine.device}"
     return Finding(law, moved or not needed, measured, advice, warning=not (moved or needed))
 

@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, first_line
 from khanhllm.explain import did_you_mean
 from khanhllm.inference.likelihood import Pair, log_likelihoods
 from khanhllm.lab import ending, scores
@@ -98,9 +98,8 @@ def tasks(names: list[str], include: Path | None) -> Any:
     try:
         loaded = manager.load(names)
     except Exception as error:  # of any library that reads data
-        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
         hint = "without a network, describe tasks with local files (--include-path)"
-        raise UserError(f"cannot load {', '.join(names)}: {why}; {hint}") from None
+        raise UserError(f"cannot load {', '.join(names)}: {first_line(error)[:300]}; {hint}") from None
     manager.load = lambda _names: loaded
     return manager
 

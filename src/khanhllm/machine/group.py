@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, first_line
 from khanhllm.model.exchange import Part
 from khanhllm.schema import MachineConfig
 
@@ -367,8 +367,7 @@ def opened(config: MachineConfig) -> Iterator[Group]:
         )
         neighbours = _neighbours(rank, size, parts, timeout) if 1 < parts < size else None
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise Lost(f"the {size} processes do not find each other: {reason}") from None
+        raise Lost(f"the {size} processes do not find each other: {first_line(error)[:200]}") from None
     group = Group(rank, size, local_rank, local_size, shares, config.patience, store, direct, parts, neighbours)
     try:
         yield group

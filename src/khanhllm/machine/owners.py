@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, first_line
 from khanhllm.machine.devices import out_of_memory
 from khanhllm.machine.group import Group, Move, added
 from khanhllm.schema import TrainConfig
@@ -170,7 +170,7 @@ class Owners:
         cannot where the others wait inside the model for this process's part of it."""
         if not self.waited_for:
             return None
-        first = str(error).strip().partition("\n")[0][:200]
+        first = first_line(error)[:200]
         if out_of_memory(error):
             rows = train.rows
             fewer = next((part for part in range(rows // 2, 0, -1) if rows % part == 0), 0)

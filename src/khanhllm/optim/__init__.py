@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from khanhllm.errors import UserError, missing_extra
+from khanhllm.errors import UserError, first_line, missing_extra
 from khanhllm.model.roles import HIDDEN, TABLES, Role, role
 from khanhllm.optim.adamw import AdamW
 from khanhllm.optim.muon import Muon
@@ -99,7 +99,7 @@ def _build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         name, plain = config.name, config.name.removesuffix("8bit")
         if isinstance(error, ModuleNotFoundError) and (missing := missing_extra(error)):
             raise UserError(f"optim.name {name}: {missing}; or use {plain}") from None
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"optim.name: {name} needs bitsandbytes, which fails here ({reason}); use {plain}") from None
     return {"adamw8bit": AdamW8bit, "muon8bit": Muon8bit}[config.name](parameters, **settings)
 

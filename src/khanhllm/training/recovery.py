@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from khanhllm.data.belt import Starved
-from khanhllm.errors import UserError
+from khanhllm.errors import UserError, first_line
 from khanhllm.log.run_log import Log
 from khanhllm.machine.adapt import uncompile
 from khanhllm.machine.devices import out_of_memory
@@ -111,7 +111,7 @@ def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
     if full:
         return _with_smaller_micro_batches(parts, state, updating, log)
     uncompile(learner.model)
-    why = str(error).strip().partition("\n")[0][:200]
+    why = first_line(error)[:200]
     log.say(f"torch.compile does not work here, so the model runs uncompiled (as with machine.compile off): {why}")
     return replace(parts, learner=replace(learner, machine=replace(learner.machine, compile=False)))
 
