@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from khanhllm.log.compare import read
-from khanhllm.runs.evaluate import score_run
+from khanhllm.runs.evaluate import score_opened
+from khanhllm.runs.run import open_run
 from khanhllm.settings import preset, resolve
 from khanhllm.training.run import train
 
@@ -95,7 +96,7 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         train(resolve(preset("micro"), given, ROWS[name]), run)
         told = read(run)
         data = f"{options.data}/c4-validation*.json.gz" if options.score == "held-out" else None
-        bits = score_run(run, data, told.config.machine)["val_bpb"]
+        bits = score_opened(open_run(run, told.config.machine), data)["val_bpb"]
         runs.append({"val_bpb": bits, "steps": int(told.step[-1]), "tokens_per_s": told.tokens[-1] / told.seconds[-1]})
     bits_of_all = [one["val_bpb"] for one in runs]
     row = {"row": name, **budget, "runs": runs, "median": statistics.median(bits_of_all)}

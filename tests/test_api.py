@@ -15,8 +15,9 @@ from khanhllm import UserError, cli
 from khanhllm.cli.arguments import given
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
-from khanhllm.runs.evaluate import score_opened, score_run
+from khanhllm.runs.evaluate import score_opened
 from khanhllm.runs.listing import runs_in
+from khanhllm.runs.run import open_run
 
 KNOBS = {
     "model.dim": 32,
@@ -240,7 +241,7 @@ def test_dotted_names_reach_the_command_line_as_they_reach_the_api():
 
 def test_the_score_of_a_run_is_that_of_the_command(trained):
     _, folder = trained
-    score = score_run(folder / "run")
+    score = score_opened(open_run(folder / "run"))
     assert score["val_tokens"] > 100
 
 

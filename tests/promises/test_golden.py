@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from khanhllm.log.pictures import read_log
-from khanhllm.runs.evaluate import score_run
+from khanhllm.runs.evaluate import score_opened
+from khanhllm.runs.run import open_run
 from khanhllm.settings import read_config
 from khanhllm.training.run import train
 
@@ -24,7 +25,7 @@ def run(request, tmp_path, monkeypatch) -> Path:
 
 def test_a_checkpoint_scores_as_it_did(run):
     expected = json.loads((run / "expected.json").read_text())["score"]
-    assert score_run(run) == pytest.approx(expected, rel=1e-5)
+    assert score_opened(open_run(run)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one_did(run):

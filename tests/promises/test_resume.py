@@ -23,7 +23,7 @@ from khanhllm.data.belt import Starved
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.log.compare import read
-from khanhllm.runs.evaluate import score_run
+from khanhllm.runs.evaluate import score_opened
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Config, TrainConfig
 from khanhllm.settings import read_config, resolve, write_config
@@ -570,8 +570,8 @@ def test_a_run_whose_shards_are_gone_names_the_way_out(corpus, tmp_path):
     train(config(corpus, tmp_path / "shards", train={"steps": 1}), tmp_path / "run")
     shutil.rmtree(tmp_path / "shards")
     with pytest.raises(UserError, match=r"are gone; name a text to score \(--data\), or train on with --resume"):
-        score_run(tmp_path / "run")
-    assert score_run(tmp_path / "run", str(corpus))["val_tokens"]
+        score_opened(open_run(tmp_path / "run"))
+    assert score_opened(open_run(tmp_path / "run"), str(corpus))["val_tokens"]
 
 
 def test_a_longer_run_finds_its_shards_in_a_cache_that_has_moved(corpus, tmp_path, monkeypatch):

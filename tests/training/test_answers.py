@@ -11,7 +11,8 @@ from conftest import tiny
 from khanhllm import cli
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.errors import UserError
-from khanhllm.runs.evaluate import score_run
+from khanhllm.runs.evaluate import score_opened
+from khanhllm.runs.run import open_run
 from khanhllm.settings import resolve
 from khanhllm.training import run as training_run
 from khanhllm.training.run import train
@@ -61,7 +62,7 @@ def test_steps_without_an_answer_pass_by(talks, tmp_path, capsys, monkeypatch):
 
 def test_the_validation_counts_the_held_out_answers(talks, tmp_path):
     train(config(talks), tmp_path / "run")
-    score = score_run(tmp_path / "run")
+    score = score_opened(open_run(tmp_path / "run"))
     assert score["val_ce"] == pytest.approx(float(logged(tmp_path / "run")[-1]["val_ce"]), abs=1e-5)
     assert score["val_tokens"] == 4 * (len(train_tokenizer(["what is one and one? two!"], 270).encode("two!")) + 1)
 

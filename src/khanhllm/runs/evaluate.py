@@ -13,17 +13,11 @@ from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.inference.score import Score
-from khanhllm.runs.run import Run, open_run
-from khanhllm.schema import MachineConfig
-
-
-def score_run(run: Path, source: str | None = None, machine_config: MachineConfig | None = None) -> Score:
-    """Score a run on all that it held out, or on every byte of another source."""
-    return score_opened(open_run(run, machine_config), source)
+from khanhllm.runs.run import Run
 
 
 def score_opened(opened: Run, source: str | None = None) -> Score:
-    """`score_run` of a run that is open already."""
+    """Score a run on all that it held out, or on every byte of another source."""
     return opened.score_windows(held_out(opened).windows() if source is None else windows_of(source, opened))
 
 
