@@ -23,16 +23,13 @@ from khanhllm.inference.score import expert_load
 from khanhllm.lab.talks import likeliest
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
 from khanhllm.runs.evaluate import held_out, score_opened
-from khanhllm.runs.run import Run, open_run
+from khanhllm.runs.run import PYTHON, Run, open_run
 from khanhllm.runs.talk import Talk
 from khanhllm.runs.tune import tune
 from khanhllm.schema import Config, Sampling
 from khanhllm.settings import beside, preset, resolve
 from khanhllm.training.run import train
 from khanhllm.units import duration
-
-PROMPT = "import os\nimport sys\n\n\ndef main("
-
 
 MADE = 4000
 """conversations made by rule, from which `--chat` tunes"""
@@ -166,8 +163,8 @@ def _verdict(console: Console, opened: Run, windows: list[np.ndarray]) -> None:
 
 
 def _sample(console: Console, opened: Run) -> None:
-    console.print(f"[dim]{escape(PROMPT)}[/]", end="")
-    for piece in opened.stream(PROMPT, tokens=200):
+    console.print(f"[dim]{escape(PYTHON)}[/]", end="")
+    for piece in opened.stream(PYTHON, tokens=200):
         console.out(draw.visible(piece), end="", highlight=False)
     console.print("\n")
 

@@ -31,11 +31,10 @@ from khanhllm.lab.says import answers, says
 from khanhllm.machine.devices import Machine
 from khanhllm.model import Transformer
 from khanhllm.model.router import Choice, Router, Routing
-from khanhllm.runs.run import Run, find_checkpoint
+from khanhllm.runs.run import FINDINGS, Run, find_checkpoint
 from khanhllm.training import checkpoint
 
 VERSION = 1
-FILE = "experts.json"
 EVERY = 4
 """one window in so many is read again for each change"""
 WORTHLESS = 0.005
@@ -268,7 +267,7 @@ def _losses(opened: Run, sample: Sample) -> Tensor:
 
 def write(found: dict[str, Any], run: Path) -> Path:
     """Put experts.json into the run. Raises UserError."""
-    path = run / FILE
+    path = run / FINDINGS
     try:
         publish(path, json.dumps(found, indent=1))
     except OSError as error:

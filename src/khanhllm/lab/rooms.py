@@ -15,7 +15,7 @@ from khanhllm.lab import ending, experts
 from khanhllm.lab.closing import Cost
 from khanhllm.lab.sample import take
 from khanhllm.log.pictures import check_picture
-from khanhllm.runs.run import Run, Step, open_run
+from khanhllm.runs.run import FINDINGS, Run, Step, open_run
 from khanhllm.schema import MachineConfig
 from khanhllm.settings import read_config
 
@@ -62,7 +62,7 @@ def show(
     run = opened.checkpoint.parents[1]
     picture = out or run / "experts.png"
     check_picture(picture)
-    check_writable(run / experts.FILE)
+    check_writable(run / FINDINGS)
     found = experts.examine(opened, take(opened, source, tokens, part), ablate, earlier, Console(stderr=True))
     written, name = experts.write(found, run), run.resolve().name
     try:

@@ -31,6 +31,10 @@ from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, read_config, write_config
 from khanhllm.training import checkpoint, tensor_files
 
+FINDINGS = "experts.json"
+"""the file in a run folder with what `khanhllm experts` finds"""
+PYTHON = "import os\nimport sys\n\n\ndef main("
+"""where to begin with a model of Python"""
 Step = int | str | None
 """which checkpoint: the newest (None), one of a step, or "best" """
 

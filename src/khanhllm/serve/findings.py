@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.errors import UserError
 from khanhllm.files import read
+from khanhllm.runs.run import FINDINGS
 
-FILE = "experts.json"
 LARGEST = 2**24
 """bytes"""
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -69,10 +69,11 @@ class Findings(_Part):
 def findings(run: Path) -> dict[str, Any] | None:
     """The findings in a run folder; None if there are none. Raises UserError if the file is not what it should be."""
     try:
-        found = Findings.model_validate(json.loads(read(run / FILE, LARGEST)))
+        found = Findings.model_validate(json.loads(read(run / FINDINGS, LARGEST)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else "no JSON"
-        raise UserError(f"{FILE} in the run is damaged ({where[:100]}); write it anew: khanhllm experts RUN") from None
+        told = f"{FINDINGS} in the run is damaged ({where[:100]})"
+        raise UserError(f"{told}; write it anew: khanhllm experts RUN") from None
     return found.model_dump()

@@ -4,6 +4,7 @@ the run has a checkpoint."""
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.routing import Route
 from khanhllm.errors import UserError
 from khanhllm.log.run_log import EXPERTS, FILE, MESSAGES
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
+from khanhllm.runs.run import PYTHON
 from khanhllm.serve.findings import findings
 from khanhllm.serve.guard import Guard
 from khanhllm.serve.openai import Asked, Refused, parsed
@@ -26,8 +28,6 @@ from khanhllm.training import checkpoint
 
 SECONDS = 1.0
 """between two looks for a first checkpoint"""
-PYTHON = "import os\nimport sys\n\n\ndef main("
-"""where to begin with a model of Python"""
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = "; ".join(
     (
@@ -84,8 +84,8 @@ class House:
         self._tasks: set[asyncio.Task[None]] = set()
         api: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
             ("GET", "/api/model", self.model),
-            ("GET", "/api/log", self.log),
-            ("GET", "/api/loads", self.loads),
+            ("GET", "/api/log", partial(self._curves, 0)),
+            ("GET", "/api/loads", partial(self._curves, 1)),
             ("GET", "/api/texts", self.texts),
             ("GET", "/api/experts", self.experts),
             ("POST", "/api/newest", self.newest),
@@ -194,15 +194,8 @@ class House:
             "version": metadata.version("khanhllm"),
         }
 
-    async def log(self, request: Request) -> Response:
-        """The curves of a run's log."""
-        return await self._curves(request, 0)
-
-    async def loads(self, request: Request) -> Response:
-        """The load of each expert over time, a curve for each mixture layer."""
-        return await self._curves(request, 1)
-
-    async def _curves(self, request: Request, which: int) -> Response:
+    async def _curves(self, which: int, request: Request) -> Response:
+        """The curves of a run's log (0), or the load of each expert over time, a curve for each mixture layer (1)."""
         watch = self.logs[self._asked_run(request)][which]
         return as_json(await asyncio.to_thread(watch.look, request.query_params.get("version", "")))
 
