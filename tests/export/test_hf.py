@@ -68,7 +68,7 @@ def a_run(folder, tokenizer, scale=4.0, **model):
 
 
 def exported(run, out, **options):
-    return export(run.checkpoint, "hf", out, say=lambda _: None, **options)
+    return export(run.checkpoint, "hf", out, **options)
 
 
 def theirs(folder, **options):

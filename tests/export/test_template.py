@@ -40,7 +40,7 @@ def a_run(folder, tokenizer, **train):
 
 
 def exported(run, out, to="hf", **options):
-    return export(run.checkpoint, to, out, say=lambda _: None, compared=False, **options)
+    return export(run.checkpoint, to, out, compared=False, **options)
 
 
 @pytest.mark.parametrize("remote_code", [False, True])

@@ -1,10 +1,12 @@
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 
 from khanhllm.machine import backends
-from khanhllm.machine.backends import Problem, by_grouped_mm, by_loop, choose, fault, probe
+from khanhllm.machine.backends import Problem, answers, by_loop, choose, fault, probe
+from khanhllm.model.experts import GROUPED
 
 CPU = torch.device("cpu")
 
@@ -93,9 +95,9 @@ def test_the_loop_where_all_else_fails_with_one_warning(caplog):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_tiny_problem_tells_right_from_wrong(dtype):
     problem = Problem.tiny(CPU, dtype)
-    assert fault(by_grouped_mm, problem) is None
+    assert fault(partial(answers, GROUPED), problem) is None
     for shifted in (problem.end_E.roll(1), problem.end_E - 1):
-        assert fault(lambda p, end=shifted: by_grouped_mm(p._replace(end_E=end)), problem) == "wrong numbers"
+        assert fault(lambda p, end=shifted: answers(GROUPED, p._replace(end_E=end)), problem) == "wrong numbers"
 
 
 def test_off_cuda_nothing_is_tried():

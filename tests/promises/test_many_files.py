@@ -40,7 +40,7 @@ def test_it_writes_and_answers_the_same(runs):
 
 def test_it_is_exported_to_the_same_bytes(runs, tmp_path):
     for run, name in zip(runs, ("one", "many"), strict=True):
-        export(checkpoint.newest(run), "hf", tmp_path / name, compared=False, say=lambda _: None)
+        export(checkpoint.newest(run), "hf", tmp_path / name, compared=False)
     assert_same(tmp_path / "one" / "model.safetensors", tmp_path / "many" / "model.safetensors")
 
 

@@ -16,8 +16,9 @@ KINDS = ("refused", "reset", "stall", "404", "408", "429", "500", "503", "short"
 class FaultyServer:
     """Serves a folder. `faults`: one of KINDS (or "" for none) for each request for a file, in order."""
 
-    def __init__(self, folder: Path, port: int = 0, etags: bool = True, stall: float = 1.0) -> None:
-        self.folder, self.etags, self.stall = Path(folder), etags, stall
+    def __init__(self, folder: Path, port: int = 0, stall: float = 1.0) -> None:
+        self.folder, self.stall = Path(folder), stall
+        self.etags = True
         self.faults: list[str] = []
         self.log: list[tuple[str, str, str]] = []
         """(path, range asked for, fault)"""

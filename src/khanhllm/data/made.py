@@ -71,10 +71,10 @@ def held_out(number: int, share: float) -> Iterator[tuple[str, list[Message]]]:
     return islice(((kind, said) for kind, said in rest if text_hash(to_json(said).encode()) < below), number)
 
 
-def write_made(path: Path, number: int, seed: int = 0) -> None:
+def write_made(path: Path, number: int) -> None:
     """Write them as JSON lines of messages."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for _, messages in made(number, seed):
+        for _, messages in made(number):
             turns = [{"role": role, "content": text} for role, text in messages]
             file.write(json.dumps({"messages": turns}) + "\n")

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,7 +35,6 @@ def export(
     compatible: bool = False,
     remote_code: bool = False,
     compared: bool = True,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Write a checkpoint of a run as a folder for transformers ("hf") or as a GGUF file ("gguf").
 
@@ -84,8 +82,8 @@ def export(
                 aside.unlink()
     before, after = total_parameters(on_paper(config.model)), total_parameters(on_paper(shape))
     grown = f" (the run has {before:,}: this form needs more)" if after > before else ""
-    say(f"{out}: {after:,} parameters{grown} in {dtype}")
-    say(f"checked: {report}" if compared else report)
+    print(f"{out}: {after:,} parameters{grown} in {dtype}")
+    print(f"checked: {report}" if compared else report)
     return out
 
 

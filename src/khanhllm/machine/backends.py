@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,13 +54,8 @@ def answers(backend: Backend, problem: Problem) -> Answers:
     )
 
 
-def by_grouped_mm(problem: Problem) -> Answers:
-    """The answers by torch."""
-    return answers(GROUPED, problem)
-
-
 def by_triton(problem: Problem) -> Answers:
-    """The same by our Triton kernels."""
+    """The answers by our Triton kernels."""
     from khanhllm.machine.triton_grouped import BACKEND  # only here, as triton may be missing
 
     return answers(BACKEND, problem)
@@ -117,4 +113,4 @@ def probe(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> BackendN
     """The backend for `dtype` on `device`; without CUDA always the loop. Takes seconds the first time."""
     if device.type != "cuda":
         return "loop"
-    return choose(Problem.tiny(device, dtype), by_grouped_mm, by_triton, host_must_not_wait)
+    return choose(Problem.tiny(device, dtype), partial(answers, GROUPED), by_triton, host_must_not_wait)
