@@ -2,7 +2,7 @@
 
 One frozen `Config` decides a run; `settings` reads its values. Nothing here imports torch, so `--help` answers at once.
 
-Wrong input raises `UserError`: one line that names what, where and what to do. The command line then ends with code 2.
+Wrong input raises pydantic's ValidationError; `settings.checked` makes a `UserError` of it, one line that says why.
 """
 
 from collections.abc import Mapping
@@ -347,7 +347,7 @@ class MachineConfig(Section):
 
 class LogConfig(Section):
     every: Count = 10
-    """steps between plain lines when the output is not a terminal"""
+    """steps between rows of experts.csv, and between plain lines when the output is not a terminal"""
     tensorboard: bool = False
     """also write TensorBoard files into the run folder (needs the extra: pip install 'khanhllm[tensorboard]')"""
 

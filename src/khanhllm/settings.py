@@ -76,8 +76,8 @@ def resolve(*layers: Mapping[str, Any], where: str = "config", names: Mapping[st
     merged: dict[str, Any] = {}
     for layer in (_completed(merged, layer, where) for layer in layers):
         for section, values in layer.items():
-            nested = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
-            merged[section] = {**merged[section], **values} if nested else values
+            both = isinstance(values, Mapping) and isinstance(merged.get(section), Mapping)
+            merged[section] = {**merged[section], **values} if both else values
     return checked(Config, merged, where, names)
 
 

@@ -59,7 +59,7 @@ def test_a_process_with_a_part_of_the_experts_holds_less():
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("style", ["classic", "modern"])
 def test_the_peak_of_a_backward_pass_is_that_of_real_tensors(style, checkpointing):
-    """The same trace over a real micro-batch: the code that trains, not the copy in the rehearsal."""
+    """The same trace over a real micro-batch: the code that trains, not the copy that `simulate_step` has."""
     config = resolve(tiny(style).model_dump(), {"machine": {"checkpointing": checkpointing}})
     foreseen = simulate_step(config, "fp32", "cpu", update=False)
     learner = Learner.new(config, plain_machine())

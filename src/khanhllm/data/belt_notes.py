@@ -68,7 +68,7 @@ class Position(_Stored):
     tally: Tally = ()
     """what cleaning read and removed so far, in all its laps"""
     skipped: tuple[tuple[str, int], ...] = ()
-    """files so far that could not be read to their end, by ending"""
+    """files so far that could not be read to their end, by ending, and conversations (data.bad = skip)"""
 
 
 class ShardStart(_Stored):

@@ -132,7 +132,7 @@ class Manifest(BaseModel):
     cleaning: Cleaning | None = None
     """None: nothing was cleaned"""
     skipped: dict[str, int] | None = None
-    """files that could not be read to their end, by ending (data.bad = skip)"""
+    """files that could not be read to their end, by ending, and conversations (data.bad = skip); None: no such"""
     laid: Laid | None = None
     """None: documents, one after the other"""
 

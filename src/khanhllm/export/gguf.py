@@ -48,8 +48,7 @@ def write(
     fp32 whatever the `dtype`, and under q8_0 matrices whose rows are no multiple of 32 become f16.
 
     name: how llama.cpp will show the model. talks: it was taught to answer, so how a conversation is written belongs to
-    the file. UserError for what the architecture does not have, and OSError, which
-    leave nothing behind.
+    the file. Raises UserError for what the architecture does not have, and OSError; both leave nothing behind.
     """
     import gguf
 

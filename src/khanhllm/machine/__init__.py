@@ -1,1 +1,1 @@
-"""Everything that depends on the device: precision, expert backends, compile, memory, signals."""
+"""Everything that knows a device, or other processes: precision, expert backends, compile, memory, signals, groups."""

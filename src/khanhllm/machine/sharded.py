@@ -172,7 +172,7 @@ class Sharded(Owners):
         return max(0, min(most, len(parameter) - rank * most)) * (parameter.numel() // len(parameter))
 
     def _united(self, bucket: Bucket, shards: list[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """What this process takes of the parameters in a bucket, each with who takes it, from the shards of all."""
+        """The parameters that this process takes, whole, from the shards of all. A bucket says who takes which."""
         rows, whole = self._sizes(bucket)
         arrived = self.group.swap(torch.cat([shard.flatten() for shard in shards]), rows, whole)
         taken, ranks = self._taken(bucket), range(self.group.size)

@@ -52,13 +52,11 @@ class Router(nn.Module):
     def forward(
         self, x_TD: Tensor, closed_TE: Tensor | None = None, padding_T: Tensor | None = None
     ) -> tuple[Choice, Routing]:
-        """padding_T: tokens that only fill a row; they are routed, but do not count in the Routing.
+        """closed_TE: the experts that a token must do without, bool, (T, E) or (1, E). The token goes to the next best.
+        Probabilities are those of all experts, so a token that never wanted a closed one keeps every bit. Where fewer
+        than K are open, the weight of the rest is 0; where none is, the layer answers 0.
 
-        closed_TE: the experts that a token must do without, bool, (T, E) or (1, E).
-
-        Its tokens go to their next best. Probabilities are those of all experts, so a token that never wanted a closed
-        one keeps every bit. Where fewer than K are open, the weight of the rest is 0; where none is, the layer answers
-        0.
+        padding_T: tokens that only fill a row; they are routed, but do not count in the Routing.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())

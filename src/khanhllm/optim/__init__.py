@@ -145,7 +145,7 @@ def refuse_torn_moments(optimizer: torch.optim.Optimizer, parts: Mapping[nn.Para
         if "8bit" in type(optimizer).__name__ and (count % 256 or count < SMALL <= count * of):
             raise UserError(
                 f"machine.expert_processes: {of} processes would hold {count:,} numbers of a stack each, but 8-bit "
-                f"moments need a multiple of 256, and {SMALL:,}; use fewer processes, or optim.name muon or adamw"
+                f"moments need a multiple of 256, at least {SMALL:,}; use fewer processes, or optim.name muon or adamw"
             )
 
 

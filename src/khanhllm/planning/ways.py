@@ -186,7 +186,7 @@ def by_experts(config: Config, precision: str, cards: int) -> Way:
     stacks = (_sum(experts, "weights") + _sum(experts, "gradients")) / parts * (copies - 1) / copies
     pairs = train.rows * shape.context * shape.experts_per_token * len(shape.moe_layers)
     trips = 6 if config.machine.checkpointing == "full" else 4  # there and back, in each pass
-    weight = 4 // 2  # of a pair goes there only
+    weight = 4 // 2  # of a pair, in fp32: it takes part in half of the trips
     return Way(
         f"machine.expert_processes {parts}",
         held("weights"),

@@ -137,7 +137,8 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     if tied := _tied(state, config):
         tie_gradients(learner.model)
     grad_norm = learner.owners.clip(config.optim.clip or torch.inf)
-    # our only wait for the device in a step; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
+    # our only wait for the device in a step, but for mixture layers: experts one by one on CUDA, and those on several
+    # processes, wait in each; the 8-bit optimizers of bitsandbytes wait again, once for each parameter
     mean_nll, norm = torch.stack([nll.float() / counted, grad_norm.float()]).tolist()
     fault = state.guard.fault(mean_nll, norm, config.guard)
     factor = rate_factor(state, config)
