@@ -120,11 +120,13 @@ def test_a_return_survives_stops(corpus, cache, tmp_path, monkeypatch):
         assert outcome(tmp_path / str(stop)) == outcome(tmp_path / "whole")
 
 
-def test_bad_from_the_first_step_it_stops_and_says_so(corpus, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("patience", [3, 6], ids=["", "a-state-was-saved-amid-rejections"])
+def test_bad_from_the_first_step_it_stops_and_says_so(patience, corpus, cache, tmp_path, monkeypatch):
     poisoned(monkeypatch, lambda cursor: True)
-    with pytest.raises(Diverged, match=r"after 2 returns.*the beginning.*--optim\.lr") as caught:
-        train(config(corpus, cache), tmp_path / "run")
+    with pytest.raises(Diverged, match=r"after 2 returns.*beginning \(nothing was saved yet\).*--optim\.lr") as caught:
+        train(config(corpus, cache, guard={"patience": patience}), tmp_path / "run")
     assert caught.value.exit_code == 76
+    assert not checkpoint.steps(tmp_path / "run")
 
 
 @pytest.mark.parametrize("patience", [3, 6], ids=["", "a-state-was-saved-amid-rejections"])

@@ -66,12 +66,12 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     learner, guard = parts.learner, state.guard
     saver.report(patient=True)
     good = learner.machine.group.told(lambda: _last_good(parts.run, log))
-    where = f"step {checkpoint.step_of(Path(good))}" if good else "the beginning"
+    step = checkpoint.step_of(Path(good)) if good else 0
+    where = f"step {step}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
+    checkpoint.reject_after(parts.run, step)  # what was saved amid rejections
     if guard.returns >= learner.config.guard.returns:
         again = "--resume goes on from there" if good else "nothing was saved yet"
-        if good:  # a later one was saved amid rejections
-            checkpoint.reject_after(parts.run, checkpoint.step_of(Path(good)))
         raise Diverged(
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike"
@@ -79,7 +79,6 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     restored = restore(parts, Path(good)) if good else learner.restart()
     for group in learner.optimizer.param_groups:
         group["step"] = -1
-    checkpoint.reject_after(parts.run, restored.step)
     log.rewind(restored.step)
     log.say(f"{told}; back to {where}, beyond the {state.cursor - restored.cursor:,} rows since then")
     # time that was used up stays so, as do rows
