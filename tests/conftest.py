@@ -128,19 +128,27 @@ def served():
     return open_run(Path(__file__).parent / "golden" / "modern", MachineConfig(device="cpu", threads=1))
 
 
+def house(run, **settings):
+    """A run as `khanhllm serve --no-page` serves it: settings of `Server`."""
+    from khanhllm.serve.house import House
+    from khanhllm.serve.server import Server
+
+    folder = run.checkpoint.parents[1]
+    server = Server(run, folder.name, **settings)
+    return House([folder], lambda: server, server, page=False)
+
+
 @pytest.fixture(scope="session")
 def open_client(served):
     """A function that opens a client of a server, without a socket: settings of its guard, then those of `Server`."""
     from starlette.testclient import TestClient
 
-    from khanhllm.serve.server import Server
-
     with ExitStack() as opened:
 
         def opening(guard: dict[str, Any] | None = None, **settings: Any) -> TestClient:
-            server = Server(served, "modern", **settings)
-            client = TestClient(server.guarded(**(guard or {})), base_url="http://localhost:8000")
-            client.server = server
+            site = house(served, **settings)
+            client = TestClient(site.guarded(**(guard or {})), base_url="http://localhost:8000")
+            client.house, client.server = site, site.server
             return opened.enter_context(client)
 
         yield opening

@@ -8,6 +8,7 @@ import pytest
 import torch
 from evaluated import a_run, write_sets
 
+from conftest import house
 from khanhllm import lab
 from khanhllm.cli import main
 from khanhllm.errors import missing_extra
@@ -198,10 +199,7 @@ def test_the_exported_model_finds_the_same_likelihoods_in_transformers(run, scor
 
 def test_the_server_echoes_the_same_likelihoods(run, scored):
     testclient = pytest.importorskip("starlette.testclient")
-    from khanhllm.serve.server import Server
-
-    server = Server(run, "mine")
-    with testclient.TestClient(server.guarded(), base_url="http://localhost:8000") as client:
+    with testclient.TestClient(house(run).guarded(), base_url="http://localhost:8000") as client:
         for (before, after), log in zip(*scored, strict=True):
             asked = {"prompt": before + after, "echo": True, "logprobs": 1, "max_tokens": 0}
             answer = client.post("/v1/completions", json=asked)

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from starlette.testclient import TestClient
 
+from conftest import house
 from khanhllm.data.chat import Message
 from khanhllm.data.render import render
 from khanhllm.inference.generate import answer
 from khanhllm.schema import Sampling
-from khanhllm.serve.server import Server
 
 PATH = "/v1/chat/completions"
 ASKED = [{"role": "user", "content": "import"}]
@@ -24,9 +24,9 @@ def talker(served):
 
 @pytest.fixture(scope="module")
 def chat(talker):
-    server = Server(talker, "talker")
-    with TestClient(server.guarded(), base_url="http://localhost:8000") as client:
-        client.server = server
+    served = house(talker)
+    with TestClient(served.guarded(), base_url="http://localhost:8000") as client:
+        client.server = served.server
         yield client
 
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from conftest import house
 from khanhllm.cli import main
 from khanhllm.errors import UserError
 from khanhllm.serve import listen
-from khanhllm.serve.server import Server
 
 pytestmark = pytest.mark.slow
 KIND = {"content-type": "application/json"}
@@ -54,8 +54,8 @@ class Served:
     """A server that runs in this thread while `visit` runs in another."""
 
     def __init__(self, run, monkeypatch, **settings):
-        self.server = Server(run, "modern", **settings)
-        self.engine, self.real = self.server.engine, listen.listen
+        self.house = house(run, **settings)
+        self.engine, self.real = self.house.server.engine, listen.listen
         monkeypatch.setattr(listen, "listen", self._listen)
         self.found, self.bound = [], threading.Event()
 
@@ -80,7 +80,7 @@ class Served:
         visitor = threading.Thread(target=visiting, daemon=True)
         visitor.start()
         try:
-            listen.serve(self.server, host, 0, key, [], [])
+            listen.serve(self.house, host, 0, key, [], [])
         finally:
             visitor.join(60)
         return self.found[0]

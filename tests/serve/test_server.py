@@ -283,7 +283,8 @@ def test_more_than_may_wait_are_told_to_come_later(open_client):
 
 def test_an_engine_that_dies_is_heard(open_client):
     deaths = []
-    client = open_client(rows=2, died=lambda: deaths.append(1))
+    client = open_client(rows=2)
+    client.house.died = lambda: deaths.append(1)
     client.server.engine._write = lambda _rows: 1 / 0
     first = post(client, prompt="a", seed=1)  # its first token, which comes from reading the prompt, does not end it
     assert first.status_code == 500 and "engine" in first.json()["error"]["message"]

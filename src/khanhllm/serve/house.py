@@ -55,19 +55,13 @@ def page_files() -> dict[str, tuple[bytes, str]]:
 class House:
     """An ASGI application for one run, whose model it serves, and others whose logs it shows beside.
 
-    load: opens the newest checkpoint. server: what `load` returned already; None: the run has no checkpoint yet. died:
-    called once when the engine has ended by an error.
+    load: opens the newest checkpoint. server: what `load` returned already; None: the run has no checkpoint yet.
     """
 
     def __init__(
-        self,
-        runs: Sequence[Path],
-        load: Callable[[], Server],
-        server: Server | None = None,
-        page: bool = True,
-        died: Callable[[], None] = lambda: None,
+        self, runs: Sequence[Path], load: Callable[[], Server], server: Server | None = None, page: bool = True
     ) -> None:
-        self.runs, self.load, self.server, self.died = runs, load, server, died
+        self.runs, self.load, self.server = runs, load, server
         self.names = [run.resolve().name for run in runs]
         self.name = self.names[0]
         self.files = page_files() if page else {}
@@ -79,6 +73,8 @@ class House:
         self.guard: Guard | None = None
         self.fault: BaseException | None = None
         """what ended the engine"""
+        self.died: Callable[[], None] = lambda: None
+        """called once when the engine has ended by an error"""
         self._retired: list[Server] = []
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()

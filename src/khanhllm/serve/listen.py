@@ -20,7 +20,6 @@ from khanhllm.errors import UserError
 from khanhllm.files import read
 from khanhllm.serve.guard import PATIENCE, is_loopback
 from khanhllm.serve.house import House
-from khanhllm.serve.server import Server
 
 GRACE = 5
 """seconds that streams have to finish after the first signal"""
@@ -115,7 +114,7 @@ def nobody_else() -> Iterator[None]:
 
 
 def serve(
-    server: Server | House,
+    house: House,
     host: str,
     port: int,
     key: str,
@@ -132,7 +131,7 @@ def serve(
     foreign = not is_loopback(host)
     made = secrets.token_urlsafe(24) if foreign and not key else ""
     shown = f"[{host}]" if ":" in host else host
-    app = server.guarded([shown, *allowed], origins=origins, key=key or made, literal=foreign)
+    app = house.guarded([shown, *allowed], origins=origins, key=key or made, literal=foreign)
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -150,10 +149,10 @@ def serve(
     def died() -> None:
         listening.should_exit = True
 
-    server.died = died
+    house.died = died
     address = f"http://{shown}:{bound.getsockname()[1]}"
-    print(f"{server.name} listens on {address}/v1  (Ctrl-C ends it)", flush=True)
-    if isinstance(server, House) and server.files:
+    print(f"{house.name} listens on {address}/v1  (Ctrl-C ends it)", flush=True)
+    if house.files:
         print(f"page: {address}/", flush=True)
     if made:
         print(f"key, to be sent as Authorization: Bearer KEY:  {made}", flush=True)
@@ -162,5 +161,5 @@ def serve(
         Thread(target=webbrowser.open, args=[page], daemon=True).start()  # a browser in the terminal waits for the page
     with nobody_else():
         asyncio.run(listening.serve([bound]))
-    if fault := server.fault:
+    if fault := house.fault:
         raise RuntimeError(f"the engine has ended by an error: {type(fault).__name__}: {fault}") from fault

@@ -4,8 +4,7 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -47,15 +46,10 @@ STREAM = {"content-type": "text/event-stream", "x-accel-buffering": "no"}
 
 
 class Server:
-    """A run as an ASGI application, `app`.
+    """A run as an ASGI application, `app`, which a `House` starts, guards and stops."""
 
-    died: called once, in the engine's thread, when the engine has ended by an error.
-    """
-
-    def __init__(
-        self, run: Run, name: str, rows: int = 8, waiting: int = 64, died: Callable[[], None] = lambda: None
-    ) -> None:
-        self.run, self.name, self.died = run, name, died
+    def __init__(self, run: Run, name: str, rows: int = 8, waiting: int = 64) -> None:
+        self.run, self.name = run, name
         self.tokenizer, self.shape = run.tokenizer, run.config.model
         self.engine = Engine(run.model, run.machine, self.tokenizer.vocab_size, rows, waiting)
         self.started = int(time.time())
@@ -71,24 +65,15 @@ class Server:
             ("GET", "/tokenizer_info", self.tokenizer_info),
         ]
         routes = [Route(path, endpoint, methods=[method]) for method, path, endpoint in paths]
-        self.app = application(routes, self._lifespan)
+        self.app = application(routes)
         self.guard: Guard | None = None
+        self.died: Callable[[], None] = lambda: None
+        """called once, in the engine's thread, when the engine has ended by an error"""
 
     @property
     def fault(self) -> BaseException | None:
         """What ended the engine."""
         return self.engine.fault
-
-    def guarded(self, names: Iterable[str] = (), **settings: Any) -> Guard:
-        """The application behind its guard, whose settings these are."""
-        self.guard = Guard(self.app, names, **settings)
-        return self.guard
-
-    @asynccontextmanager
-    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        self.start()
-        yield
-        await self.stop()
 
     def start(self) -> None:
         """Let the engine work."""
@@ -305,7 +290,7 @@ class Server:
         return {"khanhllm": told(self.tokenizer, seen)} if seen else {}
 
 
-def application(routes: Sequence[Route], lifespan: Any) -> Starlette:
+def application(routes: Sequence[Route], lifespan: Any = None) -> Starlette:
     """These routes; whatever goes wrong is answered in JSON."""
     handlers: Any = {Refused: _refused, HTTPException: _http, Exception: _unforeseen}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
