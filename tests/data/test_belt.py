@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 
 import numpy as np
@@ -274,8 +274,12 @@ def test_a_source_that_changed_is_noticed(corpus, lay):
 
 
 def children():
-    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in alive if "khanhllm.data.belt_worker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it may end meanwhile
+            if child.status() != psutil.STATUS_ZOMBIE and "khanhllm.data.belt_worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def rows_under_kills(belt):
