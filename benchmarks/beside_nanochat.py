@@ -48,6 +48,8 @@ BATCH, HORIZON, DECAY = 2**19, 12 * 110_100_000, 0.28
 RATES = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "scalar_lr": 0.5, "matrix_lr": 0.02}
 WARMUP, DECAYING, FLOOR = 40, 0.65, 0.05
 """steps; the share of the run in which rates go down, and to what"""
+PARTS = ("values", "gates", "smear", "embedding", "scales", "backout")
+"""of nanochat's model, that can be left out"""
 
 
 def batches(run: Run, marks: Marks | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,17 +86,23 @@ def by_time(seconds: float) -> Done:
     return lambda steps: (time.perf_counter() - started) / seconds
 
 
-def make_plain(model: Any, optimizer: Any) -> None:
-    """Value embeddings, smear and ways back to the embedding begin at nothing, and stay there."""
-    nothing = [*model.value_embeds.parameters(), model.smear_lambda, model.x0_lambdas]
-    with torch.no_grad():
-        for part in nothing:
-            part.zero_()
-        model.resid_lambdas.fill_(1)
-    fixed = {*map(id, nothing), id(model.resid_lambdas)}
+def leave_out(model: Any, optimizer: Any, names: list[str]) -> None:
+    """Let parts of the model begin at nothing, and stay there: scales of the stream at 1, gates half open."""
+    gates = [block.attn.ve_gate for block in model.transformer.h]
+    parts = {
+        "values": [*model.value_embeds.parameters()],
+        "gates": [gate.weight for gate in gates if gate is not None],
+        "smear": [model.smear_lambda, model.smear_gate.weight],
+        "embedding": [model.x0_lambdas],
+        "scales": [model.resid_lambdas],
+        "backout": [model.backout_lambda],
+    }
+    for name in names:
+        for parameter in parts[name]:
+            parameter.requires_grad_(False).fill_(1.0 if name == "scales" else 0.0)
     for group in optimizer.param_groups:
-        if fixed & {*map(id, group["params"])}:
-            group["initial_lr"] = 0.0
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
 
 
 @torch.inference_mode()
@@ -155,7 +163,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, help="so many, instead of the time of RUN")
-    parser.add_argument("--plain", action="store_true", help="without value embeddings, smear, and skips")
+    parser.add_argument("--without", nargs="+", default=[], choices=PARTS, help="parts of its model to leave out")
     parser.add_argument("--rates", choices=["by-batch", "as-they-are"], default="by-batch")
     options = parser.parse_args()
     os.environ.setdefault("NANOCHAT_DTYPE", "float32")
@@ -193,8 +201,7 @@ def main() -> None:
             group["weight_decay"] = decay * 0.5 * (1 + math.cos(math.pi * share))
 
     seconds = float(read(options.base).seconds[-1])
-    if options.plain:
-        make_plain(model, optimizer)
+    leave_out(model, optimizer, options.without)
     rehearse(model, step, optimizer, next(batches(base, None)))
     done = (lambda steps: steps / options.steps) if options.steps else by_time(seconds)
     losses = train(step, optimizer, batches(base, None), done, prepare)
@@ -216,7 +223,7 @@ def main() -> None:
             "width": options.width,
             "layers": options.layers,
             "rates": options.rates,
-            "plain": options.plain,
+            "without": options.without,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "steps": [len(losses)],
             "loss": sum(losses[-100:]) / len(losses[-100:]),
