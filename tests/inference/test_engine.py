@@ -193,6 +193,14 @@ def test_a_job_cancelled_while_it_waits_is_over(model):
     assert second.ends == [("cancelled", None)] and not first.ends
 
 
+def test_a_job_that_gets_its_row_counts_all_the_while(model, monkeypatch):
+    engine, seen = engine_of(model), []
+    prepare = engine._prepare
+    monkeypatch.setattr(engine, "_prepare", lambda *given: seen.append(engine.idle) or prepare(*given))
+    work(engine, Told([0]))
+    assert seen == [False] and engine.idle
+
+
 def test_numbers_that_are_not_finite_end_their_own_job(model, monkeypatch):
     engine, real = engine_of(model), engine_module.choose
 

@@ -106,6 +106,12 @@ class Engine:
         """Rows that have a job."""
         return sum(row.job is not None for row in self.rows)
 
+    @property
+    def idle(self) -> bool:
+        """Whether all jobs are over."""
+        with self._bell:
+            return not self.waiting and not self.busy
+
     def submit(self, *jobs: Job) -> None:
         """Let jobs wait for free rows: all, or none and Full is raised. Raises Dead if the engine has ended."""
         with self._bell:
@@ -133,7 +139,7 @@ class Engine:
         try:
             while True:
                 with self._bell:
-                    self._bell.wait_for(lambda: self._closing or self.waiting or self.busy)
+                    self._bell.wait_for(lambda: self._closing or not self.idle)
                     if self._closing:
                         break
                 self.turn()
@@ -178,12 +184,13 @@ class Engine:
         """Give free rows to those who wait, in their order, until one has a prompt to read."""
         while not any(row.reads for row in self.rows):
             free = [row for row in self.rows if row.job is None]
-            with self._bell:
-                if not free or not self.waiting:
-                    return
-                job = self.waiting.popleft()
+            if not free or not self.waiting:
+                return
+            job = self.waiting[0]
             row = self._prepare(job, free)
-            row.job, row.written, row.last_used, row.closed = job, 0, self.turns, job.closed
+            with self._bell:  # it waits until its row has it: whoever looks meanwhile must find it somewhere
+                row.job = self.waiting.popleft()
+            row.written, row.last_used, row.closed = 0, self.turns, job.closed
             row.dice.manual_seed(job.sampling.seed)
             held = len(self.cache.ids[row.number])
             row.left = list(job.ids[held:])
