@@ -157,7 +157,7 @@ class Server:
     ) -> Response:
         wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
-            writing = Writing(self.engine, self.tokenizer, wanted)
+            writing = Writing(self.engine, self.tokenizer, wanted, asked.stream)
         except Full:
             return _refused(request, Refused(429, "too many requests wait already; try again", "rate_limit_exceeded"))
         except Dead:

@@ -16,7 +16,7 @@ from khanhllm.inference.words import Words
 from khanhllm.schema import Sampling
 
 STALLED = 1000
-"""pieces that may wait for a client that does not read; then its jobs are cancelled"""
+"""pieces of a stream that may wait for a client that does not read; then its jobs are cancelled"""
 APART = 0.01
 """least time between two parts of a stream (seconds): the engine's thread and the event loop share one lock of
 Python's, and to hand it over for each token takes as long as a small model does"""
@@ -73,9 +73,9 @@ class Wanted(NamedTuple):
 class Writing:
     """The jobs of one request."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, wanted: Sequence[Wanted], stream: bool) -> None:
         """Raises Full or Dead, as `Engine.submit` does."""
-        self.engine, self.tokenizer, self.written = engine, tokenizer, 0
+        self.engine, self.tokenizer, self.stream, self.written = engine, tokenizer, stream, 0
         self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
         self._pieces, self._awaited = deque[Piece](), False
         self.jobs = [self._job(index, one) for index, one in enumerate(wanted)]
@@ -142,7 +142,8 @@ class Writing:
             scored = [*scores, score] if wanted.logprobs is not None else []
             self._send(Piece(index, text, scored, seen=seen()))
             ended |= words.ended
-            if not ended and len(self._pieces) > STALLED:  # it must not look as if the model had ended here
+            if self.stream and not ended and len(self._pieces) > STALLED:
+                # it must not look as if the model had ended here
                 cut = UserError("the answer was cut, since its client did not read it")
             return ended or cut is not None
 
