@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -307,6 +309,24 @@ def test_a_stream_that_is_cut_since_nobody_reads_it_ends_with_an_error(client, m
     assert '"error"' in answer.text and "did not read it" in answer.text
     assert '"finish_reason":"stop"' not in answer.text and "[DONE]" not in answer.text
     assert complete(client, prompt=PROMPT, n=2)["choices"] == whole["choices"]  # the server itself reads it
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_prompt_that_takes_long_to_encode_holds_nobody_up(client, monkeypatch, path):
+    begun, gate, encode = threading.Event(), threading.Event(), client.server.tokenizer.encode
+
+    def slow(text):
+        begun.set()
+        assert gate.wait(60)
+        return encode(text)
+
+    monkeypatch.setattr(client.server.tokenizer, "encode", slow)
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(post, client, path, prompt=PROMPT)
+        assert begun.wait(60)
+        assert client.get("/health").status_code == 200 and not long.done()
+        gate.set()
+        assert long.result(60).status_code == 200
 
 
 def test_what_nobody_foresaw_is_one_line(open_client, capsys):

@@ -187,13 +187,14 @@ def test_a_run_without_a_checkpoint_is_served_when_it_has_one(visit, run, tmp_pa
         assert client.get("/api/model").json()["step"] is not None
 
 
-@pytest.mark.parametrize("at", ["_prepare", "_write"])
+@pytest.mark.parametrize("at", ["encode", "_prepare", "_write"])
 def test_newer_weights_are_taken_when_asked_and_no_stream_is_cut(visit, run, monkeypatch, at):
     monkeypatch.setattr(house_module, "SECONDS", 0.01)
     with visit() as client, ThreadPoolExecutor() as pool:
         before = client.house.server
-        there, gate, work = threading.Event(), threading.Event(), getattr(before.engine, at)
-        setattr(before.engine, at, lambda *given: there.set() or (gate.wait(60) and work(*given)))
+        whose = before.tokenizer if at == "encode" else before.engine
+        there, gate, work = threading.Event(), threading.Event(), getattr(whose, at)
+        setattr(whose, at, lambda *given: there.set() or (gate.wait(60) and work(*given)))
         body = {"max_tokens": 20, "stream": True, "temperature": 0}
         stream = pool.submit(lambda: client.post("/v1/completions", json=body).text)
         assert there.wait(60)

@@ -151,7 +151,7 @@ class House:
             self.died()
 
     async def _retire(self, server: Server) -> None:
-        while not server.engine.idle:
+        while not server.idle:
             await asyncio.sleep(SECONDS / 10)
         await server.stop()
         self._retired.remove(server)

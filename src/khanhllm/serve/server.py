@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -42,6 +42,7 @@ from khanhllm.serve.openai import (
 )
 from khanhllm.serve.writing import Logprobs, Piece, Seen, Wanted, Writing, told
 
+Kind = TypeVar("Kind", bound=Writes)
 STREAM = {"content-type": "text/event-stream", "x-accel-buffering": "no"}
 
 
@@ -53,6 +54,8 @@ class Server:
         self.tokenizer, self.shape = run.tokenizer, run.config.model
         self.engine = Engine(run.model, run.machine, self.tokenizer.vocab_size, rows, waiting)
         self.started = int(time.time())
+        self._encoding = 0
+        """requests whose prompts are being encoded"""
         paths: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.metrics),
@@ -74,6 +77,11 @@ class Server:
     def fault(self) -> BaseException | None:
         """What ended the engine."""
         return self.engine.fault
+
+    @property
+    def idle(self) -> bool:
+        """Whether no text is being encoded, waits or is written."""
+        return not self._encoding and self.engine.idle
 
     def start(self) -> None:
         """Let the engine work."""
@@ -131,7 +139,7 @@ class Server:
         """A text that is the name of a special token and nothing else becomes that token: clients ask for its id so."""
         asked = parsed(await request.body(), Tokenize)
         special = self.tokenizer.specials.get(asked.prompt)
-        ids = self.tokenizer.encode(asked.prompt) if special is None else [special]
+        ids = await asyncio.to_thread(self.tokenizer.encode, asked.prompt) if special is None else [special]
         ids = [self.tokenizer.end_of_text] * asked.add_special_tokens + ids
         return as_json({"tokens": ids, "count": len(ids), "max_model_len": self.shape.context})
 
@@ -145,16 +153,21 @@ class Server:
         self._check_model(asked.model)
         if not self.run.talks:
             raise Refused(400, "this run was not taught to talk (khanhllm tune); use /v1/completions")
-        return await self._answer(request, asked, self._wanted_answers(asked), asked.n, ChatForm)
+        return await self._answer(request, asked, self._wanted_answers, ChatForm)
 
     async def completions(self, request: Request) -> Response:
         asked = parsed(await request.body(), Completion)
         self._check_model(asked.model)
-        return await self._answer(request, asked, self._wanted(asked), asked.n, TextForm)
+        return await self._answer(request, asked, self._wanted, TextForm)
 
     async def _answer(
-        self, request: Request, asked: Writes, wanted: Sequence[Wanted], choices: int, form: Form
+        self, request: Request, asked: Kind, texts: Callable[[Kind], list[Wanted]], form: Form
     ) -> Response:
+        self._encoding += 1
+        try:  # in a thread, so that a long prompt does not hold up the streams of others
+            wanted = await asyncio.to_thread(texts, asked)
+        finally:
+            self._encoding -= 1
         wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
             writing = Writing(self.engine, self.tokenizer, wanted, asked.stream)
@@ -168,7 +181,7 @@ class Server:
             "created": int(time.time()),
             "model": self.name,
         }
-        tokens = sum(len(one.ids) - one.shown for one in wanted[::choices])
+        tokens = sum(len(one.ids) - one.shown for one in wanted[:: asked.n])
         if asked.stream:
             return StreamingResponse(self._events(asked, writing, wanted, reply, tokens, form), headers=STREAM)
         return await self._whole(request, writing, wanted, reply, tokens, form)
