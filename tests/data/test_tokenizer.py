@@ -116,9 +116,10 @@ def test_marks_stay_with_their_letters_where_a_text_has_many():
 
 
 BLANKS = [" " * 1_500_000 + end for end in ("", "x", "\n", "\nx", "\n" + " " * 1_500_000 + "x")]
+MANY = (" " * 99_999 + "x") * 10  # each just too short to be cut
 
 
-@pytest.mark.parametrize("text", [*BLANKS, "a" * 1_000_000, "\n\t" * 500_000 + "x", "!a" * 300_000])
+@pytest.mark.parametrize("text", [*BLANKS, MANY, "a" * 1_000_000, "\n\t" * 500_000 + "x", "!a" * 300_000])
 def test_huge_pieces_neither_crash_nor_crawl(trained, text):
     assert trained.decode(trained.encode(text)) == text
 

@@ -52,9 +52,10 @@ PATTERNS = {
 """by the names that llama.cpp gives them"""
 
 # The one branch that still backtracks, `\s+(?!\S)`, overflows the regex engine's stack on a run of about a million
-# blanks before a letter. Python also counts \x1c-\x1f as blank; the patterns do not.
+# blanks before a letter. Python also counts \x1c-\x1f as blank; the patterns do not. A run is looked at from its
+# beginning alone, as the time would else grow with the square of its length.
 _LONG = 100_000
-_LONG_BLANK = re.compile(rf"[^\S\x1c-\x1f]{{{_LONG},}}")
+_LONG_BLANK = re.compile(rf"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{{{_LONG},}}")
 _WORDS = re.compile(r"(?:\s+|\S{1,256}(?!\S))+|\S{256}")  # words, but no more than 256 characters of a longer one
 _LOST_BYTES = re.compile("([\udc80-\udcff]+)")
 
