@@ -26,6 +26,7 @@ from khanhllm.serve import house as house_module
 from khanhllm.serve.findings import findings
 from khanhllm.serve.house import House, page_files
 from khanhllm.serve.server import Server
+from khanhllm.training import checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "modern"
 LOG = "step,tokens,loss,val_ce\n1,64,5.5,\n2,128,5.25,4.5\n"
@@ -207,6 +208,15 @@ def test_newer_weights_are_taken_when_asked_and_no_stream_is_cut(visit, run, mon
         shutil.rmtree(run / "checkpoints")
         answer = client.post("/api/newest", json={})
         assert answer.status_code == 503 and client.get("/health").status_code == 200
+
+
+def test_weights_that_go_before_they_are_read_are_told_in_one_line(visit, monkeypatch):
+    with visit() as client:
+        verify = checkpoint.verify
+        monkeypatch.setattr(checkpoint, "verify", lambda path, paper: verify(path, paper) or shutil.rmtree(path))
+        answer = client.post("/api/newest", json={})
+        assert answer.status_code == 503 and "has no checkpoint yet" in answer.json()["error"]["message"]
+        assert client.get("/health").status_code == 200
 
 
 def test_older_weights_that_fail_end_their_own_streams_and_nothing_else(visit, monkeypatch):

@@ -35,6 +35,8 @@ FINDINGS = "experts.json"
 """the file in a run folder with what `khanhllm experts` finds"""
 PYTHON = "import os\nimport sys\n\n\ndef main("
 """where to begin with a model of Python"""
+TRIES = 5
+"""to open the newest checkpoint, if a training removes each before it is read"""
 Step = int | str | None
 """which checkpoint: the newest (None), one of a step, or "best" """
 
@@ -261,23 +263,33 @@ def find_checkpoint(run: Path, config: Config, step: Step = None) -> Path:
         has = ", ".join(map(str, sorted(kept))) or "none"
         raise UserError(f"{run} has no checkpoint of step {step}; it has {has}, and best")
     if damage := checkpoint.verify(kept[step], paper):
-        raise UserError(f"{kept[step]} is not intact: {damage}")
+        raise UserError(f"{kept[step]} is not intact: {damage}") if kept[step].exists() else _removed(kept[step])
     return kept[step]
+
+
+def _removed(path: Path) -> UserError:
+    return UserError(f"{path} was removed while it was opened, as a training keeps only the newest; open a newer one")
 
 
 def open_run(run: Path, machine_config: MachineConfig | None = None, step: Step = None) -> Run:
     """Open a checkpoint of a run folder, as `find_checkpoint` finds it, on the machine at hand. UserError if there is
-    none."""
+    none. If a training removes it meanwhile, the one that is the newest (or best) by then is opened."""
     config = read_config(run)
     path = find_checkpoint(run, config, step)
-    identity = tensor_files.identity(path)
     wanted = machine_config or MachineConfig()
     machine = open_machine(wanted)
     with torch.device(machine.device):
         model = Transformer(config.model, config.loss.chunk)
     halves = machine.precision == "bf16" and "bf16" in (config.machine.weights, wanted.weights)
     adapt(model, machine, weights="bf16" if halves else "fp32")
-    checkpoint.load_model(path, model)
-    state = checkpoint.read_state(path)
+    for left in reversed(range(TRIES)):
+        try:
+            checkpoint.load_model(path, model)
+            state, identity = checkpoint.read_state(path), tensor_files.identity(path)
+            break
+        except FileNotFoundError:
+            if isinstance(step, int) or not left:
+                raise _removed(path) from None
+            path = find_checkpoint(run, config, step)
     tokenizer = Tokenizer.of_model(run / "tokenizer.json", config.model.vocab_size, state["tokenizer"])
     return Run(path, config, machine, model, tokenizer, state, identity)

@@ -218,12 +218,16 @@ def newest(
     whole, faults = 0, []
     for path in found:
         fault = verify(path, paper)
+        try:
+            fits = not fault and suits(read_state(path))
+        except FileNotFoundError:
+            fault = "state.json is gone"
         if fault and not path.exists():  # a training has removed it by now, for it has a newer one
             return newest(run, say, paper, suits)
         if fault:
             say(f"checkpoint {path.name} rejected: {fault}")
             faults.append(fault)
-        elif suits(read_state(path)):
+        elif fits:
             return path
         else:
             whole += 1
