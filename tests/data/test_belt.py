@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -98,6 +100,23 @@ def test_it_goes_on_at_any_cursor_with_shards_removed_or_not(lay):
     for cursor in (0, 1, 61, 62, 63, 333, 650, 20):
         assert rows(tight, 5, cursor) == whole[cursor : cursor + 5]
     assert sum(path.stat().st_size for path in tight.folder.glob("train-*.bin")) < 4 * 2 * 1200
+
+
+def test_a_shard_that_another_run_maps_stays_and_counts(tmp_path, monkeypatch):
+    """On Windows, where it cannot be removed."""
+    notes = [SimpleNamespace(shard=SimpleNamespace(file=f"train-{nth:05d}.bin")) for nth in range(4)]
+    for note in notes:
+        (tmp_path / note.shard.file).write_bytes(bytes(10))
+    unlink = Path.unlink
+
+    def refused(path, missing_ok=False):
+        if path.name == "train-00000.bin":
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    belt_worker._clear(tmp_path, notes, [3], disk=30)
+    assert sorted(path.name[6:11] for path in tmp_path.iterdir()) == ["00000", "00002", "00003"]
 
 
 def test_a_corpus_of_a_few_rows_stopped_at_each_step_over_three_laps(tmp_path, lay):

@@ -206,8 +206,9 @@ def _clear(folder: Path, notes: list[Made], window: list[int], disk: int) -> Non
     spare = sorted((nth for nth in sizes if nth not in window), key=lambda nth: (nth > window[0], nth))
     while spare and sum(sizes.values()) > disk:
         nth = spare.pop(0)
-        (folder / notes[nth].shard.file).unlink(missing_ok=True)
-        del sizes[nth]
+        with suppress(PermissionError):  # Windows keeps what another run maps; it goes on to count
+            (folder / notes[nth].shard.file).unlink(missing_ok=True)
+            del sizes[nth]
 
 
 def _exists(folder: Path, note: Made) -> bool:
