@@ -54,12 +54,15 @@ def test_their_nats_are_those_of_validation(opened):
 
 
 def test_what_is_scored_is_downloaded_once(opened, tmp_path):
-    (tmp_path / "chats.jsonl").write_text('{"question": "2 + 3?", "answer": "5"}\n' * 9)
-    (tmp_path / "lines.jsonl").write_text('{"text": "2 + 3 = 5"}\n' * 9)
+    (tmp_path / "chats.jsonl").write_text('{"question": "2 + 3?", "answer": "5"}\n' * 99)
+    (tmp_path / "lines.jsonl").write_text('{"text": "2 + 3 = 5"}\n' * 99)
     for name in ("chats.jsonl", "lines.jsonl"):
         with FaultyServer(tmp_path) as server:
             assert score_opened(opened, f"{server.url}/{name}")["val_ce"]
         asked = 1 if name == "chats.jsonl" else 2  # whether it is there, once or twice
+        assert len(server.log) == asked + 1
+        with FaultyServer(tmp_path) as server:
+            assert len(take(opened, f"{server.url}/{name}", 128).ids) == 2
         assert len(server.log) == asked + 1
 
 

@@ -1,8 +1,10 @@
 """A sample of text to examine a run on, in windows of one length: of what it held out, or of any source."""
 
+import shutil
 from collections.abc import Iterator
 from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,6 +65,12 @@ class Sample(NamedTuple):
 def take(opened: Run, source: str | None, tokens: int, part: str | None = None) -> Sample:
     """About `tokens` tokens, in equal shares of each part: from all over shards, of other text the first of each
     source. Raises UserError if there are not two windows of them."""
+    with TemporaryDirectory(prefix="khanhllm-") as spool:
+        return _take(opened, source, tokens, part, Path(spool))
+
+
+def _take(opened: Run, source: str | None, tokens: int, part: str | None, spool: Path) -> Sample:
+    """spool: keeps what was downloaded to see what it holds until it is read."""
     context = opened.config.model.context
     windows = max(2, -(-min(tokens, ENOUGH) // context))
     shards = held_out(opened) if source is None else None
@@ -70,7 +78,7 @@ def take(opened: Run, source: str | None, tokens: int, part: str | None = None) 
         shards = validation_of(Path(source), opened)
     if shards and part:
         raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
-    rows = conversations(source, opened) if source is not None and not shards else None
+    rows = conversations(source, opened, spool) if source is not None and not shards else None
     if rows is not None and part:
         raise UserError(f"rows of conversations hold several; leave out --part {part}")
     if shards:
@@ -79,7 +87,7 @@ def take(opened: Run, source: str | None, tokens: int, part: str | None = None) 
     elif rows is not None:
         ids, names, part_of, told = list(islice(rows, windows)), ["all"], [0], str(source)
     else:
-        ids, names, part_of = _by_part(opened, str(source), windows, part)
+        ids, names, part_of = _by_part(opened, str(source), windows, part, spool)
         told = str(source)
     if len(ids) < 2:
         raise UserError(f"{told} has not two windows of {context} tokens (model.context); name more text (--data)")
@@ -93,14 +101,17 @@ def _spread(shards: Shards, windows: int) -> list[np.ndarray]:
     return [shards.row(index) for index in picked.tolist()]
 
 
-def _by_part(opened: Run, source: str, windows: int, part: str | None) -> tuple[list[np.ndarray], list[str], list[int]]:
+def _by_part(
+    opened: Run, source: str, windows: int, part: str | None, spool: Path
+) -> tuple[list[np.ndarray], list[str], list[int]]:
     """Windows, the names of the parts that have one, and the part of each window."""
     groups = _groups(source, part)
     ids: list[np.ndarray] = []
     names: list[str] = []
     part_of: list[int] = []
     for name, files in groups.items():
-        own = list(islice(_windows(opened, files), -(-windows // len(groups))))
+        own = list(islice(_windows(opened, files, spool), -(-windows // len(groups))))
+        shutil.rmtree(spool, ignore_errors=True)  # many parts may be more than the disk holds
         if own:
             ids += own
             part_of += [len(names)] * len(own)
@@ -125,14 +136,14 @@ def _groups(source: str, part: str | None) -> dict[str, list[tuple["Source", str
     return {name: groups[name] for name in largest}
 
 
-def _windows(opened: Run, files: list[tuple["Source", str]]) -> Iterator[np.ndarray]:
+def _windows(opened: Run, files: list[tuple["Source", str]], spool: Path) -> Iterator[np.ndarray]:
     """The text of some files as windows of context + 1 ids, of each source in turn; a rest that fills none is left
     out."""
     from khanhllm.data.readers import Reader
 
     def of(place: "Source") -> Iterator[np.ndarray]:
-        names = (file for other, file in files if other is place)
-        return windowed((document.text for name in names for document in Reader(place, []).read_file(name)), opened)
+        names, reader = (file for other, file in files if other is place), Reader(place, [], spool)
+        return windowed((document.text for name in names for document in reader.read_file(name)), opened)
 
     places = {id(place): place for place, _ in files}.values()
     turns = chain.from_iterable(zip_longest(*map(of, places)))
