@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -350,7 +351,9 @@ def test_a_refusal_of_the_system_is_one_line_without_a_report(capsys, monkeypatc
     assert capsys.readouterr().err == "khanhllm: cannot write the output: No space left on device\n"
 
 
-def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
+def test_what_nobody_foresaw_is_one_line_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     def broken(_options):
         """Breaks."""
         raise RuntimeError("first line\nsecond line")
@@ -361,6 +364,8 @@ def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "RuntimeError: first line" in error
     assert len(error.splitlines()) == 1
+    (report,) = tmp_path.iterdir()
+    assert report.name in error and "second line" in report.read_text("utf-8")
 
 
 def test_the_config_of_a_run_means_that_run(trained, tmp_path, monkeypatch):

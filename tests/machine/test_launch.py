@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from threading import Thread
@@ -45,6 +46,7 @@ def test_the_last_words_of_a_process_are_said_by_the_launcher_alone(run, tmp_pat
         run(f"if rank: sys.exit(75)\n{leave}")
     assert failed.value.exit_code == 2 and capfd.readouterr() == ("", "")
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a report goes there
     for error, text, code in (
         (launch.Failed("said", 75), "said", 75),
         (ModuleNotFoundError(name="tiktoken"), "ModuleNotFoundError", 1),
