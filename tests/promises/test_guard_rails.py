@@ -140,6 +140,50 @@ def test_a_run_that_cannot_be_saved_keeps_its_last_good_state(patience, corpus, 
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
 
 
+def broken_by_update(monkeypatch, step):
+    """The update of a step breaks the weights, once; the loss of that step was measured before, and is fine."""
+    honest, pending = training_run.train_step, [True]
+
+    def breaking(learner, state, rows):
+        result = honest(learner, state, rows)
+        if result[0].step == step and pending:
+            pending.clear()
+            with torch.no_grad():
+                learner.model.head.weight.fill_(inf)
+        return result
+
+    monkeypatch.setattr(training_run, "train_step", breaking)
+
+
+@pytest.mark.parametrize("returns", [0, 1, 2])
+def test_a_checkpoint_that_holds_broken_weights_is_left_for_the_one_before(
+    returns, corpus, cache, tmp_path, monkeypatch
+):
+    broken_by_update(monkeypatch, step=6)
+    settings = config(corpus, cache, train={"save_every": 3, "sample_every": 0}, guard={"returns": returns})
+    if returns == 2:
+        train(settings, tmp_path / "run")
+    else:
+        with pytest.raises(Diverged, match=r"the last good state is that of step 3 \(--resume"):
+            train(settings, tmp_path / "run")
+        assert [path.name for path in checkpoint.steps(tmp_path / "run")] == ["step-0000003"]
+        train(settings, tmp_path / "run", resume=True)
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert said.count("back to step 6") == min(returns, 1) and said.count("back to step 3") == returns // 2
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
+
+
+def test_a_checkpoint_from_after_a_return_has_not_failed_yet(corpus, cache, tmp_path, monkeypatch):
+    """Two patches of bad rows: the run does not go back further than it must."""
+    poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36 or 60 < cursor <= 72)
+    train(config(corpus, cache), tmp_path / "run")
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert [line.split("back to ")[1].split(",")[0] for line in said.splitlines() if "back to" in line] == [
+        "step 5",
+        "step 10",
+    ]
+
+
 def other_text(monkeypatch, border):
     """From row number `border` of the run on, rows hold only ids that the corpus never has."""
     honest = Shards.rows_from

@@ -12,7 +12,8 @@ worse than then, unless something is wrong with the weights themselves:
 - the known rows stay nearer to the old level than to the new one: the text has changed. The remembered losses are moved
   to the new level, nothing is lost but the rejected steps, and the run continues;
 - they rose as well: the weights have gone wrong. The run returns to its last good checkpoint and passes the rows that
-  it stumbled over. When that does not help either, it stops.
+  it stumbled over. From one to which it returned in vain it goes back to the one before. When that does not help
+  either, it stops.
 
 The middle, since a divergence may rise slowly: the rows of the last believed steps may have been read badly already.
 """

@@ -4,7 +4,7 @@ import traceback
 from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from khanhllm.machine.signals import Stop
 from khanhllm.planning import budget
 from khanhllm.settings import write_config
 from khanhllm.training import checkpoint
-from khanhllm.training.guard import Diverged
+from khanhllm.training.guard import Diverged, Guard
 from khanhllm.training.parts import Parts, restore, rows_of
 from khanhllm.training.saver import Saver
 from khanhllm.training.step import State
@@ -65,12 +65,13 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     read since then. Raises Diverged if that has been tried often enough."""
     learner, guard = parts.learner, state.guard
     saver.report(patient=True)
-    good = learner.machine.group.told(lambda: _last_good(parts.run, log))
+    ends = guard.returns >= learner.config.guard.returns
+    good = learner.machine.group.told(lambda: _last_good(parts.run, guard, ends, log))
     step = checkpoint.step_of(Path(good)) if good else 0
     where = f"step {step}" if good else "the beginning"
     told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
     checkpoint.reject_after(parts.run, step)  # what was saved amid rejections
-    if guard.returns >= learner.config.guard.returns:
+    if ends:
         again = "--resume goes on from there" if good else "nothing was saved yet"
         raise Diverged(
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
@@ -86,8 +87,25 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
 
 
-def _last_good(run: Path, log: Log) -> str:
-    return str(checkpoint.newest(run, log.say, suits=lambda saved: not saved["guard"]["rejected"]) or "")
+def _last_good(run: Path, guard: Guard, ends: bool, log: Log) -> str:
+    """The newest checkpoint that was not saved amid rejections, or the one before it if that has failed; empty if there
+    is none.
+
+    A loss is measured before the update that follows it, so the update of a step that was saved may have broken the
+    weights unseen. ends: whether the run ends now, and a resumed one would begin with this checkpoint.
+    """
+
+    def newest_good(before: float = inf) -> Path | None:
+        return checkpoint.newest(
+            run, log.say, suits=lambda saved: saved["step"] < before and not saved["guard"]["rejected"]
+        )
+
+    good = newest_good()
+    then = Guard(**checkpoint.read_state(good)["guard"]) if good else guard
+    returned_to, none_believed = then.returns < guard.returns, then.losses == guard.losses
+    if good and (returned_to or (ends and none_believed)):
+        good = newest_good(before=checkpoint.step_of(good)) or good
+    return str(good or "")
 
 
 def adapted(parts: Parts, state: State, error: RuntimeError, log: Log) -> Parts:
