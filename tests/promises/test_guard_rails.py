@@ -173,6 +173,19 @@ def test_a_checkpoint_that_holds_broken_weights_is_left_for_the_one_before(
     assert checkpoint.newest(tmp_path / "run").name == "step-0000020"
 
 
+def test_a_sample_of_broken_weights_does_not_end_the_run(corpus, cache, tmp_path, monkeypatch):
+    """The guard brings it back from them."""
+    broken_by_update(monkeypatch, step=6)
+    assert train(config(corpus, cache, train={"sample_every": 3}), tmp_path / "run") == ""
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert said.count("the sample could not be written: the model answers with numbers that are not finite") == 1
+    assert "back to step 5" in said
+    steps = (tmp_path / "run" / "samples.txt").read_text().splitlines()
+    assert [line for line in steps if line.startswith("--- step")] == [
+        f"--- step {nth}" for nth in (3, 6, 9, 12, 15, 18, 20)
+    ]
+
+
 def test_a_checkpoint_from_after_a_return_has_not_failed_yet(corpus, cache, tmp_path, monkeypatch):
     """Two patches of bad rows: the run does not go back further than it must."""
     poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36 or 60 < cursor <= 72)

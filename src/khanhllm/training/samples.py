@@ -7,9 +7,11 @@ import numpy as np
 
 from khanhllm.data.shards import Shards
 from khanhllm.data.tokenizer import Tokenizer
+from khanhllm.errors import UserError
 from khanhllm.inference.generate import answer, write
 from khanhllm.inference.sample import reseeded
 from khanhllm.log.run_log import Log
+from khanhllm.machine.group import Lost
 from khanhllm.schema import Sampling
 from khanhllm.training.parts import Parts
 
@@ -28,8 +30,10 @@ def _write_samples(parts: Parts, step: int, log: Log) -> None:
             for prompt, text in written:
                 log.say(f"step {step} writes: {' '.join((prompt + text).split())[:300]}")
                 file.write(f"--- step {step}\n{prompt}{text}\n")
-    except OSError as error:
-        log.say(f"the sample could not be kept: {error}; training continues")
+    except Lost:
+        raise
+    except (OSError, UserError) as error:  # as from weights gone wrong, from which the guard brings the run back
+        log.say(f"the sample could not be written: {error}; training continues")
 
 
 def _text(parts: Parts, step: int) -> Iterator[tuple[str, str]]:
