@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from khanhllm.optim.schedule import factor, factor_at, warmup_of
+from khanhllm.optim.schedule import LEAST, factor, factor_at, warmup_of
 from khanhllm.schema import ScheduleConfig
 from khanhllm.settings import preset, preset_names, resolve
 
@@ -55,4 +55,14 @@ def test_by_time_it_warms_up_and_ends_at_the_floor(kind):
 
 
 def test_a_slow_machine_is_warm_before_a_twentieth_of_its_time_is_over():
-    assert factor_at(0.05, 3, ScheduleConfig(kind="wsd", warmup=100)) == 1
+    assert factor_at(0.05, 30, ScheduleConfig(kind="wsd", warmup=100)) == 1
+    assert factor_at(0.02, 30, ScheduleConfig(kind="wsd", warmup=100)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("warmup", [0, 10, 100])
+def test_by_time_no_slow_step_skips_the_warm_up(warmup):
+    """The first took half of the time, as it compiled, or the run is back at its beginning after so much of it."""
+    schedule = ScheduleConfig(kind="wsd", warmup=warmup)
+    steps = max(1, min(warmup, LEAST))
+    for step in range(steps + 5):
+        assert factor_at(0.5, step, schedule) == pytest.approx(min(1, (step + 1) / steps))

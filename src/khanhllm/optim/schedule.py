@@ -5,14 +5,17 @@ import math
 from khanhllm.schema import ScheduleConfig
 
 WARM = 0.05
-"""largest share of a time budget that a warm-up takes"""
+"""largest share of a time budget that a warm-up takes, unless it has fewer steps than LEAST by then"""
+LEAST = 20
+"""the first step may be slow, as it compiles, and after a return to the beginning much time has passed; but a rate at
+its peak needs AdamW's mean of squared gradients, which is one of about 20 steps (beta2 = 0.95)"""
 SHORT = 2
 """where steps are counted, a warm-up takes at most the run's steps divided by this"""
 
 
 def factor_at(share: float, step: int, schedule: ScheduleConfig) -> float:
     """Share of the peak learning rate for optimizer step `step` of a run that has used up `share` of its time."""
-    warm = max((step + 1) / max(1, schedule.warmup), share / WARM)
+    warm = max((step + 1) / max(1, schedule.warmup), min(share / WARM, (step + 1) / LEAST))
     if schedule.kind == "cosine":
         height = 0.5 + 0.5 * math.cos(math.pi * share)
     else:
