@@ -197,14 +197,15 @@ def test_a_checkpoint_from_after_a_return_has_not_failed_yet(corpus, cache, tmp_
     ]
 
 
-def other_text(monkeypatch, border):
-    """From row number `border` of the run on, rows hold only ids that the corpus never has."""
+def other_text(monkeypatch, border, every=1):
+    """From row number `border` of the run on, the rows of every so many steps hold only ids that the corpus never
+    has."""
     honest = Shards.rows_from
 
     def rows_from(shards, cursor, seed, stopped):
         chance = np.random.default_rng(cursor)
         for nth, row in enumerate(honest(shards, cursor, seed, stopped), cursor):
-            yield row if nth < border else chance.integers(2, 40, len(row))
+            yield row if nth < border or (nth - border) // 4 % every else chance.integers(2, 40, len(row))
 
     monkeypatch.setattr(Shards, "rows_from", rows_from)
 
@@ -223,6 +224,20 @@ def test_a_change_of_text_is_no_divergence_and_an_ended_run_gets_over_it(corpus,
     _, rows = outcome(tmp_path / "fresh")
     assert sum(row["rejected"] != "0" for row in rows) <= 6
     assert float(rows[-1]["loss"]) < float(rows[63]["loss"]), "the new text is learned"
+
+
+def test_a_text_that_comes_and_goes_is_told_from_weights_gone_wrong(corpus, cache, tmp_path, monkeypatch):
+    """Every second step is rejected. So was one in the middle of all steps; that of the middle loss was not. A resumed
+    run knows it too."""
+    other_text(monkeypatch, border=244, every=2)
+    settings = config(corpus, cache, train={"steps": 125}, optim={"lr": 2e-2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "text_changed", lambda *_: False)
+        with pytest.raises(Diverged, match="step 124: 32 steps, now and then, were rejected, after 0 returns"):
+            train(resolve(settings.model_dump(), {"guard": {"returns": 0}}), tmp_path / "run")
+    train(settings, tmp_path / "run", resume=True)
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert "step 124: the text has changed" in said and "back to" not in said
 
 
 @pytest.mark.parametrize("starves", [False, True], ids=["a-signal", "a-starved-belt"])

@@ -15,7 +15,7 @@ def after(losses, guard=None):
     guard = guard or Guard()
     for loss in losses:
         assert not guard.fault(loss, 1.0, CONFIG), loss
-        guard = guard.accept(loss)
+        guard = guard.accept(loss, 0)
     return guard
 
 
@@ -63,7 +63,7 @@ def test_rejected_losses_never_enter_the_window():
 def test_returns_are_forgotten_after_a_calm_stretch():
     guard = after(falling(WINDOW - 1), Guard(returns=2))
     assert guard.returns == 2
-    assert guard.accept(3.0).returns == 0
+    assert guard.accept(3.0, 0).returns == 0
 
 
 def test_a_rise_is_the_texts_if_known_rows_are_read_as_well_as_before():
@@ -90,9 +90,33 @@ def test_a_text_that_comes_and_goes_is_doubted_too():
     guard = after(falling(500))
     for _ in range(LEAST):
         assert not guard.doubts(CONFIG)
-        guard = guard.accept(guard.losses[-1]).reject()
+        guard = guard.accept(guard.losses[-1], 0).reject()
     assert guard.doubts(CONFIG)
     assert after([guard.losses[-1]] * LEAST, guard).spikes == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 2 * WINDOW])
+def test_the_middle_of_the_losses_is_an_accepted_step_s_however_rejections_lie(steps):
+    """Steps of four rows; every second one is rejected, and after the last a return has passed a thousand rows."""
+    guard = Guard()
+    for step in range(steps):
+        guard = guard.accept(float(step), 8 * step).reject()
+    middle = guard.middle(8 * steps + 1000, 4)
+    assert middle % 8 == 0
+    assert abs(median(guard.losses) - middle / 8) <= 0.5
+
+
+def test_a_middle_that_was_not_noted_is_counted_back():
+    """The guard of an older checkpoint; once enough steps have followed, it is noted."""
+    old = Guard(losses=(3.0,) * 5, rejected=3)
+    assert old.middle(32, 4) == 32 - (3 + 3) * 4
+    assert Guard(losses=(3.0,)).reject().middle(8, 4) == 0
+    assert Guard(losses=(3.0,)).reject().middle(4, 4) == 0
+    assert after([3.0] * 5, Guard(losses=(3.0,) * 5)).cursors == (0,) * 5
+    for cursor in (1000, 1004, 1008, 1012, 1016, 1020):
+        old = old.accept(3.0, cursor)
+    assert old.middle(9999, 4) == 1000
+    assert old.moved(9.0).middle(9999, 4) == 1000
 
 
 def rows(shares, balance):

@@ -31,7 +31,7 @@ from khanhllm.model import Transformer
 from khanhllm.model.exchange import WHOLE, Part
 from khanhllm.schema import Natural, Rate
 from khanhllm.training import tensor_files
-from khanhllm.training.guard import Guard
+from khanhllm.training.guard import Cursor, Guard
 from khanhllm.training.tensor_files import LONGEST_HEADER, Fingerprint
 from khanhllm.units import as_size
 
@@ -59,7 +59,7 @@ class Noted(BaseModel):
     format: int
     step: Natural
     optimizer: Numbers
-    cursor: Annotated[int, Field(ge=0, le=2**62)] = 0
+    cursor: Cursor = 0
     load: list[list[Share]] = []
     guard: Guard = Guard()
     seconds: Rate = 0.0

@@ -21,6 +21,9 @@ The middle, since a divergence may rise slowly: the rows of the last believed st
 from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import median
+from typing import Annotated
+
+from pydantic import Field
 
 from khanhllm.errors import UserError
 from khanhllm.schema import GuardConfig
@@ -35,6 +38,10 @@ SIGMA = 1.4826
 """standard deviations of a normal distribution in one median absolute deviation"""
 
 
+Cursor = Annotated[int, Field(ge=0, le=2**62)]
+"""rows trained on, or passed; checked where a checkpoint is read"""
+
+
 class Diverged(UserError):
     """The run cannot be brought back. The last good checkpoint is kept."""
 
@@ -47,6 +54,8 @@ class Guard:
 
     losses: tuple[float, ...] = ()
     """of accepted steps, the newest last (nats per token)"""
+    cursors: tuple[Cursor, ...] = ()
+    """where each of those steps began to read; fewer after a resume from a checkpoint from before they were noted"""
     rejected: int = 0
     """steps rejected in a row"""
     accepted: int = 0
@@ -69,11 +78,13 @@ class Guard:
                 return f"the loss is {loss:.4g}, far above the {middle:.4g} of the steps before"
         return ""
 
-    def accept(self, loss: float) -> "Guard":
+    def accept(self, loss: float, cursor: int) -> "Guard":
+        """cursor: where the step began to read."""
         accepted = self.accepted + 1
         returns = 0 if accepted >= WINDOW else self.returns
         spikes = 0 if accepted >= LEAST else self.spikes
-        return Guard((*self.losses, loss)[-WINDOW:], accepted=accepted, spikes=spikes, returns=returns)
+        losses, cursors = (*self.losses, loss)[-WINDOW:], (*self.cursors, cursor)[-WINDOW:]
+        return Guard(losses, cursors, accepted=accepted, spikes=spikes, returns=returns)
 
     def reject(self) -> "Guard":
         return replace(self, rejected=self.rejected + 1, accepted=0, spikes=self.spikes + 1)
@@ -81,6 +92,12 @@ class Guard:
     def doubts(self, config: GuardConfig) -> bool:
         """Whether so many steps were rejected that text or weights must have changed."""
         return self.rejected >= config.patience or self.spikes >= LEAST
+
+    def middle(self, cursor: int, rows: int) -> int:
+        """Where the step of the middle loss began to read; there must be one. cursor: where the run stands, for steps
+        that are not noted: as if only the last ones had been rejected, each of so many rows."""
+        back = (len(self.losses) + 1) // 2
+        return self.cursors[-back] if back <= len(self.cursors) else max(0, cursor - (self.rejected + back) * rows)
 
     def text_changed(self, loss: float, known: float) -> bool:
         """Whether the text explains a rejected loss. known: what the same weights make of rows from the middle of
@@ -90,4 +107,4 @@ class Guard:
     def moved(self, loss: float) -> "Guard":
         """The text has changed, and its loss is believed: deviations stay, the level is the new one."""
         rise = loss - median(self.losses)
-        return Guard(tuple(other + rise for other in self.losses), returns=self.returns)
+        return Guard(tuple(other + rise for other in self.losses), self.cursors, returns=self.returns)

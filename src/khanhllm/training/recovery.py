@@ -47,8 +47,7 @@ def _loss_of_known_rows(parts: Parts, state: State, stop: Stop) -> float | None:
     """What the weights say now of one step's rows from the middle of the guard's losses, nan if nothing of them counts;
     None if they do not come, as a signal asks to stop or the belt starves."""
     learner, train = parts.learner, parts.config.train
-    back = state.guard.rejected + len(state.guard.losses) // 2
-    known = replace(state, cursor=max(0, state.cursor - back * train.rows_per_step))
+    known = replace(state, cursor=state.guard.middle(state.cursor, train.rows_per_step))
     nll, counted = [], 0
     with suppress(Starved), closing(rows_of(parts, known, stop, every=True)) as rows:
         for batch in islice(rows, train.accumulation):
@@ -69,7 +68,9 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     good = learner.machine.group.told(lambda: _last_good(parts.run, guard, ends, log))
     step = checkpoint.step_of(Path(good)) if good else 0
     where = f"step {step}" if good else "the beginning"
-    told = f"step {state.step}: {guard.rejected} steps in a row were rejected"
+    in_a_row = guard.rejected >= learner.config.guard.patience
+    which = f"{guard.rejected} steps in a row" if in_a_row else f"{guard.spikes} steps, now and then,"
+    told = f"step {state.step}: {which} were rejected"
     checkpoint.reject_after(parts.run, step)  # what was saved amid rejections
     if ends:
         again = "--resume goes on from there" if good else "nothing was saved yet"

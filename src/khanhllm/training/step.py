@@ -155,7 +155,7 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
     following = replace(
         following,
         load_LE=state.load_LE if fault else _shares(routing_L.load_E),
-        guard=state.guard.reject() if fault else state.guard.accept(mean_nll),
+        guard=state.guard.reject() if fault else state.guard.accept(mean_nll, state.cursor),
         tied=tied,
     )
     measured = {"loss": mean_nll, "lr": config.optim.lr * factor, "grad_norm": norm, "fault": fault}
