@@ -1,5 +1,6 @@
 """What a run does when the machine fails it, and what it leaves behind."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import threading
 import pytest
 
 from conftest import tiny
+from khanhllm import settings
 from khanhllm.errors import UserError
 from khanhllm.settings import resolve, to_toml
+from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
 
 
@@ -65,3 +68,24 @@ def test_a_step_that_ran_out_of_memory_leaves_no_thread_either(corpus, tmp_path,
     monkeypatch.setattr(training_run, "train_step", full_once)
     training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "run")
     assert not ours()
+
+
+def test_memory_that_runs_out_while_the_disk_is_full_ends_no_training(corpus, tmp_path, monkeypatch):
+    honest, publish = training_run.train_step, settings.publish
+
+    def disk_full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_once(learner, state, rows):
+        if settings.publish is publish:
+            monkeypatch.setattr(settings, "publish", disk_full)
+            raise RuntimeError("out of memory")
+        return honest(learner, state, rows)
+
+    monkeypatch.setattr(training_run, "train_step", full_once)
+    training_run.train(config(corpus, tmp_path / "shards"), tmp_path / "run")
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert f"config.toml: {os.strerror(errno.ENOSPC)}; training continues" in said
+    assert "again with micro-batches of 1 instead of 2" in said
+    assert settings.read_config(tmp_path / "run").train.rows == 2
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000003"

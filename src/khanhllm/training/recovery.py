@@ -142,6 +142,9 @@ def _with_smaller_micro_batches(parts: Parts, state: State, updating: bool, log:
     smaller = budget.with_micro_batch(
         config, max(cut for cut in budget.micro_batch_sizes(config, 2**62) if cut <= rows // 2)
     )
-    write_config(smaller, parts.run)
+    try:
+        write_config(smaller, parts.run)
+    except UserError as error:  # as on a full disk; a resumed run then finds out again
+        log.say(f"{error}; training continues")
     log.say(f"step {state.step + 1}: out of memory; again with micro-batches of {smaller.train.rows} instead of {rows}")
     return replace(parts, learner=replace(parts.learner, config=smaller))
