@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,9 @@ from khanhllm.errors import UserError
 from khanhllm.schema import OptimConfig
 from khanhllm.training import checkpoint, tensor_files
 from khanhllm.training.saver import Saver
+
+MAPS = Path("/proc/self/maps")
+"""the files that this process has mapped"""
 
 
 @pytest.fixture(params=["adamw", "adamw8bit", "muon", "muon8bit"])
@@ -49,6 +53,16 @@ def test_what_comes_back_is_what_was_saved(trained, tmp_path):
         o.step()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux says which files are mapped")
+def test_nothing_that_comes_back_holds_on_to_the_files(trained, tmp_path):
+    """Or a checkpoint that is deleted fills the disk for as long as the run lasts."""
+    model, optimizer = trained
+    path = save(tmp_path, 7, model, optimizer, {})
+    checkpoint.load_model(path, model)
+    checkpoint.load_optimizer(path, model, optimizer, checkpoint.read_state(path)["optimizer"])
+    assert str(path) not in MAPS.read_text()
 
 
 @pytest.mark.parametrize("of", [1, 3])

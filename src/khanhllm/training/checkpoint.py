@@ -342,8 +342,10 @@ def load_optimizer(
             raise UserError(f"{path}: the moments of {name} are not those that {kind} keeps for this model")
         if mine is None or parameter in mine:
             cut = {key for key in kept if own[parameter][key] != wanted[parameter][key]}
-            here = {key: (part.slice(t) if key in cut else t).to(parameter.device) for key, t in kept.items()}
-            optimizer.state[parameter] = numbers["state"].get(name, {}) | here
+            here = {key: part.slice(tensor) if key in cut else tensor for key, tensor in kept.items()}
+            # copied: on a CPU they are the file itself, which would fill the disk after its checkpoint is deleted
+            copies = {key: tensor.to(parameter.device, copy=True) for key, tensor in here.items()}
+            optimizer.state[parameter] = numbers["state"].get(name, {}) | copies
     if tensors:
         raise UserError(f"{path}: {min(tensors)[:100]} among the moments belongs to no parameter")
 
