@@ -7,7 +7,7 @@ say that only some of those started train: how many ("size"), beginning with whi
 fails ("fails"), that it ends before its first update, with the gradients in the folder ("gradients"), or how much
 memory each process has ("room"). And that each process writes its part of a checkpoint ("shared"), that the disk of one
 of them is full in the saves of some steps ("full": [rank, steps]), or that the first is killed before it publishes that
-of a step ("killed").
+of a step ("killed"). And that a process can read no more than so many rows ("unread": [rank, rows]).
 """
 
 import errno
@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from khanhllm import optim
+from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.machine import devices, group, owners, probe
 from khanhllm.machine.signals import exit_code
@@ -39,6 +40,7 @@ from khanhllm.training.run import train
 
 HONEST = losses.micro_batch_loss
 SHARED_FROM, SAVE_FILE, PUBLISH = saver.SHARED_FROM, tensor_files.save_file, checkpoint.publish
+ROWS_FROM = Shards.rows_from
 HERE, INITIAL, GATHERED = budget.here, step.initial_model, group.Group._gathered
 
 
@@ -125,6 +127,16 @@ def prepare_saves(rank: int, shared: bool = False, full=(0, ()), killed: int = 0
     tensor_files.save_file, checkpoint.publish = save_file, publish
 
 
+def prepare_rows(rank: int, unread=(0, None), **_) -> None:
+    """How many rows this process can read until its disk fails."""
+
+    def rows_from(*arguments):
+        yield from islice(ROWS_FROM(*arguments), unread[1])
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    Shards.rows_from = rows_from if rank == unread[0] and unread[1] is not None else ROWS_FROM
+
+
 def bytes_of_tensors() -> int:
     """What all tensors of this process take. A thread of gloo may hold what it sent a moment longer."""
     time.sleep(0.01)
@@ -146,6 +158,7 @@ def main() -> int:
             continue
         prepare(job, Path(folder), rank, size, more.get("gradients", False), more.get("room", []))
         prepare_saves(rank, **more)
+        prepare_rows(rank, **more)
         losses.micro_batch_loss = with_fault(*fault) if fault else HONEST
         try:
             name = train(Config.model_validate(config), Path(folder), resume)

@@ -16,6 +16,7 @@ import pytest
 from test_resume import config, outcome
 
 from khanhllm.machine import launch
+from khanhllm.training import checkpoint
 from khanhllm.training.run import train
 
 
@@ -84,6 +85,21 @@ def test_several_processes_equal_one_bit_for_bit(size, kinds, corpus, cache, tmp
     assert not together(size + 1, tmp_path / "x", *many, *one)
     for name in runs:
         assert outcome(tmp_path / "many" / name) == outcome(tmp_path / "one" / name), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_end_with_what_keeps_one_from_its_rows(rank, corpus, cache, tmp_path):
+    """Saved, and as that one would alone: the first process does not end as if a signal had asked for it."""
+    whole, run = short(corpus, cache, 2), tmp_path / "run"
+    says = r"^\[Errno 5\] Input/output error \(at step 6; to continue: --resume --run \S+run\)$"
+    with pytest.raises(launch.Failed, match=says) as failed:
+        together(2, tmp_path / "x", (whole, run, False, None, {"unread": [rank, 12]}))
+    assert failed.value.exit_code == 2
+    assert "stopped by" not in (run / "messages.txt").read_text()
+    assert checkpoint.newest(run).name == "step-0000006"
+    train(whole, run, resume=True)
+    train(whole, tmp_path / "whole")
+    assert outcome(run) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows knows no SIGSTOP")

@@ -165,7 +165,8 @@ def train_step(learner: Learner, state: State, batches: Iterator[Batch]) -> tupl
 
 def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], float, int, int]:
     """This process's micro-batches of a step, and how long it waited for them (seconds); the tokens, and the targets
-    that count, of the whole step. Raises NoRows if this or another process gets none."""
+    that count, of the whole step. Raises on all alike if this or another process gets none: Starved if an error keeps
+    one from its rows, else NoRows."""
     group, fault, started = learner.machine.group, None, time.perf_counter()
     share, found = sum(group.turns(learner.config.train.accumulation)), []
     try:
@@ -178,7 +179,8 @@ def _rows(learner: Learner, batches: Iterator[Batch]) -> tuple[list[Batch], floa
     sizes = (sum(getattr(batch, kind) for batch in found) for kind in ("tokens", "counted"))
     lacking, tokens, counted = (int(sum(numbers)) for numbers in zip(*group.exchange(lacks, *sizes), strict=True))
     if lacking:
-        raise fault or NoRows
+        told = group.heard([str(fault), fault.exit_code] if fault else None)
+        raise next((Starved(*said) for said in told if said), NoRows)
     return found, waited, tokens, counted
 
 
