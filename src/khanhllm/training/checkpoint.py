@@ -80,8 +80,7 @@ class Snapshot:
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]
-    """for JSON"""
+    state: dict[str, Any]  # for JSON
 
     @property
     def bytes(self) -> int:
@@ -105,8 +104,7 @@ def snapshot(
     moments: Moments | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """The tensors themselves, not copies. moments, weights: those to be saved, where they are not what optimizer and
-    model hold."""
+    """The tensors themselves, no copies. moments, weights: those to be saved, if not what optimizer and model hold."""
     tensors, numbers = _flatten(model, optimizer, optimizer.state if moments is None else moments)
     weights = {n: t.contiguous() for n, t in (model.state_dict() if weights is None else weights).items()}
     return Snapshot(step, weights, tensors, {"format": FORMAT, "step": step, "optimizer": numbers, **state})
