@@ -253,6 +253,12 @@ def test_a_port_that_is_taken_and_a_host_that_is_none():
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("KHANHLLM_KEY", " from-the-environment\n")
     assert listen.read_key(None) == "from-the-environment"
+    for wrong in ("short", " ", "\udcff" * 20, "ü" * 20, "two lines of\ntext, in a variable"):
+        monkeypatch.setenv("KHANHLLM_KEY", wrong)
+        with pytest.raises(UserError, match="the key in KHANHLLM_KEY must"):
+            listen.read_key(None)
+    monkeypatch.setenv("KHANHLLM_KEY", "")
+    assert listen.read_key(None) == ""
     file = tmp_path / "key"
     file.write_text("from-a-file-of-mine\n")
     assert listen.read_key(file) == "from-a-file-of-mine"

@@ -71,16 +71,18 @@ class Protocol(H11Protocol):
 
 def read_key(file: Path | None) -> str:
     """The key in a file, or in the environment as KHANHLLM_KEY; empty if there is none."""
-    if not file:
-        return os.environ.get("KHANHLLM_KEY", "").strip()
+    where = file or "KHANHLLM_KEY"
     try:
-        key = read(file, 4096).decode("ascii").strip()
+        given = read(file, 4096) if file else os.fsencode(os.environ.get("KHANHLLM_KEY", ""))
+        key = given.decode("ascii").strip()
     except OSError as error:
-        raise UserError(f"cannot read the key from {file}: {error.strerror}") from None
+        raise UserError(f"cannot read the key from {where}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"the key in {file} must be ASCII") from None
+        raise UserError(f"the key in {where} must be ASCII") from None
+    if not file and not given:
+        return ""
     if len(key) < 16 or not key.isprintable():
-        raise UserError(f"the key in {file} must have at least 16 characters, on one line")
+        raise UserError(f"the key in {where} must have at least 16 characters, on one line")
     return key
 
 
