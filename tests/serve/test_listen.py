@@ -271,23 +271,29 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "says"),
     [
-        ["serve", "nowhere"],
-        ["serve", "nowhere", "--port", "70000"],
-        ["serve", "nowhere", "--rows", "0"],
-        ["serve", "nowhere", "--cors", "*"],
-        ["serve", "nowhere", "--cors", "https://a.example/path"],
-        ["serve", "nowhere", "--waiting", "-1"],
+        ([], "nowhere is not a run folder"),
+        (["--port", "70000"], "--port must be"),
+        (["--rows", "0"], "--rows must be"),
+        (["--cors", "*"], "--cors needs"),
+        (["--cors", "https://a.example/path"], "--cors needs"),
+        (["--allow-host", "my.host:8126"], "--allow-host needs"),
+        (["--allow-host", "http://foo"], "--allow-host needs"),
+        (["--allow-host", "foo/"], "--allow-host needs"),
+        (["--allow-host", "*"], "--allow-host needs"),
+        (["--allow-host", "fd00::1"], "--allow-host needs"),
+        (["--allow-host", "My-box.example", "--allow-host", "[fd00::1]"], "nowhere is not a run folder"),
+        (["--waiting", "-1"], "--waiting"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(words, capsys):
+def test_a_wrong_command_line_is_one_line(words, says, capsys):
     try:
-        code = main(words)
+        code = main(["serve", "nowhere", *words])
     except SystemExit as end:
         code = end.code
     said = capsys.readouterr().err
-    assert code == 2 and said.startswith("khanhllm") and said.count("\n") == 1
+    assert code == 2 and said.startswith("khanhllm") and said.count("\n") == 1 and says in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of OpenMP as Linux has them")

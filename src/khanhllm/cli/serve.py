@@ -1,11 +1,15 @@
 """Serving a trained model to other programs."""
 
 import argparse
+import re
 from pathlib import Path
 
 from khanhllm.cli.arguments import forward_knobs, given, name, whole
 from khanhllm.errors import UserError
 from khanhllm.settings import read_config, resolve
+
+HOST = re.compile(r"[\w.-]+|\[[\da-f:.]+\]", re.ASCII | re.IGNORECASE)
+"""what the guard compares with Host, whose port it leaves out: a name, or an address of IPv6 in brackets"""
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -24,6 +28,9 @@ def serve(options: argparse.Namespace) -> None:
     for origin in options.cors:
         if origin == "*" or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise UserError(f"--cors needs one origin such as https://my.example, got {origin!r}")
+    for host in options.allow_host:
+        if not HOST.fullmatch(host):
+            raise UserError(f"--allow-host needs a name alone, such as my.example or [fd00::1], got {host!r}")
     machine = resolve(given(options), where="serve").machine
     runs = [Path(run) for run in (options.run, *options.others)]
     for run in runs:
