@@ -271,8 +271,10 @@ def test_unknown_paths_and_methods_are_refused_in_json(client):
     paths = ["/", "/v1", "/v1/completions/", "/../etc/passwd", "/%2e%2e/x", "//", "/v1/%00", "/config.toml"]
     for path in paths:
         assert client.get(path).status_code == 404 and "error" in client.get(path).json()
-    assert client.delete("/v1/models").status_code == 405
-    assert "error" in client.get("/v1/completions").json()
+    reading, writing = client.delete("/v1/models"), client.get("/v1/completions")
+    for answer, method in ((reading, "GET"), (writing, "POST")):
+        assert answer.status_code == 405 and method in answer.headers["allow"].split(", ")
+        assert f"send this as {method};" in answer.json()["error"]["message"]
 
 
 def test_more_than_may_wait_are_told_to_come_later(open_client):

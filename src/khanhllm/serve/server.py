@@ -364,5 +364,10 @@ def _unforeseen(request: Request, _error: Exception) -> Response:
 def _http(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
+    headers = error.headers or {}
     text = "there is nothing here" if error.status_code == 404 else error.detail
-    return _refused(request, Refused(error.status_code, f"{text}; see docs/serve.md"))
+    if allowed := headers.get("Allow"):
+        text += f": send this as {'POST' if 'POST' in allowed else 'GET'}"
+    answer = _refused(request, Refused(error.status_code, f"{text}; see docs/serve.md"))
+    answer.headers.update(headers)
+    return answer
