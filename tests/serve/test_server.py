@@ -230,6 +230,12 @@ def test_a_wrong_body_is_refused_in_one_line(client, raw):
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_number_that_python_will_not_read_is_said_to_be_too_long(client):
+    body = b'{"prompt": "a", "whatever": [-' + b"9" * 5000 + b"]}"
+    answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "a number in the body is too long")
+
+
 def test_half_a_character_and_duplicate_keys_are_taken(client):
     raw = b'{"max_tokens": 3, "prompt": "\\ud800", "prompt": "a\\udfffb", "echo": true, "whatever": "\\ud800"}'
     answer = client.post("/v1/completions", content=raw, headers={"content-type": "application/json"})
