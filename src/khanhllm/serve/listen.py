@@ -1,6 +1,7 @@
 """Serve a run until a signal comes, over HTTP."""
 
 import asyncio
+import errno
 import os
 import secrets
 import signal
@@ -99,7 +100,9 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(2048)
     except (OSError, UnicodeError) as error:
         text = error.strerror if isinstance(error, OSError) else "no name of a host"
-        raise UserError(f"cannot serve on {host} port {port}: {text}; try another --port") from None
+        port_is_at_fault = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+        remedy = "--port" if port_is_at_fault else "--host"
+        raise UserError(f"cannot serve on {host} port {port}: {text}; try another {remedy}") from None
     return bound
 
 
