@@ -294,6 +294,7 @@ def test_what_the_verdict_says():
         (["--ablate", "some"], "'some' is no expert"),
         (["--ablate", "0:" + "9" * 5000], "is no expert"),
         (["--part", "file"], "do not remember parts"),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--data", "nowhere"], "nowhere"),
         (["--out", "/dev/null/picture.png"], "cannot write"),
     ],

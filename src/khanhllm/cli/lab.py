@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from khanhllm.cli.arguments import WHICH, forward_knobs, given, knobs, name, number, short, some, which, whole
+from khanhllm.errors import UserError
 from khanhllm.settings import preset_names, resolve
 
 
@@ -29,6 +30,8 @@ def experts(options: argparse.Namespace) -> None:
     tokens then go to the next best, or get one answer less. All is measured on text that the run held out, or on any
     other (--data), there also in parts (--part).
     """
+    if not options.tokens:
+        raise UserError("--tokens must be at least 1, got 0")
     from khanhllm.lab import rooms
 
     machine = resolve(given(options), where="experts").machine
