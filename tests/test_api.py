@@ -97,6 +97,7 @@ def test_generate_is_a_function_of_the_seed(trained):
     run, _ = trained
     first, second = run.generate("def ", n=2, tokens=12, seed=3)
     assert run.generate("def ", tokens=12, seed=4) == [second] and first != second
+    assert run.generate("def ", tokens=12, seed=4, stop=None) == [second]
     assert "".join(run.stream("def ", tokens=12, seed=3)) == first
 
 

@@ -37,6 +37,8 @@ PYTHON = "import os\nimport sys\n\n\ndef main("
 """where to begin with a model of Python"""
 TRIES = 5
 """to open the newest checkpoint, if a training removes each before it is read"""
+Stop = str | Sequence[str] | None
+"""texts that end what is written; None is none, as at OpenAI"""
 Step = int | str | None
 """which checkpoint: the newest (None), one of a step, or "best" """
 
@@ -81,7 +83,7 @@ class Run:
         """The folder of shards that it was trained on."""
         return place_of(self.state["folder"], self.config.data.cache)
 
-    def stream(self, prompt: str = "", stop: str | Sequence[str] = (), **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: str = "", stop: Stop = (), **sampling: Any) -> Iterator[str]:
         """The continuation of a prompt, piece by piece. sampling: tokens, temperature, top_k, top_p, min_p, seed.
 
         stop: texts that end it before `tokens` is reached; they are not part of it. Warns with `Forgotten` if the
@@ -94,7 +96,7 @@ class Run:
         settings = checked(Sampling, sampling, "generate")
         return write(self.model, self.tokenizer, self.machine, prompt, settings, stops)
 
-    def generate(self, prompt: str = "", n: int = 1, stop: str | Sequence[str] = (), **sampling: Any) -> list[str]:
+    def generate(self, prompt: str = "", n: int = 1, stop: Stop = (), **sampling: Any) -> list[str]:
         """`n` continuations of a prompt, without the prompt; the first has the `seed` given (0), the next seed + 1."""
         _whole("n", n)
         first = checked(Sampling, sampling, "generate")
@@ -111,9 +113,7 @@ class Run:
             run = self.checkpoint.parents[1]
             raise UserError(f"{run} was not taught to talk; teach it: khanhllm tune {run} --data chats.jsonl")
 
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], stop: str | Sequence[str] = (), **sampling: Any
-    ) -> Iterator[str]:
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], stop: Stop = (), **sampling: Any) -> Iterator[str]:
         """The answer to a conversation, piece by piece. messages: {"role", "content"} each, a question the last.
 
         Where the model's context is full the oldest turns go, for the answer to have room. sampling and stop: as for
@@ -133,7 +133,7 @@ class Run:
         ids = render(kept, self.tokenizer, answer=True)
         return answer(self.model, self.tokenizer, self.machine, ids, settings, _stops(stop))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], stop: str | Sequence[str] = (), **sampling: Any) -> str:
+    def chat(self, messages: Sequence[Mapping[str, Any]], stop: Stop = (), **sampling: Any) -> str:
         """The answer to a conversation; see `stream_chat`."""
         return "".join(self.stream_chat(messages, stop, **sampling))
 
@@ -231,8 +231,8 @@ def _check_text(text: object) -> None:
         raise UserError(f"a text must be a str, got {type(text).__name__}")
 
 
-def _stops(stop: str | Sequence[str]) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
+def _stops(stop: Stop) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(() if stop is None else stop)
     if not all(isinstance(text, str) and text for text in stops) or stop == "":
         raise UserError("stop must be one or more texts, none of them empty")
     return stops
