@@ -158,6 +158,12 @@ def test_a_checkpoint_that_a_training_removed_cannot_be_saved_and_that_is_one_li
     assert not (tmp_path / "again").exists() and opened.identity == trained[0].identity
 
 
+def test_a_run_shows_itself_in_one_line(trained):
+    run, folder = trained
+    numbers = sum(parameter.numel() for parameter in run.model.parameters())
+    assert repr(run) == f"<Run {str(folder / 'run')!r}: step 4, {numbers / 1000:.1f} k parameters>"
+
+
 def test_a_prompt_too_long_warns(trained):
     with pytest.warns(UserWarning, match="sees only the last 31"):
         trained[0].generate("word " * 100, tokens=1)

@@ -26,10 +26,11 @@ from khanhllm.log.run_log import best_of, validations_of
 from khanhllm.machine.adapt import adapt
 from khanhllm.machine.devices import Machine, open_machine
 from khanhllm.model import Transformer
-from khanhllm.model.counts import on_paper
+from khanhllm.model.counts import on_paper, total_parameters
 from khanhllm.schema import Config, MachineConfig, Sampling
 from khanhllm.settings import checked, read_config, write_config
 from khanhllm.training import checkpoint, tensor_files
+from khanhllm.units import short
 
 FINDINGS = "experts.json"
 """the file in a run folder with what `khanhllm experts` finds"""
@@ -59,7 +60,7 @@ class Forgotten(UserWarning):
     """A prompt is longer than the model sees at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """Made by `khanhllm.load`. Texts are read as training reads them: as a document, after an end-of-text."""
 
@@ -72,6 +73,11 @@ class Run:
     """what else the checkpoint holds"""
     identity: str
     """a hash by which others may name the weights, asked when they were opened: a training removes old checkpoints"""
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it; that of all fields would have thousands of characters."""
+        folder, parameters = str(self.checkpoint.parents[1]), short(total_parameters(self.model))
+        return f"<Run {folder!r}: step {self.step:,}, {parameters} parameters>"
 
     @property
     def step(self) -> int:
