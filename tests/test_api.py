@@ -120,6 +120,7 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
         (lambda: khanhllm.load(folder / "rum"), r"did you mean .*run\?\)"),
         (lambda: khanhllm.load(folder / "run", device="banana"), "machine.device"),
         (lambda: khanhllm.history(tmp_path), "not a run folder"),
+        (lambda: khanhllm.history(run.save(tmp_path / "saved")), "saved has no training_log.csv yet; train the run"),
         (lambda: khanhllm.train("nanno"), "did you mean nano"),
         (lambda: khanhllm.train("nano", run=folder / "run"), "already holds a run"),
         (lambda: khanhllm.train("nano", learning_rate=1), "unknown argument learning_rate"),

@@ -19,6 +19,7 @@ from khanhllm.settings import (
     nothing_to_resume,
     other_shape,
     preset_names,
+    read_config,
     read_toml,
     resolve,
     settings_of,
@@ -173,7 +174,8 @@ def history(run: str | Path) -> "dict[str, Floats]":
 
     log = _place("run", run) / "training_log.csv"
     if not log.exists():
-        raise UserError(f"{run} is not a run folder (it has no {log.name}); train one with: khanhllm train nano")
+        read_config(log.parent)  # which refuses a folder that holds no run
+        raise UserError(f"{run} has no {log.name} yet; train the run further")
     return read_log(log, names=None)
 
 
