@@ -102,7 +102,11 @@ def read_size(given: Any) -> int:
     match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(i?)b?\s*", str(given).lower())
     if not match or not float(match[1]):
         raise UserError(f"--memory: must be a size, such as 8GB or 600MB (got {str(given)[:60]!r})")
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
+    size = round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
+    if size < 10**6 and not match[2]:  # nobody means so few bytes
+        unit = "GB" if size < 1000 else "MB"
+        raise UserError(f"--memory: {match[1]} means {as_size(size)}; write {match[1]}{unit}")
+    return size
 
 
 def fit_micro_batch(config: Config, hardware: Hardware) -> Config:
