@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -415,7 +416,7 @@ def test_ctrl_c_while_python_still_imports_is_quiet_too(way, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 128 + 10), ("SIGHUP", 129)])
-def test_a_training_that_a_signal_stopped_ends_with_its_code(name, code, trained, tmp_path, monkeypatch):
+def test_a_training_that_a_signal_stopped_ends_with_its_code(name, code, trained, tmp_path, monkeypatch, capsys):
     """So that in `train && evaluate` the second does not follow a Ctrl-C; saved it is all the same."""
     honest = run.train_step
 
@@ -426,11 +427,12 @@ def test_a_training_that_a_signal_stopped_ends_with_its_code(name, code, trained
         return result
 
     monkeypatch.setattr(run, "train_step", stopping)
-    words = ["train", "--config", str(trained / "run" / "config.toml"), "--run", str(tmp_path / "run")]
+    words = ["train", "--config", str(trained / "run" / "config.toml"), "--run", str(tmp_path / "my run")]
     assert cli.main(words) == code
-    assert (tmp_path / "run" / "checkpoints" / "step-0000002").exists()
+    assert (tmp_path / "my run" / "checkpoints" / "step-0000002").exists()
     monkeypatch.undo()
-    assert cli.main([*words, "--resume"]) == 0
+    proposed = capsys.readouterr().out.partition("to continue: khanhllm ")[2].splitlines()[0]
+    assert cli.main(shlex.split(proposed)) == 0
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "serve", "experts"])

@@ -19,6 +19,7 @@ from khanhllm.data.made import KINDS, write_made
 from khanhllm.data.made import held_out as held_out_of
 from khanhllm.data.render import render
 from khanhllm.errors import UserError, missing_extra
+from khanhllm.files import quoted
 from khanhllm.inference.score import expert_load
 from khanhllm.lab.talks import likeliest
 from khanhllm.log.pictures import loss_curve_png, loss_curve_text
@@ -59,7 +60,7 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> str:
     console.rule("[bold]What it writes")
     _sample(console, opened)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
-    console.print(NEXT.format(run=folder, steps=2 * config.train.steps), markup=False, soft_wrap=True)
+    console.print(NEXT.format(folder=folder, run=quoted(folder), steps=2 * config.train.steps), markup=False, soft_wrap=True)
     return ""
 
 
@@ -86,7 +87,7 @@ def talk(folder: Path, settings: Mapping[str, Any]) -> str:
     console.rule("[bold]What it answers")
     _score_answers(console, opened)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
-    console.print(f"To talk with it: khanhllm chat {out}\n", markup=False, soft_wrap=True)
+    console.print(f"To talk with it: khanhllm chat {quoted(out)}\n", markup=False, soft_wrap=True)
     if sys.stdin and sys.stdin.isatty() and console.is_terminal and "CI" not in os.environ:
         console.print(TRY, markup=False)
         Talk(opened, Sampling(temperature=0)).run()
@@ -175,7 +176,7 @@ and your name, if it is one of those it read (I am Anna. / Who am I?).
 """
 
 NEXT = """\
-{run} holds the checkpoint, the tokenizer with a readable vocab.txt,
+{folder} holds the checkpoint, the tokenizer with a readable vocab.txt,
 training_log.csv, samples.txt, loss.png, and config.toml, which reproduces the
 run. Try next:
 

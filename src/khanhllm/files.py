@@ -3,6 +3,7 @@
 
 import errno
 import os
+import shlex
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -123,6 +124,11 @@ def there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a shell takes it, for a command that is proposed."""
+    return shlex.quote(str(path))
 
 
 def check_new(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A conversation in the terminal."""
 
 import io
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -98,10 +99,10 @@ def test_a_long_system_message_is_never_left_out(talker, monkeypatch):
         talker.chat([{"role": "system", "content": system * 2}, *turns])
 
 
-def test_a_run_that_was_not_taught_is_refused_in_one_line(served, capsys):
-    run = served.checkpoint.parents[1]
+def test_a_run_that_was_not_taught_is_refused_in_one_line(served, tmp_path, capsys):
+    run = shutil.copytree(served.checkpoint.parents[1], tmp_path / "my run")
     assert main(["chat", str(run)]) == 2
-    assert f"was not taught to talk; teach it: khanhllm tune {run} --data" in capsys.readouterr().err
+    assert f"was not taught to talk; teach it: khanhllm tune '{run}' --data" in capsys.readouterr().err
     with pytest.raises(UserError, match="not taught"):
         served.chat([{"role": "user", "content": "Hi"}])
 

@@ -55,10 +55,10 @@ def tuned(base, out, source, settings=QUIET, **options):
 
 
 def test_the_way_of_the_command_line(base, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "talks"
+    out = tmp_path / "my talks"
     words = ["tune", str(base), "--data", chats(tmp_path / "chats.jsonl"), "--out", str(out), "--epochs", "1"]
     assert cli.main([*words, "--machine.threads", "1", "--train.sample_tokens", "4"]) == 0
-    assert f"khanhllm chat {out}" in capsys.readouterr().err
+    assert f"khanhllm chat '{out}'\n" in capsys.readouterr().err
     rows = logged(out)
     assert rows[-1]["counted"] and float(rows[-1]["val_ce"]) > 0 and float(rows[-1]["base_bpb"]) > 0
     assert "<|user|>" in (out / "samples.txt").read_text() and "<|assistant|>" in (out / "samples.txt").read_text()
@@ -69,7 +69,7 @@ def test_the_way_of_the_command_line(base, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(["evaluate", str(out), "--json", "--data", str(tmp_path / "chats.jsonl")]) == 0
     assert json.loads(capsys.readouterr().out)["val_tokens"] == 120 * 3  # two digits and the end of each answer
-    assert cli.main(words) == 2 and f"khanhllm train --resume --run {out}" in capsys.readouterr().err
+    assert cli.main(words) == 2 and f"khanhllm train --resume --run '{out}')" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("1 1?\n/new\n2 2?\n"))
     assert cli.main(["chat", str(out), "--tokens", "3", "--temperature", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2
@@ -181,9 +181,9 @@ def test_a_replay_of_nothing_is_refused(base, corpus, tmp_path, capsys):
 
 def test_checkpoints_that_lie_where_it_is_to_write_are_not_taken_for_its_own(base, tmp_path):
     """It would have gone on from them, instead of from the run that is named."""
-    out = tmp_path / "out"
+    out = tmp_path / "my out"
     shutil.copytree(base / "checkpoints", out / "checkpoints")
-    with pytest.raises(UserError, match=r"out already holds a run; continue it .*, or name another folder \(--out\)"):
+    with pytest.raises(UserError, match=r"out already holds a run; continue it .*/my out'\), or name another folder \(--out\)"):
         tune(base, out, chats(tmp_path / "chats.jsonl"))
     assert not (out / "config.toml").exists()
 
@@ -232,14 +232,14 @@ def test_a_mixture_is_balanced_while_it_is_tuned(base, tmp_path, capsys):
 
 def test_processes_that_torchrun_started_write_no_first_checkpoint(base, tmp_path, capsys, monkeypatch):
     """Each would write its own and destroy those of the others."""
-    source, out = chats(tmp_path / "chats.jsonl"), str(tmp_path / "out")
+    source, out = chats(tmp_path / "chats.jsonl"), str(tmp_path / "my out")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for words in (["tune", str(base), "--data", source, "--out", out], ["train", "--from", str(base), "--run", out]):
         assert cli.main(words) == 2
         said = capsys.readouterr().err
-        assert "or with --machine.processes, and then torchrun" in said and said.count("\n") == 1
-        assert not (tmp_path / "out").exists()
+        assert "or with --machine.processes, and then torchrun" in said and said.endswith(f" --run '{out}'\n")
+        assert said.count("\n") == 1 and not Path(out).exists()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def test_what_cannot_be_upcycled(dense, tmp_path, capsys):
     assert not mixture.exists()
     assert cli.main(words) == 0
     assert cli.main(words) == 2
+    assert cli.main([*words[:3], str(tmp_path / "my mixture")]) == 0
+    assert capsys.readouterr().out.endswith(f"khanhllm train --resume --run '{tmp_path}/my mixture'\n")
     assert cli.main(["upcycle", str(mixture), "--out", str(tmp_path / "twice")]) == 2
     assert "mixture layers already" in capsys.readouterr().err
 

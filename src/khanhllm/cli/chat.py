@@ -16,6 +16,7 @@ from khanhllm.cli.arguments import (
     stop,
     which,
 )
+from khanhllm.files import quoted
 from khanhllm.schema import Config
 from khanhllm.settings import beside, read_config, resolve
 
@@ -46,7 +47,7 @@ def tune(options: argparse.Namespace) -> int:
     )
     stopped = training.train(config, out, resume=True)
     if not stopped:
-        print(f"to talk with it: khanhllm chat {out}", file=sys.stderr)
+        print(f"to talk with it: khanhllm chat {quoted(out)}", file=sys.stderr)
     return exit_code(stopped)
 
 

@@ -19,7 +19,7 @@ from khanhllm.cli.arguments import (
     whole,
 )
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import quoted, read
 from khanhllm.settings import read_config, resolve
 
 SETS = "eval-data"
@@ -219,7 +219,8 @@ def upcycle(options: argparse.Namespace) -> None:
     from khanhllm.runs.upcycle import upcycle
 
     upcycle(Path(options.run), Path(options.out), options.pattern, options.experts, options.experts_per_token)
-    print(f"{options.out} computes what {options.run} did; to continue: khanhllm train --resume --run {options.out}")
+    way = f"khanhllm train --resume --run {quoted(options.out)}"
+    print(f"{options.out} computes what {options.run} did; to continue: {way}")
 
 
 def upcycle_options(parser: argparse.ArgumentParser) -> None:

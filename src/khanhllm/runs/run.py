@@ -16,7 +16,7 @@ from khanhllm.data.counting import Reading
 from khanhllm.data.render import fitting, render
 from khanhllm.data.tokenizer import Tokenizer
 from khanhllm.errors import UserError
-from khanhllm.files import check_new, foreign
+from khanhllm.files import check_new, foreign, quoted
 from khanhllm.inference.generate import answer, most_read, write
 from khanhllm.inference.likelihood import ROWS_OF_TOKENS
 from khanhllm.inference.routes import watched
@@ -117,7 +117,7 @@ class Run:
         """Raise UserError if it was not taught to."""
         if not self.talks:
             run = self.checkpoint.parents[1]
-            raise UserError(f"{run} was not taught to talk; teach it: khanhllm tune {run} --data chats.jsonl")
+            raise UserError(f"{run} was not taught to talk; teach it: khanhllm tune {quoted(run)} --data chats.jsonl")
 
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], stop: Stop = (), **sampling: Any) -> Iterator[str]:
         """The answer to a conversation, piece by piece. messages: {"role", "content"} each, a question the last.

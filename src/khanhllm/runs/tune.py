@@ -15,7 +15,7 @@ from khanhllm.data.ensure import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.source_syntax import with_home
 from khanhllm.errors import UserError
-from khanhllm.files import there
+from khanhllm.files import quoted, there
 from khanhllm.machine.devices import open_machine
 from khanhllm.machine.group import environment
 from khanhllm.model import Transformer
@@ -60,7 +60,7 @@ def tune(
     """
     _check_alone(out)
     if holds_run(out):
-        way = f"continue it (khanhllm train --resume --run {out}), or name another folder (--out)"
+        way = f"continue it (khanhllm train --resume --run {quoted(out)}), or name another folder (--out)"
         raise UserError(f"{out} already holds a run; {way}")
     if not (0 < epochs <= MOST_EPOCHS and 0 < rate < math.inf):
         most = f"--epochs and --rate must be above 0, --epochs at most {MOST_EPOCHS:,}"
@@ -122,7 +122,7 @@ def _check_alone(out: Path) -> None:
     if (size := environment("WORLD_SIZE", 1, default=1)) > 1:
         raise UserError(
             f"each of the {size} processes would write the first checkpoint of {out}; begin it in one process, or with "
-            f"--machine.processes, and then torchrun ... khanhllm train --resume --run {out}"
+            f"--machine.processes, and then torchrun ... khanhllm train --resume --run {quoted(out)}"
         )
 
 

@@ -26,7 +26,7 @@ from khanhllm.data.belt import Starved
 from khanhllm.data.counting import Marks, Reading
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
-from khanhllm.files import foreign, locked, there
+from khanhllm.files import foreign, locked, quoted, there
 from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine import launch
@@ -119,7 +119,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
             for line in [*_timed(parts, state), *_rise(parts, log)]:
                 log.say(line)
         else:
-            log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {folder}")
+            log.say(f"stopped by {stop.asked}; to continue: khanhllm train --resume --run {quoted(folder)}")
         return "" if finished else stop.asked
 
 
@@ -281,7 +281,7 @@ def _rise(parts: Parts, log: Log) -> Iterator[str]:
     best = log.best(map(checkpoint.step_of, checkpoint.steps(parts.run)))
     yield (
         f"validation was best at step {least}, {found[least]:.4f}, and rose to {found[last]:.4f}, as when a text is "
-        f"read too often; the best checkpoint is that of step {best}: khanhllm generate {parts.run} --step best"
+        f"read too often; the best checkpoint is that of step {best}: khanhllm generate {quoted(parts.run)} --step best"
     )
 
 
