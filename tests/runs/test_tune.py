@@ -75,6 +75,13 @@ def test_the_way_of_the_command_line(base, tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def test_a_run_that_was_tuned_on_texts_is_not_said_to_talk(base, corpus, tmp_path, capsys):
+    words = ["tune", str(base), "--data", str(corpus), "--out", str(tmp_path / "out"), "--train.targets", "all"]
+    own = ["--epochs", "0.01", "--machine.threads", "1", "--data.cache", str(tmp_path / "shards")]
+    assert cli.main([*words, *own]) == 0
+    assert capsys.readouterr().err.endswith(f"to see what it writes: khanhllm generate {tmp_path / 'out'}\n")
+
+
 def test_its_config_says_all_and_its_base_is_untouched(base, tmp_path):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in base.rglob("*"))
     config = tune(base, tmp_path / "out", chats(tmp_path / "chats.jsonl"), rate=0.25, settings=QUIET)

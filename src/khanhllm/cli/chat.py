@@ -47,7 +47,9 @@ def tune(options: argparse.Namespace) -> int:
     )
     stopped = training.train(config, out, resume=True)
     if not stopped:
-        print(f"to talk with it: khanhllm chat {quoted(out)}", file=sys.stderr)
+        talks = config.train.targets == "answers"
+        way = "to talk with it: khanhllm chat" if talks else "to see what it writes: khanhllm generate"
+        print(f"{way} {quoted(out)}", file=sys.stderr)
     return exit_code(stopped)
 
 
