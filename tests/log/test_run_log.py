@@ -258,6 +258,16 @@ def test_text_is_shown_and_never_obeyed(tmp_path, console):
     assert "[red]a[/red] \\x1b]0;b\\x07\\x1b[31m :smile: \\u202ec\\x9b2J \\x00\\ud800 Việt\nnext" in printed(console)
 
 
+def test_a_long_path_is_not_broken_and_the_panel_stays_whole(tmp_path):
+    """So that it can be copied; the terminal wraps the line."""
+    console, path = screen(), f"runs/{'a long name/' * 20}"
+    with Log.open(tmp_path, config(), console=console) as log:
+        log.say(f"saved {path}")
+    drawn = Console(file=io.StringIO(), force_terminal=True, width=80)
+    drawn.print(panel(log.terminal.story, 80, 24))
+    assert f"saved {path}\n{printed(drawn).rstrip()}" in printed(console)
+
+
 def test_an_output_that_cannot_write_all_letters(tmp_path):
     console = pipe(encoding="ascii")
     with Log.open(tmp_path, config(), console=console) as log:

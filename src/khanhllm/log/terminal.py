@@ -110,10 +110,11 @@ class Terminal:
             self._print_line()
 
     def say(self, text: str) -> None:
-        """Print a message, with its control characters escaped."""
-        shown = Text(visible(text, self.console.encoding))
+        """Print a message, with its control characters escaped. No line of it is broken, so that paths and commands can
+        be copied: the terminal wraps it, also above the panel."""
+        shown = Text(visible(text, self.console.encoding), no_wrap=True, overflow="ignore")
         with suppress(OSError):  # the output may go to a file on a full disk: training continues
-            self.console.print(shown, soft_wrap=not self.live, markup=False, highlight=False, emoji=False)
+            self.console.print(Group(shown), crop=False)  # print() makes a bare Text anew, which would wrap
 
     def close(self) -> None:
         """Show the last step and release the terminal."""
