@@ -31,10 +31,16 @@ def talk(talker, monkeypatch):
 
         monkeypatch.setattr(type(talker), "stream_chat", stream_chat)
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        Talk(talker, Sampling(), **options).run()
+        assert Talk(talker, Sampling(), **options).run() == 0
         return asked
 
     return typing
+
+
+@pytest.fixture
+def person(monkeypatch):
+    """A function that says whether there is one, at a terminal."""
+    return lambda there: monkeypatch.setattr(Talk, "person", property(lambda _: there, lambda *_: None), raising=False)
 
 
 def test_lines_in_answers_out(talk, capsys):
@@ -45,13 +51,21 @@ def test_lines_in_answers_out(talk, capsys):
 
 def test_commands(talk, capsys):
     asked = talk(
-        "one", "zero", "/undo", "two", "/new", "three", "/system Short.", "four", "/what", "/help", "/quit", "five"
+        "one", "zero", "/undo", "two", "/new", "three", "/system Short.", "four", "/help", "/quit", "five"
     )
     first = ["user: one", "assistant: answer 1"]
     assert asked[:3] == [["user: one"], [*first, "user: zero"], [*first, "user: two"]]
     assert asked[3:] == [["user: three"], ["system: Short.", "user: four"]]
-    told = capsys.readouterr().err
-    assert "/what is unknown" in told and "/undo " in told
+    assert "/undo " in capsys.readouterr().err
+
+
+def test_a_line_that_begins_with_a_slash(talk, person, capsys):
+    """For a person it is a command that is mistyped; on a pipe, where nobody reads this, it is a question."""
+    person(True)
+    assert talk("/usr/bin is what?", "/help") == []
+    assert "/usr/bin is unknown; /help lists" in capsys.readouterr().err
+    person(False)
+    assert talk("/usr/bin is what?", "/help") == [["user: /usr/bin is what?"]]
 
 
 def test_a_system_message_begins_it(talk):
@@ -59,22 +73,38 @@ def test_a_system_message_begins_it(talk):
     assert talk("one", system="  ") == [["user: one"]]
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(talk, monkeypatch, capsys):
+def test_ctrl_c_ends_the_answer_and_not_the_program(talk, person, capsys):
     def interrupted(pieces):
         yield from pieces
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Talk, "person", property(lambda _: True, lambda *_: None), raising=False)
+    person(True)
     asked = talk("one", "two", answers=interrupted)
     assert asked[1] == ["user: one", "assistant: answer 1", "user: two"]
     assert "answer 1 …" in capsys.readouterr().out
 
 
-def test_a_question_that_is_too_long_is_told_and_forgotten(talker, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 5000 + "\nimport\n"))
-    Talk(talker, Sampling(tokens=2)).run()
+def test_a_question_that_is_too_long_is_told_and_forgotten(talker, person, monkeypatch, capsys):
+    """On a pipe an empty line stands in its place, and the exit code tells."""
+    monkeypatch.setattr("khanhllm.runs.run.answer", lambda *_: iter(["yes"]))
+    lines = "import\n" + "word " * 5000 + "\n\nimport\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert Talk(talker, Sampling(tokens=2)).run() == 2
     out, err = capsys.readouterr()
-    assert "longer than the model sees at once" in err and out.count("\n") >= 1
+    assert err.startswith("question 2: the question is longer than the model sees at once") and out == "yes\n\nyes\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    person(True)
+    assert Talk(talker, Sampling(tokens=2)).run() == 0
+    out, err = capsys.readouterr()
+    assert "\nthe question is longer" in err and "question 2" not in err
+
+
+@pytest.mark.parametrize("letters", ["surrogateescape", "strict"])
+def test_a_question_that_is_not_utf8_is_refused(talker, monkeypatch, letters):
+    """Also in the locale C, where Python would read its bytes as surrogates."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad\n"), "utf-8", letters))
+    with pytest.raises(UserError, match="the standard input is not UTF-8 text"):
+        Talk(talker, Sampling(tokens=2)).run()
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talker, monkeypatch):

@@ -76,8 +76,8 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
 def chat(options: argparse.Namespace) -> int:
     """Talk with a run that `khanhllm tune` taught to.
 
-    /help lists what else can be typed. Ctrl-C ends an answer, Ctrl-D the conversation. On a pipe, each line is a
-    question.
+    /help lists what else can be typed. Ctrl-C ends an answer, Ctrl-D the conversation. On a pipe, each line but
+    those is a question; an empty line stands for an answer that cannot be given, and the exit code is then 2.
     """
     sampling = sampling_of(options, "chat")
     machine = resolve(given(options), where="chat").machine
@@ -88,8 +88,7 @@ def chat(options: argparse.Namespace) -> int:
     opened = open_run(Path(options.run), machine, options.step)
     opened.check_talks()
     opened.machine.take_process()
-    Talk(opened, sampling, options.system, options.stop).run()
-    return 0
+    return Talk(opened, sampling, options.system, options.stop).run()
 
 
 def chat_options(parser: argparse.ArgumentParser) -> None:

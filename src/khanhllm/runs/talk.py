@@ -24,12 +24,13 @@ class Talk:
     def __init__(self, run: Run, sampling: Sampling, system: str = "", stops: Sequence[str] = ()) -> None:
         self.run_, self.sampling, self.stops = run, sampling, stops
         self.messages: list[dict[str, str]] = []
+        self.asked, self.missed = 0, False
         self.system = system if system.strip() else ""
         self.screen = on_terminal()
         self.person = self.screen and sys.stdin is not None and sys.stdin.isatty()
 
-    def run(self) -> None:
-        """Talk until the input ends."""
+    def run(self) -> int:
+        """Talk until the input ends. The exit code: 2 if nobody was there to see that a question was not answered."""
         if sys.stdin is None or sys.stdout is None:
             raise UserError("khanhllm chat needs standard input and output, and one of them is closed")
         if self.person:
@@ -39,21 +40,26 @@ class Talk:
         while (line := self._line()) is not None:
             word, _, rest = line.strip().partition(" ")
             if word == "/quit":
-                return
-            if word.startswith("/") and not self._command(word, rest.strip()):
+                break
+            if self._command(word, rest.strip()):
+                continue
+            if self.person and word.startswith("/"):  # on a pipe it is a question, such as one about /usr/bin
                 self._tell(f"{word} is unknown; /help lists what can be typed")
-            elif line.strip() and not word.startswith("/"):
+            elif word:
                 self._answer(line)
+        return 2 if self.missed else 0
 
     def _line(self) -> str | None:
         """The next line; None at the end."""
         try:
-            return input("> " if self.person else "")
+            line = input("> " if self.person else "")
+            line.encode()  # in the locale C, Python makes surrogates of bytes that are no text
+            return line
         except EOFError:
             if self.person:
                 print()
             return None
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise UserError("the standard input is not UTF-8 text") from None
         except KeyboardInterrupt:  # of a line that is being typed
             if not self.person:
@@ -77,6 +83,7 @@ class Talk:
         asked = [*self.messages, {"role": "user", "content": line}]
         system = [{"role": "system", "content": self.system}] * bool(self.system)
         said = ""
+        self.asked += 1
         settings = reseeded(self.sampling, len(self.messages)).model_dump()
         try:
             for piece in self.run_.stream_chat([*system, *asked], self.stops, **settings):
@@ -84,7 +91,7 @@ class Talk:
                 print(visible(piece) if self.screen else piece, end="", flush=True)
             print(flush=True)
         except UserError as error:
-            self._tell(str(error))
+            self._miss(str(error))
             return
         except KeyboardInterrupt:
             if not self.person:
@@ -92,6 +99,15 @@ class Talk:
             print(" …")
         if said.strip():  # what was not answered is forgotten
             self.messages = [*asked, {"role": "assistant", "content": said}]
+
+    def _miss(self, why: str) -> None:
+        """Say why a question is not answered. On a pipe an empty line stands for the answer, so that the others still
+        belong to their questions."""
+        if self.person:
+            return self._tell(why)
+        print(flush=True)
+        self.missed = True
+        self._tell(f"question {self.asked}: {why}")
 
     def _tell(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
