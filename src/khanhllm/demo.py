@@ -60,7 +60,9 @@ def tell(folder: Path, settings: Mapping[str, Any]) -> str:
     console.rule("[bold]What it writes")
     _sample(console, opened)
     console.rule(f"[bold]Done in {(time.perf_counter() - started) / 60:.1f} minutes")
-    console.print(NEXT.format(folder=folder, run=quoted(folder), steps=2 * config.train.steps), markup=False, soft_wrap=True)
+    console.print(
+        NEXT.format(folder=folder, run=quoted(folder), steps=2 * config.train.steps), markup=False, soft_wrap=True
+    )
     return ""
 
 

@@ -103,11 +103,20 @@ def several(text: str) -> int:
     return number
 
 
-def stop(text: str) -> str:
+def utf8(typed: str) -> str:
+    """A text for a model. Bytes of a command line that are not UTF-8 arrive as surrogates."""
+    try:
+        typed.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8 text") from None
+    return typed
+
+
+def stop(typed: str) -> str:
     """A text that ends what a model writes."""
-    if not text:
+    if not typed:
         raise argparse.ArgumentTypeError("the text is empty")
-    return text
+    return utf8(typed)
 
 
 WHICH = "the checkpoint to take: of a step, or the one with the best validation (the newest)"

@@ -14,6 +14,7 @@ from khanhllm.cli.arguments import (
     sampling_knobs,
     sampling_of,
     stop,
+    utf8,
     which,
 )
 from khanhllm.files import quoted
@@ -94,7 +95,7 @@ def chat(options: argparse.Namespace) -> int:
 def chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=name, help="a run folder that khanhllm tune wrote")
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
-    parser.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
+    parser.add_argument("--system", metavar="TEXT", type=utf8, default="", help="a system message (none)")
     parser.add_argument(
         "--stop",
         metavar="TEXT",

@@ -15,6 +15,7 @@ from khanhllm.cli.arguments import (
     sampling_of,
     some,
     stop,
+    utf8,
     which,
     whole,
 )
@@ -83,7 +84,11 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", metavar="N|best", type=which, help=WHICH)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--prompt", metavar="TEXT", default="", help="text to continue; empty: a fresh document; -: the standard input"
+        "--prompt",
+        metavar="TEXT",
+        type=utf8,
+        default="",
+        help="text to continue; empty: a fresh document; -: the standard input",
     )
     prompt.add_argument("--prompt-file", metavar="FILE", type=name, help="a file with the text to continue (UTF-8)")
     parser.add_argument("--samples", metavar="N", type=some, default=1, help="continuations to write (1)")
