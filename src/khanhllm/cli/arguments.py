@@ -32,6 +32,16 @@ ELSEWHERE = {
 """what other programs call our options"""
 
 
+SHORT = {
+    "data": ("--data", "data.source"),
+    "replay": ("--replay", "data.replay"),
+    "steps": ("--steps", "train.steps"),
+    "time": ("--for", "train.seconds"),
+    "tokens": ("--tokens", "train.steps"),
+}
+"""options that stand for a key of the config, which has an option too"""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line that says what to do."""
 
@@ -176,8 +186,12 @@ def placeholder(kind: Any) -> str:
 
 
 def given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The dotted options that were typed, as config settings."""
-    return nested({name: value for name, value in vars(options).items() if "." in name})
+    """The dotted options that were typed, as config settings. UserError for one that was typed in its short form too."""
+    typed = {name: value for name, value in vars(options).items() if value is not None}
+    for dest, (option, key) in SHORT.items():
+        if dest in typed and key in typed:
+            raise UserError(f"give one of {option} and --{key}")
+    return nested({name: value for name, value in typed.items() if "." in name})
 
 
 def short(section: str, key: str, value: Any) -> dict[str, dict[str, Any]]:

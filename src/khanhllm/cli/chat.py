@@ -22,6 +22,10 @@ from khanhllm.schema import Config
 from khanhllm.settings import beside, read_config, resolve
 
 
+REPLAY = 0.3
+"""share of a tuning's rows that is text of its base"""
+
+
 def tune(options: argparse.Namespace) -> int:
     """Teach a trained run to answer: train it on conversations, in a run folder of its own.
 
@@ -30,7 +34,7 @@ def tune(options: argparse.Namespace) -> int:
     so that the model does not forget it; the log shows both. `khanhllm chat OUT` talks with the result, and
     `khanhllm train --resume --run OUT` continues after an interruption.
     """
-    run = Path(options.run)
+    run, settings = Path(options.run), given(options)
     out = Path(options.out) if options.out else beside(run, "-chat")
     read_config(run)  # what is no run is refused before torch is loaded
     from khanhllm.machine.signals import exit_code
@@ -42,9 +46,9 @@ def tune(options: argparse.Namespace) -> int:
         out,
         options.data,
         epochs=options.epochs,
-        replay=options.replay,
+        replay=REPLAY if options.replay is None else options.replay,
         rate=options.rate,
-        settings=given(options),
+        settings=settings,
     )
     stopped = training.train(config, out, resume=True)
     if not stopped:
@@ -62,7 +66,7 @@ def tune_options(parser: argparse.ArgumentParser) -> None:
         "--epochs", metavar="N", type=number, default=3.0, help="how often it reads the conversations (3)"
     )
     parser.add_argument(
-        "--replay", metavar="SHARE", type=number, default=0.3, help="share of the rows that is text of RUN (0.3)"
+        "--replay", metavar="SHARE", type=number, help=f"share of the rows that is text of RUN ({REPLAY})"
     )
     parser.add_argument(
         "--rate",
