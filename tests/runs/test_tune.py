@@ -17,7 +17,7 @@ from khanhllm.data.replay import Replay
 from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
 from khanhllm.runs.run import open_run
-from khanhllm.runs.tune import tune
+from khanhllm.runs.tune import go_on, tune
 from khanhllm.settings import beside, read_config, resolve, to_toml, write_config
 from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
@@ -333,6 +333,14 @@ def test_experts_that_come_from_a_run_are_not_tied_and_its_config_says_so(base, 
     assert "tied_experts" not in capsys.readouterr().out
     assert cli.main([*words, "--run", str(tmp_path / "typed"), "--schedule.tied_experts", "0.5"]) == 0
     assert "schedule.tied_experts = 0.5 changes nothing" in capsys.readouterr().out
+
+
+def test_a_file_where_it_is_to_write_is_refused_before_long_work(base, tmp_path):
+    (out := tmp_path / "one.txt").write_text("mine")
+    for begin in (lambda: tune(base, out, "nowhere.jsonl"), lambda: go_on(base, out, read_config(base))):
+        with pytest.raises(UserError, match=r"cannot write .*one\.txt"):
+            begin()
+    assert out.read_text() == "mine"
 
 
 def test_another_tokenizer_than_that_of_the_run_is_refused(base, corpus, tmp_path, capsys):

@@ -15,7 +15,7 @@ from khanhllm.data.ensure import ensure
 from khanhllm.data.shards import MANIFEST, Shards
 from khanhllm.data.source_syntax import with_home
 from khanhllm.errors import UserError
-from khanhllm.files import quoted, there
+from khanhllm.files import check_writable, quoted, there
 from khanhllm.machine.devices import open_machine
 from khanhllm.machine.group import environment
 from khanhllm.model import Transformer
@@ -58,7 +58,7 @@ def tune(
 
     Raises UserError before anything is written.
     """
-    _check_alone(out)
+    _check_out(out)
     if holds_run(out):
         way = f"continue it (khanhllm train --resume --run {quoted(out)}), or name another folder (--out)"
         raise UserError(f"{out} already holds a run; {way}")
@@ -104,7 +104,7 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
 
     Raises UserError before anything is written.
     """
-    _check_alone(out)
+    _check_out(out)
     refuse_to_overwrite(out, resume=False)
     base = open_run(run, MachineConfig(device="cpu"))  # only its weights are taken
     model = _copy(base, config)
@@ -117,8 +117,10 @@ def go_on(run: Path, out: Path, config: Config) -> Config:
     return config
 
 
-def _check_alone(out: Path) -> None:
-    """Raise UserError if torchrun has started several processes: each would write the first checkpoint of `out`."""
+def _check_out(out: Path) -> None:
+    """Raise UserError if `out` cannot be written, or if torchrun has started several processes: each would write its
+    first checkpoint."""
+    check_writable(out / "config.toml")
     if (size := environment("WORLD_SIZE", 1, default=1)) > 1:
         raise UserError(
             f"each of the {size} processes would write the first checkpoint of {out}; begin it in one process, or with "
