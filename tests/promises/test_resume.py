@@ -456,6 +456,19 @@ def test_where_nothing_could_be_saved_nothing_is_called_saved(corpus, cache, tmp
         train(config(corpus, cache), tmp_path / "run")
 
 
+def test_of_a_run_that_was_moved_away_nothing_is_said_to_be_lost(corpus, cache, tmp_path, monkeypatch):
+    honest = training_run.train_step
+
+    def moving(*arguments):
+        if (tmp_path / "run").exists():
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return honest(*arguments)
+
+    monkeypatch.setattr(training_run, "train_step", moving)
+    with pytest.raises(UserError, match=r"could not be saved: .*; .*run is gone \(moved or removed\)$"):
+        train(config(corpus, cache, train={"steps": 2}), tmp_path / "run")
+
+
 def test_too_little_room_for_checkpoints_is_told_before_training(corpus, cache, tmp_path, monkeypatch, capsys):
     """Refused if not even one fits, and then the folder holds no run; a warning if fewer fit than are kept."""
     train(config(corpus, cache), tmp_path / "all")

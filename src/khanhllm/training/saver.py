@@ -191,6 +191,8 @@ class Saver:
             time.sleep(1)
 
     def _kept(self) -> str:
+        if not self.run.exists():
+            return f"{self.run} is gone (moved or removed)"
         found = checkpoint.steps(self.run)
         return f"the last one saved is {found[0].name}, for --resume" if found else "nothing of this run is saved"
 
