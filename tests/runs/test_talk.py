@@ -50,9 +50,7 @@ def test_lines_in_answers_out(talk, capsys):
 
 
 def test_commands(talk, capsys):
-    asked = talk(
-        "one", "zero", "/undo", "two", "/new", "three", "/system Short.", "four", "/help", "/quit", "five"
-    )
+    asked = talk("one", "zero", "/undo", "two", "/new", "three", "/system Short.", "four", "/help", "/quit", "five")
     first = ["user: one", "assistant: answer 1"]
     assert asked[:3] == [["user: one"], [*first, "user: zero"], [*first, "user: two"]]
     assert asked[3:] == [["user: three"], ["system: Short.", "user: four"]]

@@ -190,7 +190,8 @@ def test_checkpoints_that_lie_where_it_is_to_write_are_not_taken_for_its_own(bas
     """It would have gone on from them, instead of from the run that is named."""
     out = tmp_path / "my out"
     shutil.copytree(base / "checkpoints", out / "checkpoints")
-    with pytest.raises(UserError, match=r"out already holds a run; continue it .*/my out'\), or name another folder \(--out\)"):
+    why = r"out already holds a run; continue it .*/my out'\), or name another folder \(--out\)"
+    with pytest.raises(UserError, match=why):
         tune(base, out, chats(tmp_path / "chats.jsonl"))
     assert not (out / "config.toml").exists()
 

@@ -186,7 +186,7 @@ def placeholder(kind: Any) -> str:
 
 
 def given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The dotted options that were typed, as config settings. UserError for one that was typed in its short form too."""
+    """The dotted options that were typed, as config settings. UserError for one typed in its short form too."""
     typed = {name: value for name, value in vars(options).items() if value is not None}
     for dest, (option, key) in SHORT.items():
         if dest in typed and key in typed:

@@ -21,7 +21,6 @@ from khanhllm.files import quoted
 from khanhllm.schema import Config
 from khanhllm.settings import beside, read_config, resolve
 
-
 REPLAY = 0.3
 """share of a tuning's rows that is text of its base"""
 
