@@ -9,7 +9,16 @@ from khanhllm.errors import UserError, missing_extra
 from khanhllm.files import publish
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
 from khanhllm.schema import Config
-from khanhllm.settings import preset, preset_names, read_config, resolve, to_toml, with_length, write_config
+from khanhllm.settings import (
+    preset,
+    preset_names,
+    read_config,
+    read_toml,
+    resolve,
+    to_toml,
+    with_length,
+    write_config,
+)
 from khanhllm.units import amount, seconds
 
 
@@ -53,6 +62,8 @@ def test_a_text_of_many_dots_survives_the_run_folder(tmp_path):
         ({"optim": {"lr": "nan"}}, "optim.lr"),
         ({"optim": {"lr": -1}}, "must be more than 0 "),
         ({"train": {"steps": "many"}}, "train.steps"),
+        ({"train": {"steps": True}}, "train.steps: must be a whole number, such as 1000 or 10k (got 'true')"),
+        ({"optim": {"lr": False}}, "optim.lr: must be a number (got 'false')"),
         ({"train": {"seconds": 1e305}}, "train.seconds: must be at most 1,000,000,000"),
         ({"train": 5}, "train"),
         ({"model": {"heads": 3}}, "multiple of heads"),
@@ -138,3 +149,17 @@ def test_a_part_of_a_missing_module_names_its_extra():
     missing = missing_extra(ModuleNotFoundError("No module named 'pyarrow.parquet'", name="pyarrow.parquet"))
     assert "khanhllm[data]" in str(missing)
     assert missing_extra(ModuleNotFoundError("No module named 'ours'", name="ours")) is None
+
+
+@pytest.mark.parametrize("text", ["[train]\nsteps = 3.5", "[train]\nstepz = 3", "train = 5"])
+def test_a_wrong_key_is_told_with_the_file_that_holds_it(tmp_path, text):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match=r"mine\.toml: .*train"):
+        read_toml(tmp_path / "mine.toml")
+
+
+def test_keys_that_need_those_of_other_layers_are_not_judged_alone(tmp_path):
+    (tmp_path / "mine.toml").write_text("[model]\ndim = 96\nheads = 3\n[optim]\nlr = 1")
+    assert read_toml(tmp_path / "mine.toml") == {"model": {"dim": 96, "heads": 3}, "optim": {"lr": 1}}
+    (tmp_path / "mine.toml").write_text("[model]\nheads = 3")
+    assert read_toml(tmp_path / "mine.toml") == {"model": {"heads": 3}}

@@ -6,8 +6,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from khanhllm.schema import PATTERNS
+from khanhllm.schema import DEVICE, LAYERS, NAME, SHARES
 
+PATTERNS = {
+    LAYERS: "must be 1 to 256 letters, each D (dense) or M (mixture)",
+    SHARES: "must be a whole number for each process, such as 3,1",
+    DEVICE: "must be auto, cpu, mps, cuda or cuda:N, such as cuda:1",
+    NAME: "must have no NUL character",
+}
+"""what each means"""
 SENTENCES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",

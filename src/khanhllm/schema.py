@@ -22,17 +22,12 @@ LAYERS = r"^[DM]{1,256}$"
 SHARES = r"^([1-9][0-9]{0,3}(,[1-9][0-9]{0,3}){1,63})?$"
 DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"
 NAME = r"^[^\x00]*$"
-PATTERNS = {  # what each means, for people
-    LAYERS: "must be 1 to 256 letters, each D (dense) or M (mixture)",
-    SHARES: "must be a whole number for each process, such as 3,1",
-    DEVICE: "must be auto, cpu, mps, cuda or cuda:N, such as cuda:1",
-    NAME: "must have no NUL character",
-}
 Name = Annotated[Text, Field(pattern=NAME)]  # of a file
 
 
-def _is_whole(kind: Any) -> bool:
-    return kind is int or any(map(_is_whole, get_args(kind)))
+def _takes(kind: Any, *numbers: type) -> bool:
+    """Whether an annotation allows numbers of one of these types."""
+    return kind in numbers or any(_takes(part, *numbers) for part in get_args(kind))
 
 
 class Section(BaseModel):
@@ -42,13 +37,18 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_units(cls, given: Any) -> Any:
-        """Whole numbers may come as text such as 10k or 1GB."""
+    def _read_numbers(cls, given: Any) -> Any:
+        """Whole numbers may come as text such as 10k or 1GB. Python takes True for 1; as text it is refused."""
         if not isinstance(given, Mapping):
             return given
-        keys = {key for key, field in cls.model_fields.items() if _is_whole(field.annotation)}
-        texts = {key: whole(text) for key, text in given.items() if key in keys and isinstance(text, str)}
-        return {**given, **{key: number for key, number in texts.items() if number is not None}}
+        read = dict(given)
+        for key in given.keys() & cls.model_fields.keys():
+            kind, value = cls.model_fields[key].annotation, given[key]
+            if isinstance(value, bool) and _takes(kind, int, float):
+                read[key] = str(value).lower()
+            elif isinstance(value, str) and _takes(kind, int) and (number := whole(value)) is not None:
+                read[key] = number
+        return read
 
 
 class ModelConfig(Section):

@@ -54,18 +54,25 @@ def settings_of(name: str | Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML."""
+    """The settings of a TOML file. Raises UserError if it cannot be read, is not valid TOML, or holds a key that is wrong
+    by itself; whether its keys fit together shows with the other layers."""
     try:
         text = read(path, LONGEST).decode("utf-8-sig")  # editors on Windows put a byte order mark first
         if any(line.count(".") > DEEPEST for line in text.splitlines()):
             raise RecursionError
-        return tomllib.loads(text)
+        settings = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid TOML: {str(error)[:200]}") from None
     except RecursionError:
         raise UserError(f"{path} is not valid TOML: it is nested too deep") from None
+    try:
+        Config.model_validate(settings)
+    except ValidationError as error:
+        if error.errors()[0]["type"] != "value_error":  # as our checks of several keys raise
+            raise UserError(f"{path}: {explain(error, Config, NO_NAMES)}") from None
+    return settings
 
 
 def resolve(*layers: Mapping[str, Any], where: str = "config", names: Mapping[str, str] = NO_NAMES) -> Config:
