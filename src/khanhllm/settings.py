@@ -54,8 +54,8 @@ def settings_of(name: str | Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file. Raises UserError if it cannot be read, is not valid TOML, or holds a key that is wrong
-    by itself; whether its keys fit together shows with the other layers."""
+    """The settings of a TOML file. Raises UserError if it cannot be read, is not valid TOML, or holds a key that is
+    wrong by itself; whether its keys fit together shows with the other layers."""
     try:
         text = read(path, LONGEST).decode("utf-8-sig")  # editors on Windows put a byte order mark first
         if any(line.count(".") > DEEPEST for line in text.splitlines()):
