@@ -132,7 +132,7 @@ def test_what_makes_no_sense_is_one_line(trained, tmp_path):
         (lambda: khanhllm.train("nano", data=["a"]), "data must be one source of text"),
         (lambda: khanhllm.train("nano", run=folder / "run"), "continue it with resume=True, .* with run="),
         (lambda: khanhllm.plan("nano", memory=-8), "memory: must be a size"),
-        (lambda: khanhllm.plan("nano", memory=8), "^memory: 8 means 8 bytes; write 8GB$"),
+        (lambda: khanhllm.plan("nano", memory=8), "^memory: 8 has no unit; write such as 8GB or 600MB$"),
         (lambda: run.save(""), "needs the name of a folder"),
         (lambda: run.save(tmp_path.parent), "is no empty folder"),
         (lambda: run.generate("x", stop=""), "none of them empty"),

@@ -251,6 +251,7 @@ def test_tokenizer_and_prepare_then_train_on_the_shards(corpus, trained, tmp_pat
         (["train", "nano", "--model.pattern", "DXD"], "each D (dense) or M (mixture)"),
         (["train", "nano", "--data.source", "texts", "--data", "nope"], "give one of --data and --data.source"),
         (["train", "nano", "--steps", "3", "--train.steps", "5"], "give one of --steps and --train.steps"),
+        (["train", "nano", "--for", "1h", "--train.steps", "5"], "give one of --for and --train.steps"),
         (["train", "nano", "--for", "3m", "--train.seconds", "5"], "give one of --for and --train.seconds"),
         (["train", "nano", "--tokens", "3k", "--train.steps", "5"], "give one of --tokens and --train.steps"),
         (["tune", "no-run", "--data", "a", "--data.source", "b"], "give one of --data and --data.source"),

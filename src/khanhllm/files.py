@@ -6,6 +6,8 @@ import os
 import shlex
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,7 +130,7 @@ def there(path: Path) -> bool:
 
 def quoted(path: Path | str) -> str:
     """A path as a shell takes it, for a command that is proposed."""
-    return shlex.quote(str(path))
+    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
 
 
 def check_new(folder: Path) -> None:

@@ -262,7 +262,7 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine: warm up, then half a cosine down. wsd: warm up, hold, then a straight line down"""
     warmup: Natural = 100
-    """steps of linear warm-up; at most half of the run; of train.seconds a twentieth, or 20 steps if that is later"""
+    """steps of linear warm-up: at most half of train.steps, or a twentieth of train.seconds (then 20 steps or more)"""
     decay: Fraction = 0.2
     """share of the run, at its end, in which the rate goes down (wsd only)"""
     floor: Fraction = 0.1

@@ -160,8 +160,8 @@ def test_a_run_and_a_toml_file_are_planned_too(tmp_path, monkeypatch, capsys):
         (["runs/nono"], "no preset"),
         (["nano", "--card", "RTX 4099"], "did you mean"),
         (["nano", "--memory", "1MB"], "nothing fits"),
-        (["nano", "--memory", "8"], "--memory: 8 means 8 bytes; write 8GB"),
-        (["nano", "--memory", "16000"], "--memory: 16000 means 16 kB; write 16000MB"),
+        (["nano", "--memory", "8"], "--memory: 8 has no unit; write such as 8GB"),
+        (["nano", "--memory", "16000"], "--memory: 16000 has no unit; write such as 8GB"),
         (["nano", "--card", "4090", "--measure"], "--measure"),
     ],
 )

@@ -123,7 +123,9 @@ def test_a_return_survives_stops(corpus, cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize("patience", [3, 6], ids=["", "a-state-was-saved-amid-rejections"])
 def test_bad_from_the_first_step_it_stops_and_says_so(patience, corpus, cache, tmp_path, monkeypatch):
     poisoned(monkeypatch, lambda cursor: True)
-    with pytest.raises(Diverged, match=r"after 2 returns.*beginning \(nothing was saved yet\).*--optim\.lr") as caught:
+    with pytest.raises(
+        Diverged, match=r"after 2 returns.*beginning \(nothing good was saved yet\).*--optim\.lr"
+    ) as caught:
         train(config(corpus, cache, guard={"patience": patience}), tmp_path / "run")
     assert caught.value.exit_code == 76
     assert not checkpoint.steps(tmp_path / "run")
@@ -195,6 +197,14 @@ def test_a_checkpoint_from_after_a_return_has_not_failed_yet(corpus, cache, tmp_
         "step 5",
         "step 10",
     ]
+
+
+def test_a_checkpoint_after_which_steps_were_believed_has_not_failed(corpus, cache, tmp_path, monkeypatch):
+    """The second patch of bad rows comes one good step after the return, before the next save."""
+    poisoned(monkeypatch, lambda cursor: 24 < cursor <= 36 or 40 < cursor <= 52)
+    train(config(corpus, cache, train={"save_every": 2}), tmp_path / "run")
+    said = (tmp_path / "run" / "messages.txt").read_text()
+    assert said.count("back to step 6") == 2 and said.count("back to") == 2
 
 
 def other_text(monkeypatch, border, every=1):

@@ -89,12 +89,12 @@ def test_a_question_that_is_too_long_is_told_and_forgotten(talker, person, monke
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert Talk(talker, Sampling(tokens=2)).run() == 2
     out, err = capsys.readouterr()
-    assert err.startswith("question 2: the question is longer than the model sees at once") and out == "yes\n\nyes\n"
+    assert err.startswith("line 2: the question is longer than the model sees at once") and out == "yes\n\nyes\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     person(True)
     assert Talk(talker, Sampling(tokens=2)).run() == 0
     out, err = capsys.readouterr()
-    assert "\nthe question is longer" in err and "question 2" not in err
+    assert "\nthe question is longer" in err and "line 2" not in err
 
 
 @pytest.mark.parametrize("letters", ["surrogateescape", "strict"])

@@ -32,14 +32,15 @@ ELSEWHERE = {
 """what other programs call our options"""
 
 
+LENGTH = ("train.steps", "train.seconds")
 SHORT = {
-    "data": ("--data", "data.source"),
-    "replay": ("--replay", "data.replay"),
-    "steps": ("--steps", "train.steps"),
-    "time": ("--for", "train.seconds"),
-    "tokens": ("--tokens", "train.steps"),
+    "data": ("--data", ("data.source",)),
+    "replay": ("--replay", ("data.replay",)),
+    "steps": ("--steps", LENGTH),
+    "time": ("--for", LENGTH),
+    "tokens": ("--tokens", LENGTH),
 }
-"""options that stand for a key of the config, which has an option too"""
+"""options that decide keys of the config, which have options too"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -188,9 +189,10 @@ def placeholder(kind: Any) -> str:
 def given(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The dotted options that were typed, as config settings. UserError for one typed in its short form too."""
     typed = {name: value for name, value in vars(options).items() if value is not None}
-    for dest, (option, key) in SHORT.items():
-        if dest in typed and key in typed:
-            raise UserError(f"give one of {option} and --{key}")
+    for dest, (option, keys) in SHORT.items():
+        for key in keys:
+            if dest in typed and key in typed:
+                raise UserError(f"give one of {option} and --{key}")
     return nested({name: value for name, value in typed.items() if "." in name})
 
 

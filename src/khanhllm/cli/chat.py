@@ -81,7 +81,8 @@ def chat(options: argparse.Namespace) -> int:
     """Talk with a run that `khanhllm tune` taught to.
 
     /help lists what else can be typed. Ctrl-C ends an answer, Ctrl-D the conversation. On a pipe, each line but
-    those is a question; an empty line stands for an answer that cannot be given, and the exit code is then 2.
+    those and blank ones is a question; an empty line stands for an answer that cannot be given, and the exit code
+    is then 2.
     """
     sampling = sampling_of(options, "chat")
     machine = resolve(given(options), where="chat").machine

@@ -22,6 +22,7 @@ from khanhllm.data.belt_notes import GLANCE, RECIPE, Made, Recipe, note_path
 from khanhllm.data.heartbeat import Heartbeat
 from khanhllm.data.shards import Manifest, shuffled, too_short
 from khanhllm.errors import UserError
+from khanhllm.files import quoted
 
 TRIES = 3
 """times in a row, without a new shard, that a dead child is replaced; one that hangs is killed first"""
@@ -34,7 +35,7 @@ class Starved(UserError):
 
     def at(self, step: int, run: Path) -> "Starved":
         """The same, with what is saved and how to go on from there."""
-        return Starved(f"{self} (at step {step}; to continue: --resume --run {run})", self.exit_code)
+        return Starved(f"{self} (at step {step}; to continue: --resume --run {quoted(run)})", self.exit_code)
 
 
 class Belt:

@@ -104,8 +104,7 @@ def read_size(given: Any) -> int:
         raise UserError(f"--memory: must be a size, such as 8GB or 600MB (got {str(given)[:60]!r})")
     size = round(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".find(match[2] or "?") + 1))
     if size < 10**6 and not match[2]:  # nobody means so few bytes
-        unit = "GB" if size < 1000 else "MB"
-        raise UserError(f"--memory: {match[1]} means {as_size(size)}; write {match[1]}{unit}")
+        raise UserError(f"--memory: {str(given)[:60]} has no unit; write such as 8GB or 600MB")
     return size
 
 

@@ -24,7 +24,7 @@ class Talk:
     def __init__(self, run: Run, sampling: Sampling, system: str = "", stops: Sequence[str] = ()) -> None:
         self.run_, self.sampling, self.stops = run, sampling, stops
         self.messages: list[dict[str, str]] = []
-        self.asked, self.missed = 0, False
+        self.lines, self.missed = 0, False
         self.system = system if system.strip() else ""
         self.screen = on_terminal()
         self.person = self.screen and sys.stdin is not None and sys.stdin.isatty()
@@ -53,6 +53,7 @@ class Talk:
         """The next line; None at the end."""
         try:
             line = input("> " if self.person else "")
+            self.lines += 1
             line.encode()  # in the locale C, Python makes surrogates of bytes that are no text
             return line
         except EOFError:
@@ -83,7 +84,6 @@ class Talk:
         asked = [*self.messages, {"role": "user", "content": line}]
         system = [{"role": "system", "content": self.system}] * bool(self.system)
         said = ""
-        self.asked += 1
         settings = reseeded(self.sampling, len(self.messages)).model_dump()
         try:
             for piece in self.run_.stream_chat([*system, *asked], self.stops, **settings):
@@ -107,7 +107,7 @@ class Talk:
             return self._tell(why)
         print(flush=True)
         self.missed = True
-        self._tell(f"question {self.asked}: {why}")
+        self._tell(f"line {self.lines}: {why}")
 
     def _tell(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -101,8 +101,12 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         text = error.strerror if isinstance(error, OSError) else "no name of a host"
         port_is_at_fault = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
-        remedy = "--port" if port_is_at_fault else "--host"
-        raise UserError(f"cannot serve on {host} port {port}: {text}; try another {remedy}") from None
+        host_is = isinstance(error, UnicodeError | socket.gaierror) or error.errno in (
+            errno.EADDRNOTAVAIL,
+            errno.EAFNOSUPPORT,
+        )
+        remedy = "; try another --port" if port_is_at_fault else "; try another --host" if host_is else ""
+        raise UserError(f"cannot serve on {host} port {port}: {text}{remedy}") from None
     return bound
 
 

@@ -1,6 +1,7 @@
 """What a run does when steps go wrong: tell new text from weights gone wrong, go back, take smaller micro-batches."""
 
 import traceback
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
@@ -73,7 +74,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     told = f"step {state.step}: {which} were rejected"
     checkpoint.reject_after(parts.run, step)  # what was saved amid rejections
     if ends:
-        again = "--resume goes on from there" if good else "nothing was saved yet"
+        again = "--resume goes on from there" if good else "nothing good was saved yet"
         raise Diverged(
             f"{told}, after {guard.returns} returns; the last good state is that of {where} ({again}). "
             f"Try a smaller --optim.lr (now {learner.config.optim.lr:g}), or a larger --guard.spike"
@@ -84,7 +85,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     log.rewind(restored.step)
     log.say(f"{told}; back to {where}, beyond the {state.cursor - restored.cursor:,} rows since then")
     # time that was used up stays so, as do rows
-    guard = replace(restored.guard, accepted=0, returns=guard.returns + 1)
+    guard = replace(restored.guard, accepted=0, spikes=0, returns=guard.returns + 1)
     return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
 
 
@@ -93,19 +94,20 @@ def _last_good(run: Path, guard: Guard, ends: bool, log: Log) -> str:
     is none.
 
     A loss is measured before the update that follows it, so the update of a step that was saved may have broken the
-    weights unseen. ends: whether the run ends now, and a resumed one would begin with this checkpoint.
+    weights unseen: then no step after it is believed. ends: whether the run ends now, and a resumed one would begin
+    with this checkpoint.
     """
 
-    def newest_good(before: float = inf) -> Path | None:
+    def newest_good(say: Callable[[str], None], before: float = inf) -> Path | None:
         return checkpoint.newest(
-            run, log.say, suits=lambda saved: saved["step"] < before and not saved["guard"]["rejected"]
+            run, say, suits=lambda saved: saved["step"] < before and not saved["guard"]["rejected"]
         )
 
-    good = newest_good()
+    good = newest_good(log.say)
     then = Guard(**checkpoint.read_state(good)["guard"]) if good else guard
     returned_to, none_believed = then.returns < guard.returns, then.losses == guard.losses
-    if good and (returned_to or (ends and none_believed)):
-        good = newest_good(before=checkpoint.step_of(good)) or good
+    if good and none_believed and (returned_to or ends):
+        good = newest_good(lambda _: None, before=checkpoint.step_of(good)) or good
     return str(good or "")
 
 
