@@ -66,6 +66,13 @@ def test_returns_are_forgotten_after_a_calm_stretch():
     assert guard.accept(3.0, 0).returns == 0
 
 
+def test_one_rejection_after_a_return_is_no_doubt_whatever_was_rejected_before():
+    saved = Guard(losses=(1.0,) * 50, spikes=LEAST - 1, accepted=5)
+    assert saved.reject().doubts(CONFIG)
+    assert not saved.returned_to(1).reject().doubts(CONFIG)
+    assert saved.returned_to(2).returns == 2
+
+
 def test_a_rise_is_the_texts_if_known_rows_are_read_as_well_as_before():
     guard = after(falling(500))
     level = median(guard.losses)

@@ -89,6 +89,11 @@ class Guard:
     def reject(self) -> "Guard":
         return replace(self, rejected=self.rejected + 1, accepted=0, spikes=self.spikes + 1)
 
+    def returned_to(self, returns: int) -> "Guard":
+        """That of a checkpoint to which the run returns, for so many times now. What was rejected before it, of rows that
+        are passed for good, does not count any more."""
+        return replace(self, accepted=0, spikes=0, returns=returns)
+
     def doubts(self, config: GuardConfig) -> bool:
         """Whether so many steps were rejected that text or weights must have changed."""
         return self.rejected >= config.patience or self.spikes >= LEAST

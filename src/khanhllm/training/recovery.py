@@ -85,7 +85,7 @@ def _return_to_checkpoint(parts: Parts, state: State, log: Log, saver: Saver) ->
     log.rewind(restored.step)
     log.say(f"{told}; back to {where}, beyond the {state.cursor - restored.cursor:,} rows since then")
     # time that was used up stays so, as do rows
-    guard = replace(restored.guard, accepted=0, spikes=0, returns=guard.returns + 1)
+    guard = restored.guard.returned_to(guard.returns + 1)
     return replace(restored, cursor=state.cursor, guard=guard, share=state.share)
 
 
