@@ -90,8 +90,8 @@ class Guard:
         return replace(self, rejected=self.rejected + 1, accepted=0, spikes=self.spikes + 1)
 
     def returned_to(self, returns: int) -> "Guard":
-        """That of a checkpoint to which the run returns, for so many times now. What was rejected before it, of rows that
-        are passed for good, does not count any more."""
+        """That of a checkpoint to which the run returns, the last of so many times. What was rejected before, of rows
+        that it has passed for good, does not count any more."""
         return replace(self, accepted=0, spikes=0, returns=returns)
 
     def doubts(self, config: GuardConfig) -> bool:
