@@ -114,7 +114,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
             if due(state.step, train.save_every) or last:
                 _save(parts, state, log, saver, must=last, ended=finished)
             if (due(state.step, train.sample_every) or finished) and train.sample_tokens:
-                write_samples(parts, state.step, log)
+                write_samples(parts, state.step, log, finished)
         if finished:
             for line in [*_timed(parts, state), *_rise(parts, log)]:
                 log.say(line)
@@ -261,7 +261,7 @@ def _make_up(parts: Parts, state: State, log: Log, stop: Stop) -> bool:
     if group.leads:
         log.complete(found)
     if finished and train.sample_tokens:
-        write_samples(parts, state.step, log)
+        write_samples(parts, state.step, log, finished)
     return finished
 
 

@@ -18,21 +18,22 @@ from khanhllm.training.parts import Parts
 QUESTIONS = 3
 
 
-def write_samples(parts: Parts, step: int, log: Log) -> None:
-    """Write them into samples.txt and the log; the first process does it."""
-    parts.learner.owners.led(lambda: _write_samples(parts, step, log))
+def write_samples(parts: Parts, step: int, log: Log, finished: bool) -> None:
+    """Write them into samples.txt and the log; the first process does it. Weights that have gone wrong write nothing:
+    the guard brings a run back from them, but not one that has finished, which raises UserError."""
+    parts.learner.owners.led(lambda: _write_samples(parts, step, log, finished))
 
 
-def _write_samples(parts: Parts, step: int, log: Log) -> None:
+def _write_samples(parts: Parts, step: int, log: Log, finished: bool) -> None:
     written = _answers(parts) if parts.config.train.targets == "answers" else _text(parts, step)
     try:
         with (parts.run / "samples.txt").open("a", encoding="utf-8", errors="replace") as file:
             for prompt, text in written:
                 log.say(f"step {step} writes: {' '.join((prompt + text).split())[:300]}")
                 file.write(f"--- step {step}\n{prompt}{text}\n")
-    except Lost:
-        raise
-    except (OSError, UserError) as error:  # as from weights gone wrong, from which the guard brings the run back
+    except (OSError, UserError) as error:
+        if isinstance(error, Lost) or (finished and isinstance(error, UserError)):
+            raise
         log.say(f"the sample could not be written: {error}; training continues")
 
 
