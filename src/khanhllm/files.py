@@ -6,7 +6,6 @@ import os
 import shlex
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -130,7 +129,11 @@ def there(path: Path) -> bool:
 
 def quoted(path: Path | str) -> str:
     """A path as a shell takes it, for a command that is proposed."""
-    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
+    if sys.platform == "win32":
+        from subprocess import list2cmdline  # which no start of a command should wait for
+
+        return list2cmdline([str(path)])
+    return shlex.quote(str(path))
 
 
 def check_new(folder: Path) -> None:

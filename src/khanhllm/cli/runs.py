@@ -50,7 +50,8 @@ def generate(options: argparse.Namespace) -> None:
         print(f"khanhllm: {lost}", file=sys.stderr)
     warnings.simplefilter("ignore", Forgotten)
     shown = visible if on_terminal() else str
-    for own in (reseeded(sampling, nth) for nth in range(options.samples)):
+    for nth in range(options.samples):
+        own = reseeded(sampling, nth)
         pieces = opened.stream(prompt, options.stop, **own.model_dump())
         if options.json:
             print(json.dumps({"seed": own.seed, "text": "".join(pieces)}), flush=True)
