@@ -77,6 +77,8 @@ class ModelConfig(Section):
     dim x kv_heads / heads parameters and no arithmetic; normed, `khanhllm export` has a form for it"""
     token_norm: bool = False
     """each token's vector is divided by its root mean square, so it cannot outgrow what layers add (modern only)"""
+    token_shift: bool = False
+    """learned numbers, at first zero, add the position before to each layer's input, by feature (modern only)"""
     stream_scale: bool = False
     """a learned number multiplies the residual stream before each layer (modern only); embedding_skip has it too"""
     embedding_skip: bool = False
@@ -106,9 +108,10 @@ class ModelConfig(Section):
             raise ValueError(f"rotary positions need an even dim / heads, got {self.head_dim}")
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        modern = ["value_embedding", "token_norm", "pair_embedding", "stream_scale", "embedding_skip", "induction_head"]
-        if self.style == "classic" and (self.feedforward != "swiglu" or any(getattr(self, key) for key in modern)):
-            raise ValueError(f"feedforward, {', '.join(modern)} are choices of style modern")
+        modern = ["value_embedding", "token_norm", "token_shift", "stream_scale", "embedding_skip", "induction_head"]
+        keys = {"feedforward": "swiglu", "pair_embedding": 0} | dict.fromkeys(modern, False)
+        if self.style == "classic" and any(getattr(self, key) != keys[key] for key in keys):
+            raise ValueError(f"{', '.join(keys)} are choices of style modern")
         if self.induction_head and (self.zero_out or self.heads < 2 or len(self.pattern) < 2):
             raise ValueError("induction_head needs two layers, two heads, and zero_out = false")
         if self.moe_layers and self.experts_per_token > self.experts:
@@ -174,8 +177,7 @@ class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
-    """time to train, instead of a number of steps, validation and saving included (seconds); the schedule follows the
-    share of it that has passed; 0 means that steps decides"""
+    """time to train, validation and saving included (seconds); the schedule follows it; 0 means that steps decides"""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
     """rows of `context` tokens in one forward and backward pass; auto means as many as fit into the memory, by the
     simulation of `khanhllm plan`; a step keeps the rows that it has without auto"""
@@ -249,8 +251,7 @@ class OptimConfig(Section):
     expert_momentum: Beta = 0.0
     """momentum of the experts' matrices (muon only), which see fewer tokens in each step; 0 means momentum"""
     expert_every: Annotated[int, Field(ge=1, le=64)] = 1
-    """update each stack of experts once in so many steps only, the square root of that number as far; stacks take turns
-    (muon only). To orthogonalise many experts takes long"""
+    """update each stack of experts once in so many steps, by the square root of that number more, in turns (muon)"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head
     and routers) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""
@@ -287,8 +288,7 @@ class LossConfig(Section):
 
 class GuardConfig(Section):
     spike: Rate = 10.0
-    """reject a step if its loss is above the median of the last 128 by more than this number of robust standard
-    deviations, and by a nat; 0 rejects only what is not finite"""
+    """reject a loss above the last 128's median by a nat and so many robust standard deviations; 0: only not finite"""
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3
     """steps rejected in a row until the run asks earlier rows whether the text has changed; if not, it goes back"""
     returns: Annotated[int, Field(ge=0, le=10_000)] = 2

@@ -34,6 +34,7 @@ SHAPES = {
     "uneven": {"pattern": "DM", "hidden": 72, "expert_hidden": 24, "vocab_size": 333, "norm_eps": 1e-3},
     "dense": {"pattern": "DDD", "kv_heads": 2},
     "own values": {"pattern": "MDM", "kv_heads": 2, "value_embedding": "normed", "token_norm": True},
+    "token shift": {"token_shift": True, "norm_eps": 1e-8},
     "scaled stream": {"value_embedding": "normed", "token_norm": True, "stream_scale": True, "norm_eps": 1e-8},
     "scaled bias": {"stream_scale": True, "router_bias": True, "norm_eps": 1e-8},
 }
@@ -58,7 +59,7 @@ def example(shape, seed=2):
         for name, parameter in model.named_parameters():
             if "tables" in name:
                 parameter.normal_(generator=draw)
-            elif name.endswith("stream_L"):
+            elif name.endswith(("stream_L", "shift_LD")):
                 parameter.uniform_(-0.8, 0.8, generator=draw)
             elif name.endswith("norm.weight"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
@@ -84,7 +85,7 @@ def architecture(config):
 def export(path, model, tokenizer, dtype="f32"):
     """The file, and its model in our code."""
     plain = encode.as_unscaled(*encode.as_divided(model.config, model.state_dict()))
-    config, weights = encode.as_swiglu(*encode.as_wider(*plain))
+    config, weights = encode.as_swiglu(*encode.as_deeper(*encode.as_wider(*plain)))
     gguf.write(path, config, weights, tokenizer, dtype, architecture(config), "example")
     return config, weights
 

@@ -50,12 +50,12 @@ def a_run(folder, tokenizer, scale=4.0, **model):
         for name, parameter in ours.named_parameters():
             if "tables" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+            elif name.endswith(("stream_L", "shift_LD")):
+                parameter.uniform_(-0.8, 0.8, generator=torch.Generator().manual_seed(1))
             elif parameter.ndim > 1:
                 parameter.mul_(scale)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
-            elif name.endswith("stream_L"):
-                parameter.uniform_(-0.8, 0.8, generator=torch.Generator().manual_seed(1))
         for name, buffer in ours.named_buffers():
             if name.endswith("bias_E"):
                 buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
@@ -100,12 +100,24 @@ SHAPES = {
     "relu2": {"pattern": "DM", "feedforward": "relu2"},
     "own_values": {"pattern": "MDDM", "value_embedding": "normed"},
     "normed_tokens": {"pattern": "DM", "token_norm": True},
+    "shifted_tokens": {"token_shift": True},
+    "shifted_tokens_of_shared_heads": {"pattern": "DMD", "token_shift": True, "kv_heads": 1, "norm_eps": 0.01},
+    "shifted_tokens_and_all": {
+        "pattern": "MMM",
+        "kv_heads": 2,
+        "feedforward": "relu2",
+        "value_embedding": "normed",
+        "token_norm": True,
+        "token_shift": True,
+        "stream_scale": True,
+        "norm_eps": 1e-8,
+    },
     "scaled_stream": {"pattern": "MDDM", "stream_scale": True, "norm_eps": 1e-8},  # export keeps all but it
     "own_values_in_a_scaled_stream": {"value_embedding": "normed", "stream_scale": True, "norm_eps": 1e-8},
     "own_values_of_shared_heads": {"pattern": "DMM", "value_embedding": "normed", "kv_heads": 2, "norm_eps": 0.01},
     "rope_and_eps": {"pattern": "DM", "rope_theta": 500.0, "norm_eps": 0.01},
 }
-ENCODED = {name for name in SHAPES if name.startswith(("relu2", "normed", "scaled", "own_values"))}
+ENCODED = {name for name in SHAPES if name.startswith(("relu2", "normed", "scaled", "shifted", "own_values"))}
 """what comes back in another form"""
 
 

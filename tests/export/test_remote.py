@@ -24,6 +24,7 @@ EVERYTHING = {
     "kv_heads": 2,
     "feedforward": "relu2",
     "value_embedding": True,
+    "token_shift": True,
     "embedding_skip": True,
     "pair_embedding": 97,
     "router_bias": True,
@@ -234,7 +235,7 @@ def test_it_can_begin_untrained(pair):
     torch.manual_seed(0)
     fresh = type(pair[1])(pair[1].config)
     for name, parameter in fresh.named_parameters():
-        ordinary = parameter.ndim > 1 and not name.endswith("_bias")
+        ordinary = parameter.ndim > 1 and not name.endswith(("_bias", "shift_LD"))
         assert not ordinary or 0.015 < parameter.std() < 0.025, name
     assert fresh(some_ids()).logits.isfinite().all()
 

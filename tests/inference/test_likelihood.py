@@ -14,6 +14,7 @@ SHAPES = {
     "modern": {},
     "classic": {"style": "classic"},
     "all parts": {"value_embedding": True, "pair_embedding": 64, "embedding_skip": True, "router_bias": True},
+    "token shift": {"token_shift": True, "token_norm": True},
 }
 MODELS = {name: build(tiny(**shape)) for name, shape in SHAPES.items()}
 CONTEXT = 32

@@ -17,6 +17,7 @@ STYLES = {
             "value_embedding": True,
             "embedding_skip": True,
             "pair_embedding": 512,
+            "token_shift": True,
             "router_bias": True,
         },
     ),

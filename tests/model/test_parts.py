@@ -303,6 +303,20 @@ def test_a_scaled_stream_begins_as_it_was_and_is_scaled_before_each_layer():
     assert torch.allclose(scaled.trunk(ids)[0], scaled.blocks[1](0.5 * first)[0], atol=1e-6)
 
 
+def test_a_shift_begins_as_nothing_and_adds_the_position_before_to_the_input_of_each_layer():
+    shifted, plain = build(tiny(token_shift=True)), build(tiny())
+    ids = torch.tensor([[5, 7, 9, 5, 7], [7, 5, 9, 7, 7]])
+    assert torch.equal(shifted(ids, ids)[0], plain(ids, ids)[0])
+    shift_LD = torch.randn(2, 32, generator=G)
+    with torch.no_grad():
+        shifted.token_shift.shift_LD.copy_(shift_LD)
+        x = plain.embedding(ids)
+        for shift_D, block in zip(shift_LD, plain.blocks, strict=True):
+            normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            x = block(x + shift_D * torch.stack([normed[:, max(t - 1, 0)] for t in range(5)], dim=1))[0]
+        assert torch.allclose(shifted.trunk(ids)[0], x, atol=1e-5)
+
+
 def test_with_zero_out_every_layer_begins_as_nothing():
     model = build(tiny(zero_out=True))
     ids = torch.arange(20).view(2, 10)

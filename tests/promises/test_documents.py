@@ -26,6 +26,7 @@ EVERYTHING = {
     "feedforward": "relu2",
     "value_embedding": True,
     "embedding_skip": True,
+    "token_shift": True,
     "pair_embedding": 509,  # of a power of two, few bits of the token before would decide
     "router_bias": True,
 }

@@ -21,6 +21,7 @@ KINDS = {name: kind for name, kind in OF_OWNERS.items() if not name.endswith("bf
     "autocast": {"machine": {"precision": "bf16", "checkpointing": "selective"}, "optim": {"name": "muon"}},
     "classic": {"model": {"style": "classic"}},
     "tables": {"model": {"value_embedding": True, "pair_embedding": 50, "embedding_skip": True}},
+    "shift": {"model": {"token_shift": True, "stream_scale": True}},
 }
 SOME = ["muon", "autocast"]
 

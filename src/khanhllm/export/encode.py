@@ -13,6 +13,7 @@ from torch import Tensor
 from khanhllm.errors import UserError
 from khanhllm.model.counts import on_paper
 from khanhllm.model.roles import Role, role
+from khanhllm.model.rope import Rope
 from khanhllm.schema import ModelConfig
 
 Weights = dict[str, Tensor]
@@ -20,6 +21,13 @@ LARGEST_HALF = 65_504
 STEEPEST = 10
 SMALL = 10
 """powers of two: of s in `as_swiglu`, and of what `as_wider` divides by"""
+SHIFT = "token_shift.shift_LD"
+LOUD = 2.0**8
+"""factor on a query and key, for the norm that follows to find them far above its epsilon"""
+MARGIN = 30
+"""of the position before over all others in the scores of `as_deeper`; e^-30 of a weight is below fp32's rounding"""
+NARROW = 0.01
+"""least share that this margin must be of the scores, or rounding would drown it"""
 
 
 def as_divided(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
@@ -46,6 +54,8 @@ def as_unscaled(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weig
         what = f"layer {int(scale_L.argmin())} multiplies the stream by {float(scale_L.min()):.3g}"
         raise UserError(f"model.stream_scale: {what}, and only numbers above 0 can be exported")
     product_L = scale_L.cumprod(0)
+    if model.token_shift:
+        encoded[SHIFT] = encoded[SHIFT].float() * (product_L.max() / product_L)[:, None]
     for name, weight in encoded.items():
         added = role(name) is Role.ADDED and (name.startswith("embedding.") or model.value_embedding == "normed")
         if added or role(name) in (Role.TOKEN, Role.OUTPUT):
@@ -55,18 +65,22 @@ def as_unscaled(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weig
 
 
 def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
-    """Normed value embeddings as further features of the residual stream, n times as wide, with n times the heads.
+    """Normed value embeddings as further features of the residual stream, n times as wide, with n times the heads. With
+    `token_shift`, the last feature is one number, whatever the token is, for `as_deeper`.
 
     Nothing writes the further features, and each is read by the values of its layer alone. They are divided by 2^10, so
     that they hardly count in the norm's mean square, and the norm's gain multiplies them again. What writes into the
     stream is multiplied by sqrt(n), because that mean is over n times the features; the gains take it back. Further
     heads are zeros.
     """
-    if model.value_embedding != "normed":
+    normed = model.value_embedding == "normed"
+    if not normed and not model.token_shift:
         return model, weights
-    tables = {name.split(".")[2]: weights[name] for name in weights if name.startswith("value_embedding.")}
+    tables = {name.split(".")[2]: weights[name] for name in weights if normed and name.startswith("value_embedding.")}
     size = model.key_value_heads * model.head_dim
-    n = 1 + math.ceil(len(tables) * size / model.dim)
+    n = 1 + math.ceil((len(tables) * size + bool(model.token_shift)) / model.dim)
+    if model.token_shift:
+        n = max(n, model.heads // model.key_value_heads)  # value heads for all features
     grown = {"dim": n * model.dim, "heads": n * model.heads, "kv_heads": n * model.kv_heads, "value_embedding": False}
     shape = model.model_copy(update=grown)
     encoded = {}
@@ -84,7 +98,65 @@ def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights
         encoded["embedding.token.weight"][:, own] = table_VS * 2.0**-SMALL
         encoded[f"blocks.{layer}.attention_norm.weight"][own] = 2.0**SMALL
         encoded[f"blocks.{layer}.attention.value.weight"][:size, own] = torch.eye(size)
+    if model.token_shift:
+        encoded["embedding.token.weight"][:, -1] = 2.0**-SMALL
     return shape, encoded
+
+
+def as_deeper(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """`token_shift`, after `as_wider`, as a layer before each: its heads look at the position before and bring a piece
+    of its vector each, and the output matrix multiplies each feature by its number. The feed-forward is zero.
+
+    Query and key are the same at all positions, read from the feature that is one number, and the key is rotated on by
+    one position: so the position before has the largest score, by MARGIN. The first position sees itself alone.
+    """
+    if not model.token_shift:
+        return model, weights
+    pattern = "".join("D" + letter for letter in model.pattern)
+    shape = model.model_copy(update={"token_shift": False, "pattern": pattern, "value_embedding": False})
+    encoded = {re.sub(r"^blocks\.(\d+)", _second, name): weight for name, weight in weights.items()}
+    for layer, shift_D in enumerate(encoded.pop(SHIFT)):
+        encoded |= {f"blocks.{2 * layer}.{name}": weight for name, weight in _looking_back(shape, shift_D).items()}
+    return shape, encoded
+
+
+def _second(found: re.Match[str]) -> str:
+    return f"blocks.{2 * int(found[1]) + 1}"
+
+
+def _looking_back(model: ModelConfig, shift_D: Tensor) -> Weights:
+    """The weights of a dense layer that adds the position before, each feature times its number."""
+    place = on_paper(model).blocks[0].state_dict()
+    layer = {name: torch.full(weight.shape, float("norm" in name)) for name, weight in place.items()}
+    d, group = model.head_dim, model.heads // model.key_value_heads
+    query_d, gain = _of_places(model)
+    key_d = Rope(d, 2, model.rope_theta)(query_d.view(1, 1, 1, d), start=1).flatten()
+    layer["attention.query_norm.weight"] *= gain
+    layer["attention.key_norm.weight"] *= gain
+    layer["attention_norm.weight"][-1] = 2.0**SMALL
+    layer["attention.query.weight"][:, -1] = LOUD * query_d.repeat(model.heads)
+    layer["attention.key.weight"][:, -1] = LOUD * key_d.repeat(model.key_value_heads)
+    for piece in range(model.key_value_heads):
+        shared, own = (slice(head * d, (head + 1) * d) for head in (piece, piece * group))
+        layer["attention.value.weight"][shared, shared] = torch.eye(d)
+        layer["attention.out.weight"][shared, own] = torch.diag(shift_D[shared])
+    return layer
+
+
+def _of_places(model: ModelConfig) -> tuple[Tensor, float]:
+    """A query (d,) that, as a key rotated on by one position, matches best at the position before, and the gain of the
+    norms of both with which that score exceeds all others within the context by MARGIN. It stands in the fast features,
+    since slow ones hardly tell neighbours apart. UserError if a head is too narrow."""
+    pairs = model.head_dim // 2
+    far_T = torch.arange(1, max(2, model.context - 1), dtype=torch.float64)  # from the position before
+    speed_f = model.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    less_Tf = 1 - torch.outer(far_T, speed_f).cos()
+    ahead_f = less_Tf.cumsum(1).amin(0) / torch.arange(1, pairs + 1)  # by the number of fast features
+    if (ahead := float(ahead_f.max())) < NARROW:
+        what = f"heads of {model.head_dim} features cannot tell {model.context} positions apart"
+        raise UserError(f"model.token_shift: {what}; only wider ones can be exported")
+    query_d = (torch.arange(model.head_dim) % pairs <= int(ahead_f.argmax())).float()
+    return query_d, (MARGIN / (ahead * model.head_dim**0.5)) ** 0.5
 
 
 def as_swiglu(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

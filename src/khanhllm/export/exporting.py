@@ -112,7 +112,7 @@ def _encoded(
     check_stock(model, "transformers" if to == "hf" else "llama.cpp", REMEDY, router_bias=to == "gguf")
     if to == "gguf" and compatible:
         check_stock(model, "llama.cpp's qwen3moe", "without --compatible GGUF has it", router_bias=False)
-    model, weights = encode.as_swiglu(*encode.as_wider(model, weights))
+    model, weights = encode.as_swiglu(*encode.as_deeper(*encode.as_wider(model, weights)))
     return encode.as_mixtures(model, weights) if compatible and model.moe_layers else (model, weights)
 
 

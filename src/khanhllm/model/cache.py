@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Past keys and values of one attention layer, each (B, H, context, d); `length` positions are filled."""
+    """Past keys and values of one attention layer, each (B, H, context, d), and with `token_shift` the past vectors
+    (B, 1, context, D) that it adds; `length` positions are filled."""
 
     mask_BHTS: Tensor | None = None
     """which positions each query sees, where the rows differ in it; None: all before it"""
 
-    def __init__(self, key_BHTd: Tensor, value_BHTd: Tensor, length: int = 0) -> None:
-        self.key_BHTd, self.value_BHTd = key_BHTd, value_BHTd
-        self.length = length
+    def __init__(self, tensors: Sequence[Tensor], length: int = 0) -> None:
+        self.tensors, self.length = tensors, length
+        self.key_BHTd, self.value_BHTd, *_ = tensors
 
     @property
     def start(self) -> int | Tensor:
@@ -36,6 +37,13 @@ class LayerCache:
         self.length = end
         return self.key_BHTd[:, :, :end], self.value_BHTd[:, :, :end]
 
+    def before(self, x_BTD: Tensor) -> Tensor:
+        """Write the newest vectors, before `append`, and return that of the position before each, (B, T, D). The first
+        position has itself before it."""
+        whole_BTD, end = self.tensors[2][:, 0], self.length + x_BTD.shape[1]
+        whole_BTD[:, self.length : end] = x_BTD
+        return whole_BTD[:, torch.arange(self.length - 1, end - 1, device=x_BTD.device).clamp(min=0)]
+
 
 class RaggedCache(LayerCache):
     """Some rows of a LayerCache, which have different lengths and grow by one token."""
@@ -43,7 +51,7 @@ class RaggedCache(LayerCache):
     def __init__(
         self, whole: LayerCache, row_B: Tensor, start_B: Tensor, longest: int, mask_BHTS: Tensor, all_rows: bool
     ) -> None:
-        super().__init__(whole.key_BHTd, whole.value_BHTd, longest)
+        super().__init__(whole.tensors, longest)
         self.row_B, self.start_B, self.mask_BHTS = row_B, start_B, mask_BHTS
         self.all_rows = all_rows
 
@@ -55,6 +63,11 @@ class RaggedCache(LayerCache):
         self.key_BHTd[self.row_B, :, self.start_B] = key_BHTd[:, :, 0].to(self.key_BHTd.dtype)
         self.value_BHTd[self.row_B, :, self.start_B] = value_BHTd[:, :, 0].to(self.value_BHTd.dtype)
         return self._seen(self.key_BHTd), self._seen(self.value_BHTd)
+
+    def before(self, x_BTD: Tensor) -> Tensor:
+        whole_BTD = self.tensors[2][:, 0]
+        whole_BTD[self.row_B, self.start_B] = x_BTD[:, 0].to(whole_BTD.dtype)
+        return whole_BTD[self.row_B, (self.start_B - 1).clamp(min=0)].unsqueeze(1)
 
     def _seen(self, x_BHTd: Tensor) -> Tensor:
         seen_BHTd = x_BHTd[:, :, : self.length + 1]
@@ -91,7 +104,7 @@ class TextCache:
     def one(self, row: int) -> KVCache:
         """The cache of one text, to be continued by any number of tokens."""
         ids, here = self.ids[row], slice(row, row + 1)
-        layers = [LayerCache(layer.key_BHTd[here], layer.value_BHTd[here], len(ids)) for layer in self.layers]
+        layers = [LayerCache([tensor[here] for tensor in layer.tensors], len(ids)) for layer in self.layers]
         return KVCache(layers, torch.tensor([ids[-1:]], device=self.device) if ids else None)
 
     def several(self, rows: Sequence[int]) -> KVCache:
@@ -110,7 +123,7 @@ class TextCache:
         """Let row `target` begin as the first `length` tokens of row `source`."""
         if source != target:
             for layer in self.layers:
-                for x_BHTd in (layer.key_BHTd, layer.value_BHTd):
+                for x_BHTd in layer.tensors:
                     x_BHTd[target, :, :length] = x_BHTd[source, :, :length]
         self.ids[target] = self.ids[source][:length]
 
@@ -118,5 +131,5 @@ class TextCache:
         """Forget a row and what it wrote, which may not be finite."""
         self.ids[row] = []
         for layer in self.layers:
-            layer.key_BHTd[row] = 0
-            layer.value_BHTd[row] = 0
+            for x_BHTd in layer.tensors:
+                x_BHTd[row] = 0

@@ -16,7 +16,7 @@ class Role(Enum):
     OUTPUT = "a matrix that writes into the residual stream"
     NORM = "the gain of a norm"
     BIAS = "a bias; those of experts are stacked, one row for each"
-    SKIP = "a number for each layer"
+    SKIP = "a number for each layer, or for each of its features, on what goes past it"
 
 
 TABLES = {Role.TOKEN, Role.POSITION, Role.ADDED}
@@ -32,7 +32,7 @@ OWNERS = {
     "router": Role.ROUTER,
     **dict.fromkeys(("query", "key", "value", "gate", "up"), Role.INPUT),
     **dict.fromkeys(("out", "down"), Role.OUTPUT),
-    **dict.fromkeys(("stream_L", "embedding_L"), Role.SKIP),
+    **dict.fromkeys(("stream_L", "embedding_L", "shift_LD"), Role.SKIP),
 }
 """the module that owns a `weight`, or the parameter itself where experts are stacked"""
 

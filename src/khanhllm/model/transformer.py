@@ -26,6 +26,7 @@ from khanhllm.model.moe import MoE
 from khanhllm.model.roles import Role, role
 from khanhllm.model.rope import NoRope, Rope
 from khanhllm.model.router import Router, Routing
+from khanhllm.model.token_shift import TokenShift
 from khanhllm.schema import ModelConfig
 
 Closed = Mapping[int, Tensor]
@@ -48,6 +49,8 @@ class Transformer(nn.Module):
         size, normed = config.key_value_heads * config.head_dim, config.value_embedding == "normed"
         self.value_embedding = ValueEmbedding(tables, config.vocab_size, size, normed, config.norm_eps)
         self.embedding_skip = _skip(config)
+        layers = len(config.pattern)
+        self.token_shift = TokenShift(layers, config.dim, config.norm_eps) if config.token_shift else None
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 
     @overload
@@ -102,6 +105,8 @@ class Transformer(nn.Module):
         routings: tuple[Routing, ...] = ()
         for layer, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
             x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
+            if self.token_shift is not None:
+                x_BTD = self.token_shift(x_BTD, layer, past, place_BT)
             own_BTS = self.value_embedding(ids_BT, layer, x_BTD)
             x_BTD, more = block(x_BTD, past, own_BTS, mask_BHTS, closed.get(layer), padding_BT)
             routings += more
@@ -131,9 +136,11 @@ class Transformer(nn.Module):
         """Empty caches. They begin with zeros: attention gives weight 0 to what a shorter row has not filled yet, and
         0 times what unused memory may hold, NaN, is NaN."""
         config, weight = self.config, self.head.weight
-        shape = (rows, config.key_value_heads, config.context, config.head_dim)
-        empty = partial(torch.zeros, shape, device=weight.device, dtype=weight.dtype)
-        return [LayerCache(empty(), empty()) for _ in self.blocks]
+        empty = partial(torch.zeros, device=weight.device, dtype=weight.dtype)
+        shapes = [(rows, config.key_value_heads, config.context, config.head_dim)] * 2
+        if config.token_shift:
+            shapes.append((rows, 1, config.context, config.dim))
+        return [LayerCache([empty(shape) for shape in shapes]) for _ in self.blocks]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

@@ -31,6 +31,7 @@ class KhanhLLMConfig(PretrainedConfig):
         experts_per_token: int = 2,
         feedforward: str = "swiglu",
         value_embedding: bool | str = False,
+        token_shift: bool = False,
         embedding_skip: bool = False,
         pair_embedding: int = 0,
         router_bias: bool = False,
@@ -53,6 +54,7 @@ class KhanhLLMConfig(PretrainedConfig):
         self.experts_per_token = experts_per_token
         self.feedforward = feedforward
         self.value_embedding = value_embedding
+        self.token_shift = token_shift
         self.embedding_skip = embedding_skip
         self.pair_embedding = pair_embedding
         self.router_bias = router_bias
@@ -65,7 +67,8 @@ class KhanhLLMConfig(PretrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return len(self.pattern)
+        """Those of a cache: token_shift has as many of its own."""
+        return len(self.pattern) * (2 if self.token_shift else 1)
 
     @property
     def head_dim(self) -> int:

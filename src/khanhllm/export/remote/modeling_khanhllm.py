@@ -67,6 +67,26 @@ class EmbeddingSkip(nn.Module):
         return (1 + self.stream_L[layer]) * x_BTD + self.embedding_L[layer] * embedding_BTD
 
 
+class TokenShift(nn.Module):
+    """Adds the position before to the input of each layer, with a learned number for each feature; the first position
+    of a text has itself before it. A cache keeps the vectors as layers of their own, behind those of attention."""
+
+    def __init__(self, layers: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.layers = eps, layers
+        self.shift_LD = nn.Parameter(torch.zeros(layers, dim))
+
+    def forward(self, x_BTD: Tensor, layer: int, new_T: Tensor, position_BT: Tensor, cache: Cache | None) -> Tensor:
+        """new_T: the places of x in its row, padding and what the cache holds included."""
+        normed_BTD = all_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=self.eps)
+        if cache is not None:
+            all_B1TD, _ = cache.update(normed_BTD.unsqueeze(1), normed_BTD[:, None, :, :1], self.layers + layer)
+            all_BTD = all_B1TD[:, 0]
+        before_BTD = all_BTD[:, (new_T - 1).clamp(min=0)]
+        before_BTD = torch.where(position_BT.unsqueeze(-1) == 0, normed_BTD, before_BTD)
+        return x_BTD + self.shift_LD[layer] * before_BTD
+
+
 def angles(config: KhanhLLMConfig, position_BT: Tensor) -> Rotation:
     """Cosine and sine of the rotary angles, (B, 1, T, d) in fp32; None for classic, which learns its positions."""
     if config.style == "classic":
@@ -241,6 +261,7 @@ class KhanhLLMForCausalLM(PreTrainedModel, GenerationMixin):
         tables = {str(layer): nn.Embedding(config.vocab_size, shared) for layer in with_values}
         self.value_embedding = nn.ModuleDict({"tables": nn.ModuleDict(tables)})
         self.embedding_skip = EmbeddingSkip(layers) if config.embedding_skip else None
+        self.token_shift = TokenShift(layers, config.dim, config.norm_eps) if config.token_shift else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(layers))
         self.head = Head(config)
         self.post_init()
@@ -251,7 +272,7 @@ class KhanhLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, Experts):
             for weight in module.parameters():
                 nn.init.normal_(weight, std=0.02)
-        elif isinstance(module, EmbeddingSkip):
+        elif isinstance(module, EmbeddingSkip | TokenShift):
             for weight in module.parameters():
                 nn.init.zeros_(weight)
 
@@ -301,6 +322,8 @@ class KhanhLLMForCausalLM(PreTrainedModel, GenerationMixin):
         for layer, block in enumerate(self.blocks):
             if self.embedding_skip is not None:
                 x_BTD = self.embedding_skip(x_BTD, embedding_BTD, layer)
+            if self.token_shift is not None:
+                x_BTD = self.token_shift(x_BTD, layer, new, position_ids, past_key_values)
             own_BTS = tables[str(layer)](input_ids) if str(layer) in tables else None
             if own_BTS is not None and self.config.value_embedding == "normed":
                 scale_BT1 = (x_BTD.float().square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt()
