@@ -1,9 +1,9 @@
 """Token ids to vectors. classic adds a learned vector for each position; modern leaves positions to Rope."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from khanhllm.model.norm import rms_norm
 from khanhllm.model.rope import places
 
 MIX = 0x9E3779B97F4A7C15 - 2**64
@@ -36,7 +36,7 @@ class TokenEmbedding(nn.Module):
         own document, (B, T); before_B1 the ids before the first, if any."""
         x_BTD = self.token(ids_BT)
         if self.normed:
-            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=self.eps)
+            x_BTD = rms_norm(x_BTD, None, self.eps)
         if self.pair is None:
             return x_BTD  # type: ignore[no-any-return]
         first_B1 = torch.zeros_like(ids_BT[:, :1]) if before_B1 is None else before_B1

@@ -8,10 +8,10 @@ at the position before: see `as_deeper` in export/encode.py.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from khanhllm.model.cache import LayerCache
+from khanhllm.model.norm import rms_norm
 
 
 class TokenShift(nn.Module):
@@ -27,7 +27,7 @@ class TokenShift(nn.Module):
     ) -> Tensor:
         """x_BTD -> (B, T, D). With `past`, x holds the positions that follow those in it. place_BT: the position of
         each token in its own document."""
-        normed_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=self.eps)
+        normed_BTD = rms_norm(x_BTD, None, self.eps)
         before_BTD = past.before(normed_BTD) if past else torch.cat((normed_BTD[:, :1], normed_BTD[:, :-1]), dim=1)
         if place_BT is not None:
             before_BTD = torch.where(place_BT.unsqueeze(-1) == 0, normed_BTD, before_BTD)

@@ -23,6 +23,7 @@ from khanhllm.model.feedforward import GeluFeedForward, Relu2FeedForward, SwiGLU
 from khanhllm.model.head import Head
 from khanhllm.model.induction import start_with_induction
 from khanhllm.model.moe import MoE
+from khanhllm.model.norm import RMSNorm
 from khanhllm.model.roles import Role, role
 from khanhllm.model.rope import NoRope, Rope
 from khanhllm.model.router import Router, Routing
@@ -189,9 +190,9 @@ def _classic(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
 
 def _modern(config: ModelConfig) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
     """RMSNorm, RoPE, QK-norm, SwiGLU, no biases: the shape of Qwen3-MoE, so its tools can read the weights."""
-    norm = partial(nn.RMSNorm, config.dim, eps=config.norm_eps)
+    norm = partial(RMSNorm, config.dim, eps=config.norm_eps)
     rope = Rope(config.head_dim, config.context, config.rope_theta)
-    attention = partial(Attention, config, rope, nn.RMSNorm, bias=False)
+    attention = partial(Attention, config, rope, RMSNorm, bias=False)
     swiglu = config.feedforward == "swiglu"
     dense, experts = (SwiGLUFeedForward, SwiGLUExperts) if swiglu else (Relu2FeedForward, Relu2Experts)
     blocks = _blocks(config, attention, dense, experts, norm)
