@@ -73,8 +73,9 @@ class ModelConfig(Section):
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
     """inside of dense layers and experts (modern only). relu2, ReLU squared, has two matrices instead of three"""
     value_embedding: bool | Literal["normed"] = False
-    """every other layer adds a learned vector of the token itself to attention's values (modern only), for vocab_size x
-    dim x kv_heads / heads parameters and no arithmetic; normed, `khanhllm export` has a form for it"""
+    """learned vectors of the token itself are added to attention's values (modern only); normed ones can be exported"""
+    value_every: Annotated[int, Field(ge=1, le=256)] = 2
+    """one layer in so many has them, the last one too, each vocab_size x dim x kv_heads / heads parameters"""
     token_norm: bool = False
     """each token's vector is divided by its root mean square, so it cannot outgrow what layers add (modern only)"""
     token_shift: bool = False
@@ -276,8 +277,7 @@ class LossConfig(Section):
     balance: Rate = 0.01
     """weight of the load-balancing loss, summed over mixture layers (Switch Transformer)"""
     load: Literal["previous", "current"] = "previous"
-    """expert load that weighs the balancing loss. previous: of the step before, at no cost. current: of this step,
-    which costs one more forward pass. Both cover all micro-batches of a step"""
+    """load of the experts that weighs their balancing loss: of the step before, or this one's, for one more forward"""
     bias_rate: Rate = 0.001
     """how far the bias of model.router_bias moves in each step (probability)"""
     router_z: Rate = 0.001

@@ -114,6 +114,7 @@ SHAPES = {
     },
     "scaled_stream": {"pattern": "MDDM", "stream_scale": True, "norm_eps": 1e-8},  # export keeps all but it
     "own_values_in_a_scaled_stream": {"value_embedding": "normed", "stream_scale": True, "norm_eps": 1e-8},
+    "own_values_in_every_layer": {"pattern": "DMM", "value_embedding": "normed", "value_every": 1, "norm_eps": 1e-8},
     "own_values_of_shared_heads": {"pattern": "DMM", "value_embedding": "normed", "kv_heads": 2, "norm_eps": 0.01},
     "rope_and_eps": {"pattern": "DM", "rope_theta": 500.0, "norm_eps": 0.01},
 }

@@ -38,6 +38,7 @@ SHAPES = {
     "a start that can copy": {"induction_head": True},
     "rope and eps": {"rope_theta": 123.0, "norm_eps": 0.01},
     "normed values": {"value_embedding": "normed"},
+    "values in one of three": {"pattern": "DMDMD", "value_embedding": True, "value_every": 3},
     **{key: {key: value} for key, value in EVERYTHING.items()},
     "everything": EVERYTHING,
 }

@@ -235,6 +235,12 @@ def test_the_square_of_relu():
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(("every", "layers"), [(1, "01234"), (2, "024"), (3, "14"), (9, "4")])
+def test_value_embeddings_stand_in_one_of_so_many_layers(every, layers):
+    model = build(tiny(value_embedding=True, value_every=every, pattern="DDDDD"))
+    assert list(model.value_embedding.tables) == list(layers)
+
+
 def test_value_embeddings_begin_as_nothing_and_stand_in_every_other_layer():
     with_tables, plain = build(tiny(value_embedding=True, pattern="DMD")), build(tiny(pattern="DMD"))
     assert list(with_tables.value_embedding.tables) == ["0", "2"]

@@ -1,5 +1,7 @@
 """Token ids to vectors. classic adds a learned vector for each position; modern leaves positions to Rope."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -48,18 +50,17 @@ class TokenEmbedding(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """A second table for every other layer, up to the last: what the token itself adds to attention's values
-    (Zhou et al. 2024, arXiv 2410.17897, in the form of https://github.com/KellerJordan/modded-nanogpt).
+    """A second table for some layers: what the token itself adds to attention's values (Zhou et al. 2024,
+    arXiv 2410.17897, in the form of https://github.com/KellerJordan/modded-nanogpt).
 
     normed: divided by the root mean square of the layer's input x, as the norm divides x. The vectors are then features
     of the residual stream that nothing writes and only these values read; see `as_wider` in export/encode.py.
     """
 
-    def __init__(self, layers: int, vocab_size: int, size: int, normed: bool, eps: float) -> None:
+    def __init__(self, layers: Sequence[int], vocab_size: int, size: int, normed: bool, eps: float) -> None:
         super().__init__()
         self.normed, self.eps = normed, eps
-        with_table = [layer for layer in range(layers) if (layers - 1 - layer) % 2 == 0]
-        self.tables = nn.ModuleDict({str(layer): _table(vocab_size, size) for layer in with_table})
+        self.tables = nn.ModuleDict({str(layer): _table(vocab_size, size) for layer in layers})
 
     def forward(self, ids_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor | None:
         """(B, T, S), or None for a layer without a table."""

@@ -46,11 +46,12 @@ class Transformer(nn.Module):
         self.config = config
         build = _classic if config.style == "classic" else _modern
         self.embedding, self.blocks, norm = build(config)
-        tables = len(config.pattern) if config.value_embedding else 0
-        size, normed = config.key_value_heads * config.head_dim, config.value_embedding == "normed"
-        self.value_embedding = ValueEmbedding(tables, config.vocab_size, size, normed, config.norm_eps)
-        self.embedding_skip = _skip(config)
         layers = len(config.pattern)
+        every, normed = config.value_every, config.value_embedding == "normed"
+        with_values = range((layers - 1) % every, layers, every) if config.value_embedding else ()
+        size = config.key_value_heads * config.head_dim
+        self.value_embedding = ValueEmbedding(with_values, config.vocab_size, size, normed, config.norm_eps)
+        self.embedding_skip = _skip(config)
         self.token_shift = TokenShift(layers, config.dim, config.norm_eps) if config.token_shift else None
         self.head = Head(norm, config.dim, config.vocab_size, chunk)
 

@@ -31,6 +31,7 @@ class KhanhLLMConfig(PretrainedConfig):
         experts_per_token: int = 2,
         feedforward: str = "swiglu",
         value_embedding: bool | str = False,
+        value_every: int = 2,
         token_shift: bool = False,
         embedding_skip: bool = False,
         pair_embedding: int = 0,
@@ -54,6 +55,7 @@ class KhanhLLMConfig(PretrainedConfig):
         self.experts_per_token = experts_per_token
         self.feedforward = feedforward
         self.value_embedding = value_embedding
+        self.value_every = value_every
         self.token_shift = token_shift
         self.embedding_skip = embedding_skip
         self.pair_embedding = pair_embedding

@@ -257,7 +257,9 @@ class KhanhLLMForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         layers, shared = len(config.pattern), config.kv_heads * config.head_dim
         self.embedding = Embedding(config)
-        with_values = range((layers - 1) % 2, layers, 2) if config.value_embedding else ()
+        with_values = (
+            range((layers - 1) % config.value_every, layers, config.value_every) if config.value_embedding else ()
+        )
         tables = {str(layer): nn.Embedding(config.vocab_size, shared) for layer in with_values}
         self.value_embedding = nn.ModuleDict({"tables": nn.ModuleDict(tables)})
         self.embedding_skip = EmbeddingSkip(layers) if config.embedding_skip else None
