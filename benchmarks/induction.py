@@ -22,6 +22,8 @@ from khanhllm.settings import preset, resolve
 from khanhllm.training.run import train
 
 SHAPE = {"pattern": "DDDD", "dim": 64, "heads": 2, "hidden": 512, "context": 256, "vocab_size": 2048}
+BEFORE = {"token_shift": False, "value_every": 2}
+"""keys that the preset had not yet, when these runs were made"""
 TRAIN = {"micro_batch": 16, "eval_every": 0, "save_every": 0, "sample_tokens": 0, "eval_tokens": 2**18}
 ROWS: dict[str, dict[str, float]] = {
     "without": {},
@@ -56,7 +58,7 @@ def main() -> None:
 
 def measured(head: bool, options: argparse.Namespace) -> dict[str, Any]:
     given = {
-        "model": SHAPE | {"induction_head": head},
+        "model": SHAPE | BEFORE | {"induction_head": head},
         "data": {"source": options.data, "validation": 0.02},
         "train": TRAIN | {"steps": options.steps, "seed": options.seed},
         "schedule": {"warmup": 40},

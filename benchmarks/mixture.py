@@ -87,10 +87,12 @@ WITH = {
     "pairs, ": {"pair_embedding": 2**14},
 }
 """keys of [model], by the word for them in a recipe's name"""
-FOUR = {"heads": 4}
+UNSHIFTED = {"token_shift": False, "value_every": 2}
+FOUR = UNSHIFTED | {"heads": 4}
 UNSCALED = ALL | FOUR | {"stream_scale": False}
 BEFORE = {"model": UNSCALED | {"token_norm": False}, "optim": {"head_lr": 0}}
-"""hour before it lost heads and layers, its stream was scaled, its tokens were normed and its head had its own rate"""
+"""hour before the position before joined each layer, it lost heads and layers, its stream was scaled, its tokens were
+normed and its head had its own rate"""
 WIDER = BEFORE["model"] | {"hidden": 1024, "expert_hidden": 512}
 """of the former hour"""
 TIED = {"tied_experts": 0.2}
@@ -100,6 +102,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one rate, induction": {"model": COPY},
     "the preset's": {},
     "the preset's, two layers": {"model": {"pattern": "MM"}},
+    "the preset's, tokens not shifted": {"model": UNSHIFTED},
     "the preset's, four heads": {"model": FOUR},
     "the preset's, two layers, four heads": {"model": FOUR | {"pattern": "MM"}},
     "the preset's, stream not scaled": {"model": UNSCALED},
