@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import build, save, tiny
@@ -13,11 +14,12 @@ from khanhllm.cli import main
 from khanhllm.data.shards import Shards
 from khanhllm.data.tokenizer import Tokenizer, train_tokenizer
 from khanhllm.errors import UserError
-from khanhllm.export import check, hf
+from khanhllm.export import check, encode, hf
 from khanhllm.export.card import card
 from khanhllm.export.exporting import export
 from khanhllm.export.importing import import_model
 from khanhllm.inference.generate import continuation
+from khanhllm.model.rope import Rope
 from khanhllm.runs.run import open_run
 from khanhllm.schema import Sampling
 from khanhllm.settings import preset, resolve, write_config
@@ -128,9 +130,27 @@ def test_transformers_computes_our_logits(tmp_path, tokenizer, shape):
     assert largest_difference(run, exported(run, tmp_path / "out")) < 1e-4
 
 
-@pytest.mark.parametrize("shape", ["alternating", "any_order", "shared_heads", "relu2", "few_experts", "own_values"])
+COMPATIBLE = SHAPES | {
+    "few_experts": {"pattern": "DM", "experts": 3},
+    "shifted_and_one_expert_per_token": {"pattern": "MM", "experts_per_token": 1, "token_shift": True},
+}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "alternating",
+        "any_order",
+        "shared_heads",
+        "relu2",
+        "few_experts",
+        "own_values",
+        "shifted_tokens",
+        "shifted_and_one_expert_per_token",
+    ],
+)
 def test_the_compatible_form_has_mixtures_only_and_computes_the_same(tmp_path, tokenizer, shape):
-    run = a_run(tmp_path / "run", tokenizer, **(SHAPES | {"few_experts": {"pattern": "DM", "experts": 3}})[shape])
+    run = a_run(tmp_path / "run", tokenizer, **COMPATIBLE[shape])
     folder = exported(run, tmp_path / "out", compatible=True)
     assert json.loads((folder / "config.json").read_text())["mlp_only_layers"] == []
     assert largest_difference(run, folder) < 1e-4
@@ -293,6 +313,41 @@ def test_a_model_that_ours_cannot_be_is_refused_by_its_key(tmp_path, tokenizer, 
     with pytest.raises(UserError, match=told):
         import_model(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(("size", "context"), [(8, 512), (16, 4096), (64, 4096), (64, 2)])
+def test_a_head_that_looks_back_sees_nothing_but_the_position_before(size, context):
+    model = tiny(dim=2 * size, heads=2, context=context).model
+    layer = encode._looking_back(model)
+    rope = Rope(size, context, model.rope_theta)
+    query, key = (
+        rope(
+            F.rms_norm(
+                layer[f"attention.{side}.weight"][:size, -1], (size,), layer[f"attention.{side}_norm.weight"]
+            ).expand(1, 1, context, size)
+        )[0, 0]
+        for side in ("query", "key")
+    )
+    score_T = query[-1] @ key.T / size**0.5
+    assert score_T.softmax(-1)[-2] > 1 - 1e-6
+    assert (score_T[-2] - score_T)[torch.arange(context) != context - 2].min() > 0.9 * encode.MARGIN
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            {"dim": 16, "heads": 4, "context": 2048},
+            r"token_shift: heads of 4 features cannot tell 2048 positions apart",
+        ),
+        ({"pattern": "D" * 129}, r"token_shift doubles the layers in this form, which may have 256"),
+    ],
+)
+def test_a_shift_that_no_other_tool_can_hold_is_refused(model, told):
+    config = tiny(token_shift=True, **model).model
+    weights = build(tiny(token_shift=True, **model)).state_dict()
+    with pytest.raises(UserError, match=f"{told}.*--remote-code"):
+        encode.as_deeper(*encode.as_wider(config, weights))
 
 
 def test_a_stream_that_a_layer_turns_round_is_refused(tmp_path, tokenizer):

@@ -62,7 +62,7 @@ def ours(shape):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith(("bias", "_E", "_L")) or "norm" in name:
+            if name.endswith(("bias", "_E", "_L", "_LD")) or "norm" in name:
                 tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
             elif "pair" in name or "tables" in name:
                 tensor.normal_(0, 0.2, generator=generator)

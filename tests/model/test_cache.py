@@ -90,7 +90,21 @@ def test_a_copied_beginning_and_a_cleared_row():
     torch.testing.assert_close(rest[0], model.logits(torch.tensor([[1, 2, 3, 200, 100]]))[0, -1], atol=1e-5, rtol=1e-5)
     cache.layers[0].key_BHTd[1] = torch.nan
     cache.clear(1)
-    assert cache.ids[1] == [] and all(not layer.key_BHTd[1].any() for layer in cache.layers)
+    assert cache.ids[1] == [] and all(not tensor[1].any() for layer in cache.layers for tensor in layer.tensors)
+
+
+@torch.no_grad()
+def test_a_row_that_begins_with_others_that_go_on():
+    model = model_of("everything")
+    cache = model.new_text_cache(2)
+    model.next_logits(torch.tensor([PROMPTS[4]]), cache.one(0))
+    cache.ids[0] = list(PROMPTS[4])
+    for layer in cache.layers:
+        for tensor in layer.tensors:
+            tensor[1, :, -1] = 9.0  # what was there before
+    together = model.next_logits(torch.tensor([[200], [7]]), cache.several([0, 1]))
+    for ids, logits in zip(([*PROMPTS[4], 200], [7]), together, strict=True):
+        torch.testing.assert_close(logits, model.logits(torch.tensor([ids]))[0, -1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

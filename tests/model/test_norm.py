@@ -44,6 +44,15 @@ def test_other_types_are_left_to_pytorch(dtype):
     assert torch.equal(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-5))
 
 
+def test_autocast_does_not_round_it():
+    x = torch.randn(64, 128, generator=G)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, gradient = differentiated(x, None, 1e-5, rms_norm)
+    exact, exact_gradient = differentiated(x.double(), None, 1e-5, lambda x, _, eps: F.rms_norm(x, (128,), eps=eps))
+    assert torch.allclose(y.double(), exact, atol=1e-6)
+    assert torch.allclose(gradient.double(), exact_gradient, atol=1e-5)
+
+
 def test_no_second_derivative():
     x = torch.randn(3, 8, generator=G).requires_grad_()
     (gradient,) = torch.autograd.grad(rms_norm(x, None, 1e-5).square().sum(), x, create_graph=True)

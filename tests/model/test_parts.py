@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import build, tiny
+from khanhllm.errors import UserError
 from khanhllm.model.embedding import TokenEmbedding
 from khanhllm.model.experts import GROUPED, LOOP, GeluExperts, Relu2Experts, SwiGLUExperts
 from khanhllm.model.rope import Rope
@@ -321,6 +322,12 @@ def test_a_shift_begins_as_nothing_and_adds_the_position_before_to_the_input_of_
             normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
             x = block(x + shift_D * torch.stack([normed[:, max(t - 1, 0)] for t in range(5)], dim=1))[0]
         assert torch.allclose(shifted.trunk(ids)[0], x, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["value_embedding", "token_norm", "token_shift", "stream_scale", "embedding_skip"])
+def test_a_classic_model_has_no_part_of_a_modern_one(key):
+    with pytest.raises(UserError, match=rf"{key}.* are choices of style modern"):
+        tiny("classic", **{key: True})
 
 
 def test_with_zero_out_every_layer_begins_as_nothing():

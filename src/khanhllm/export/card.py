@@ -40,7 +40,7 @@ def card(
     """Markdown: what the model is, what it learned from, how good it is, what it cannot do, how to use it. tokens: as
     many as it had read by that step."""
     paper = on_paper(exported)
-    model = config.model
+    model = exported
     kinds = f"{model.pattern.count('D')} dense and {model.pattern.count('M')} mixture layers"
     experts = (
         f", {model.experts} experts of which {model.experts_per_token} work on each token" if model.moe_layers else ""

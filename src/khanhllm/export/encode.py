@@ -21,6 +21,8 @@ LARGEST_HALF = 65_504
 STEEPEST = 10
 SMALL = 10
 """powers of two: of s in `as_swiglu`, and of what `as_wider` divides by"""
+REMEDY = "--to hf --remote-code writes it with model code of its own"
+MOST_LAYERS, LEAST_HIDDEN = 256, 32
 SHIFT = "token_shift.shift_LD"
 LOUD = 2.0**8
 """factor on a query and key, for the norm that follows to find them far above its epsilon"""
@@ -65,8 +67,8 @@ def as_unscaled(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weig
 
 
 def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
-    """Normed value embeddings as further features of the residual stream, n times as wide, with n times the heads. With
-    `token_shift`, the last feature is one number, whatever the token is, for `as_deeper`.
+    """Normed value embeddings as further features of the residual stream, with further heads, n times as many of both.
+    With `token_shift`, the last feature is one number, whatever the token is, for `as_deeper`.
 
     Nothing writes the further features, and each is read by the values of its layer alone. They are divided by 2^10, so
     that they hardly count in the norm's mean square, and the norm's gain multiplies them again. What writes into the
@@ -77,12 +79,14 @@ def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights
     if not normed and not model.token_shift:
         return model, weights
     tables = {name.split(".")[2]: weights[name] for name in weights if normed and name.startswith("value_embedding.")}
-    size = model.key_value_heads * model.head_dim
-    n = 1 + math.ceil((len(tables) * size + bool(model.token_shift)) / model.dim)
+    size, group = model.key_value_heads * model.head_dim, model.heads // model.key_value_heads
+    unit = group * model.head_dim  # of heads that share a key
+    units = model.key_value_heads + math.ceil((len(tables) * size + model.token_shift) / unit)
     if model.token_shift:
-        n = max(n, model.heads // model.key_value_heads)  # value heads for all features
-    grown = {"dim": n * model.dim, "heads": n * model.heads, "kv_heads": n * model.kv_heads, "value_embedding": False}
-    shape = model.model_copy(update=grown)
+        units = max(units, model.heads)  # value heads for all features
+    grown = {"dim": units * unit, "heads": units * group, "kv_heads": model.kv_heads and units}
+    shape = model.model_copy(update=grown | {"value_embedding": False})
+    n = shape.dim / model.dim
     encoded = {}
     for name, place in on_paper(shape).state_dict().items():
         weight = weights[name].float()
@@ -112,11 +116,19 @@ def as_deeper(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weight
     """
     if not model.token_shift:
         return model, weights
+    if 2 * len(model.pattern) > MOST_LAYERS:
+        raise UserError(f"model.token_shift doubles the layers in this form, which may have {MOST_LAYERS}; {REMEDY}")
+    small = {"hidden": model.hidden if "D" in model.pattern else LEAST_HIDDEN}  # of the added layers
     pattern = "".join("D" + letter for letter in model.pattern)
-    shape = model.model_copy(update={"token_shift": False, "pattern": pattern, "value_embedding": False})
+    shape = model.model_copy(update=small | {"token_shift": False, "pattern": pattern})
     encoded = {re.sub(r"^blocks\.(\d+)", _second, name): weight for name, weight in weights.items()}
+    added, d, group = _looking_back(shape), model.head_dim, model.heads // model.key_value_heads
     for layer, shift_D in enumerate(encoded.pop(SHIFT)):
-        encoded |= {f"blocks.{2 * layer}.{name}": weight for name, weight in _looking_back(shape, shift_D).items()}
+        own = {name: weight.clone() for name, weight in added.items()}  # files hold no tensor twice
+        for piece in range(model.key_value_heads):
+            to, head = (slice(nth * d, (nth + 1) * d) for nth in (piece, piece * group))
+            own["attention.out.weight"][to, head] = torch.diag(shift_D[to])
+        encoded |= {f"blocks.{2 * layer}.{name}": weight for name, weight in own.items()}
     return shape, encoded
 
 
@@ -124,22 +136,20 @@ def _second(found: re.Match[str]) -> str:
     return f"blocks.{2 * int(found[1]) + 1}"
 
 
-def _looking_back(model: ModelConfig, shift_D: Tensor) -> Weights:
-    """The weights of a dense layer that adds the position before, each feature times its number."""
-    place = on_paper(model).blocks[0].state_dict()
-    layer = {name: torch.full(weight.shape, float("norm" in name)) for name, weight in place.items()}
-    d, group = model.head_dim, model.heads // model.key_value_heads
+def _looking_back(model: ModelConfig) -> Weights:
+    """The weights of a dense layer whose heads bring the vector of the position before, a piece each."""
+    layer = {
+        name: torch.full(place.shape, float("norm" in name))
+        for name, place in on_paper(model).blocks[0].state_dict().items()
+    }
     query_d, gain = _of_places(model)
-    key_d = Rope(d, 2, model.rope_theta)(query_d.view(1, 1, 1, d), start=1).flatten()
+    key_d = Rope(model.head_dim, 2, model.rope_theta)(query_d.view(1, 1, 1, -1), start=1).flatten()
     layer["attention.query_norm.weight"] *= gain
     layer["attention.key_norm.weight"] *= gain
     layer["attention_norm.weight"][-1] = 2.0**SMALL
     layer["attention.query.weight"][:, -1] = LOUD * query_d.repeat(model.heads)
     layer["attention.key.weight"][:, -1] = LOUD * key_d.repeat(model.key_value_heads)
-    for piece in range(model.key_value_heads):
-        shared, own = (slice(head * d, (head + 1) * d) for head in (piece, piece * group))
-        layer["attention.value.weight"][shared, shared] = torch.eye(d)
-        layer["attention.out.weight"][shared, own] = torch.diag(shift_D[shared])
+    layer["attention.value.weight"].fill_diagonal_(1)
     return layer
 
 
@@ -154,7 +164,7 @@ def _of_places(model: ModelConfig) -> tuple[Tensor, float]:
     ahead_f = less_Tf.cumsum(1).amin(0) / torch.arange(1, pairs + 1)  # by the number of fast features
     if (ahead := float(ahead_f.max())) < NARROW:
         what = f"heads of {model.head_dim} features cannot tell {model.context} positions apart"
-        raise UserError(f"model.token_shift: {what}; only wider ones can be exported")
+        raise UserError(f"model.token_shift: {what}; {REMEDY}")
     query_d = (torch.arange(model.head_dim) % pairs <= int(ahead_f.argmax())).float()
     return query_d, (MARGIN / (ahead * model.head_dim**0.5)) ** 0.5
 
@@ -201,7 +211,8 @@ def as_mixtures(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weig
     layer. All experts get the width of the widest, filled with zeros. UserError for K = 1, where the router's
     probability stays as a weight.
     """
-    if model.experts_per_token == 1 and model.moe_layers and "D" in model.pattern:
+    down = [weight for name, weight in weights.items() if name.endswith("down.weight")]  # those of experts are stacked
+    if model.experts_per_token == 1 and any(weight.any() for weight in down):
         raise UserError(
             "with model.experts_per_token 1 a dense layer cannot be written as a mixture; export without it"
         )

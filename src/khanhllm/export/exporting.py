@@ -23,7 +23,6 @@ from khanhllm.training import checkpoint, tensor_files
 UNCHECKED = "not compared with the model that was trained (--no-check)"
 USUAL = {"hf": "f32", "gguf": "f16"}
 DTYPES = {"hf": tuple(check.DTYPES), "gguf": tuple(gguf.DTYPES)}
-REMEDY = "--to hf --remote-code writes it with model code of its own"
 
 
 def export(
@@ -109,7 +108,7 @@ def _encoded(
     model, weights = encode.as_unscaled(*encode.as_divided(model, weights))
     if remote_code:
         return model, weights
-    check_stock(model, "transformers" if to == "hf" else "llama.cpp", REMEDY, router_bias=to == "gguf")
+    check_stock(model, "transformers" if to == "hf" else "llama.cpp", encode.REMEDY, router_bias=to == "gguf")
     if to == "gguf" and compatible:
         check_stock(model, "llama.cpp's qwen3moe", "without --compatible GGUF has it", router_bias=False)
     model, weights = encode.as_swiglu(*encode.as_deeper(*encode.as_wider(model, weights)))

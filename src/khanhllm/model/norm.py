@@ -20,8 +20,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # type: ignore[override]
-        mean = torch.linalg.vecdot(x, x).div_(x.shape[-1])
-        scale = mean.add_(eps).rsqrt_().unsqueeze(-1)
+        scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
         normed = x * scale
         return normed if weight is None else normed.mul_(weight)
@@ -32,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         normed = x * scale
         x_grad = grad.clone() if weight is None else grad * weight
-        mean = torch.linalg.vecdot(x_grad, normed).div_(x.shape[-1]).unsqueeze(-1)
+        mean = (x_grad * normed).mean(-1, keepdim=True)
         x_grad.addcmul_(normed, mean, value=-1).mul_(scale)
         weight_grad = None if weight is None else normed.mul_(grad).sum_to_size(weight.shape)
         return x_grad, weight_grad, None

@@ -16,7 +16,7 @@ class Role(Enum):
     OUTPUT = "a matrix that writes into the residual stream"
     NORM = "the gain of a norm"
     BIAS = "a bias; those of experts are stacked, one row for each"
-    SKIP = "a number for each layer, or for each of its features, on what goes past it"
+    SKIP = "a number for each layer, or for each of its features, that scales what enters the layer"
 
 
 TABLES = {Role.TOKEN, Role.POSITION, Role.ADDED}
