@@ -91,8 +91,7 @@ UNSHIFTED = {"token_shift": False, "value_every": 2}
 FOUR = UNSHIFTED | {"heads": 4}
 UNSCALED = ALL | FOUR | {"stream_scale": False}
 BEFORE = {"model": UNSCALED | {"token_norm": False}, "optim": {"head_lr": 0}}
-"""hour before the position before joined each layer, it lost heads and layers, its stream was scaled, its tokens were
-normed and its head had its own rate"""
+"""hour as it was without token_shift, stream_scale and token_norm, with more heads and layers, and lr for its head"""
 WIDER = BEFORE["model"] | {"hidden": 1024, "expert_hidden": 512}
 """of the former hour"""
 TIED = {"tied_experts": 0.2}

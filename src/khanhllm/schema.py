@@ -73,9 +73,9 @@ class ModelConfig(Section):
     feedforward: Literal["swiglu", "relu2"] = "swiglu"
     """inside of dense layers and experts (modern only). relu2, ReLU squared, has two matrices instead of three"""
     value_embedding: bool | Literal["normed"] = False
-    """learned vectors of the token itself are added to attention's values (modern only); normed ones can be exported"""
+    """learned vectors of the token itself join attention's values (modern only); all tools can read normed ones"""
     value_every: Annotated[int, Field(ge=1, le=256)] = 2
-    """one layer in so many has them, the last one too, each vocab_size x dim x kv_heads / heads parameters"""
+    """they join every so-manieth layer, back from the last: vocab_size x dim x kv_heads / heads parameters each"""
     token_norm: bool = False
     """each token's vector is divided by its root mean square, so it cannot outgrow what layers add (modern only)"""
     token_shift: bool = False
@@ -178,7 +178,7 @@ class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
-    """time to train, validation and saving included (seconds); the schedule follows it; 0 means that steps decides"""
+    """time to train, saving and validation included (seconds), whose passing the schedule follows; 0: steps decides"""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
     """rows of `context` tokens in one forward and backward pass; auto means as many as fit into the memory, by the
     simulation of `khanhllm plan`; a step keeps the rows that it has without auto"""
@@ -252,7 +252,7 @@ class OptimConfig(Section):
     expert_momentum: Beta = 0.0
     """momentum of the experts' matrices (muon only), which see fewer tokens in each step; 0 means momentum"""
     expert_every: Annotated[int, Field(ge=1, le=64)] = 1
-    """update each stack of experts once in so many steps, by the square root of that number more, in turns (muon)"""
+    """update each stack of experts once in so many steps, the square root of that number as far, in turns (muon)"""
     base_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     """model.dim at which the rates were tuned. At another, those of matrices under adamw (all of them, or muon's head
     and routers) are multiplied by base_dim / dim, so that tuned rates transfer to other widths (muP); 0 leaves them"""
@@ -288,7 +288,7 @@ class LossConfig(Section):
 
 class GuardConfig(Section):
     spike: Rate = 10.0
-    """reject a loss above the last 128's median by a nat and so many robust standard deviations; 0: only not finite"""
+    """reject a loss this many robust deviations, and a nat, above the last 128's median; 0: only what is not finite"""
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3
     """steps rejected in a row until the run asks earlier rows whether the text has changed; if not, it goes back"""
     returns: Annotated[int, Field(ge=0, le=10_000)] = 2

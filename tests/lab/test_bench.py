@@ -51,6 +51,9 @@ OWN = [
     {"value_embedding": True},
     {"pair_embedding": 9},
     {"embedding_skip": True},
+    {"token_shift": True},
+    {"token_norm": True},
+    {"stream_scale": True},
 ]
 
 

@@ -146,8 +146,9 @@ def as_qwen3_moe(model: ModelConfig, experts: str) -> Any:
 
     without = "so the model of transformers cannot be measured beside it"
     check_stock(model, "Qwen3-MoE", without, router_bias=False)
-    if model.feedforward != "swiglu":
-        raise UserError(f"model.feedforward is {model.feedforward}, which Qwen3-MoE cannot express, {without}")
+    for key in ("feedforward", "value_embedding", "token_norm", "token_shift", "stream_scale"):
+        if (value := getattr(model, key)) != ModelConfig.model_fields[key].default:
+            raise UserError(f"model.{key} is {str(value).lower()}, which Qwen3-MoE cannot express, {without}")
     more: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
     more |= {"experts_implementation": experts, "attn_implementation": "sdpa"}
     return Qwen3MoeConfig(**qwen3(model), **more)
