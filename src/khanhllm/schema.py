@@ -112,9 +112,9 @@ class ModelConfig(Section):
         modern = ["value_embedding", "token_norm", "token_shift", "stream_scale", "embedding_skip", "induction_head"]
         keys = {"feedforward": "swiglu", "pair_embedding": 0} | dict.fromkeys(modern, False)
         if self.style == "classic" and any(getattr(self, key) != keys[key] for key in keys):
-            raise ValueError(f"{', '.join(keys)} are choices of style modern")
+            raise ValueError(f"choices of style modern: {', '.join(k for k in keys if getattr(self, k) != keys[k])}")
         if self.induction_head and (self.zero_out or self.heads < 2 or len(self.pattern) < 2):
-            raise ValueError("induction_head needs two layers, two heads, and zero_out = false")
+            raise ValueError("induction_head needs two layers, two heads, and zero_out = false; or set it to false")
         if self.moe_layers and self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) exceeds experts ({self.experts})")
         return self

@@ -315,6 +315,13 @@ def test_a_model_that_ours_cannot_be_is_refused_by_its_key(tmp_path, tokenizer, 
     assert not (tmp_path / "back").exists()
 
 
+def test_an_import_in_a_form_that_training_destroys_is_told(tmp_path, tokenizer, capsys):
+    for nth, (shape, told) in enumerate([({}, False), ({"token_shift": True}, True), (SHAPES["own_values"], True)]):
+        run = a_run(tmp_path / f"run{nth}", tokenizer, **shape)
+        import_model(exported(run, tmp_path / f"out{nth}"), tmp_path / f"back{nth}")
+        assert ("that training destroys" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(("size", "context"), [(8, 512), (16, 4096), (64, 4096), (64, 2)])
 def test_a_head_that_looks_back_sees_nothing_but_the_position_before(size, context):
     model = tiny(dim=2 * size, heads=2, context=context).model

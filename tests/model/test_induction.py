@@ -101,5 +101,5 @@ def test_what_it_needs(shape):
 
 
 def test_the_classic_style_has_none():
-    with pytest.raises(UserError, match="induction_head are choices of style modern"):
+    with pytest.raises(UserError, match="choices of style modern: induction_head"):
         tiny(**SHAPE, style="classic", induction_head=True)

@@ -5,6 +5,7 @@ Each takes and returns a shape and its weights by name, in our own terms, so tha
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,11 @@ def as_wider(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights
     if model.token_shift:
         encoded["embedding.token.weight"][:, -1] = 2.0**-SMALL
     return shape, encoded
+
+
+def widened(weights: Mapping[str, Tensor]) -> bool:
+    """Whether `as_wider` made them: a norm's gain that makes small features large again."""
+    return any(name.endswith("attention_norm.weight") and weight.max() >= 2**SMALL for name, weight in weights.items())
 
 
 def as_deeper(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:

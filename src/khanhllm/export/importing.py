@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from khanhllm.errors import UserError
-from khanhllm.export import hf
+from khanhllm.export import encode, hf
 from khanhllm.export.check import assembled
 from khanhllm.files import check_new
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
+from khanhllm.training.checkpoint import to_stderr
 from khanhllm.training.start import write_start
 
 
@@ -27,5 +28,8 @@ def import_model(folder: Path, out: Path, context: int | None = None) -> Config:
     shape = found.model.model_dump() | ({"context": context} if context else {})
     data = {"tokenizer": str((out / "tokenizer.json").resolve())}
     config = resolve({"model": shape, "data": data}, where="import")
+    if encode.widened(found.weights):
+        form = "value_embedding or token_shift, in a form that training destroys"
+        to_stderr(f"{folder} holds {form}: look into it, but go on training with the run that it was made of")
     write_start(out, config, assembled(config.model, found.weights), tokenizer)
     return config
