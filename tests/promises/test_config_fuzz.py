@@ -230,6 +230,7 @@ WORDS = {
     "--train.steps=": "train.steps",
     "--train.steps": "needs a value",
     "--train.steps --resume": "needs a value",
+    "--twin": "--twin needs a value: active or total",
     "--train.steps=-1": "train.steps",
     "--train.steps -1": "needs a value|train.steps",
     "--train.steps=10.5": "train.steps",

@@ -49,7 +49,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
             option = message.removeprefix("argument ").partition(":")[0]
+            choices = [action.choices for action in self._actions if option in action.option_strings and action.choices]
             message = f"{option} needs a value; write one that begins with a dash as {option}=-value"
+            if choices:
+                message = f"{option} needs a value: {' or '.join(map(str, choices[0]))}"
         message = re.sub(r"\S{100,}", lambda word: f"{word[0][:60]}...", message)  # such a word as nobody reads
         print(UserError(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"), file=sys.stderr)
         sys.exit(2)
