@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from khanhllm.cli.arguments import name, some, which
-from khanhllm.files import quoted
 from khanhllm.settings import read_config
 
 
@@ -59,8 +58,6 @@ def import_(options: argparse.Namespace) -> None:
     from khanhllm.export.importing import import_model
 
     import_model(Path(options.folder), Path(options.out), options.context)
-    run = quoted(options.out)
-    print(f"{options.out}: to train it further, khanhllm train --resume --run {run} --data SRC --steps N")
 
 
 def import_options(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 from khanhllm.errors import UserError
 from khanhllm.export import encode, hf
 from khanhllm.export.check import assembled
-from khanhllm.files import check_new
+from khanhllm.files import check_new, quoted
 from khanhllm.schema import Config
 from khanhllm.settings import resolve
-from khanhllm.training.checkpoint import to_stderr
 from khanhllm.training.start import write_start
 
 
@@ -28,8 +27,10 @@ def import_model(folder: Path, out: Path, context: int | None = None) -> Config:
     shape = found.model.model_dump() | ({"context": context} if context else {})
     data = {"tokenizer": str((out / "tokenizer.json").resolve())}
     config = resolve({"model": shape, "data": data}, where="import")
-    if encode.widened(found.weights):
-        form = "value_embedding or token_shift, in a form that training destroys"
-        to_stderr(f"{folder} holds {form}: look into it, but go on training with the run that it was made of")
     write_start(out, config, assembled(config.model, found.weights), tokenizer)
+    if encode.widened(found.weights):
+        form = "value_embedding or token_shift in a form that training destroys"
+        print(f"{out}: to look into. It has {form}: to go on training, take the run that was exported")
+    else:
+        print(f"{out}: to train it further, khanhllm train --resume --run {quoted(str(out))} --data SRC --steps N")
     return config
