@@ -230,6 +230,13 @@ def test_the_check_reads_held_out_text_and_says_so_where_there_is_none(talks, tm
     assert check.windows(tmp_path, learned, 30)[1] == "ids drawn at random"
 
 
+def test_the_card_tells_of_the_shape_that_was_written(tmp_path, tokenizer):
+    folder = exported(a_run(tmp_path / "run", tokenizer, pattern="MM", token_shift=True), tmp_path / "out")
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    told = (folder / "README.md").read_text("utf-8")
+    assert "(2 dense and 2 mixture layers," in told and f" width {width}, " in told
+
+
 def test_the_card_names_no_folder_of_this_machine(tmp_path):
     source = f"{tmp_path / 'tales.txt'}:0.8, hf://datasets/a/b:0.2"
     config = resolve({"data": {"source": source}})
