@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from khanhllm.cli import main
 from khanhllm.data.tokenizer import train_tokenizer
 from khanhllm.machine import devices
 from khanhllm.machine.devices import Machine
@@ -40,6 +41,14 @@ def tiny(style: str = "modern", **model: object) -> Config:
         {"model": shape, "train": {"micro_batch": 2, "sample_tokens": 8}, "machine": {"device": "cpu", "threads": 1}},
         {"model": model},
     )
+
+
+def exit_code(words: list[str]) -> object:
+    """That of a command line, also where argparse ends the process."""
+    try:
+        return main(words)
+    except SystemExit as end:
+        return end.code
 
 
 def build(config: Config, seed: int = 0) -> Transformer:

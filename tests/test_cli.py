@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import khanhllm
-from conftest import tiny
+from conftest import exit_code, tiny
 from khanhllm import cli
 from khanhllm.model.twin import dense_twin
 from khanhllm.settings import preset, resolve, to_toml
@@ -40,10 +40,7 @@ def trained(corpus, tmp_path_factory):
 
 def refused(capsys, *words: object) -> str:
     """Run it, expect exit code 2 and a single line, and return that line."""
-    try:
-        code = cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code([str(word) for word in words])
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("khanhllm")]
     assert code == 2, error

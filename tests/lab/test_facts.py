@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import plain_machine
+from conftest import exit_code, plain_machine
 from khanhllm import cli
 from khanhllm.errors import UserError
 from khanhllm.lab import facts as lab
@@ -182,10 +182,7 @@ def test_labels_that_would_cover_each_other_move_apart():
     ],
 )
 def test_wrong_input_is_one_line(words, named, capsys, tmp_path):
-    try:
-        code = cli.main(["lab", "facts", "--out", str(tmp_path / "out"), *words])
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(["lab", "facts", "--out", str(tmp_path / "out"), *words])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and named in line and not (tmp_path / "out").exists()
 

@@ -14,6 +14,7 @@ import pytest
 from evaluated import a_run, write_sets
 from rich.console import Console
 
+from conftest import exit_code
 from khanhllm.cli import main
 from khanhllm.data import fetch
 from khanhllm.errors import UserError
@@ -288,10 +289,7 @@ def test_a_score_within_two_errors_of_chance_is_in_parentheses():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_refused_in_one_line(run, capsys, options, says):
-    try:
-        code = main(["evaluate", str(run.checkpoint.parents[1]), *options])
-    except SystemExit as ended:  # argparse's own
-        code = ended.code
+    code = exit_code(["evaluate", str(run.checkpoint.parents[1]), *options])
     error = capsys.readouterr().err
     assert code == 2 and says in error and len(error.splitlines()) == 1
 

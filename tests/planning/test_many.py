@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import plain_machine, tiny
+from conftest import exit_code, plain_machine, tiny
 from khanhllm import cli
 from khanhllm.data.batches import random_batches
 from khanhllm.errors import UserError
@@ -452,9 +452,6 @@ def test_the_plan_for_cards_by_command(capsys):
     ],
 )
 def test_bad_input_is_one_line(words, says, capsys):
-    try:
-        code = cli.main([*NANO, *words])
-    except SystemExit as end:
-        code = end.code
+    code = exit_code([*NANO, *words])
     error = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and says in error[-1]

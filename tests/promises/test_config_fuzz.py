@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from conftest import tiny
-from khanhllm import cli
+from conftest import exit_code, tiny
 from khanhllm.data.ensure import ensure
 from khanhllm.errors import UserError
 from khanhllm.machine import devices
@@ -270,8 +269,5 @@ def test_a_wrong_command_line_is_refused_in_one_line(tmp_path, capfd, monkeypatc
 
 
 def typed_in(capfd, *words):
-    try:
-        code = cli.main(list(words))
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(list(words))
     return code, *capfd.readouterr()

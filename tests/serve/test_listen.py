@@ -13,8 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from conftest import house
-from khanhllm.cli import main
+from conftest import exit_code, house
 from khanhllm.errors import UserError
 from khanhllm.serve import listen
 
@@ -289,10 +288,7 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     ],
 )
 def test_a_wrong_command_line_is_one_line(words, says, capsys):
-    try:
-        code = main(["serve", "nowhere", *words])
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(["serve", "nowhere", *words])
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("khanhllm") and said.count("\n") == 1 and says in said
 
