@@ -32,5 +32,5 @@ def import_model(folder: Path, out: Path, context: int | None = None) -> Config:
         form = "value_embedding or token_shift in a form that training destroys"
         print(f"{out}: to look into. It has {form}: to go on training, take the run that was exported")
     else:
-        print(f"{out}: to train it further, khanhllm train --resume --run {quoted(str(out))} --data SRC --steps N")
+        print(f"{out}: to train it further, khanhllm train --resume --run {quoted(out)} --data SRC --steps N")
     return config

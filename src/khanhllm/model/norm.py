@@ -48,9 +48,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 class RMSNorm(nn.RMSNorm):
     """The norm of a layer, or of each head's queries or keys, with a learned gain."""
 
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__(dim, eps)
-
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)

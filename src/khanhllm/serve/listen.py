@@ -87,6 +87,15 @@ def read_key(file: Path | None) -> str:
     return key
 
 
+AT_FAULT = {
+    errno.EADDRINUSE: "--port",
+    errno.EACCES: "--port",
+    errno.EADDRNOTAVAIL: "--host",
+    errno.EAFNOSUPPORT: "--host",
+}
+"""what to change when a socket cannot be bound"""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections, which wait until somebody serves them. Raises UserError if it cannot be."""
     try:
@@ -100,12 +109,10 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(2048)
     except (OSError, UnicodeError) as error:
         text = error.strerror if isinstance(error, OSError) else "no name of a host"
-        port_is_at_fault = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
-        host_is = isinstance(error, UnicodeError | socket.gaierror) or error.errno in (
-            errno.EADDRNOTAVAIL,
-            errno.EAFNOSUPPORT,
-        )
-        remedy = "; try another --port" if port_is_at_fault else "; try another --host" if host_is else ""
+        at_fault = "--host"
+        if isinstance(error, OSError) and not isinstance(error, socket.gaierror):  # it found an address
+            at_fault = AT_FAULT.get(error.errno or 0, "")
+        remedy = f"; try another {at_fault}" if at_fault else ""
         raise UserError(f"cannot serve on {host} port {port}: {text}{remedy}") from None
     return bound
 
