@@ -33,7 +33,8 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Module):
-    """Softmax over all experts, of which the K largest are renormalised to sum to 1.
+    """Softmax over all experts, of which the K largest are renormalised to sum to 1: that is, the softmax of their
+    scores alone.
 
     With K = 1 the weight is the probability itself, as in Switch (arXiv 2101.03961, eq. 2): renormalised it would be 1
     whatever the router says, and the loss would give the router no gradient.
@@ -60,25 +61,24 @@ class Router(nn.Module):
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
-            prob_TE = scores_TE.T.softmax(dim=0).T  # several times faster on a CPU than along the few experts
-            open_TE = prob_TE if closed_TE is None else prob_TE.masked_fill(closed_TE, 0)
-            if self.bias_E is None:
-                top_TK, expert_TK = open_TE.topk(self.per_token, dim=-1)
-            else:
-                ranked_TE = prob_TE.detach() + self.bias_E
-                if closed_TE is not None:
-                    ranked_TE = ranked_TE.masked_fill(closed_TE, -torch.inf)
-                expert_TK = ranked_TE.topk(self.per_token, dim=-1).indices
-                top_TK = open_TE.gather(-1, expert_TK)
-            total_T1 = top_TK.sum(dim=-1, keepdim=True)
-            if closed_TE is not None:  # what stays open may be too unlikely for a float
-                total_T1 = total_T1.clamp_min(torch.finfo(torch.float32).tiny)
-            weight_TK = top_TK if self.per_token == 1 else top_TK / total_T1
-            sent_TK, square_T = expert_TK, scores_TE.logsumexp(dim=-1).square()
+            # transposed: on a CPU several times faster than along the few experts
+            partition_T = scores_TE.T.logsumexp(dim=0)
+            prob_ET = (scores_TE.T - partition_T).exp()
+            ranked_TE = scores_TE.detach() if self.bias_E is None else prob_ET.detach().T + self.bias_E
+            if closed_TE is not None:
+                ranked_TE = ranked_TE.masked_fill(closed_TE, -torch.inf)
+            rank_TK, expert_TK = ranked_TE.topk(self.per_token, dim=-1)
+            top_KT = scores_TE.gather(-1, expert_TK).T
+            if closed_TE is not None:
+                top_KT = top_KT.masked_fill(rank_TK.T.isneginf(), -torch.inf)
+            weight_TK = ((top_KT - partition_T).exp() if self.per_token == 1 else top_KT.softmax(dim=0)).T
+            if closed_TE is not None:  # the softmax over closed ones alone is undefined
+                weight_TK = weight_TK.masked_fill(rank_TK.isneginf(), 0)
+            sent_TK, square_T = expert_TK, partition_T.square()
             if padding_T is not None:
                 sent_TK = sent_TK.masked_fill(padding_T[:, None], len(self.weight))  # to no expert
-                prob_TE, square_T = prob_TE.masked_fill(padding_T[:, None], 0), square_T.masked_fill(padding_T, 0)
-            routing = Routing(load_E=count(sent_TK, len(self.weight)), prob_E=prob_TE.sum(dim=0), z=square_T.sum())
+                prob_ET, square_T = prob_ET.masked_fill(padding_T, 0), square_T.masked_fill(padding_T, 0)
+            routing = Routing(load_E=count(sent_TK, len(self.weight)), prob_E=prob_ET.sum(dim=1), z=square_T.sum())
         return Choice(expert_TK, weight_TK), routing
 
 
@@ -93,9 +93,11 @@ def move_biases(model: nn.Module, load_LE: Tensor, rate: float) -> None:
 
 
 def count(expert_TK: Tensor, experts: int) -> Tensor:
-    """How often each expert was chosen. A comparison instead of `bincount`: its shape is known before it runs."""
-    all_E = torch.arange(experts, device=expert_TK.device)
-    return (expert_TK.flatten()[:, None] == all_E).sum(dim=0, dtype=torch.float32)
+    """How often each expert was chosen; `experts`, the one that is none, is not counted. Unlike `bincount`, a sum whose
+    shape is known before it runs."""
+    chosen_N = expert_TK.flatten()
+    ones_N = torch.ones(1, device=chosen_N.device).expand(len(chosen_N))
+    return torch.zeros(experts + 1, device=chosen_N.device).scatter_add_(0, chosen_N, ones_N)[:experts]
 
 
 def stack(routings: tuple[Routing, ...], like: Tensor) -> Routing:
