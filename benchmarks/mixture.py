@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", type=int, default=[500, 1000, 2000])
     parser.add_argument("--seconds", nargs="*", type=int, default=[150, 450])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of speed")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a race: keep its runs there")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="of a table: its races with a common start")
     options = parser.parse_args()
@@ -159,8 +160,8 @@ def main() -> None:
         parser.error("--out FILE says where to keep the results")
     elif options.what == "speed":
         for cell in options.cells:
-            row = {"what": "speed", "cell": cell, "recipe": options.recipe}
-            append(options.out, row | speed(cell, RECIPES[options.recipe]))
+            row = {"what": "speed", "cell": cell, "recipe": options.recipe, "threads": options.threads}
+            append(options.out, row | speed(cell, RECIPES[options.recipe], options.threads))
     elif options.what == "race":
         race(options)
     else:
@@ -234,9 +235,9 @@ def learned(source: str, run: dict[str, Any], keep: Path | None = None) -> dict[
     }
 
 
-def speed(cell: str, recipe: dict[str, Any], turns: int = 25) -> dict[str, Any]:
+def speed(cell: str, recipe: dict[str, Any], threads: int, turns: int = 25) -> dict[str, Any]:
     """Seconds of a step of the mixture, once its experts have parted, over those of its twin, step by step in turns."""
-    given = config(cell, recipe | {"schedule": {"tied_experts": 0}})
+    given = config(cell, recipe | {"schedule": {"tied_experts": 0}}, machine={"threads": threads})
     pair = [Candidate.enter(name, given) for name in ("ours", "dense twin")]
     seconds = [[candidate.step() for candidate in pair] for _ in range(turns)][3:]
     for candidate in pair:
@@ -259,7 +260,7 @@ def table(runs: list[dict[str, Any]], seeds: int) -> None:
         elif run["what"] == "learn":
             by_steps[what].append(run)
         else:
-            times[what[:2]] = run["time_over_twin"][1]
+            times[*what[:2], run.get("threads", 1)] = run["time_over_twin"][1]
     for what, told in sorted(races.items()):
         if max(run["seed"] for run in told) >= seeds - 1:
             print(heading(what))
@@ -269,8 +270,8 @@ def table(runs: list[dict[str, Any]], seeds: int) -> None:
         print_rule(together)
     if seeds > 1:
         return
-    for (cell, recipe), over in sorted(times.items()):
-        print(f"\n{cell} ({recipe}): a step takes {over:.2f} of the twin's time")
+    for (cell, recipe, threads), over in sorted(times.items()):
+        print(f"\n{cell} ({recipe}), {threads} thread{'s' * (threads > 1)}: a step takes {over:.3f} of the twin's time")
     for what, told in sorted(by_steps.items()):
         print(heading(what))
         print("   steps  mixture     twin  difference  multiplier")
