@@ -211,6 +211,15 @@ def test_training_gives_the_process_its_threads_back(trained, tmp_path):
         torch.set_num_threads(before)
 
 
+def test_training_that_is_refused_gives_them_back_too(trained, tmp_path):
+    run, _ = trained
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match="nowhere"):
+        knobs = KNOBS | _data(run) | {"data.source": str(tmp_path / "nowhere"), "machine.threads": before + 1}
+        khanhllm.train("nano", run=tmp_path / "run", steps=1, **knobs)
+    assert torch.get_num_threads() == before
+
+
 def test_a_script_without_a_guard_trains_once(tmp_path):
     """Worker processes that prepare the data do not run the script again."""
     texts = tmp_path / "texts"

@@ -22,6 +22,15 @@ from khanhllm.settings import (
 from khanhllm.units import amount, seconds
 
 
+def test_a_number_for_the_micro_batch_keeps_the_rows_of_a_step():
+    rows = resolve(preset("card-12gb")).train.rows_per_step
+    given = resolve(preset("card-12gb"), {"train": {"micro_batch": "8"}}).train
+    assert (given.micro_batch, given.rows_per_step) == (8, rows)
+    with pytest.raises(UserError, match=f"a step has {rows} rows, no multiple of 7; give train.accumulation too"):
+        resolve(preset("card-12gb"), {"train": {"micro_batch": 7}})
+    assert resolve(preset("card-12gb"), {"train": {"micro_batch": 7, "accumulation": 2}}).train.rows_per_step == 14
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_load_and_survive_the_run_folder(name):
     config = resolve(preset(name))

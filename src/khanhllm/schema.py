@@ -178,7 +178,7 @@ class TrainConfig(Section):
     steps: Count = 1000
     """optimizer steps in the whole run"""
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
-    """time to train, saving and validation included (seconds), whose passing the schedule follows; 0: steps decides"""
+    """time to train, with saving and all validations but the last (seconds); sets the schedule; 0: steps decides"""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = 8
     """rows of `context` tokens in one forward and backward pass; auto means as many as fit into the memory, by the
     simulation of `khanhllm plan`; a step keeps the rows that it has without auto"""

@@ -100,28 +100,35 @@ def with_length(
     them; it replaces the length in the layers. names: what the user calls the three."""
     if sum(value is not None for value in (steps, time, tokens)) > 1:
         raise UserError(f"give one of {names['steps']}, {names['time']} and {names['tokens']}")
-    length: dict[str, Any] = {} if steps is None else {"steps": steps}
-    called = {"train.steps": names["steps" if tokens is None else "tokens"], "train.seconds": names["time"]}
     if time is not None:
-        length = {"seconds": seconds(time, names["time"])}
+        length: dict[str, Any] = {"seconds": seconds(time, names["time"])}
     elif tokens is not None:
         a_step = resolve(*layers, where=where).tokens_per_step
         length = {"steps": -(-amount(tokens, names["tokens"]) // a_step)}
-    called = called if length else {}
-    return resolve(*layers, {"train": length} if length else {}, where=where, names=called)
+    elif steps is not None:
+        length = {"steps": steps}
+    else:
+        return resolve(*layers, where=where)
+    called = {"train.steps": names["steps" if tokens is None else "tokens"], "train.seconds": names["time"]}
+    return resolve(*layers, {"train": length}, where=where, names=called)
 
 
 def _completed(before: Mapping[str, Any], layer: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A layer with what its [train] says of keys of the layers before it. steps alone replace their seconds, which
-    always go before steps; micro_batch = "auto" without accumulation keeps their rows per step."""
+    always go before steps; micro_batch to or from "auto", without accumulation, keeps their rows per step."""
     train = layer.get("train")
     if not isinstance(train, Mapping):
         return layer
     implied: dict[str, Any] = {}
     if "steps" in train and "seconds" not in train:
         implied["seconds"] = 0
-    if train.get("micro_batch") == "auto" and "accumulation" not in train:
-        implied["accumulation"] = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
+    size, had = train.get("micro_batch"), before.get("train", {}).get("micro_batch")
+    if size is not None and "auto" in (size, had) and "accumulation" not in train:
+        rows = checked(Config, {"train": before.get("train", {})}, where).train.rows_per_step
+        size = checked(Config, {"train": {"micro_batch": size}}, where).train.micro_batch
+        implied["accumulation"], left = divmod(rows, 1 if size == "auto" else size)
+        if left:
+            raise UserError(f"{where}: a step has {rows} rows, no multiple of {size}; give train.accumulation too")
     return {**layer, "train": {**train, **implied}}
 
 

@@ -565,6 +565,13 @@ def test_a_belt_skips_what_cannot_be_read_if_asked_and_counts_it(lay, corpus):
     assert "bad" not in lay(cache="refuses", source=corpus / "0.jsonl").recipe.sources[0]
 
 
+def test_a_belt_counts_what_it_skips_in_the_first_lap_only(lay, mixture, tmp_path):
+    (tmp_path / "small" / "bad.jsonl").write_bytes(lines([text(0)]).encode() + b"{")
+    worker = BeltWorker(lay(source=mixture, bad="skip").folder, 60.0)
+    small = [worker.make(nth).following.positions[2] for nth in range(20)]
+    assert small[-1].lap > 1 and dict(small[-1].skipped) == {".jsonl": 1}
+
+
 def test_a_name_that_no_recipe_can_hold_is_refused_in_one_line(lay, corpus):
     (corpus / os.fsdecode(b"caf\xe9.txt")).write_text("red cat", "utf-8")
     with pytest.raises(

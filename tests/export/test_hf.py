@@ -295,6 +295,12 @@ def test_what_transformers_writes_can_be_imported(tmp_path, tokenizer):
     assert (found.config.model.pattern, found.config.model.context) == ("MDM", 32)
     with torch.no_grad():
         assert (found.model.logits(some_ids()) - model(some_ids()).logits).abs().max() < 1e-4
+    weights = load_file(tmp_path / "stranger/model.safetensors")
+    stored = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(stored, tmp_path / "stranger/model.safetensors", {"format": "pt"})
+    import_model(tmp_path / "stranger", tmp_path / "again", context=32)
+    with torch.no_grad():
+        assert open_run(tmp_path / "again").model.logits(some_ids()).equal(found.model.logits(some_ids()))
 
 
 @pytest.mark.parametrize(

@@ -258,16 +258,19 @@ def test_the_table_fits_the_terminal(width):
     wide = {"title": "BLiMP", "unit": "accuracy", "value": 1.0, "error": 0.051, "chance": 0.5, "by_bytes": None}
     known = {"items": 67000, "of": 67000, "cut": 500}
     console = Console(file=io.StringIO(), width=width)
-    console.print(scores.table({"a": measure | known, "b": wide | known | {"by_bytes": wide}}, "a run"))
+    console.print(scores.table({"a": measure | known, "b": wide | known | {"by_bytes": wide | known}}, "a run"))
     shown = console.file.getvalue()
     assert "…" not in shown and "67,000" in shown and "100.0 ±5.1" in shown
 
 
 def test_a_score_within_two_errors_of_chance_is_in_parentheses():
-    own = {"value": 0.53, "error": 0.02}
+    own = {"value": 0.53, "error": 0.02, "items": 1000}
     assert scores._number(own, 0.5, True) == "(53.0 ±2.0)"
     assert scores._number(own, 0.48, True) == "53.0 ±2.0"
     assert scores._number({"value": 0.54, "error": None}, 0.5, True) == "(54.0)"
+    none = {"value": 0.0, "error": 0.0, "items": 3}
+    assert scores._number(none, 0.25, True) == "(0.0 ±0.0)"
+    assert scores._number(none | {"items": 30}, 0.25, True) == "0.0 ±0.0"
 
 
 @pytest.mark.parametrize(

@@ -436,6 +436,23 @@ print("nobody reads this")
     assert len(lines(tmp_path)) == 4
 
 
+def test_a_full_disk_does_not_end_a_run_that_makes_up_for_its_validation(tmp_path, monkeypatch):
+    with Log.open(tmp_path, config(), console=pipe()) as log:
+        log.add(row(1))
+    before, console = lines(tmp_path), pipe()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Log.open(tmp_path, config(), start_step=1, console=console) as log:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_log, "publish", full)
+            log.complete({"val_ce": 2.0, "val_bpb": 1.0})
+        log.add(row(2))
+    assert "No space left on device; training continues" in printed(console)
+    assert lines(tmp_path)[: len(before)] == before and len(lines(tmp_path)) == len(before) + 1
+
+
 def test_a_missing_validation_is_filled_in(tmp_path):
     """The file is then byte for byte that of a run whose row had it at once."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -394,3 +394,8 @@ def test_shards_are_shown_and_verified_in_one_line(tmp_path, prepared, capfd, ki
     for action in ("show", "verify"):
         code, _, error = said(capfd, "data", action, folder)
         assert code == 2 and error.count("\n") == 1 and name in error
+
+
+def test_verify_refuses_what_it_does_not_heed(tmp_path, capfd):
+    for words in (["--documents", "5"], ["--sample", "10"], ["--tokenizer", "x"]):
+        assert "verify takes no" in said(capfd, "data", "verify", tmp_path, *words)[2]

@@ -47,6 +47,12 @@ def test_a_checkpoint_that_is_cut_is_told(left, folder, capsys):
     assert ("damaged: step-0000002/" in capsys.readouterr().out) == (left != "{}")
 
 
+def test_a_copy_of_a_checkpoint_is_no_checkpoint(folder, capsys):
+    (folder / "good" / "checkpoints" / "step-0000002-old1").mkdir(parents=True)
+    assert cli.main(["runs", str(folder / "good")]) == 0
+    assert "step 2/1,000" in capsys.readouterr().out
+
+
 def test_where_there_is_none(tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path)]) == 2
     assert cli.main(["runs", str(tmp_path / "nowhere")]) == 2

@@ -79,7 +79,7 @@ class Served:
         visitor = threading.Thread(target=visiting, daemon=True)
         visitor.start()
         try:
-            listen.serve(self.house, host, 0, key, [], [])
+            listen.serve(lambda: self.house, host, 0, key, [], [])
         finally:
             visitor.join(60)
         return self.found[0]
@@ -244,7 +244,7 @@ def test_a_port_that_is_taken_and_a_host_that_is_none():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match="try another --port"):
-            listen.listen("127.0.0.1", taken.getsockname()[1])
+            listen.serve(lambda: pytest.fail("loaded a model"), "127.0.0.1", taken.getsockname()[1], "", [], [])
     for host in ("no such host.invalid", "192.0.2.1", "a" * 70):  # no name, nobody's address, too long for a name
         with pytest.raises(UserError, match=r"cannot serve on .*; try another --host$"):
             listen.listen(host, 0)
@@ -278,6 +278,7 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
         (["--rows", "0"], "--rows must be"),
         (["--cors", "*"], "--cors needs"),
         (["--cors", "https://a.example/path"], "--cors needs"),
+        (["--cors", "https://"], "--cors needs"),
         (["--allow-host", "my.host:8126"], "--allow-host needs"),
         (["--allow-host", "http://foo"], "--allow-host needs"),
         (["--allow-host", "foo/"], "--allow-host needs"),
@@ -302,7 +303,7 @@ from khanhllm import cli
 from khanhllm.serve import house, listen, server
 torch.zeros(1)
 before = psutil.Process().num_threads()
-listen.serve = lambda *_: print(psutil.Process().num_threads() - before, torch.get_num_threads())
+listen.serve = lambda enter, *_: print(enter() and psutil.Process().num_threads() - before, torch.get_num_threads())
 cli.main(["serve", {str(served.checkpoint.parents[1])!r}, "--machine.device", "cpu"])
 torch.ones(2000, 2000).exp()
 print(psutil.Process().num_threads() - before)

@@ -1,10 +1,11 @@
 """Who may ask, and what; each line is something that went wrong in another server (docs/serve.md)."""
 
+import asyncio
 import hmac
 
 import pytest
 
-from khanhllm.serve.guard import LARGEST, is_loopback
+from khanhllm.serve.guard import LARGEST, Guard, is_loopback
 
 OK = {"prompt": "a", "max_tokens": 1, "seed": 1}
 
@@ -65,6 +66,31 @@ def test_pages_of_other_origins(open_client, origin, status):
     allowed = answer.headers.get("access-control-allow-origin")
     assert allowed == (origin if origin == "https://my.example" else None)
     assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_an_origin_that_was_typed_in_capitals_is_the_browser_s(open_client):
+    client = open_client(guard={"origins": ["https://My.Example"]})
+    assert client.post("/v1/completions", json=OK, headers={"origin": "https://my.example"}).status_code == 200
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_the_end_of_the_server_cuts_off_is_told(begun, capsys):
+    sent = []
+
+    async def app(_scope, _receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(app, [])(scope, None, send))
+    first, last = sent
+    assert first["status"] == (200 if begun else 503)
+    assert b"the server has ended" in last["body"] and not last.get("more_body")
+    assert f"/v1/models  {first['status']}" in capsys.readouterr().err
 
 
 def test_a_browser_that_asks_first(open_client):

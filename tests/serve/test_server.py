@@ -101,6 +101,10 @@ def test_echoed_logprobs_are_those_of_the_text(client, served, explicit):
     assert scored["finish_reason"] == "length"
 
 
+def test_null_counts_as_not_given_inside_too(client):
+    assert complete(client, prompt=PROMPT, stream_options={"include_usage": None}, khanhllm={"off": None}, seed=1)
+
+
 @pytest.mark.parametrize("body", [{}, {"logprobs": 1}, {"echo": True, "logprobs": 0}, {"stop": "e"}, {"n": 3}])
 def test_a_stream_adds_up_to_the_answer(client, body):
     whole = complete(client, prompt=PROMPT, temperature=2, max_tokens=16, **body)

@@ -205,6 +205,7 @@ def test_newer_weights_are_taken_when_asked_and_no_stream_is_cut(visit, run, mon
         assert '"finish_reason":"length"' in stream.result(60) and stream.result().endswith("data: [DONE]\n\n")
         until(lambda: not before._thread.is_alive())
         assert client.post("/v1/completions", json={"max_tokens": 2}).status_code == 200
+        assert "khanhllm_tokens_written_total 22" in client.get("/metrics").text
         shutil.rmtree(run / "checkpoints")
         answer = client.post("/api/newest", json={})
         assert answer.status_code == 503 and client.get("/health").status_code == 200

@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from conftest import tiny
+from conftest import build, tiny
 from khanhllm import settings
 from khanhllm.errors import UserError
 from khanhllm.settings import resolve, to_toml
 from khanhllm.training import checkpoint
 from khanhllm.training import run as training_run
+from khanhllm.training.guard import Guard
+from khanhllm.training.start import write_start
 
 
 def config(corpus, cache, **train):
@@ -24,6 +27,46 @@ def config(corpus, cache, **train):
 def ours():
     """The threads that we start: of the batches, and the one that saves."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("batches", "checkpoint"))]
+
+
+class Clock:
+    """Says what the test lets pass."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_rows_that_come_late_once_do_not_end_a_run_with_a_time(corpus, tmp_path, monkeypatch):
+    clock, honest = Clock(), training_run.train_step
+
+    def step(learner, state, rows):
+        state, row = honest(learner, state, rows)
+        clock.now += 6.0 if state.step == 1 else 1.0
+        return state, row | {"waiting": 5 / 6 if state.step == 1 else 0.0}
+
+    monkeypatch.setattr(training_run, "time", clock)
+    monkeypatch.setattr(training_run, "train_step", step)
+    training_run.train(config(corpus, tmp_path / "cache", steps=1, seconds=10.0, save_every=0), tmp_path / "run")
+    assert clock.now == pytest.approx(9.0, abs=1.0)
+
+
+def test_only_a_rejected_step_raises_doubts(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Guard, "doubts", lambda *_: True)
+    monkeypatch.setattr(training_run, "recover", lambda *_: pytest.fail("each step was accepted"))
+    training_run.train(config(corpus, tmp_path / "cache"), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_no_half_of_a_run_that_is_to_begin(tmp_path):
+    def full(path):
+        raise UserError(f"cannot write the tokenizer {path}: No space left on device")
+
+    tokenizer = SimpleNamespace(sha256="", save=full)
+    with pytest.raises(UserError, match="cannot write the tokenizer"):
+        write_start(tmp_path / "run", tiny(), build(tiny()), tokenizer)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

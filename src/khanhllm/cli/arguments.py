@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -102,19 +102,17 @@ def whole(text: str) -> int:
     return number
 
 
-def some(text: str) -> int:
-    """A whole number from 1 to a million."""
-    if not 1 <= (number := whole(text)) <= 10**6:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to a million (got {text[:60]!r})")
-    return number
+def _between(least: int, most: int, words: str) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if (number := units.whole(text)) is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {words} (got {text[:60]!r})")
+        return number
+
+    return read
 
 
-def several(text: str) -> int:
-    """A whole number from 2 to 10,000."""
-    number = units.whole(text)
-    if number is None or not 2 <= number <= 10_000:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 2 to 10,000 (got {text[:60]!r})")
-    return number
+some = _between(1, 10**6, "1 to a million")
+several = _between(2, 10_000, "2 to 10,000")
 
 
 def utf8(typed: str) -> str:

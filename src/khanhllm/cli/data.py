@@ -8,6 +8,9 @@ from khanhllm.errors import UserError
 from khanhllm.files import check_writable
 from khanhllm.settings import resolve
 
+DOCUMENTS, SAMPLE = 3, 1000
+"""to print, and to measure"""
+
 
 def tokenizer(options: argparse.Namespace) -> None:
     """Train a byte-level BPE tokenizer on text and write it, with a readable vocab.txt beside it."""
@@ -111,6 +114,8 @@ def data(options: argparse.Namespace) -> None:
         inspect.show(options.source, options.tokenizer, options.documents, options.sample)
     elif options.tokenizer:
         raise UserError("verify takes no --tokenizer: a folder of shards holds its own")
+    elif (options.documents, options.sample) != (DOCUMENTS, SAMPLE):
+        raise UserError("verify takes no --documents and no --sample: it reads every file")
     else:
         inspect.verify(Path(options.source))
 
@@ -123,5 +128,5 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", type=name, help="tokenizer.json, to see tokens in a source of text"
     )
-    parser.add_argument("--documents", metavar="N", type=whole, default=3, help="documents to print (3)")
-    parser.add_argument("--sample", metavar="N", type=whole, default=1000, help="documents to measure (1000)")
+    parser.add_argument("--documents", metavar="N", type=whole, default=DOCUMENTS, help="documents to print (3)")
+    parser.add_argument("--sample", metavar="N", type=whole, default=SAMPLE, help="documents to measure (1000)")

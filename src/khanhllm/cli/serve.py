@@ -10,6 +10,7 @@ from khanhllm.settings import read_config, resolve
 
 HOST = re.compile(r"[\w.-]+|\[[\da-f:.]+\]", re.ASCII | re.IGNORECASE)
 """what the guard compares with Host, whose port it leaves out: a name, or an address of IPv6 in brackets"""
+ORIGIN = re.compile(r"https?://[^/*]+", re.IGNORECASE)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -26,7 +27,7 @@ def serve(options: argparse.Namespace) -> None:
         if not least <= getattr(options, key) <= most:
             raise UserError(f"--{key} must be from {int(least)} to {most:,}, got {getattr(options, key)}")
     for origin in options.cors:
-        if origin == "*" or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+        if not ORIGIN.fullmatch(origin):
             raise UserError(f"--cors needs one origin such as https://my.example, got {origin!r}")
     for host in options.allow_host:
         if not HOST.fullmatch(host):
@@ -50,9 +51,11 @@ def serve(options: argparse.Namespace) -> None:
         with one_thread():
             return Server(open_run(runs[0], machine), runs[0].resolve().name, options.rows, options.waiting)
 
-    with one_thread():
-        house = House(runs, load, load() if checkpoint.steps(runs[0]) else None, page=not options.no_page)
-    listen.serve(house, options.host, options.port, key, options.allow_host, options.cors, options.open)
+    def enter() -> House:
+        with one_thread():
+            return House(runs, load, load() if checkpoint.steps(runs[0]) else None, page=not options.no_page)
+
+    listen.serve(enter, options.host, options.port, key, options.allow_host, options.cors, options.open)
 
 
 def serve_options(parser: argparse.ArgumentParser) -> None:

@@ -143,7 +143,8 @@ class BeltWorker:
                         size += len(raw)
                         place = {"lap": lap, "file": file, "document": number + 1}
                         yield text, Position(**place, bytes=size, tally=cleaner.tally, skipped=notes)
-                skipped.update(self.readers[nth].skipped)
+                if not lap:  # later ones skip the same
+                    skipped.update(self.readers[nth].skipped)
                 self.readers[nth].skipped.clear()
             if len(self.sources) == 1:
                 return

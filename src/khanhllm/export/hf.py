@@ -154,11 +154,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def _assembled(folder: Path, model: ModelConfig, theirs: dict[str, Any], tied: bool) -> Weights:
     wanted = list(parts(model))
-    shared = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+    shared = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}  # which may be stored as well
     wanted = [part._replace(name=shared.get(part.name, part.name)) for part in wanted]
     for kind, names in (
         ("lacks", {part.name for part in wanted} - theirs.keys()),
-        ("holds, unknown to this architecture,", theirs.keys() - {part.name for part in wanted}),
+        ("holds, unknown to this architecture,", theirs.keys() - {part.name for part in wanted} - shared.keys()),
     ):
         if names:
             raise UserError(f"{folder} {kind} the tensor {min(names)[:100]}")

@@ -122,7 +122,11 @@ def _number(own: dict[str, Any], chance: float | None, percent: bool) -> str:
     text = f"{100 * value:.1f}" if percent else f"{value:.3f}"
     if error is not None:
         text += f" ±{100 * error:.1f}" if percent else f" ±{error:.3f}"
-    return text if chance is None or (error is not None and abs(value - chance) > 2 * error) else f"({text})"
+    if chance is None or error is None:
+        return text if chance is None else f"({text})"
+    if percent:  # of all right, or all wrong, its own error would be 0
+        error = max(error, (chance * (1 - chance) / own["items"]) ** 0.5)
+    return text if abs(value - chance) > 2 * error else f"({text})"
 
 
 def draw(found: dict[str, Any], png: Path, name: str) -> None:

@@ -141,7 +141,7 @@ class Log:
     def complete(self, score: Mapping[str, Any]) -> None:
         """Give the last row, which was written without it, its validation, and say so."""
         self.flush()
-        self.csv.fill_in(score)
+        self._try(self.csv.fill_in, score)
         story = self.terminal.story
         story.checked = story.row = story.row | dict(score)
         story.best_ce = min(story.best_ce, score["val_ce"])
@@ -264,18 +264,17 @@ class Csv:
         earlier += (row for _, row in kept)
 
     def fill_in(self, values: Mapping[str, Any]) -> None:
-        """Put values into empty cells of the last row, in one rename. Raises UserError."""
+        """Put values into empty cells of the last row, in one rename. Raises OSError."""
         path = Path(self.file.name)
+        self.file.close()
         try:
-            self.file.close()
             *before, last, _end = read(path, LARGEST).decode().split("\n")
             cells = [
                 cell or _cell(name, values.get(name)) for name, cell in zip(self.columns, last.split(","), strict=True)
             ]
             publish(path, "\n".join([*before, ",".join(cells), ""]), durable=True)
+        finally:
             self.file = path.open("ab", buffering=1 << 20)
-        except OSError as error:
-            raise UserError(f"cannot use {path}: {error.strerror}") from None
 
     def sync(self) -> None:
         """Force the file to disk."""

@@ -63,6 +63,17 @@ class Machine:
         # the router stays fp32 under bf16
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
+    @contextlib.contextmanager
+    def taken_process(self) -> Iterator[None]:
+        """`take_process`, until the end of the block."""
+        threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        self.take_process()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(products)
+
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Around every forward: bf16 products with fp32 weights, or nothing."""
         if self.precision == "bf16":

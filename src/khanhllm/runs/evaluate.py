@@ -10,6 +10,7 @@ import numpy as np
 from khanhllm.data.chat import from_json
 from khanhllm.data.render import blocks, cut
 from khanhllm.data.shards import MANIFEST, Shards
+from khanhllm.data.source_syntax import with_home
 from khanhllm.errors import UserError
 from khanhllm.files import there
 from khanhllm.inference.score import Score
@@ -35,8 +36,9 @@ def held_out(opened: Run) -> Shards:
 
 def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     """The text of any source as windows to score; of prepared shards, the validation split."""
-    if (Path(source) / MANIFEST).exists():
-        yield from validation_of(Path(source), opened).windows()
+    folder = with_home(source)
+    if there(folder / MANIFEST):
+        yield from validation_of(folder, opened).windows()
         return
     from khanhllm.data.readers import Reader
     from khanhllm.data.sources import locate

@@ -42,7 +42,8 @@ def _row(run: Path) -> Row:
     try:
         config = read_config(run)
         log = read_log(run / "training_log.csv", ("step", "loss", "val_bpb"))
-        newest = max(run.glob("checkpoints/step-*[0-9]"), default=None)
+        saved = [path for path in run.glob("checkpoints/step-*") if path.name[5:].isdecimal()]
+        newest = max(saved, key=lambda path: int(path.name[5:]), default=None)
         _check_sizes(newest)
     except (UserError, OSError) as error:
         return row | {"fault": str(error)}

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from khanhllm.serve.openai import Refused, dumped
+from khanhllm.serve.openai import Refused, dumped, event
 
 Scope = Any
 Receive = Any
@@ -67,7 +67,8 @@ class Guard:
         literal: bool = False,
         open: Iterable[str] = ("/health",),
     ) -> None:
-        self.app, self.origins, self.literal, self.open = app, frozenset(origins), literal, frozenset(open)
+        self.app, self.literal, self.open = app, literal, frozenset(open)
+        self.origins = frozenset(origin.lower() for origin in origins)  # as browsers send them
         self.names = LOOPBACK | {name.lower() for name in names}
         self.key = _digest(key.encode()) if key else None
         self.answers: dict[int, int] = {}
@@ -98,6 +99,12 @@ class Guard:
             await _json(sending, error)
         except TimeoutError:  # nobody reads
             pass
+        except asyncio.CancelledError:  # the server ends, and this took longer than it waits
+            gone = Refused(503, "the server has ended")
+            if status:
+                await sending({"type": "http.response.body", "body": event(gone.body()).encode()})
+            else:
+                await _json(sending, gone)
         except Exception as error:  # one line for what nobody foresaw; a text of the client's may be in its message
             print(f"khanhllm: {type(error).__name__} at {_place(error)}", file=sys.stderr)
             if not status:

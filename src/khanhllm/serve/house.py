@@ -132,6 +132,8 @@ class House:
         """Serve the newest checkpoint; what is being written with another one ends with that one."""
         async with self._loading:
             server = await asyncio.to_thread(self.load)
+            if self.server:
+                server.engine.counts = self.server.engine.counts  # a counter of /metrics never goes back
             self._begin(server)
             before, self.server = self.server, server
             if before:

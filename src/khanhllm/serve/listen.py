@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -130,7 +130,7 @@ def nobody_else() -> Iterator[None]:
 
 
 def serve(
-    house: House,
+    enter: Callable[[], House],
     host: str,
     port: int,
     key: str,
@@ -141,9 +141,11 @@ def serve(
     """Serve until SIGINT or SIGTERM; then streams may finish for a while, and a second SIGINT ends it at once. Raises
     UserError if it cannot listen there, and RuntimeError when the engine has died.
 
-    Without a key, a server that other machines can reach makes one and prints it. browse: open the page in a browser.
+    enter: gives the house, once there is a socket: what keeps that from being is said before a model is loaded. Without
+    a key, a server that other machines can reach makes one and prints it. browse: open the page in a browser.
     """
     bound = listen(host, port)
+    house = enter()
     foreign = not is_loopback(host)
     made = secrets.token_urlsafe(24) if foreign and not key else ""
     shown = f"[{host}]" if ":" in host else host

@@ -161,11 +161,16 @@ def parsed(raw: bytes, kind: type[Kind]) -> Kind:
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
     try:
-        return kind.model_validate({key: value for key, value in body.items() if value is not None})
+        return kind.model_validate(_given(body))
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])[:60]
         text = f"{key}: KhanhLLM cannot do this yet" if key in UNABLE[kind is Chat] else explain(error, kind, {})
         raise Refused(400, text.encode("ascii", "backslashreplace").decode(), param=key) from None
+
+
+def _given(body: dict[str, Any]) -> dict[str, Any]:
+    found = ((key, _given(value) if isinstance(value, dict) else value) for key, value in body.items())
+    return {key: value for key, value in found if value is not None}
 
 
 PENALTIES = {"frequency_penalty", "presence_penalty", "logit_bias"}

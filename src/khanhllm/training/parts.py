@@ -132,9 +132,7 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
     moved = bool(saved) and _anchored(data).source != _anchored(read_config(folder).data).source
     if had and not moved and there((place := place_of(had, data.cache)) / MANIFEST):
         return data.model_copy(update={"source": str(place), "tokenizer": ""})
-    if saved and (moved or data.tokenizer or not saved["data"]):
-        return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
-    return data
+    return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")}) if saved else data
 
 
 def _anchored(data: DataConfig) -> DataConfig:
@@ -159,6 +157,8 @@ def check_same(config: Config, folder: Path) -> None:
     fixed = [("model", config.model, kept.model), ("data", _anchored(config.data), _anchored(kept.data))]
     changed = [f"{name}.{key}" for name, new, old in fixed for key, value in new if value != getattr(old, key)]
     changed = [key for key in changed if key not in FREE]
+    if bool(config.data.base) != bool(kept.data.base):
+        changed.insert(0, "data.base")  # it may lie elsewhere, but its loss is a column of the log
     if _has_read_nothing(folder):
         changed = [key for key in changed if key == "data.tokenizer" or not key.startswith("data.")]
     changed += [f"train.{key}" for key in FIXED if getattr(config.train, key) != getattr(kept.train, key)]

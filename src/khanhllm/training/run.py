@@ -31,7 +31,7 @@ from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine import launch
 from khanhllm.machine.devices import Machine, open_machine
-from khanhllm.machine.group import ALONE, Group, opened
+from khanhllm.machine.group import Group, opened
 from khanhllm.machine.probe import LinkSpeed, link_speed
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
@@ -77,8 +77,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
         first, finished = state.step + 1, _make_up(parts, state, log, stop)
         last = finished or stop.agreed(group)
         while not last:
+            began = time.perf_counter()
             try:
                 state, row = train_step(parts.learner, state, rows)
+                took = (time.perf_counter() - began) * (1 - row.get("waiting", 0))
             except (NoRows, Starved) as error:
                 if state.step >= first:
                     _save(parts, state, log, saver, must=True)
@@ -95,13 +97,13 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 gc.freeze()  # what is alive now lives as long as the run: the garbage collector may skip it
             if row["fault"]:
                 log.say(f"step {state.step} is rejected: {row['fault']}; weights and moments stay as they were")
-            if state.guard.doubts(parts.config.guard):
+            if row["fault"] and state.guard.doubts(parts.config.guard):
                 state = recover(parts, state, row, stop, log, saver)
                 if state.step < row["step"]:
                     continue
             seconds = time.perf_counter() - started
-            cold = state.step == first and parts.learner.machine.compile
-            state, finished = _progress(train, state, seconds, saver, log, group, cold)
+            cold = state.step == first and parts.learner.machine.compile  # tells not how long the next step takes
+            state, finished = _progress(train, state, seconds, saver, log, group, 0.0 if cold else took)
             if due(state.step, train.eval_every) or finished:
                 row |= validate(parts, train.eval_tokens, stop) or {}
                 finished = finished and "val_ce" in row
@@ -127,10 +129,14 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
 def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts, State, Log, Saver, Stop]]:
     """Everything that a training needs, opened in an order that finds mistakes before long work, and closed again."""
     launch.end_with_launcher()
-    with launch.last_words(), opened(config.machine) as group, _own(folder, resume, group) as own:
+    with (
+        launch.last_words(),
+        opened(config.machine) as group,
+        _own(folder, resume, group) as own,
+        ExitStack() as taken,
+    ):
         machine = open_machine(config.machine, group)
-        threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
-        machine.take_process()
+        taken.enter_context(machine.taken_process())
         hardware = budget.least(machine) if config.train.micro_batch == "auto" else None
         config = Config.model_validate_json(group.told(lambda: _cut(config, machine, hardware).model_dump_json()))
         paper = on_paper(config.model)
@@ -160,8 +166,6 @@ def _opened(config: Config, folder: Path, resume: bool) -> Iterator[tuple[Parts,
             try:
                 yield parts, state, log, saver, stop
             finally:
-                torch.set_num_threads(threads)
-                torch.set_float32_matmul_precision(products)
                 gc.unfreeze()
                 if parts.learner.machine.compile:
                     torch.compiler.reset()  # a process may compile only so many models; the next one may need the room
@@ -190,16 +194,15 @@ def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> 
 
 
 def _progress(
-    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group = ALONE, cold: bool = False
+    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group, took: float
 ) -> tuple[State, bool]:
     """The state with the share of the time budget that is used up, and whether the run is finished; by the clock of the
-    first process. cold: whether this step compiled, so that it does not tell how long the next one takes."""
+    first process. took: how long the next step will take, too (seconds)."""
     if state.share is None:
         return state, state.step == train.steps
     share = seconds / train.seconds
     # finished when there is no time left for another step and for saving
-    following = 0.0 if cold else share - state.share
-    finished = share + following + saver.seconds / train.seconds >= 1
+    finished = share + (took + saver.seconds) / train.seconds >= 1
     share, finished = group.exchange(share, finished)[0]  # type: ignore[assignment]
     log.expect(state.step if finished else max(state.step + 1, round(state.step / share)))
     return replace(state, share=share), bool(finished)

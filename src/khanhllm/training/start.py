@@ -29,7 +29,9 @@ def write_start(out: Path, config: Config, model: Transformer, tokenizer: Tokeni
         checkpoint.write(out, checkpoint.snapshot(0, model, optimizer, noted))
         tokenizer.save(out / "tokenizer.json")
         write_config(config, out)
-    except OSError as error:
+    except (OSError, UserError) as error:
         if made:
             shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
