@@ -50,7 +50,7 @@ def test_rows_that_come_late_once_do_not_end_a_run_with_a_time(corpus, tmp_path,
     monkeypatch.setattr(training_run, "time", clock)
     monkeypatch.setattr(training_run, "train_step", step)
     training_run.train(config(corpus, tmp_path / "cache", steps=1, seconds=10.0, save_every=0), tmp_path / "run")
-    assert clock.now == pytest.approx(9.0, abs=1.0)
+    assert clock.now >= 9.0
 
 
 def test_only_a_rejected_step_raises_doubts(corpus, tmp_path, monkeypatch):

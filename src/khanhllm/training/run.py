@@ -31,7 +31,7 @@ from khanhllm.inference.score import Score, score
 from khanhllm.log.run_log import Log, lacks_validation
 from khanhllm.machine import launch
 from khanhllm.machine.devices import Machine, open_machine
-from khanhllm.machine.group import Group, opened
+from khanhllm.machine.group import ALONE, Group, opened
 from khanhllm.machine.probe import LinkSpeed, link_speed
 from khanhllm.machine.signals import Stop, stop_signals
 from khanhllm.model.counts import active_parameters, on_paper, total_parameters
@@ -77,10 +77,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
         first, finished = state.step + 1, _make_up(parts, state, log, stop)
         last = finished or stop.agreed(group)
         while not last:
-            began = time.perf_counter()
             try:
                 state, row = train_step(parts.learner, state, rows)
-                took = (time.perf_counter() - began) * (1 - row.get("waiting", 0))
             except (NoRows, Starved) as error:
                 if state.step >= first:
                     _save(parts, state, log, saver, must=True)
@@ -102,8 +100,8 @@ def train(config: Config, folder: Path, resume: bool = False) -> str:
                 if state.step < row["step"]:
                     continue
             seconds = time.perf_counter() - started
-            cold = state.step == first and parts.learner.machine.compile  # tells not how long the next step takes
-            state, finished = _progress(train, state, seconds, saver, log, group, 0.0 if cold else took)
+            cold = state.step == first and (parts.learner.machine.compile or row.get("waiting", 0) > 0.5)
+            state, finished = _progress(train, state, seconds, saver, log, group, cold)
             if due(state.step, train.eval_every) or finished:
                 row |= validate(parts, train.eval_tokens, stop) or {}
                 finished = finished and "val_ce" in row
@@ -194,15 +192,16 @@ def _cut(config: Config, machine: Machine, hardware: budget.Hardware | None) -> 
 
 
 def _progress(
-    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group, took: float
+    train: TrainConfig, state: State, seconds: float, saver: Saver, log: Log, group: Group = ALONE, cold: bool = False
 ) -> tuple[State, bool]:
     """The state with the share of the time budget that is used up, and whether the run is finished; by the clock of the
-    first process. took: how long the next step will take, too (seconds)."""
+    first process. cold: whether this step compiled or waited, so that it does not tell how long the next one takes."""
     if state.share is None:
         return state, state.step == train.steps
     share = seconds / train.seconds
     # finished when there is no time left for another step and for saving
-    finished = share + (took + saver.seconds) / train.seconds >= 1
+    following = 0.0 if cold else share - state.share
+    finished = share + following + saver.seconds / train.seconds >= 1
     share, finished = group.exchange(share, finished)[0]  # type: ignore[assignment]
     log.expect(state.step if finished else max(state.step + 1, round(state.step / share)))
     return replace(state, share=share), bool(finished)
