@@ -2,6 +2,7 @@
 `publish` writes appears whole or not at all."""
 
 import errno
+import hashlib
 import os
 import shlex
 import socket
@@ -117,6 +118,12 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
         yield
     finally:
         lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def there(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """A tiny run on real text, in processes that can be killed, and what it leaves without and with faults."""
 
 import csv
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from khanhllm.errors import UserError
+from khanhllm.files import sha256_of
 from khanhllm.log.run_log import FILE, TIMING, lacks_validation
 from khanhllm.machine.signals import exit_code
 from khanhllm.schema import Config
@@ -140,7 +140,7 @@ def outcome(folder: Path) -> Outcome:
     newest = checkpoint.newest(folder)
     if newest is None:
         return {}, []
-    held = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in newest.glob("*.safetensors")}
+    held = {path.name: sha256_of(path) for path in newest.glob("*.safetensors")}
     held |= {key: str(value) for key, value in checkpoint.read_state(newest).items() if key != "folder"}
     rows = list(csv.DictReader((folder / FILE).open(encoding="utf-8")))
     return held, [{key: cell for key, cell in row.items() if key not in TIMING} for row in rows]

@@ -160,10 +160,8 @@ def _fill(
 def _put(queue: "Queue[Batch | BaseException]", stop: Event, item: Batch | BaseException) -> None:
     """Put an item into the queue; wait for room until `stop` is set, which says that the consumer has gone."""
     while not stop.is_set():
-        try:
+        with suppress(Full):
             return queue.put(item, timeout=0.1)
-        except Full:
-            continue
 
 
 def random_batches(config: Config, device: torch.device) -> Iterator[Batch]:

@@ -6,7 +6,6 @@ clients do not come back at once. It gives up when nothing has arrived for as lo
 """
 
 import email.utils
-import hashlib
 import json
 import random
 import re
@@ -20,6 +19,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from khanhllm.errors import UserError
+from khanhllm.files import sha256_of
 
 CONNECT, STALL = 10.0, 30.0
 """seconds until a server that does not answer, or stops in the middle, counts as gone"""
@@ -211,11 +211,8 @@ def _forget(part: Path) -> None:
 
 def _verify(part: Path, sha256: str, check: Callable[[Path], None] | None) -> None:
     try:
-        if sha256:
-            with part.open("rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
-            if actual != sha256:
-                raise _Damaged("its sha256 is not the published one")
+        if sha256 and sha256_of(part) != sha256:
+            raise _Damaged("its sha256 is not the published one")
         if check:
             check(part)
     except UserError:

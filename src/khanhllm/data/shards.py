@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from khanhllm.errors import UserError
-from khanhllm.files import read
+from khanhllm.files import read, sha256_of
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -263,8 +263,7 @@ def damage(folder: Path, shard: Shard) -> str:
     """One line about a shard whose file is missing or whose sha256 is not the manifest's; empty if it is intact."""
     path = folder / shard.file
     try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = sha256_of(path)
     except OSError as error:
         return f"cannot read {path}: {error.strerror}; prepare again"
     return "" if actual == shard.sha256 else f"{path} is damaged: its sha256 is not the manifest's; prepare again"

@@ -149,7 +149,7 @@ class House:
     def _died(self, server: Server) -> None:
         """Who still listened to one that is retired has been told; the one that follows it goes on."""
         if server not in self._retired:
-            self.fault = server.fault
+            self.fault = server.engine.fault
             self.died()
 
     async def _retire(self, server: Server) -> None:

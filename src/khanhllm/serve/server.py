@@ -74,11 +74,6 @@ class Server:
         """called once, in the engine's thread, when the engine has ended by an error"""
 
     @property
-    def fault(self) -> BaseException | None:
-        """What ended the engine."""
-        return self.engine.fault
-
-    @property
     def idle(self) -> bool:
         """Whether no text is being encoded, waits or is written."""
         return not self._encoding and self.engine.idle
@@ -172,7 +167,7 @@ class Server:
         try:
             writing = Writing(self.engine, self.tokenizer, wanted, asked.stream)
         except Full:
-            return _refused(request, Refused(429, "too many requests wait already; try again", "rate_limit_exceeded"))
+            raise Refused(429, "too many requests wait already; try again", "rate_limit_exceeded") from None
         except Dead:
             raise Refused(503, "the engine has ended by an error") from None
         reply = {

@@ -124,10 +124,9 @@ class Watch:
             raise OSError
         file.seek(max(self.offset - len(self.last), 0))
         if status.st_ino != self.inode or file.read(len(self.last)) != self.last:  # cut back, or written anew
-            changed = self.offset
+            self.version += bool(self.offset)
             self._forget()
             self.inode = status.st_ino
-            self.version += bool(changed)
         file.seek(self.offset)
         while chunk := file.read(CHUNK):
             whole, line_feed, _half = chunk.rpartition(b"\n")

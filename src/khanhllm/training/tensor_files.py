@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from khanhllm.errors import UserError
-from khanhllm.files import read, sync
+from khanhllm.files import read, sha256_of, sync
 
 KINDS = ("model", "optimizer")
 """weights and moments"""
@@ -72,8 +72,7 @@ def save(tensors: dict[str, Tensor], path: Path) -> Fingerprint:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def identity(checkpoint: Path) -> str:
