@@ -147,19 +147,20 @@ def _layer(opened: Run, sample: Sample, found: Record, nth: int) -> dict[str, An
         }
         for expert in range(experts)
     ]
+    together_EE = routing.together(expert_NK, experts)
     return {
         "layer": opened.config.model.moe_layers[nth],
         "experts": one_of,
-        "measures": dict(_measures(sample, found, nth, experts, kind_N, part_N)),
-        "together": routing.together(expert_NK, experts).tolist(),
+        "measures": dict(_measures(sample, found, nth, together_EE, kind_N, part_N)),
+        "together": together_EE.tolist(),
     }
 
 
 def _measures(
-    sample: Sample, found: Record, nth: int, experts: int, kind_N: np.ndarray, part_N: np.ndarray
+    sample: Sample, found: Record, nth: int, together_EE: np.ndarray, kind_N: np.ndarray, part_N: np.ndarray
 ) -> Iterator[tuple[str, dict[str, float]]]:
     text_WT, ids, expert_WTK = sample.text_WT, sample.ids, found.expert_LWTK[nth].astype(np.int64)
-    first_WT, per_token = expert_WTK[:, :, 0], expert_WTK.shape[2]
+    first_WT, per_token, experts = expert_WTK[:, :, 0], expert_WTK.shape[2], len(together_EE)
     first_N, tokens_N, later_WT = first_WT[text_WT], ids[:, :-1][text_WT], text_WT[:, 1:]
     measures: dict[str, routing.Measure | None] = {
         "opinion": routing.Measure(found.opinion_L[nth], 1.0),
@@ -174,8 +175,7 @@ def _measures(
         "repetition": routing.repetition(first_WT, experts, text_WT),
     }
     if per_token > 1:
-        together = routing.together(expert_WTK[text_WT], experts)
-        measures["together"] = routing.Measure(float(together.max()), (per_token - 1) / max(experts - 1, 1))
+        measures["together"] = routing.Measure(float(together_EE.max()), (per_token - 1) / max(experts - 1, 1))
     for name, measure in measures.items():
         if measure:
             yield name, measure._asdict()

@@ -148,19 +148,13 @@ def draw(logs: list[RunLog], png: Path) -> None:
     frames = [frame(loss) for loss in losses]  # one by one: a short run, whose loss is still high, stays in sight
     low, high = min(low for low, _ in frames), max(high for _, high in frames)
     room = 0.05 * (high - low)
-    for axes, (label, form) in zip(figure.subplots(2, 2).flat, _axes(), strict=True):
+    for axes, (label, form, of) in zip(figure.subplots(2, 2).flat, _axes(), strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set(xlabel=label, ylabel=f"training loss ({unit})", ylim=(low - room, high + room))
         axes.xaxis.set_major_formatter(FuncFormatter(form))
         for nth, (run, loss) in enumerate(zip(logs, losses, strict=True)):
-            against = {
-                "steps": run.step,
-                "tokens": run.tokens,
-                "FLOP": run.tokens * run.flops_per_token,
-                "time": run.seconds,
-            }[label]
-            axes.plot(against, loss, color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=str(nth))
+            axes.plot(of(run), loss, color=COLOURS[nth % len(COLOURS)], linewidth=1.8, label=str(nth))
         if label == "steps":  # put in afterwards: no label may begin with _, and each would be read as maths
             for text, run in zip(axes.legend(frameon=False, loc="upper right").get_texts(), logs, strict=True):
                 text.set(text=_label(run), parse_math=False)
@@ -172,8 +166,9 @@ def _label(run: RunLog) -> str:
     return run.name + (f": {bits[-1]:.3f} bits per byte" if len(bits) else "")
 
 
-def _axes() -> Iterator[tuple[str, Callable[[float, int], str]]]:
-    yield "steps", lambda value, _: short(value)
-    yield "tokens", lambda value, _: short(value)
-    yield "FLOP", lambda value, _: f"{value:.1e}" if value else "0"
-    yield "time", lambda value, _: duration(value)
+def _axes() -> Iterator[tuple[str, Callable[[float, int], str], Callable[[RunLog], np.ndarray]]]:
+    """What the loss is drawn against: its name, how a number of it is written, and those of a run."""
+    yield "steps", lambda value, _: short(value), lambda run: run.step
+    yield "tokens", lambda value, _: short(value), lambda run: run.tokens
+    yield "FLOP", lambda value, _: f"{value:.1e}" if value else "0", lambda run: run.tokens * run.flops_per_token
+    yield "time", lambda value, _: duration(value), lambda run: run.seconds

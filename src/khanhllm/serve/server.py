@@ -163,7 +163,6 @@ class Server:
             wanted = await asyncio.to_thread(texts, asked)
         finally:
             self._encoding -= 1
-        wanted = [one._replace(routes=asked.khanhllm.routes) for one in wanted]
         try:
             writing = Writing(self.engine, self.tokenizer, wanted, asked.stream)
         except Full:
@@ -193,8 +192,10 @@ class Server:
             text = f"the conversation has {len(ids):,} tokens, the model sees {context:,} at once, an answer included"
             raise Refused(400, text, "context_length_exceeded", "messages")
         most, closed = min(asked.tokens or context, context), self._closed(asked)
-        first = _sampling(asked, most)
-        return [Wanted(ids, 0, reseeded(first, nth), asked.stops, None, False, closed) for nth in range(asked.n)]
+        first, routes = _sampling(asked, most), asked.khanhllm.routes
+        return [
+            Wanted(ids, 0, reseeded(first, nth), asked.stops, None, False, closed, routes) for nth in range(asked.n)
+        ]
 
     def _wanted(self, asked: Completion) -> list[Wanted]:
         """A text to be continued for each prompt and each of its n choices."""
@@ -212,8 +213,8 @@ class Server:
                 )
                 raise Refused(400, f"{text} at once", "context_length_exceeded", "prompt")
             for nth in range(asked.n):
-                sampling = reseeded(first, nth)
-                wanted.append(Wanted(ids, int(implied), sampling, asked.stops, asked.logprobs, asked.echo, closed))
+                how = (asked.stops, asked.logprobs, asked.echo, closed, asked.khanhllm.routes)
+                wanted.append(Wanted(ids, int(implied), reseeded(first, nth), *how))
         return wanted
 
     def _check_many(self, prompts: int, n: int) -> None:

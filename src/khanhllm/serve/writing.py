@@ -66,7 +66,7 @@ class Wanted(NamedTuple):
     logprobs: int | None
     echo: bool
     closed: dict[int, list[int]]
-    routes: bool = False
+    routes: bool
     """tell where each token went, those of the prompt too"""
 
 

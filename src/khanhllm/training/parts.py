@@ -106,9 +106,11 @@ def _of_base(config: Config, tokenizer: Tokenizer, resumed: bool) -> Shards | No
     """What the run that this one goes on from held out. None if there is no such run, or if its shards are gone and the
     run is a resumed one that replays none of them."""
     folder, share = Path(config.data.base), config.data.replay
-    if not config.data.base or (resumed and not share and not there(folder / MANIFEST)):
+    if not config.data.base:
         return None
     if not there(folder / MANIFEST):
+        if resumed and not share:
+            return None
         why = "which this run replays" if share else "which this run measures"
         raise UserError(f"the shards in {folder}, {why}, are gone; name the place where they lie now (--data.base)")
     base = Shards.open(folder, "validation", config.model.context)
