@@ -450,7 +450,6 @@ def test_the_plan_for_cards_by_command(capsys):
         (["--link", "NVLink"], "--gpus 2"),
         (["--gpus", "2", "--measure"], "--measure"),
         (["--machine.processes", "2"], "to plan for several together, --gpus 2"),
-        (["--card", "RTX 4090", "--machine.device", "cpu"], "--card is a graphics card, which machine.device = cpu"),
     ],
 )
 def test_bad_input_is_one_line(words, says, capsys):

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from conftest import build, save, tiny
 from khanhllm import optim
 from khanhllm.cli import main
-from khanhllm.data import prepare
 from khanhllm.data.sources import anchored
 from khanhllm.errors import UserError
 from khanhllm.model import losses
@@ -75,16 +74,6 @@ def test_a_relative_source_is_found_from_another_folder(corpus, tmp_path, monkey
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["train", "--resume", "--run", "../run", "--steps", "4"]) == 0
-
-
-def test_shards_that_are_gone_are_made_again_with_the_runs_own_tokenizer(corpus, tmp_path, monkeypatch):
-    """More steps need more text, of which another tokenizer would be learned."""
-    monkeypatch.setattr(prepare, "LEAST_SAMPLE", 1000)
-    shutil.copytree(corpus, tmp_path / "more")
-    begun = config(f"{corpus}:0.5, {tmp_path / 'more'}:0.5", tmp_path / "cache", steps=2)
-    train(begun, tmp_path / "run")
-    shutil.rmtree(tmp_path / "cache")
-    train(resolve(begun.model_dump(), {"train": {"steps": 40}}), tmp_path / "run", resume=True)
 
 
 def test_shards_that_moved_with_their_run_are_scored_and_replayed(corpus, tmp_path, monkeypatch, capsys):

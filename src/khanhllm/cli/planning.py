@@ -22,8 +22,6 @@ def plan(options: argparse.Namespace) -> None:
     config = resolve(settings_of(options.preset), given(options), where="plan")
     if options.card and options.measure:
         raise UserError("--measure runs on this machine, so it cannot go with --card")
-    if options.card and config.machine.device not in ("auto", "cuda"):
-        raise UserError(f"--card is a graphics card, which machine.device = {config.machine.device} is not")
     if config.machine.processes > 1 and not options.gpus:
         raise UserError(f"machine.processes: to plan for several together, --gpus {config.machine.processes}")
     if options.link and not options.gpus:

@@ -233,7 +233,7 @@ def newest(
         if other := [fault for fault in faults if fault.endswith(OTHER_MODEL)]:
             what = f"{run} holds checkpoints of another model than its config.toml describes: {other[0]}"
             raise UserError(f"{what}, or start again in another folder (--run)")
-        raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; train again, in another folder")
+        raise UserError(f"{run}: none of the {len(found)} checkpoints is intact; start again in another folder")
     return None
 
 

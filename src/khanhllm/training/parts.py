@@ -134,7 +134,9 @@ def _source(config: Config, folder: Path, saved: dict[str, Any]) -> DataConfig:
     moved = bool(saved) and _anchored(data).source != _anchored(read_config(folder).data).source
     if had and not moved and there((place := place_of(had, data.cache)) / MANIFEST):
         return data.model_copy(update={"source": str(place), "tokenizer": ""})
-    return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")}) if saved else data
+    if saved and (moved or data.tokenizer or not saved["data"]):
+        return data.model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
+    return data
 
 
 def _anchored(data: DataConfig) -> DataConfig:
