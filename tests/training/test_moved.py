@@ -64,6 +64,10 @@ def test_the_home_of_a_tokenizer_and_of_other_shards_is_known(corpus, tmp_path, 
     train(other, tmp_path / "other")
     kept = read_config(tmp_path / "other").data
     assert (kept.tokenizer, kept.base) == (str(tmp_path / "run/tokenizer.json"), str(shards))
+    assert main(["evaluate", str(tmp_path / "run"), f"--data={named['base']}"]) == 0
+    with_base = resolve(config(corpus, tmp_path / "cache", steps=4).model_dump(), {"data": {"base": str(shards)}})
+    with pytest.raises(UserError, match=r"was trained with another data\.base"):
+        train(with_base, tmp_path / "run", resume=True)
 
 
 def test_a_relative_source_is_found_from_another_folder(corpus, tmp_path, monkeypatch):
