@@ -12,11 +12,9 @@ import torch
 
 from khanhllm.data.batches import batch_of
 from khanhllm.data.counting import Reading, padding, places
-from khanhllm.data.shards import MANIFEST, Shards
-from khanhllm.data.source_syntax import with_home
+from khanhllm.data.shards import Shards
 from khanhllm.errors import UserError
-from khanhllm.files import there
-from khanhllm.runs.evaluate import conversations, held_out, validation_of, windowed
+from khanhllm.runs.evaluate import conversations, held_out, prepared, windowed
 from khanhllm.runs.run import Run
 
 if TYPE_CHECKING:
@@ -74,9 +72,7 @@ def _take(opened: Run, source: str | None, tokens: int, part: str | None, spool:
     """spool: keeps what was downloaded to see what it holds until it is read."""
     context = opened.config.model.context
     windows = max(2, -(-min(tokens, ENOUGH) // context))
-    shards = held_out(opened) if source is None else None
-    if source is not None and there(with_home(source) / MANIFEST):
-        shards = validation_of(with_home(source), opened)
+    shards = held_out(opened) if source is None else prepared(source, opened)
     if shards and part:
         raise UserError("prepared shards do not remember parts of their text; with --part, name a text (--data)")
     rows = conversations(source, opened, spool) if source is not None and not shards else None

@@ -36,9 +36,8 @@ def held_out(opened: Run) -> Shards:
 
 def windows_of(source: str, opened: Run) -> Iterator[np.ndarray]:
     """The text of any source as windows to score; of prepared shards, the validation split."""
-    folder = with_home(source)
-    if there(folder / MANIFEST):
-        yield from validation_of(folder, opened).windows()
+    if shards := prepared(source, opened):
+        yield from shards.windows()
         return
     from khanhllm.data.readers import Reader
     from khanhllm.data.sources import locate
@@ -77,6 +76,12 @@ def conversations(source: str, opened: Run, spool: Path | None = None) -> Iterat
     reader = Reader(replace(place, laid_for=context), [], spool)
     found = (cut(from_json(text), opened.tokenizer, context)[0] for text in reader.all_texts())
     return (np.append(block, end).astype(np.int64) for block in blocks(filter(len, found), context, end))
+
+
+def prepared(source: str, opened: Run) -> Shards | None:
+    """The validation split of a source that is a folder of prepared shards; None of any other."""
+    folder = with_home(source)
+    return validation_of(folder, opened) if there(folder / MANIFEST) else None
 
 
 def validation_of(folder: Path, opened: Run) -> Shards:
